@@ -1,0 +1,153 @@
+"""The integer flavour: low-bit codes in the file, integer kernels at run time.
+
+ONNX Runtime runs int8 kernels for MatMul between DequantizeLinear nodes, but not when a weight is INT4 or INT2 there: then it computes
+in float, slower than the float model. So the codes stay packed in the file and pass through a Cast to int8, which is folded when the
+model is loaded:
+
+    x → QuantizeLinear(uint8) [→ Clip(0, 15)] → DequantizeLinear ┐
+    codes (INT4) → Cast(int8) → DequantizeLinear(per channel)    ┴ MatMul → Add(bias)
+
+runs as MatMulIntegerToFloat. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type:
+those are two uint8 planes (marrq/packing.py), unpacked by shifts, masks and ors, which are folded at load too. 4-bit activations are
+uint8 codes clipped to 0 … 15.
+"""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from exporters.trace import PLACEHOLDER, PLACEHOLDER_DOMAIN, trace, with_placeholders
+from marrq.errors import MarrqError
+from marrq.modules import QuantLinear, quantized_linears
+from marrq.packing import packed_planes
+from marrq.pipeline import QuantizedModel
+
+OPSETS = {2: 25, 3: 20, 4: 21, 8: 20}
+"""Lowest opset for each weight width: 20 has Gelu, 21 INT4, 25 INT2."""
+
+
+def check_scheme(model: QuantizedModel) -> None:
+    """Raise MarrqError when the flavour cannot express the scheme."""
+    activation = model.scheme.activation
+    if activation is None or activation.strategy != "per-tensor":
+        raise MarrqError(
+            f"the integer flavour needs static per-tensor activations, the artifact has {model.scheme.description}: "
+            "quantize with a scheme such as W4A8 and --activations per-tensor, or measure it in torch with `marrq evaluate`"
+        )
+
+
+def export_integer(model: QuantizedModel) -> ir.Model:
+    """The graph of a quantized model on integer kernels."""
+    check_scheme(model)
+    linears = quantized_linears(model.module)
+    graph_model = trace(with_placeholders(model.module), model.preprocessing.input_size, OPSETS[model.scheme.weight.num_bits])
+    lowering = _Lowering(graph_model.graph)
+    for node in [node for node in graph_model.graph if node.op_type == PLACEHOLDER and node.domain == PLACEHOLDER_DOMAIN]:
+        path = node.attributes["path"].as_string()
+        lowering.replace(node, path, linears[path])
+    del graph_model.opset_imports[PLACEHOLDER_DOMAIN]
+    return graph_model
+
+
+class _Lowering:
+    """Replaces placeholders in one graph; linears that share an input share its quantization."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.quantized_inputs: dict[tuple[ir.Value, float, int], ir.Value] = {}
+
+    def replace(self, node: ir.Node, path: str, linear: QuantLinear) -> None:
+        """Put the integer pattern in the place of one placeholder."""
+        chain = _Chain(self.graph, path)
+        x = node.inputs[0]
+        assert x is not None
+        assert linear.input is not None
+        key = (x, linear.input.scale.item(), int(linear.input.zero_point))
+        if key not in self.quantized_inputs:
+            self.quantized_inputs[key] = _quantized_input(chain, x, linear)
+        result = chain.add("MatMul", [self.quantized_inputs[key], _weight(chain, linear)])
+        if linear.bias is not None:
+            result = chain.add("Add", [result, chain.constant("bias", linear.bias.numpy())])
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], chain.nodes, [node.outputs[0]], [result])
+
+
+class _Chain:
+    """New nodes and initializers for one linear, named by its path."""
+
+    def __init__(self, graph: ir.Graph, path: str) -> None:
+        self.graph, self.path, self.nodes = graph, path, list[ir.Node]()
+
+    def add(self, op_type: str, inputs: Sequence[ir.Value], **attributes: int | str) -> ir.Value:
+        """Append a node with one output."""
+        name = f"{self.path}/{op_type}_{len(self.nodes)}"
+        node = ir.node(op_type, inputs, attributes=attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """Add an initializer of the linear's own: sharing one could corrupt another's when either is rewritten."""
+        full_name = f"{self.path}.{name}"
+        tensor = ir.Tensor(array, name=full_name)
+        value = ir.Value(name=full_name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.initializers[full_name] = value
+        return value
+
+
+def _quantized_input(chain: _Chain, x: ir.Value, linear: QuantLinear) -> ir.Value:
+    assert linear.input is not None
+    scale = chain.constant("input_scale", linear.input.scale.numpy())
+    zero_point = chain.constant("input_zero_point", linear.input.zero_point.numpy().astype(np.uint8))
+    codes = chain.add("QuantizeLinear", [x, scale, zero_point])
+    low, high = linear.input.spec.code_range
+    if high < 255:
+        limits = [chain.constant(f"input_{name}", np.array(value, np.uint8)) for name, value in (("low", low), ("high", high))]
+        codes = chain.add("Clip", [codes, *limits])
+    return chain.add("DequantizeLinear", [codes, scale, zero_point])
+
+
+def _weight(chain: _Chain, linear: QuantLinear) -> ir.Value:
+    """The weight [in, out] as DequantizeLinear of int8 codes, per output channel."""
+    scale = chain.constant("weight_scale", linear.scale.squeeze(1).numpy())
+    zero_point = chain.constant("weight_zero_point", linear.zero_point.squeeze(1).numpy())
+    return chain.add("DequantizeLinear", [_int8_codes(chain, linear), scale, zero_point], axis=1)
+
+
+def _int8_codes(chain: _Chain, linear: QuantLinear) -> ir.Value:
+    """Codes [in, out] as int8, from the narrowest initializer that holds them."""
+    codes = linear.codes.T.contiguous()  # [in, out]
+    bits = linear.spec.num_bits
+    if bits == 8:
+        return chain.constant("weight_codes", codes.numpy())
+    if bits == 3:
+        low, high = (
+            chain.constant(f"weight_{name}", plane.numpy()) for name, plane in zip(("low", "high"), packed_planes(codes, 3), strict=True)
+        )
+        return _unpack_3bit(chain, low, high, codes.shape)
+    packed = chain.constant("weight_codes", codes.numpy().astype({2: ml_dtypes.int2, 4: ml_dtypes.int4}[bits]))
+    return chain.add("Cast", [packed], to=int(ir.DataType.INT8))
+
+
+def _unpack_3bit(chain: _Chain, low: ir.Value, high: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """Two planes to int8 codes: u = low | high << 2 is the two's complement, (u xor 4) - 4 the code."""
+    count = int(np.prod(shape))
+
+    def bytes_constant(name: str, values: Sequence[int]) -> ir.Value:
+        return chain.constant(name, np.array(values, np.uint8))
+
+    def plane(packed: ir.Value, name: str, bits: int) -> ir.Value:  # [count] uint8
+        column = chain.add("Reshape", [packed, chain.constant(f"{name}_column", np.array([-1, 1]))])
+        shifted = chain.add("BitShift", [column, bytes_constant(f"{name}_shifts", range(0, 8, bits))], direction="RIGHT")
+        parts = chain.add("BitwiseAnd", [shifted, bytes_constant(f"{name}_mask", [2**bits - 1])])
+        flat = chain.add("Reshape", [parts, chain.constant(f"{name}_flat", np.array([-1]))])
+        return chain.add("Slice", [flat, chain.constant(f"{name}_start", np.array([0])), chain.constant(f"{name}_end", np.array([count]))])
+
+    lifted = chain.add("BitShift", [plane(high, "high", 1), bytes_constant("high_place", [2])], direction="LEFT")
+    union = chain.add("BitwiseOr", [plane(low, "low", 2), lifted])
+    flipped = chain.add("BitwiseXor", [union, bytes_constant("sign", [4])])
+    signed = chain.add("Cast", [flipped], to=int(ir.DataType.INT8))
+    codes = chain.add("Sub", [signed, chain.constant("offset", np.array([4], np.int8))])
+    return chain.add("Reshape", [codes, chain.constant("weight_shape", np.array(shape, np.int64))])

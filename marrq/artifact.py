@@ -1,0 +1,220 @@
+"""The artifact: a quantized model as a folder. The README describes the format; a test pins it to literal bytes.
+
+    config.json          everything needed to rebuild and to repeat: source, preprocessing, labels, scheme, method, calibration, versions
+    model.safetensors    per linear weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale, input_zero_point;
+                         every other tensor of the model in floating point, under its own name
+    quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds
+    README.md            a model card
+
+Saving is atomic: the folder is written beside its place and renamed, so it is complete or absent. Loading refuses what is damaged
+(hash of the tensors) or of a later version. No pickle is ever read.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from marrq.activations import ActivationQuantizer
+from marrq.affine import Grid
+from marrq.errors import MarrqError
+from marrq.methods.problem import PID, MethodSpec, Step
+from marrq.models import ModelSource, build
+from marrq.modules import QuantLinear, quantized_linears
+from marrq.packing import pack, unpack
+from marrq.pipeline import CalibrationSet, ModuleReport, QuantizedModel
+from marrq.preprocessing import Preprocessing
+from marrq.schemes import ActivationSpec, Scheme, WeightSpec
+
+FORMAT = "marrq.artifact"
+FORMAT_VERSION = 1
+CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
+
+
+def save(model: QuantizedModel, folder: Path, overwrite: bool = False) -> None:
+    """Write the artifact. Raises MarrqError when the folder exists and `overwrite` is off."""
+    check_output(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        place = Path(temporary) / "artifact"
+        place.mkdir()
+        save_file(tensors_of(model.module), place / TENSORS)
+        config = _config(model, _sha256(place / TENSORS))
+        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (place / REPORTS).write_text(json.dumps([asdict(report) for report in model.reports], indent=2) + "\n")
+        (place / CARD).write_text(_card(model))
+        for file in place.iterdir():
+            _flush(file)
+        if folder.exists():
+            folder.rename(Path(temporary) / "replaced")
+        place.rename(folder)
+
+
+def load(folder: Path) -> QuantizedModel:
+    """The quantized model of an artifact, on the CPU. Raises MarrqError when it is missing, damaged or of a later version."""
+    config = read_config(folder)
+    try:
+        reports = tuple(_report(fields) for fields in json.loads((folder / REPORTS).read_text()))
+        source = ModelSource(**config["model"])
+        scheme = _scheme(config["scheme"])
+        method = MethodSpec(**{**config["method"], "pid": PID(**config["method"]["pid"])})
+        module = _restore(build(source), load_file(folder / TENSORS), scheme)
+        preprocessing = Preprocessing.from_json(config["preprocessing"])
+        calibration = CalibrationSet(**config["calibration"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        raise MarrqError(f"artifact {str(folder)!r} is damaged ({reason[0] if reason else error!r}): quantize the model again") from error
+    return QuantizedModel(module, source, preprocessing, tuple(config["labels"]), scheme, method, calibration, reports)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The artifact's config.json, after checking version and tensor hash."""
+    if not (folder / CONFIG).is_file():
+        raise MarrqError(f"{str(folder)!r} is no artifact, it has no {CONFIG}: give a folder that `marrq quantize` wrote")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        kind, number, expected = config["format"], config["format_version"], config["tensors_sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MarrqError(f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the model again") from error
+    if kind != FORMAT or not isinstance(number, int):
+        raise MarrqError(f"{str(folder)!r} is no marrq artifact: give a folder that `marrq quantize` wrote")
+    if number > FORMAT_VERSION:
+        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads up to {FORMAT_VERSION}: upgrade marrq")
+    if not (folder / TENSORS).is_file() or _sha256(folder / TENSORS) != expected:
+        raise MarrqError(f"artifact {str(folder)!r} is damaged ({TENSORS} is missing or not what was saved): quantize the model again")
+    return config
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder says that it is an artifact; it may still be damaged."""
+    config = folder / CONFIG
+    return config.is_file() and f'"{FORMAT}"' in config.read_text(errors="replace")
+
+
+def artifact_hash(folder: Path) -> str:
+    """The identity of an artifact: the hash of its config.json, which holds the hash of its tensors."""
+    return _sha256(folder / CONFIG)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise MarrqError when the output is there already and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise MarrqError(f"output {str(path)!r} exists: choose another, or pass --force to replace it")
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a quantized model as the artifact stores them."""
+    linears = quantized_linears(module)
+    inside = tuple(path + "." for path in linears)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items() if not name.startswith(inside)}
+    for path, linear in linears.items():
+        tensors |= {f"{path}.{name}": tensor.cpu().contiguous() for name, tensor in _linear_tensors(linear).items()}
+    return tensors
+
+
+def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
+    tensors = {
+        "weight_packed": pack(linear.codes, linear.spec.num_bits),
+        "weight_scale": linear.scale.squeeze(1),
+        "weight_zero_point": linear.zero_point.squeeze(1),
+        "weight_shape": torch.tensor(linear.codes.shape),
+    }
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias
+    if linear.input is not None and linear.input.spec.strategy == "per-tensor":
+        tensors["input_scale"] = linear.input.scale
+        tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
+    return tensors
+
+
+def _restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme) -> nn.Module:
+    """Put the quantized linears into an architecture without weights, and the float tensors around them."""
+    marker = ".weight_packed"
+    for path in [name.removesuffix(marker) for name in tensors if name.endswith(marker)]:
+        prefix = path + "."
+        mine = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, _restored_linear(mine, scheme))
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    inside = tuple(path + "." for path in quantized_linears(module))
+    missing = [name for name in missing if not name.startswith(inside)]
+    if missing or unexpected:
+        raise ValueError(f"tensor {(missing + unexpected)[0]!r} does not fit the model")
+    return module.eval()
+
+
+def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
+    rows, columns = tensors["weight_shape"].tolist()
+    quantizer = None
+    if scheme.activation is not None:
+        grid = None
+        if scheme.activation.strategy == "per-tensor":
+            grid = Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *scheme.activation.code_range)
+        quantizer = ActivationQuantizer(scheme.activation, grid)
+    return QuantLinear(
+        scheme.weight,
+        unpack(tensors["weight_packed"], scheme.weight.num_bits, (rows, columns)),
+        tensors["weight_scale"].unsqueeze(1),
+        tensors["weight_zero_point"].unsqueeze(1),
+        tensors.get("bias"),
+        quantizer,
+    )
+
+
+def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
+    packages = ("marrq", "torch", "timm", "transformers")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": asdict(model.source),
+        "preprocessing": asdict(model.preprocessing),
+        "labels": list(model.labels),
+        "scheme": asdict(model.scheme),
+        "method": asdict(model.method),
+        "calibration": asdict(model.calibration),
+        "versions": {name: version(name) for name in packages},
+        "tensors_sha256": tensors_sha256,
+    }
+
+
+def _scheme(fields: dict[str, Any]) -> Scheme:
+    activation = fields["activation"]
+    return Scheme(WeightSpec(**fields["weight"]), None if activation is None else ActivationSpec(**activation))
+
+
+def _report(fields: dict[str, Any]) -> ModuleReport:
+    return ModuleReport(**{**fields, "trajectory": tuple(Step(**step) for step in fields["trajectory"])})
+
+
+def _card(model: QuantizedModel) -> str:
+    return f"""# {model.source.name}, {model.scheme.description}
+
+Quantized by marrq with the method `{model.method.name}`, on {model.calibration.samples} images of
+`{model.calibration.data}` (seed {model.calibration.seed}). {len(model.reports)} linear layers have
+{model.scheme.weight.num_bits}-bit weights. Everything else is in floating point.
+
+    marrq export DIR --format onnx -o model.onnx
+    marrq bench DIR --data IMAGES
+"""
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

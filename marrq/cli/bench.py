@@ -1,0 +1,94 @@
+"""`marrq bench`: accuracy, size and latency of exported files beside their float baselines, under ONNX Runtime, in one run."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout
+from marrq.errors import MarrqError
+
+if TYPE_CHECKING:
+    from runtime.report import Entry
+    from runtime.session import SessionSettings
+
+IMAGES_AT_ONCE = 8
+
+
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Artifacts, or ONNX files that `marrq export` wrote.")],
+    data: DataOption = None,
+    baseline: Annotated[list[str], typer.Option(help="fp16 or fp32; may be repeated.")] = ["fp16", "fp32"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Batch size to time; may be repeated.", min=1)] = [1, 8],  # noqa: B006
+    threads: ThreadsOption = None,
+    provider: ProviderOption = "cpu",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
+    from marrq.data import find_images
+    from marrq.preprocessing import Preprocessing
+    from runtime.report import BenchSettings, Progress, table
+    from runtime.report import bench as run_bench
+    from runtime.session import SessionSettings
+
+    settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
+    with tempfile.TemporaryDirectory() as scratch:
+        entries, metadata = _entries(paths, baseline, Path(scratch), settings.session)
+        preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
+        name = data_for(json.loads(metadata["marrq.source"])["name"], data)
+        images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
+        batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
+        with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
+            report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
+    stdout.print(table(report))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
+    """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
+    from exporters.onnx_file import write_baseline
+    from marrq.models import ModelSource, load_source
+    from runtime.report import Entry
+    from runtime.session import Model
+
+    candidates: list[Entry] = []
+    shared: dict[str, str] = {}
+    for path in paths:
+        file = _onnx_file(path, scratch)
+        metadata = Model(file, settings).metadata()
+        if "marrq.source" not in metadata:
+            raise MarrqError(f"{str(path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
+        if shared and metadata["marrq.source"] != shared["marrq.source"]:
+            raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
+        shared = metadata
+        name = f"{path.name} {metadata['marrq.scheme']} {metadata['marrq.method']}"
+        candidates.append(Entry(name, file, "candidate", metadata["marrq.flavor"], float(metadata["marrq.bits_per_weight"])))
+    entries = []
+    model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
+    for flavor in dict.fromkeys(baselines):
+        assert model is not None
+        say(f"exporting the baseline {flavor}")
+        bits = write_baseline(model, flavor, scratch / f"{flavor}.onnx")
+        entries.append(Entry(flavor, scratch / f"{flavor}.onnx", "baseline", flavor, bits))
+    return entries + candidates, shared
+
+
+def _onnx_file(path: Path, scratch: Path) -> Path:
+    """The file itself, or the integer export of an artifact."""
+    from exporters.onnx_file import write_integer
+    from marrq.artifact import artifact_hash, load
+
+    if not path.exists():
+        raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
+    if path.is_file():
+        return path
+    model = load(path)
+    say(f"exporting {path}")
+    file = scratch / f"{artifact_hash(path)}.onnx"
+    write_integer(model, artifact_hash(path), file)
+    return file

@@ -1,0 +1,76 @@
+"""`marrq quantize`: model and calibration images in, artifact out."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from marrq.cli.common import (
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    ModelArgument,
+    OutputOption,
+    choose_device,
+    data_for,
+    progress_bars,
+    say,
+)
+
+if TYPE_CHECKING:
+    from marrq.pipeline import ModuleReport
+    from marrq.schemes import ActivationStrategy
+
+
+def quantize(
+    model: ModelArgument,
+    output: OutputOption,
+    scheme: Annotated[str, typer.Option(help="W{2,3,4,8}A{4,8,16}: bits of weights and of activations.")] = "W4A8",
+    activations: Annotated[str, typer.Option(help="per-tensor (static, can be exported) or per-token (dynamic).")] = "per-tensor",
+    method: Annotated[str, typer.Option(help="rtn, gptq, gptaq or marr.")] = "marr",
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Calibration images, drawn at random.", min=2)] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+) -> None:
+    """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o artifact"""
+    from marrq.artifact import check_output, save
+    from marrq.data import find_images
+    from marrq.methods import method_named
+    from marrq.methods.problem import MethodSpec
+    from marrq.models import load_model
+    from marrq.pipeline import CalibrationSet
+    from marrq.pipeline import quantize as run_pipeline
+    from marrq.schemes import parse_scheme
+
+    # Whatever can be wrong is checked before the long part.
+    numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
+    method_named(method)
+    check_output(output, force)
+    target = choose_device(device)
+    name = data_for(model, data)
+    loaded = load_model(model)
+    images = find_images(name, "train", loaded.labels).draw(samples, seed)
+    pixels = images.pixels(loaded.preprocessing)
+    with progress_bars(quantizing=None) as [bar]:
+        quantized = run_pipeline(
+            loaded,
+            pixels,
+            CalibrationSet(images.name, samples, seed, images.sha256),
+            numbers,
+            MethodSpec(method),
+            target,
+            lambda done, count, reports: bar.show(done, count, _alphas(reports)),
+        )
+    for report in quantized.reports:
+        if report.fallback:
+            say(f"warning: {report.path}: {report.fallback}")
+    save(quantized, output, overwrite=force)
+    say(f"wrote {output}")
+
+
+def _alphas(reports: "Sequence[ModuleReport]") -> str:
+    """The α of a block's linears, for the bar."""
+    found = [f"{report.alpha:.2f}" for report in reports if report.alpha is not None]
+    return f"α {' '.join(found)}" if found else ""

@@ -1,0 +1,34 @@
+"""The machine a measurement was taken on."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from runtime.session import SessionSettings
+
+
+def describe(settings: SessionSettings) -> dict[str, Any]:
+    """Processor, cores, versions and session settings, as JSON."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "onnxruntime": ort.__version__,
+        "provider": settings.provider,
+        "threads": settings.threads,
+        "graph_optimization": "all",
+    }
+
+
+def _processor() -> str:
+    """The processor's name; /proc tells more than `platform` on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,5 @@
+"""The error of this package: one sentence that names the thing, the value and the way out."""
+
+
+class BenchError(Exception):
+    """Something the user can mend. The command line prints its message as it is and exits with 1."""

@@ -1,0 +1,83 @@
+"""Open an ONNX file under ONNX Runtime, with the same session options for every model that is compared, and no provider but the one
+asked for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BenchError
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise BenchError("ONNX Runtime is not installed: pip install 'marrq[cpu]', or 'marrq[gpu]' on a machine with CUDA") from error
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core)."""
+
+    provider: str = "cpu"
+    threads: int | None = None
+
+
+class Model:
+    """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other session on the machine."""
+
+    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None) -> None:
+        """profile_to: prefix of the file that `end_profiling` writes, None for no profile. Raises BenchError when the file cannot be
+        loaded or the provider cannot be had."""
+        provider = PROVIDERS.get(settings.provider)
+        if provider not in ort.get_available_providers():
+            raise BenchError(
+                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(ort.get_available_providers())}"
+            )
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        if settings.threads is not None:
+            options.intra_op_num_threads = settings.threads
+        if profile_to is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # the bindings raise a class a status code, none of them public
+            reason = str(error).strip().splitlines()[0]
+            raise BenchError(f"ONNX Runtime {ort.__version__} cannot load {str(path)!r}: {reason}") from error
+        if self.session.get_providers()[0] != provider:
+            raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
+        self.input = self.session.get_inputs()[0]
+
+    def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [batch, classes] of inputs [batch, channels, height, width]."""
+        logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
+        return logits
+
+    def random_input(self, batch: int) -> NDArray[np.float32]:
+        """Normal noise in the shape of the input."""
+        return np.random.default_rng(0).standard_normal((batch, *self.input.shape[1:]), dtype=np.float32)
+
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata."""
+        found: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        return found
+
+
+def executed_operators(path: Path, settings: SessionSettings, scratch: Path) -> dict[str, int]:
+    """How many nodes of each operator really ran in one forward, from ONNX Runtime's own profile. scratch: a folder for that profile."""
+    model = Model(path, settings, profile_to=scratch / "profile")
+    model.run(model.random_input(1))
+    events: list[dict[str, Any]] = json.loads(Path(model.session.end_profiling()).read_text())
+    counts: dict[str, int] = {}
+    for event in events:
+        operator = event.get("args", {}).get("op_name")
+        # ONNX Runtime up to 1.20 records a node three times, with the fences around it.
+        if event.get("cat") == "Node" and operator and event["name"].endswith("_kernel_time"):
+            counts[operator] = counts.get(operator, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

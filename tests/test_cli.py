@@ -1,0 +1,172 @@
+"""Commands do what the README says, and bad input is one sentence, an exit code, and nothing half-written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marrq.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
+    """The block under "Use", with the model and the data of the demo."""
+    block = re.search(r"## Use\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    lines = [line.split("#")[0].split() for line in block.group(1).splitlines() if line.startswith("marrq ")]
+    assert [words[1] for words in lines] == ["quantize", "export", "bench", "evaluate"]
+    for words in lines:
+        words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words[1:]]
+        quick = {"quantize": ["--samples", "32"], "bench": ["--rounds", "1", "--seconds", "0"]}.get(words[0], [])
+        assert main([*words, *quick]) == 0
+    report = json.loads((somewhere / "bench.json").read_text())
+    assert report["schema"] == "marrq.bench/1"
+
+
+def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--data", "demo", "--batch", "1", "--batch", "2", "--rounds", "1", "--seconds", "0", "--json", "b.json"]
+    assert main(["bench", str(demo_artifact), *arguments]) == 0
+    report = json.loads(Path("b.json").read_text())
+    assert set(report) == {"schema", "environment", "data", "models"}
+    assert set(report["data"]) == {"path", "images", "hash"}
+    assert [(model["flavor"], model["role"]) for model in report["models"]] == [
+        ("fp16", "baseline"),
+        ("fp32", "baseline"),
+        ("integer", "candidate"),
+    ]
+    for model in report["models"]:
+        keys = {"name", "path", "role", "flavor", "size_bytes", "bits_per_weight", "accuracy", "latency", "executed"}
+        assert set(model) == keys
+        assert set(model["accuracy"]) == {"top1", "top1_low", "top1_high", "top5", "agreement", "images"}
+        assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]
+        for row, batch in zip(model["latency"], (1, 2), strict=True):
+            assert set(row) == {"batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s", "ratio_fp16", "ratio_fp32"}
+            assert row["batch"] == batch
+    sizes = {model["flavor"]: model["size_bytes"] for model in report["models"]}
+    assert sizes["integer"] < 0.2 * sizes["fp32"]
+    assert report["models"][2]["executed"]["MatMulIntegerToFloat"] == 16
+    assert report["models"][2]["accuracy"]["agreement"] >= 0.95
+    printed = capsys.readouterr()
+    assert "fp32" in printed.out
+    assert "\x1b" not in printed.err  # no bars where stderr is no terminal
+
+
+def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, somewhere: Path):
+    assert main(["evaluate", str(demo_artifact), "--json", "e.json"]) == 0
+    models = json.loads(Path("e.json").read_text())["models"]
+    assert list(models) == ["float", "W4A8 per-tensor marr"]
+    assert models["float"]["agreement"] == 1
+    assert 0.95 <= models["W4A8 per-tensor marr"]["agreement"] < 1.0001
+
+
+def test_a_scheme_that_no_flavour_exports_can_be_evaluated(somewhere: Path):
+    quantize = ["quantize", "demo", "--scheme", "W4A4", "--activations", "per-token", "--method", "gptq", "--samples", "16", "-o", "a"]
+    assert main(quantize) == 0
+    assert main(["export", "a", "-o", "m.onnx"]) == 1
+    assert not Path("m.onnx").exists()
+    assert main(["evaluate", "a"]) == 0
+
+
+QUANTIZE = ["quantize", "demo", "-o", "out"]
+BAD_INPUT = {
+    "unknown model": (["quantize", "no_such_model", "--data", "demo", "-o", "out"], "unknown model 'no_such_model'"),
+    "unknown scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
+    "unknown method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
+    "unknown activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
+    "missing data folder": ([*QUANTIZE, "--data", "nowhere"], "data folder 'nowhere' does not exist"),
+    "no data": (["quantize", "vit_tiny_patch16_224", "-o", "out"], "pass --data"),
+    "fewer images than samples": ([*QUANTIZE, "--samples", "600"], "512 images for calibration, fewer than the 600 samples"),
+    "no cuda": ([*QUANTIZE, "--device", "cuda"], "device 'cuda' is not available"),
+    "unknown device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
+    "no such artifact": (["export", "nowhere", "-o", "out"], "'nowhere' is no artifact"),
+    "no such bench file": (["bench", "nowhere"], "'nowhere' does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_leaves_nothing(case: str, somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    arguments, expected = BAD_INPUT[case]
+    if case == "no cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("marrq: ")
+    assert len(error.strip().splitlines()) == 1
+    assert list(somewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["quantize"], ["quantize", "demo", "-o", "x", "--samples", "1"], ["polish", "demo"], ["bench", "--batch", "0", "x"]]
+)
+def test_wrong_usage_exits_with_two(arguments: list[str], somewhere: Path):
+    assert main(arguments) == 2
+    assert list(somewhere.iterdir()) == []
+
+
+def test_a_corrupt_image_is_named_and_nothing_is_written(
+    tiny: str, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = shutil.copytree(image_folder, somewhere / "data")
+    for name in "01234567":
+        (data / "train" / "dog" / f"{name}.png").write_bytes(b"no image")
+    assert main(["quantize", tiny, "--data", str(data), "--samples", "24", "-o", "out"]) == 1
+    assert ".png'" in capsys.readouterr().err
+    assert not (somewhere / "out").exists()
+
+
+def test_a_truncated_artifact_and_one_of_a_later_version_are_refused(
+    demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    artifact = shutil.copytree(demo_artifact, somewhere / "a")
+    config = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    assert main(["export", "a", "-o", "m.onnx"]) == 1
+    assert "upgrade marrq" in capsys.readouterr().err
+    (artifact / "config.json").write_text(json.dumps(config))
+    (artifact / "model.safetensors").write_bytes((artifact / "model.safetensors").read_bytes()[:-100])
+    assert main(["bench", "a"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert [entry.name for entry in somewhere.iterdir()] == ["a"]
+
+
+def test_an_output_that_exists_is_kept_without_force(demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    Path("out").write_text("mine")
+    assert main(QUANTIZE) == 1
+    assert main(["export", str(demo_artifact), "-o", "out"]) == 1
+    assert "pass --force" in capsys.readouterr().err
+    assert Path("out").read_text() == "mine"
+    assert main(["export", str(demo_artifact), "-o", "out", "--force"]) == 0
+    assert Path("out").stat().st_size > 100_000
+
+
+def test_without_onnx_runtime_the_bench_says_which_extra_to_install(demo_artifact: Path, somewhere: Path):
+    code = f"import sys; sys.modules['onnxruntime'] = None\nfrom marrq.cli import main; sys.exit(main(['bench', {str(demo_artifact)!r}]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "pip install 'marrq[cpu]'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_of_another_tool_is_refused(somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    from onnx import TensorProto, helper, save
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
+    save(helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)]), "other.onnx")
+    assert main(["bench", "other.onnx", "--data", "demo"]) == 1
+    assert "was not written by `marrq export`" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def write_integer(model: QuantizedModel, artifact: str, path: Path) -> None:
     """Write the integer flavour."""
     described = {
         "flavor": "integer",
-        "scheme": model.scheme.description,
+        "scheme": str(model.scheme),
         "method": model.method.name,
         "artifact": artifact,
         "bits_per_weight": f"{bits_per_weight(model):.4f}",

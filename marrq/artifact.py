@@ -52,6 +52,7 @@ def save(model: QuantizedModel, folder: Path, overwrite: bool = False) -> None:
         (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (place / REPORTS).write_text(json.dumps([asdict(report) for report in model.reports], indent=2) + "\n")
         (place / CARD).write_text(_card(model))
+        (place / TENSORS).chmod((place / CONFIG).stat().st_mode)  # safetensors makes it private, whatever the umask
         for file in place.iterdir():
             _flush(file)
         if folder.exists():

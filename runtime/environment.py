@@ -5,9 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
-from runtime.session import SessionSettings
+from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
 
 
 def describe(settings: SessionSettings) -> dict[str, Any]:
@@ -17,7 +15,7 @@ def describe(settings: SessionSettings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
+        "onnxruntime": ONNXRUNTIME_VERSION,
         "provider": settings.provider,
         "threads": settings.threads,
         "graph_optimization": "all",

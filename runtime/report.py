@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from runtime.accuracy import Accuracy, measure_accuracy
@@ -109,34 +110,25 @@ def _model(
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report for people."""
+    """The report for people; fits 80 columns with two batch sizes."""
+    caption = f"{report['data']['images']} images of {report['data']['path']}, ONNX Runtime {report['environment']['onnxruntime']}"
+    result = Table(caption=caption, box=SIMPLE_HEAD)
+    result.add_column("\nmodel", no_wrap=True)
     batches = [row["batch"] for row in report["models"][0]["latency"]]
-    result = Table(
-        title=f"{report['data']['images']} images of {report['data']['path']}, ONNX Runtime {report['environment']['onnxruntime']}"
-    )
-    result.add_column("model")
-    for title in (
-        "top-1 % (95 %)",
-        "agree %",
-        "MB",
-        "bits/weight",
-        *(f"ms, batch {b}" for b in batches),
-        *(f"× fp32, batch {b}" for b in batches),
-    ):
-        result.add_column(title, justify="right")
+    headings = ("top-1 %\n(95 %)", "agree\n%", "\nMB", "bits/\nweight", *(f"ms, batch {batch}\n(× fp32)" for batch in batches))
+    for heading in headings:
+        result.add_column(heading, justify="right", no_wrap=True)
     for model in report["models"]:
-        accuracy, rows = model["accuracy"], model["latency"]
+        accuracy = model["accuracy"]
         result.add_row(
             model["name"],
-            f"{100 * accuracy['top1']:.2f} ({100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f})",
-            _number(accuracy["agreement"], 100, 2),
+            f"{100 * accuracy['top1']:.1f} ({100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f})",
+            "–" if accuracy["agreement"] is None else f"{100 * accuracy['agreement']:.1f}",
             f"{model['size_bytes'] / 1e6:.2f}",
             f"{model['bits_per_weight']:.2f}",
-            *(f"{row['p50_ms']:.2f}" for row in rows),
-            *(_number(row["ratio_fp32"], 1, 2) for row in rows),
+            *(
+                f"{row['p50_ms']:.2f} ({'–' if row['ratio_fp32'] is None else format(row['ratio_fp32'], '.2f')})"
+                for row in model["latency"]
+            ),
         )
     return result
-
-
-def _number(value: float | None, scale: float, digits: int) -> str:
-    return "–" if value is None else f"{scale * value:.{digits}f}"

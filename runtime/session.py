@@ -16,6 +16,8 @@ try:
 except ImportError as error:
     raise BenchError("ONNX Runtime is not installed: pip install 'marrq[cpu]', or 'marrq[gpu]' on a machine with CUDA") from error
 
+ONNXRUNTIME_VERSION: str = ort.__version__
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -49,7 +51,7 @@ class Model:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public
             reason = str(error).strip().splitlines()[0]
-            raise BenchError(f"ONNX Runtime {ort.__version__} cannot load {str(path)!r}: {reason}") from error
+            raise BenchError(f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}") from error
         if self.session.get_providers()[0] != provider:
             raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
         self.input = self.session.get_inputs()[0]

@@ -170,3 +170,12 @@ def test_a_file_of_another_tool_is_refused(somewhere: Path, capsys: pytest.Captu
     save(helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)]), "other.onnx")
     assert main(["bench", "other.onnx", "--data", "demo"]) == 1
     assert "was not written by `marrq export`" in capsys.readouterr().err
+
+
+def test_a_package_that_shadows_one_of_ours_is_named(somewhere: Path):
+    (somewhere / "runtime").mkdir()
+    (somewhere / "runtime" / "__init__.py").write_text("")
+    code = "from marrq.cli import main; import sys; sys.exit(main(['demo']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=somewhere)
+    assert result.returncode == 1
+    assert f"'runtime' is shadowed by {somewhere / 'runtime' / '__init__.py'}" in result.stderr

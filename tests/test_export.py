@@ -109,7 +109,7 @@ def test_the_file_asks_for_no_more_than_it_needs_and_says_what_it_is(exported: t
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
     assert graph.ir_version == IR_VERSIONS[opset]
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
-    assert metadata["marrq.scheme"] == model.scheme.description
+    assert metadata["marrq.scheme"] == str(model.scheme)
     assert metadata["marrq.method"] == "gptq"
     assert metadata["marrq.artifact"] == "hash"
     assert tuple(json.loads(metadata["marrq.labels"])) == model.labels

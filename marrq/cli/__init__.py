@@ -2,6 +2,8 @@
 `marrq --help` answers at once."""
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import typer
 
@@ -11,7 +13,6 @@ from marrq.cli.evaluate import evaluate
 from marrq.cli.export import export
 from marrq.cli.quantize import quantize
 from marrq.errors import MarrqError
-from runtime.errors import BenchError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,14 +27,33 @@ for command in (quantize, export, bench, evaluate, demo):
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage. Errors are one sentence on stderr."""
     try:
+        _check_packages()
+        from runtime.errors import BenchError
+    except MarrqError as error:
+        return _failed(str(error))
+    try:
         app(arguments)
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 0
     except (MarrqError, BenchError) as error:
-        typer.echo(f"marrq: {error}", err=True)
+        return _failed(str(error))
     except OSError as error:
-        typer.echo(f"marrq: {error.strerror or error}: {error.filename}", err=True)
+        return _failed(f"{error.strerror or error}: {error.filename}")
+
+
+def _failed(sentence: str) -> int:
+    typer.echo(f"marrq: {sentence}", err=True)
     return 1
+
+
+def _check_packages() -> None:
+    """`exporters` and `runtime` are common names: another package of that name, found first, must not be taken for ours."""
+    for name in ("exporters", "runtime"):
+        ours = Path(__file__).parents[2] / name / "__init__.py"
+        found = find_spec(name)
+        if found is None or found.origin != str(ours):
+            place = found.origin if found else "nothing"
+            raise MarrqError(f"marrq's package {name!r} is shadowed by {place}: run from another folder, or remove that package")
 
 
 def run() -> None:

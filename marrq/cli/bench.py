@@ -66,7 +66,9 @@ def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
             raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
         shared = metadata
-        name = f"{path.name} {metadata['marrq.scheme']} {metadata['marrq.method']}"
+        name = f"{metadata['marrq.scheme']} {metadata['marrq.method']}"
+        if any(entry.name == name for entry in candidates):
+            name += f" {path.name}"
         candidates.append(Entry(name, file, "candidate", metadata["marrq.flavor"], float(metadata["marrq.bits_per_weight"])))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None

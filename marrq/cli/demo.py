@@ -18,6 +18,8 @@ def demo(
     force: ForceOption = False,
 ) -> None:
     """Quantize, export and measure the built-in ViT on 1,000 held-out digits, in under two minutes."""
+    import runtime.session  # noqa: F401  (says at once when ONNX Runtime is missing)
+
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
     quantize("demo", artifact, force=force)
     export(artifact, file, force=force)

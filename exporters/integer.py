@@ -1,28 +1,37 @@
 """The integer flavour: low-bit codes in the file, integer kernels at run time.
 
-ONNX Runtime runs int8 kernels for MatMul between DequantizeLinear nodes, but not when a weight is INT4 or INT2 there: then it computes
+ONNX Runtime fuses MatMul between DequantizeLinear nodes to an integer kernel, but not when a weight is INT4 or INT2 there: then it computes
 in float, slower than the float model. So the codes stay packed in the file and pass through a Cast to int8, which is folded when the
-model is loaded:
+model is loaded, and the graph names the kernel itself, with the bias in it, so that no fusion has to be hoped for:
 
-    x → QuantizeLinear(uint8) [→ Clip(0, 15)] → DequantizeLinear ┐
-    codes (INT4) → Cast(int8) → DequantizeLinear(per channel)    ┴ MatMul → Add(bias)
+    x → QuantizeLinear(uint8) [→ Clip(0, 15)]  ┐
+    codes (INT4) → Cast(int8)                  ┴ MatMulIntegerToFloat(scales, zero points, bias)
 
-runs as MatMulIntegerToFloat. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type:
-those are two uint8 planes (marrq/packing.py), unpacked by shifts, masks and ors, which are folded at load too. 4-bit activations are
-uint8 codes clipped to 0 … 15.
+The kernel is in ONNX Runtime's own domain `com.microsoft`; the operators around it are standard. Written as DequantizeLinear → MatMul → Add
+it would run too, but with the bias as a pass of its own: at batch 1 that costs a tenth of the whole forward of a ViT-S.
+
+2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes
+(marrq/packing.py), unpacked by shifts, masks and ors, which are folded at load too. 4-bit activations are uint8 codes clipped to 0 … 15.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from exporters.trace import PLACEHOLDER, PLACEHOLDER_DOMAIN, trace, with_placeholders
+from exporters.passes import absorb_scales, placeholders, split_qkv
+from exporters.trace import PLACEHOLDER_DOMAIN, trace, with_placeholders
+from marrq.activations import ActivationQuantizer
 from marrq.errors import MarrqError
 from marrq.modules import QuantLinear, quantized_linears
 from marrq.packing import packed_planes
 from marrq.pipeline import QuantizedModel
+
+KERNEL, KERNEL_DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 
 OPSETS = {2: 25, 3: 20, 4: 21, 8: 20}
 """Lowest opset for each weight width: 20 has Gelu, 21 INT4, 25 INT2."""
@@ -43,12 +52,42 @@ def export_integer(model: QuantizedModel) -> ir.Model:
     check_scheme(model)
     linears = quantized_linears(model.module)
     graph_model = trace(with_placeholders(model.module), model.preprocessing.input_size, OPSETS[model.scheme.weight.num_bits])
+    split_qkv(graph_model.graph)
+    absorb_scales(graph_model.graph)
     lowering = _Lowering(graph_model.graph)
-    for node in [node for node in graph_model.graph if node.op_type == PLACEHOLDER and node.domain == PLACEHOLDER_DOMAIN]:
-        path = node.attributes["path"].as_string()
-        lowering.replace(node, path, linears[path])
+    for node in placeholders(graph_model.graph):
+        lowering.replace(node, linears[node.attributes["path"].as_string()])
     del graph_model.opset_imports[PLACEHOLDER_DOMAIN]
+    graph_model.opset_imports[KERNEL_DOMAIN] = 1
     return graph_model
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a placeholder stands for: rows of a linear, as they go into the graph.
+
+    codes: [in, rows], int8; scale: float32 [rows], with LayerScale in it; zero_point: int8 [rows]; bias: float32 [rows] or None.
+    """
+
+    codes: Tensor
+    num_bits: int
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, node: ir.Node, linear: QuantLinear) -> "_Rows":
+        """Cut the linear's rows out, and take in the factor of the output."""
+        part, parts = (
+            node.attributes[name].as_int() if name in node.attributes else default for name, default in (("part", 0), ("parts", 1))
+        )
+        count = len(linear.codes) // parts
+        rows = slice(part * count, (part + 1) * count)
+        scale, bias = linear.scale[rows, 0], None if linear.bias is None else linear.bias[rows]
+        if "output_scale" in node.attributes:
+            factor = torch.from_numpy(node.attributes["output_scale"].as_tensor().numpy())
+            scale, bias = scale * factor, None if bias is None else bias * factor
+        return cls(linear.codes[rows].T.contiguous(), linear.spec.num_bits, scale, linear.zero_point[rows, 0], bias)
 
 
 class _Lowering:
@@ -56,20 +95,20 @@ class _Lowering:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self.quantized_inputs: dict[tuple[ir.Value, float, int], ir.Value] = {}
+        self.quantized_inputs: dict[tuple[ir.Value, float, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
-    def replace(self, node: ir.Node, path: str, linear: QuantLinear) -> None:
+    def replace(self, node: ir.Node, linear: QuantLinear) -> None:
         """Put the integer pattern in the place of one placeholder."""
-        chain = _Chain(self.graph, path)
+        path = node.attributes["path"].as_string()
+        chain = _Chain(self.graph, f"{path}.{'qkv'[node.attributes['part'].as_int()]}" if "part" in node.attributes else path)
+        rows = _Rows.of(node, linear)
         x = node.inputs[0]
         assert x is not None
         assert linear.input is not None
         key = (x, linear.input.scale.item(), int(linear.input.zero_point))
         if key not in self.quantized_inputs:
-            self.quantized_inputs[key] = _quantized_input(chain, x, linear)
-        result = chain.add("MatMul", [self.quantized_inputs[key], _weight(chain, linear)])
-        if linear.bias is not None:
-            result = chain.add("Add", [result, chain.constant("bias", linear.bias.numpy())])
+            self.quantized_inputs[key] = _quantized_input(chain, x, linear.input)
+        result = chain.add(KERNEL, _operands(chain, rows, *self.quantized_inputs[key]), domain=KERNEL_DOMAIN)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], chain.nodes, [node.outputs[0]], [result])
 
@@ -80,10 +119,10 @@ class _Chain:
     def __init__(self, graph: ir.Graph, path: str) -> None:
         self.graph, self.path, self.nodes = graph, path, list[ir.Node]()
 
-    def add(self, op_type: str, inputs: Sequence[ir.Value], **attributes: int | str) -> ir.Value:
+    def add(self, op_type: str, inputs: Sequence[ir.Value], domain: str = "", **attributes: int | str) -> ir.Value:
         """Append a node with one output."""
         name = f"{self.path}/{op_type}_{len(self.nodes)}"
-        node = ir.node(op_type, inputs, attributes=attributes, name=name)
+        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
         node.outputs[0].name = name
         self.nodes.append(node)
         return node.outputs[0]
@@ -97,37 +136,34 @@ class _Chain:
         return value
 
 
-def _quantized_input(chain: _Chain, x: ir.Value, linear: QuantLinear) -> ir.Value:
-    assert linear.input is not None
-    scale = chain.constant("input_scale", linear.input.scale.numpy())
-    zero_point = chain.constant("input_zero_point", linear.input.zero_point.numpy().astype(np.uint8))
+def _quantized_input(chain: _Chain, x: ir.Value, quantizer: ActivationQuantizer) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes of the input, their scale and their zero point."""
+    scale = chain.constant("input_scale", quantizer.scale.numpy())
+    zero_point = chain.constant("input_zero_point", quantizer.zero_point.numpy().astype(np.uint8))
     codes = chain.add("QuantizeLinear", [x, scale, zero_point])
-    low, high = linear.input.spec.code_range
+    low, high = quantizer.spec.code_range
     if high < 255:
         limits = [chain.constant(f"input_{name}", np.array(value, np.uint8)) for name, value in (("low", low), ("high", high))]
         codes = chain.add("Clip", [codes, *limits])
-    return chain.add("DequantizeLinear", [codes, scale, zero_point])
+    return codes, scale, zero_point
 
 
-def _weight(chain: _Chain, linear: QuantLinear) -> ir.Value:
-    """The weight [in, out] as DequantizeLinear of int8 codes, per output channel."""
-    scale = chain.constant("weight_scale", linear.scale.squeeze(1).numpy())
-    zero_point = chain.constant("weight_zero_point", linear.zero_point.squeeze(1).numpy())
-    return chain.add("DequantizeLinear", [_int8_codes(chain, linear), scale, zero_point], axis=1)
+def _operands(chain: _Chain, rows: _Rows, codes: ir.Value, scale: ir.Value, zero_point: ir.Value) -> list[ir.Value]:
+    """The kernel's inputs in its order: codes, then scales, then zero points of input and weight; bias."""
+    weight_scale = chain.constant("weight_scale", rows.scale.numpy())
+    weight_zero_point = chain.constant("weight_zero_point", rows.zero_point.numpy())
+    bias = [] if rows.bias is None else [chain.constant("bias", rows.bias.numpy())]
+    return [codes, _int8_codes(chain, rows), scale, weight_scale, zero_point, weight_zero_point, *bias]
 
 
-def _int8_codes(chain: _Chain, linear: QuantLinear) -> ir.Value:
-    """Codes [in, out] as int8, from the narrowest initializer that holds them."""
-    codes = linear.codes.T.contiguous()  # [in, out]
-    bits = linear.spec.num_bits
-    if bits == 8:
-        return chain.constant("weight_codes", codes.numpy())
-    if bits == 3:
-        low, high = (
-            chain.constant(f"weight_{name}", plane.numpy()) for name, plane in zip(("low", "high"), packed_planes(codes, 3), strict=True)
-        )
-        return _unpack_3bit(chain, low, high, codes.shape)
-    packed = chain.constant("weight_codes", codes.numpy().astype({2: ml_dtypes.int2, 4: ml_dtypes.int4}[bits]))
+def _int8_codes(chain: _Chain, rows: _Rows) -> ir.Value:
+    """Codes [in, rows] as int8, from the narrowest initializer that holds them."""
+    if rows.num_bits == 8:
+        return chain.constant("weight_codes", rows.codes.numpy())
+    if rows.num_bits == 3:
+        low, high = packed_planes(rows.codes, 3)
+        return _unpack_3bit(chain, chain.constant("weight_low", low.numpy()), chain.constant("weight_high", high.numpy()), rows.codes.shape)
+    packed = chain.constant("weight_codes", rows.codes.numpy().astype({2: ml_dtypes.int2, 4: ml_dtypes.int4}[rows.num_bits]))
     return chain.add("Cast", [packed], to=int(ir.DataType.INT8))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from onnx import numpy_helper
 from torch import nn
@@ -54,11 +55,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return quantized, file, held_out
 
 
-def codes_in_file(initializers: dict[str, np.ndarray], path: str, num_bits: int, shape: torch.Size) -> np.ndarray:
-    """[out, in] codes of a linear as the file holds them."""
+def codes_in_file(initializers: dict[str, np.ndarray], path: str, num_bits: int, rows: int, columns: int) -> np.ndarray:
+    """[out, in] codes of a linear, or of one third of a fused one, as the file holds them."""
     if num_bits == 3:
         planes = np.concatenate([initializers[f"{path}.weight_low"], initializers[f"{path}.weight_high"]])
-        return unpack(torch.from_numpy(planes), 3, (shape[1], shape[0])).numpy().T
+        return unpack(torch.from_numpy(planes), 3, (columns, rows)).numpy().T
     return initializers[f"{path}.weight_codes"].astype(np.int8).T
 
 
@@ -66,10 +67,12 @@ def test_the_file_holds_the_very_codes_scales_and_zero_points(exported: tuple[Qu
     model, file, _ = exported
     initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
     for path, linear in quantized_linears(model.module).items():
-        codes = codes_in_file(initializers, path, model.scheme.weight.num_bits, linear.codes.shape)
-        assert np.array_equal(codes, linear.codes.numpy()), path
-        assert np.array_equal(initializers[f"{path}.weight_scale"], linear.scale[:, 0].numpy())
-        assert np.array_equal(initializers[f"{path}.weight_zero_point"], linear.zero_point[:, 0].numpy())
+        parts = [f"{path}.{part}" for part in "qkv"] if path.endswith("qkv") else [path]
+        rows, columns = len(linear.codes) // len(parts), linear.codes.shape[1]
+        codes = [codes_in_file(initializers, part, model.scheme.weight.num_bits, rows, columns) for part in parts]
+        assert np.array_equal(np.concatenate(codes), linear.codes.numpy()), path
+        for name, tensor in (("scale", linear.scale), ("zero_point", linear.zero_point)):
+            assert np.array_equal(np.concatenate([initializers[f"{part}.weight_{name}"] for part in parts]), tensor[:, 0].numpy())
 
 
 def test_onnx_runtime_gives_torchs_logits(exported: tuple[QuantizedModel, Path, torch.Tensor]):
@@ -88,7 +91,9 @@ def test_onnx_runtime_gives_torchs_logits(exported: tuple[QuantizedModel, Path, 
 def test_every_block_linear_runs_on_an_integer_kernel(exported: tuple[QuantizedModel, Path, torch.Tensor], tmp_path: Path):
     model, file, _ = exported
     executed = executed_operators(file, SessionSettings(), tmp_path)
-    assert executed["MatMulIntegerToFloat"] == len(quantized_linears(model.module)) == 16
+    assert len(quantized_linears(model.module)) == 16
+    assert executed["MatMulIntegerToFloat"] == 24  # q, k and v are three products, in four blocks
+    assert "Split" not in executed
     assert executed["MatMul"] + executed["FusedMatMul"] == 8  # the two products of attention, in four blocks
     assert "DequantizeLinear" not in executed
     assert "Cast" not in executed
@@ -106,7 +111,7 @@ def test_the_file_asks_for_no_more_than_it_needs_and_says_what_it_is(exported: t
     graph = onnx.load(file)
     onnx.checker.check_model(graph, full_check=True)
     opset = {2: 25, 3: 20, 4: 21, 8: 20}[model.scheme.weight.num_bits]
-    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
+    assert {entry.domain: entry.version for entry in graph.opset_import} == {"": opset, "com.microsoft": 1}
     assert graph.ir_version == IR_VERSIONS[opset]
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     assert metadata["marrq.scheme"] == str(model.scheme)
@@ -162,6 +167,23 @@ def test_transformers_models_run_on_integer_kernels_too(make: object, tmp_path: 
         assert cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min() >= 0.9999
     executed = executed_operators(tmp_path / "model.onnx", SessionSettings(), tmp_path)
     assert executed["MatMulIntegerToFloat"] == len(quantized_linears(quantized.module))
+
+
+def test_layer_scale_costs_nothing_and_changes_nothing(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "init_values": 1.0}
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes).eval()
+    for name, parameter in module.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.normal_(parameter)  # of both signs
+    preprocessing = Preprocessing((3, 32, 32), "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    model = VisionModel(module, ModelSource("test", "timm", {}, ""), preprocessing, tuple("abcde"))
+    pixels = torch.randn(6, 3, 32, 32)
+    quantized = quantized_model(model, pixels, "W4A8")
+    write_integer(quantized, "hash", tmp_path / "model.onnx")
+    with torch.no_grad():
+        assert cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min() >= 0.9999
+    assert "Mul" not in executed_operators(tmp_path / "model.onnx", SessionSettings(), tmp_path)
 
 
 @pytest.mark.parametrize(("scheme", "strategy"), [("W4A16", "per-tensor"), ("W4A8", "per-token")])

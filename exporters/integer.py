@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporters.passes import absorb_scales, placeholders, split_qkv
+from exporters.passes import absorb_scales, add_constant, placeholders, split_qkv
 from exporters.trace import PLACEHOLDER_DOMAIN, trace, with_placeholders
 from marrq.activations import ActivationQuantizer
 from marrq.errors import MarrqError
@@ -78,11 +78,11 @@ class _Rows:
     @classmethod
     def of(cls, node: ir.Node, linear: QuantLinear) -> "_Rows":
         """Cut the linear's rows out, and take in the factor of the output."""
-        part, parts = (
-            node.attributes[name].as_int() if name in node.attributes else default for name, default in (("part", 0), ("parts", 1))
-        )
-        count = len(linear.codes) // parts
-        rows = slice(part * count, (part + 1) * count)
+        rows = slice(None)
+        if "part" in node.attributes:
+            third = len(linear.codes) // 3
+            start = "qkv".index(node.attributes["part"].as_string()) * third
+            rows = slice(start, start + third)
         scale, bias = linear.scale[rows, 0], None if linear.bias is None else linear.bias[rows]
         if "output_scale" in node.attributes:
             factor = torch.from_numpy(node.attributes["output_scale"].as_tensor().numpy())
@@ -100,7 +100,7 @@ class _Lowering:
     def replace(self, node: ir.Node, linear: QuantLinear) -> None:
         """Put the integer pattern in the place of one placeholder."""
         path = node.attributes["path"].as_string()
-        chain = _Chain(self.graph, f"{path}.{'qkv'[node.attributes['part'].as_int()]}" if "part" in node.attributes else path)
+        chain = _Chain(self.graph, f"{path}.{node.attributes['part'].as_string()}" if "part" in node.attributes else path)
         rows = _Rows.of(node, linear)
         x = node.inputs[0]
         assert x is not None
@@ -128,12 +128,8 @@ class _Chain:
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Add an initializer of the linear's own: sharing one could corrupt another's when either is rewritten."""
-        full_name = f"{self.path}.{name}"
-        tensor = ir.Tensor(array, name=full_name)
-        value = ir.Value(name=full_name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.initializers[full_name] = value
-        return value
+        """Add an initializer of the linear's own."""
+        return add_constant(self.graph, f"{self.path}.{name}", array)
 
 
 def _quantized_input(chain: _Chain, x: ir.Value, quantizer: ActivationQuantizer) -> tuple[ir.Value, ir.Value, ir.Value]:

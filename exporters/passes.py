@@ -4,6 +4,7 @@ beyond float rounding, and take work away that ONNX Runtime would otherwise do o
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from exporters.trace import PLACEHOLDER, PLACEHOLDER_DOMAIN
@@ -12,10 +13,18 @@ from exporters.trace import PLACEHOLDER, PLACEHOLDER_DOMAIN
 def placeholders(graph: ir.Graph) -> list[ir.Node]:
     """The quantized linears of a traced graph.
 
-    Attributes: `path`; after `split_qkv` also `part` and `parts`, which rows of the linear it stands for; after `absorb_scales`
-    `output_scale` [out], which multiplies its output.
+    Attributes: `path`; after `split_qkv` also `part`, where it stands for a third of a fused linear's rows: q, k or v; after
+    `absorb_scales` also `output_scale` [out], which multiplies its output.
     """
     return [node for node in graph if node.op_type == PLACEHOLDER and node.domain == PLACEHOLDER_DOMAIN]
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer, used by nothing else: sharing one could corrupt another's when either is rewritten."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[name] = value
+    return value
 
 
 def split_qkv(graph: ir.Graph) -> None:
@@ -44,7 +53,7 @@ def absorb_scales(graph: ir.Graph) -> None:
     for node in placeholders(graph):
         multiply = _only_consumer(node, "Mul")
         factor = next((value for value in multiply.inputs if value is not node.outputs[0]), None) if multiply else None
-        if multiply is None or factor is None or factor.const_value is None or factor.const_value.shape != node.outputs[0].shape[-1:]:
+        if multiply is None or factor is None or factor.const_value is None or factor.const_value.shape != _shape(node)[-1:]:
             continue
         node.attributes["output_scale"] = ir.AttrTensor("output_scale", factor.const_value)
         multiply.outputs[0].replace_all_uses_with(node.outputs[0])
@@ -55,6 +64,12 @@ def _only_consumer(node: ir.Node | None, op_type: str) -> ir.Node | None:
     """The node that uses the output of `node`, where it is the only one and of that type."""
     consumers = node.outputs[0].consumers() if node is not None else ()
     return consumers[0] if len(consumers) == 1 and consumers[0].op_type == op_type else None
+
+
+def _shape(node: ir.Node) -> ir.Shape:
+    shape = node.outputs[0].shape
+    assert shape is not None  # the tracer knows every shape
+    return shape
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -77,22 +92,14 @@ def _replace_part(graph: ir.Graph, node: ir.Node, reshape: ir.Node, squeeze: ir.
     taken = squeeze.inputs[0].producer() if squeeze.inputs[0] is not None else None
     assert taken is not None
     name = f"{node.name}_{'qkv'[index]}"
-    part = ir.node(
-        PLACEHOLDER,
-        node.inputs,
-        domain=PLACEHOLDER_DOMAIN,
-        attributes={"path": node.attributes["path"].as_string(), "part": index, "parts": 3},
-        name=name,
-    )
-    width = shape[3] * shape[4]
+    attributes = {"path": node.attributes["path"].as_string(), "part": "qkv"[index]}
+    part = ir.node(PLACEHOLDER, node.inputs, domain=PLACEHOLDER_DOMAIN, attributes=attributes, name=name)
     part.outputs[0].name, part.outputs[0].type = name, node.outputs[0].type
-    part.outputs[0].shape = ir.Shape([*node.outputs[0].shape[:-1], width])
-    heads = ir.tensor([*shape[:2], *shape[3:]], dtype=ir.DataType.INT64, name=f"{name}_heads")
-    graph.initializers[heads.name] = value = ir.Value(
-        name=heads.name, const_value=heads, shape=heads.shape, type=ir.TensorType(heads.dtype)
-    )
-    apart = ir.node("Reshape", [part.outputs[0], value], attributes=dict(reshape.attributes), name=f"{name}_reshape")
+    part.outputs[0].shape = ir.Shape([*_shape(node)[:-1], shape[3] * shape[4]])
+    heads = add_constant(graph, f"{name}_heads", np.array([*shape[:2], *shape[3:]], np.int64))
+    apart = ir.node("Reshape", [part.outputs[0], heads], attributes=dict(reshape.attributes), name=f"{name}_reshape")
     moved = ir.node("Transpose", apart.outputs, attributes={"perm": [0, 2, 1, 3]}, name=f"{name}_transpose")
-    moved.outputs[0].shape, moved.outputs[0].type = squeeze.outputs[0].shape, squeeze.outputs[0].type
-    new = [part, apart, moved]
-    ir.convenience.replace_nodes_and_values(graph, squeeze, [squeeze, taken], new, [squeeze.outputs[0]], [moved.outputs[0]])
+    moved.outputs[0].shape, moved.outputs[0].type = _shape(squeeze), squeeze.outputs[0].type
+    ir.convenience.replace_nodes_and_values(
+        graph, squeeze, [squeeze, taken], [part, apart, moved], [squeeze.outputs[0]], [moved.outputs[0]]
+    )

@@ -97,69 +97,91 @@ def quantize(
     method_named(method.name)
     module = model.module.to(device)
     blocks = find_blocks(module, images[:2].to(device))
-    batches = [(half, batch) for half, part in enumerate(images.tensor_split(2)) for batch in part.split(BATCH_SIZE)]
-    halves = [half for half, _ in batches]
-    original = [first_input(module, blocks[0], batch.to(device)).cpu() for _, batch in batches]
-    quantized = list(original)
+    run = _Run(scheme, method, device)
+    streams = _start(module, blocks[0], images, device)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
         untouched = block.copied()
-        for group in block.groups:
-            reports += _quantize_group(block, untouched, group, halves, original, quantized, scheme, method, device)
-        original = [untouched(tokens.to(device)).cpu() for tokens in original]
-        quantized = [block(tokens.to(device)).cpu() for tokens in quantized]
-        in_block = [report for report in reports if report.path.startswith(block.path + ".")]
+        in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
+        streams = streams.advanced(untouched, block, device)
+        reports += in_block
         block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
 
 
-def _quantize_group(
-    block: Block,
-    untouched: Block,
-    group: tuple[str, ...],
-    halves: list[int],
-    original: list[Tensor],
-    quantized: list[Tensor],
-    scheme: Scheme,
-    method: MethodSpec,
-    device: torch.device,
-) -> list[ModuleReport]:
-    """Replace the linears of one group in the block. original, quantized: the tokens that enter the block on both streams, by batch."""
-    first = group[0]
-    quantizer = _input_quantizer(block, first, quantized, scheme, device)
-    in_features = block.linear(first).in_features
-    sums = [ResidualStatistics.zeros(in_features, device) for _ in range(2)]
-    for half, float_tokens, tokens in zip(halves, original, quantized, strict=True):
-        x = block.input_of(first, tokens.to(device))
-        x = x if quantizer is None else quantizer(x)
-        x_float = untouched.input_of(first, float_tokens.to(device))
-        sums[half] = sums[half].with_batch(x.reshape(-1, in_features), x_float.reshape(-1, in_features))
-    problem = Problem((sums[0], sums[1]), scheme.weight.code_range, method)
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same through one run."""
+
+    scheme: Scheme
+    method: MethodSpec
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """The tokens that enter a block on both paths, by batch, on the CPU; halves: the half of the calibration set each batch belongs to."""
+
+    halves: list[int]
+    original: list[Tensor]
+    quantized: list[Tensor]
+
+    def advanced(self, untouched: Block, block: Block, device: torch.device) -> "_Streams":
+        """The tokens after a block."""
+        original = [untouched(tokens.to(device)).cpu() for tokens in self.original]
+        return _Streams(self.halves, original, [block(tokens.to(device)).cpu() for tokens in self.quantized])
+
+
+def _start(module: nn.Module, block: Block, images: Tensor, device: torch.device) -> _Streams:
+    """Both paths at the first block, where they are one."""
+    batches = [(half, batch) for half, part in enumerate(images.tensor_split(2)) for batch in part.split(BATCH_SIZE)]
+    tokens = [first_input(module, block, batch.to(device)).cpu() for _, batch in batches]
+    return _Streams([half for half, _ in batches], tokens, tokens)
+
+
+def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
+    """Replace the linears of one group, which share an input, in the block."""
+    quantizer = _input_quantizer(block, group[0], streams, run)
+    problem = Problem(_statistics(block, untouched, group[0], quantizer, streams, run), run.scheme.weight.code_range, run.method)
     reports = []
     for name in group:
         start = time.perf_counter()
         linear = block.linear(name)
         try:
-            solution = method_named(method.name)(linear.weight, problem, method)
+            solution = method_named(run.method.name)(linear.weight, problem, run.method)
         except MarrqError as error:
             raise MarrqError(f"{block.path}.{name}: {error}") from error
         seconds = time.perf_counter() - start
         reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, seconds))
-        _replace(block.module, name, _quant_linear(linear, solution, quantizer, scheme))
+        _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     return reports
 
 
-def _input_quantizer(block: Block, linear: str, tokens: list[Tensor], scheme: Scheme, device: torch.device) -> ActivationQuantizer | None:
-    """The activation quantizer of a group; a static grid comes from the quantized stream, on which it will be used."""
-    spec = scheme.activation
+def _input_quantizer(block: Block, linear: str, streams: _Streams, run: _Run) -> ActivationQuantizer | None:
+    """The activation quantizer of a group; a static grid comes from the quantized path, on which it will be used."""
+    spec = run.scheme.activation
     if spec is None:
         return None
     if spec.strategy == "per-token":
         return ActivationQuantizer(spec, None)
     observer = RangeObserver()
-    for batch in tokens:
-        observer.observe(block.input_of(linear, batch.to(device)))
+    for tokens in streams.quantized:
+        observer.observe(block.input_of(linear, tokens.to(run.device)))
     return ActivationQuantizer(spec, observer.grid(spec))
+
+
+def _statistics(
+    block: Block, untouched: Block, linear: str, quantizer: ActivationQuantizer | None, streams: _Streams, run: _Run
+) -> tuple[ResidualStatistics, ResidualStatistics]:
+    """The sums over the inputs of a linear on both paths, for each half of the calibration set."""
+    features = block.linear(linear).in_features
+    sums = [ResidualStatistics.zeros(features, run.device) for _ in range(2)]
+    for half, original, quantized in zip(streams.halves, streams.original, streams.quantized, strict=True):
+        x = block.input_of(linear, quantized.to(run.device))
+        x = x if quantizer is None else quantizer(x)
+        x_float = untouched.input_of(linear, original.to(run.device))
+        sums[half] = sums[half].with_batch(x.reshape(-1, features), x_float.reshape(-1, features))
+    return sums[0], sums[1]
 
 
 def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, seconds: float) -> ModuleReport:

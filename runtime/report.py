@@ -24,10 +24,11 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. flavor: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says."""
 
     name: str
-    path: Path
+    file: Path
+    path: str
     role: Literal["candidate", "baseline"]
     flavor: str
     bits_per_weight: float
@@ -56,15 +57,15 @@ def bench(
 ) -> dict[str, Any]:
     """Measure all entries on the same images and in the same rounds. description: of the data, as it goes into the JSON."""
     logits, targets = _predict(entries, data, settings.session, progress)
-    reference = next((logits[entry.path] for entry in entries if entry.flavor == "fp32"), None)
+    reference = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
     latencies = measure_latency(
-        [entry.path for entry in entries], settings.batches, settings.session, settings.rounds, settings.seconds, progress.model
+        [entry.file for entry in entries], settings.batches, settings.session, settings.rounds, settings.seconds, progress.model
     )
     with tempfile.TemporaryDirectory() as scratch:
-        executed = [executed_operators(entry.path, settings.session, Path(scratch)) for entry in entries]
+        executed = [executed_operators(entry.file, settings.session, Path(scratch)) for entry in entries]
     baselines = {entry.flavor: latency for entry, latency in zip(entries, latencies, strict=True) if entry.role == "baseline"}
     models = [
-        _model(entry, measure_accuracy(logits[entry.path], targets, reference), latency, baselines, operators)
+        _model(entry, measure_accuracy(logits[entry.file], targets, reference), latency, baselines, operators)
         for entry, latency, operators in zip(entries, latencies, executed, strict=True)
     ]
     environment = {**describe(settings.session), "rounds": settings.rounds, "seconds": settings.seconds}
@@ -75,7 +76,7 @@ def _predict(
     entries: Sequence[Entry], data: Batches, settings: SessionSettings, progress: Progress
 ) -> tuple[dict[Path, NDArray[np.float32]], NDArray[np.int64]]:
     """Logits of every model on the same images, read once."""
-    models = {entry.path: Model(entry.path, settings) for entry in entries}
+    models = {entry.file: Model(entry.file, settings) for entry in entries}
     logits: dict[Path, list[NDArray[np.float32]]] = {path: [] for path in models}
     targets = []
     for pixels, labels in data:
@@ -98,10 +99,10 @@ def _model(
         rows.append(row)
     return {
         "name": entry.name,
-        "path": str(entry.path),
+        "path": entry.path,
         "role": entry.role,
         "flavor": entry.flavor,
-        "size_bytes": entry.path.stat().st_size,
+        "size_bytes": entry.file.stat().st_size,
         "bits_per_weight": entry.bits_per_weight,
         "accuracy": asdict(accuracy),
         "latency": rows,

@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(str(error))
     try:
         app(arguments)
+        return 0
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 0
     except (MarrqError, BenchError) as error:

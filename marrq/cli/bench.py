@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout
+from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout, write_json
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def bench(
         with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(json_file, report)
 
 
 def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
@@ -69,14 +68,15 @@ def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "
         name = f"{metadata['marrq.scheme']} {metadata['marrq.method']}"
         if any(entry.name == name for entry in candidates):
             name += f" {path.name}"
-        candidates.append(Entry(name, file, "candidate", metadata["marrq.flavor"], float(metadata["marrq.bits_per_weight"])))
+        bits = float(metadata["marrq.bits_per_weight"])
+        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for flavor in dict.fromkeys(baselines):
         assert model is not None
         say(f"exporting the baseline {flavor}")
         bits = write_baseline(model, flavor, scratch / f"{flavor}.onnx")
-        entries.append(Entry(flavor, scratch / f"{flavor}.onnx", "baseline", flavor, bits))
+        entries.append(Entry(flavor, scratch / f"{flavor}.onnx", model.source.name, "baseline", flavor, bits))
     return entries + candidates, shared
 
 

@@ -1,9 +1,10 @@
 """What several commands share: options, the progress bar, the device."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,6 +55,13 @@ def progress_bars(**totals: int | None) -> Iterator[list[Bar]]:
 def say(text: str) -> None:
     """A line for people, on stderr, as it stands."""
     stderr.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def write_json(file: Path | None, report: dict[str, Any]) -> None:
+    """Write the report where one was asked for."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def data_for(model: str, data: str | None) -> str:

@@ -1,13 +1,12 @@
 """`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch; also for schemes that no flavour exports."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marrq.cli.common import DataOption, DeviceOption, JsonOption, choose_device, data_for, progress_bars, stdout
+from marrq.cli.common import DataOption, DeviceOption, JsonOption, choose_device, data_for, progress_bars, stdout, write_json
 
 if TYPE_CHECKING:
     from marrq.models import VisionModel
@@ -52,8 +51,7 @@ def evaluate(
             f"agreement {100 * accuracy['agreement']:.2f} %, {accuracy['images']} images",
             highlight=False,
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(json_file, report)
 
 
 def _load(name: str) -> "VisionModel | QuantizedModel":

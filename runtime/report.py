@@ -113,10 +113,10 @@ def _model(
 def table(report: dict[str, Any]) -> Table:
     """The report for people; fits 80 columns with two batch sizes."""
     caption = f"{report['data']['images']} images of {report['data']['path']}, ONNX Runtime {report['environment']['onnxruntime']}"
-    result = Table(caption=caption, box=SIMPLE_HEAD)
+    result = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     result.add_column("\nmodel", no_wrap=True)
     batches = [row["batch"] for row in report["models"][0]["latency"]]
-    headings = ("top-1 %\n(95 %)", "agree\n%", "\nMB", "bits/\nweight", *(f"ms, batch {batch}\n(× fp32)" for batch in batches))
+    headings = ("top-1 %\n(95 %)", "agree\n%", "\nMB", "bits/\nweight", *(f"batch {batch}\nms (× fp32)" for batch in batches))
     for heading in headings:
         result.add_column(heading, justify="right", no_wrap=True)
     for model in report["models"]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporters.floating import export_float16, export_float32
 from exporters.integer import check_scheme, export_integer
@@ -92,6 +93,7 @@ def bits_per_weight(model: QuantizedModel) -> float:
 
 def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path) -> None:
     """Stamp the graph, check it, and put the file in its place in one step."""
+    RemoveUnusedNodesPass()(graph)  # constants that a rewrite left behind
     opset = graph.opset_imports[""]
     graph.ir_version = IR_VERSIONS[opset]
     graph.producer_name, graph.producer_version = "marrq", __version__

@@ -26,3 +26,15 @@ def test_methods_are_compared_once_each_and_the_table_has_a_row_for_each(tiny: s
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert again.stdout == first.stdout
     assert again.stderr == ""
+
+
+def test_the_parity_of_the_demo_is_float_rounding(demo_artifact: Path, tmp_path: Path):
+    from marrq.cli import main
+
+    file = tmp_path / "model.onnx"
+    assert main(["export", str(demo_artifact), "-o", str(file)]) == 0
+    command = [sys.executable, str(EXAMPLES / "parity.py"), str(demo_artifact), str(file), "--data", "demo", "--images", "100"]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert report["images"] == 100
+    assert report["torch to onnxruntime"]["least_cosine"] >= 0.9999
+    assert report["torch to onnxruntime"]["same_top1"] >= 0.995

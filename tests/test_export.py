@@ -113,6 +113,8 @@ def test_the_file_asks_for_no_more_than_it_needs_and_says_what_it_is(exported: t
     opset = {2: 25, 3: 20, 4: 21, 8: 20}[model.scheme.weight.num_bits]
     assert {entry.domain: entry.version for entry in graph.opset_import} == {"": opset, "com.microsoft": 1}
     assert graph.ir_version == IR_VERSIONS[opset]
+    used = {name for node in graph.graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.graph.initializer} <= used
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     assert metadata["marrq.scheme"] == str(model.scheme)
     assert metadata["marrq.method"] == "gptq"

@@ -19,6 +19,7 @@ import typer
 
 from marrq.data import find_images
 from marrq.evaluate import predict
+from marrq.methods import METHODS
 from marrq.methods.problem import MethodSpec
 from marrq.models import load_model
 from marrq.pipeline import CalibrationSet, quantize
@@ -26,7 +27,6 @@ from marrq.schemes import parse_scheme
 from runtime.accuracy import measure_accuracy
 
 CPU = torch.device("cpu")
-METHODS = ("rtn", "gptq", "gptaq", "marr")
 
 
 def main(

@@ -45,6 +45,9 @@ def check_scheme(model: QuantizedModel) -> None:
             f"the integer flavour needs static per-tensor activations, the artifact has {model.scheme.description}: "
             "quantize with a scheme such as W4A8 and --activations per-tensor, or measure it in torch with `marrq evaluate`"
         )
+    for what, present in (("group scales", model.scheme.weight.group_size), ("a low-rank branch", model.method.lowrank)):
+        if present is not None:
+            raise MarrqError(f"the integer flavour has no {what}: quantize without, or measure it in torch with `marrq evaluate`")
 
 
 def export_integer(model: QuantizedModel) -> ir.Model:

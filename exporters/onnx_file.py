@@ -20,8 +20,7 @@ from exporters.integer import check_scheme, export_integer
 from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.models import VisionModel, load_source
-from marrq.modules import quantized_linears
-from marrq.packing import packed_size
+from marrq.modules import bits_per_weight
 from marrq.pipeline import QuantizedModel
 
 IR_VERSIONS = {20: 9, 21: 10, 25: 13}
@@ -54,7 +53,7 @@ def write_integer(model: QuantizedModel, artifact: str, path: Path) -> None:
         "scheme": str(model.scheme),
         "method": model.method.name,
         "artifact": artifact,
-        "bits_per_weight": f"{bits_per_weight(model):.4f}",
+        "bits_per_weight": f"{bits_per_weight(model.module):.4f}",
         "lowest_onnxruntime": LOWEST_ONNXRUNTIME[model.scheme.weight.num_bits],
     }
     _write(export_integer(model), model, described, path)
@@ -82,13 +81,6 @@ def check_flavor(model: QuantizedModel, flavor: str) -> None:
         raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(FLAVORS)}")
     if flavor == "integer":
         check_scheme(model)
-
-
-def bits_per_weight(model: QuantizedModel) -> float:
-    """Bits that the quantized linears' weights take in the file, with float32 scales and int8 zero points, per weight."""
-    linears = quantized_linears(model.module).values()
-    bits = sum(8 * packed_size(linear.codes.numel(), linear.spec.num_bits) + (32 + 8) * len(linear.codes) for linear in linears)
-    return bits / sum(linear.codes.numel() for linear in linears)
 
 
 def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path) -> None:

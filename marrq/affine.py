@@ -3,14 +3,19 @@
     code = clamp(round(x / scale) + zero_point, low, high)          value = (code - zero_point) · scale
 
 Rounding is half to even and the division is a division, as in ONNX QuantizeLinear, so that torch and ONNX Runtime give the same codes.
-Every grid represents 0 exactly. The weight grid is GPTQ's (arXiv 2210.17323, released code): min/max per output channel, then a search
-over clipped ranges with the error |q - w|^2.4.
+Every grid represents 0 exactly. The weight grid is GPTQ's (arXiv 2210.17323, released code): min/max per output channel or group of
+inputs, then a search over clipped ranges with the error |q - w|^2.4. The grid of mxint is not searched: the scale is the power of two
+that the largest magnitude of the block asks for, with one sign bit and b - 1 bits of mantissa.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from marrq.errors import MarrqError
+from marrq.schemes import WeightGrid, WeightSpec
 
 CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
 WEIGHT_ERROR_POWER = 2.4
@@ -21,7 +26,8 @@ class Grid:
     """An affine grid of integers `low` … `high`.
 
     scale, zero_point: floating-point tensors that broadcast against what is quantized: [m, 1] for weights [m, n] (per channel), [] per
-    tensor, [..., 1] per token. The zero point holds an integer between `low` and `high`.
+    tensor, [..., 1] per token. Weights in groups have [m, groups], to be `spread` first. The zero point holds an integer between `low`
+    and `high`.
     """
 
     scale: Tensor
@@ -29,13 +35,30 @@ class Grid:
     low: int
     high: int
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Codes of x, in x's floating-point type; NaN stays NaN."""
-        return torch.clamp(torch.round(x / self.scale) + self.zero_point, self.low, self.high)
+    def quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Codes of x, in x's floating-point type; NaN stays NaN. out: where to write them."""
+        return torch.div(x, self.scale, out=out).round_().add_(self.zero_point).clamp_(self.low, self.high)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes, in the type of the scale."""
-        return (codes - self.zero_point) * self.scale
+        return (codes - self.zero_point).mul_(self.scale)
+
+    def spread(self, columns: int) -> "Grid":
+        """The grid with each group's scale and zero point repeated for its columns: [m, columns]."""
+        size = columns // self.scale.shape[1]
+        return Grid(self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1), self.low, self.high)
+
+    def stacked(self, count: int) -> "Grid":
+        """The grid of a weight stacked `count` times upon itself."""
+        return Grid(self.scale.repeat(count, 1), self.zero_point.repeat(count, 1), self.low, self.high)
+
+    def columns(self, order: Tensor) -> list["Grid"]:
+        """The grid of each column of a weight, scales [m], in the order given: [n]."""
+        if self.scale.shape[1] == 1:
+            return [Grid(self.scale[:, 0].contiguous(), self.zero_point[:, 0].contiguous(), self.low, self.high)] * len(order)
+        spread = self.spread(len(order))
+        pairs = zip(spread.scale.T[order], spread.zero_point.T[order], strict=True)
+        return [Grid(scale, zero_point, self.low, self.high) for scale, zero_point in pairs]
 
     def nearest(self, x: Tensor) -> Tensor:
         """The value of the grid that each x is rounded to."""
@@ -52,32 +75,55 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
     return Grid(scale, zero_point, low, high)
 
 
-def search_weight_grid(weight: Tensor, code_range: tuple[int, int]) -> Grid:
-    """Per output channel the clipped min/max range, out of 80, with the least Σ |q - w|^2.4. weight: [m, n]; scales: [m, 1]."""
-    minimum, maximum = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    best = grid_from_range(minimum, maximum, code_range)
+def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
+    """The grid of a weight [m, n]; scales are [m, groups]. Raises MarrqError when n is no multiple of the group size."""
+    size = spec.group_size or weight.shape[1]
+    if weight.shape[1] % size:
+        raise MarrqError(f"{weight.shape[1]} inputs are no multiple of the group size {size}: choose another group size")
+    grid = WEIGHT_GRIDS[spec.grid](weight.reshape(-1, size), spec.code_range)
+    shape = (len(weight), -1)
+    return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), grid.low, grid.high)
+
+
+def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
+    """The scale 2^(e - b + 2), e the exponent of the block's largest magnitude, so that b - 1 bits of mantissa reach it. blocks: […, 32]."""
+    low, high = code_range
+    largest = blocks.abs().amax(1, keepdim=True)
+    exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx · 2^exponent
+    scale = torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1)
+    return Grid(scale, torch.zeros_like(scale), -high, high)
+
+
+def _asymmetric_grid(rows: Tensor, code_range: tuple[int, int]) -> Grid:
+    minimum, maximum = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    return _search_clipping(rows, lambda factor: grid_from_range(minimum * factor, maximum * factor, code_range))
+
+
+def _symmetric_grid(rows: Tensor, code_range: tuple[int, int]) -> Grid:
+    low, high = code_range
+    largest = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, torch.full_like(largest, high)) / high
+    return _search_clipping(rows, lambda factor: Grid(scale * factor, torch.zeros_like(scale), low, high))
+
+
+def _search_clipping(rows: Tensor, grid_of: Callable[[float], Grid]) -> Grid:
+    """Per row the clipped grid, out of 80, with the least Σ |q - w|^2.4."""
+    best = grid_of(1.0)
     scale, zero_point = best.scale.clone(), best.zero_point.clone()
     least = torch.full_like(scale, torch.inf)
     for factor in CLIP_FACTORS:
-        grid = grid_from_range(minimum * factor, maximum * factor, code_range)
-        error = (grid.nearest(weight) - weight).abs_().pow_(WEIGHT_ERROR_POWER).sum(1, keepdim=True)
+        grid = grid_of(factor)
+        # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back as 0.
+        error = grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         scale, zero_point = torch.where(better, grid.scale, scale), torch.where(better, grid.zero_point, zero_point)
-    return Grid(scale, zero_point, *code_range)
+    return Grid(scale, zero_point, best.low, best.high)
 
 
-def search_tensor_grid(minimum: Tensor, maximum: Tensor, sample: Tensor, code_range: tuple[int, int]) -> Grid:
-    """The clipped range with the least square error, for a tensor seen only through its range (scalars) and a sample of its values."""
-
-    def error(factor: float) -> float:
-        grid = grid_from_range(minimum * factor, maximum * factor, code_range)
-        return (grid.nearest(sample) - sample).square().sum().item()
-
-    factor = min(CLIP_FACTORS, key=error)
-    return grid_from_range(minimum * factor, maximum * factor, code_range)
-
-
-def per_token_grid(x: Tensor, code_range: tuple[int, int]) -> Grid:
-    """One min/max grid per token, over the last dimension. x: [..., n]; scales: [..., 1]."""
-    return grid_from_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), code_range)
+WEIGHT_GRIDS: dict[WeightGrid, Callable[[Tensor, tuple[int, int]], Grid]] = {
+    "asymmetric": _asymmetric_grid,
+    "symmetric": _symmetric_grid,
+    "mxint": _mxint_grid,
+}
+"""How the rows of a weight, or its groups, get their grid."""

@@ -1,7 +1,8 @@
 """The artifact: a quantized model as a folder. The README describes the format; a test pins it to literal bytes.
 
     config.json          everything needed to rebuild and to repeat: source, preprocessing, labels, scheme, method, calibration, versions
-    model.safetensors    per linear weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale, input_zero_point;
+    model.safetensors    per linear weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale, input_zero_point, input_clip,
+                         lowrank_left, lowrank_right and their scales, as far as it has them;
                          every other tensor of the model in floating point, under its own name
     quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds
     README.md            a model card
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from marrq.activations import ActivationQuantizer
 from marrq.affine import Grid
 from marrq.errors import MarrqError
-from marrq.methods.problem import PID, MethodSpec, Step
+from marrq.methods.lowrank import LowRank, LowRankSpec, StoredFactor
+from marrq.methods.problem import PID, AlphaSpec, MethodSpec, Step
 from marrq.models import ModelSource, build
 from marrq.modules import QuantLinear, quantized_linears
 from marrq.packing import pack, unpack
@@ -36,7 +38,8 @@ from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 
 FORMAT = "marrq.artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OPTIONAL = ("bias", "lowrank_left", "lowrank_right", "lowrank_left_scale", "lowrank_right_scale")
 CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
 
 
@@ -67,7 +70,7 @@ def load(folder: Path) -> QuantizedModel:
         reports = tuple(_report(fields) for fields in json.loads((folder / REPORTS).read_text()))
         source = ModelSource(**config["model"])
         scheme = _scheme(config["scheme"])
-        method = MethodSpec(**{**config["method"], "pid": PID(**config["method"]["pid"])})
+        method = _method(config["method"])
         module = _restore(build(source), load_file(folder / TENSORS), scheme)
         preprocessing = Preprocessing.from_json(config["preprocessing"])
         calibration = CalibrationSet(**config["calibration"])
@@ -88,8 +91,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MarrqError(f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the model again") from error
     if kind != FORMAT or not isinstance(number, int):
         raise MarrqError(f"{str(folder)!r} is no marrq artifact: give a folder that `marrq quantize` wrote")
-    if number > FORMAT_VERSION:
-        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads up to {FORMAT_VERSION}: upgrade marrq")
+    if number != FORMAT_VERSION:
+        advice = "upgrade marrq" if number > FORMAT_VERSION else "quantize the model again"
+        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {FORMAT_VERSION}: {advice}")
     if not (folder / TENSORS).is_file() or _sha256(folder / TENSORS) != expected:
         raise MarrqError(f"artifact {str(folder)!r} is damaged ({TENSORS} is missing or not what was saved): quantize the model again")
     return config
@@ -125,15 +129,17 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": pack(linear.codes, linear.spec.num_bits),
-        "weight_scale": linear.scale.squeeze(1),
-        "weight_zero_point": linear.zero_point.squeeze(1),
+        "weight_scale": linear.scale.to(torch.float8_e8m0fnu) if linear.spec.grid == "mxint" else linear.scale,
         "weight_shape": torch.tensor(linear.codes.shape),
     }
-    if linear.bias is not None:
-        tensors["bias"] = linear.bias
+    if linear.spec.grid == "asymmetric":
+        tensors["weight_zero_point"] = linear.zero_point
+    tensors |= {name: tensor for name in OPTIONAL if (tensor := getattr(linear, name)) is not None}
     if linear.input is not None and linear.input.spec.strategy == "per-tensor":
         tensors["input_scale"] = linear.input.scale
         tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
+    elif linear.input is not None:
+        tensors["input_clip"] = linear.input.clip
     return tensors
 
 
@@ -155,20 +161,26 @@ def _restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme) -> n
 
 def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
     rows, columns = tensors["weight_shape"].tolist()
-    quantizer = None
-    if scheme.activation is not None:
-        grid = None
-        if scheme.activation.strategy == "per-tensor":
-            grid = Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *scheme.activation.code_range)
-        quantizer = ActivationQuantizer(scheme.activation, grid)
+    scale = tensors["weight_scale"].float()
+    lowrank = None
+    if "lowrank_left" in tensors:
+        left, right = (StoredFactor(tensors[f"lowrank_{side}"], tensors.get(f"lowrank_{side}_scale")) for side in ("left", "right"))
+        lowrank = LowRank(left, right)
     return QuantLinear(
         scheme.weight,
         unpack(tensors["weight_packed"], scheme.weight.num_bits, (rows, columns)),
-        tensors["weight_scale"].unsqueeze(1),
-        tensors["weight_zero_point"].unsqueeze(1),
+        scale,
+        tensors.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8)),
         tensors.get("bias"),
-        quantizer,
+        None if scheme.activation is None else _restored_quantizer(tensors, scheme.activation),
+        lowrank,
     )
+
+
+def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> ActivationQuantizer:
+    if spec.strategy == "per-token":
+        return ActivationQuantizer(spec, tensors["input_clip"])
+    return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
 
 
 def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
@@ -190,6 +202,12 @@ def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
 def _scheme(fields: dict[str, Any]) -> Scheme:
     activation = fields["activation"]
     return Scheme(WeightSpec(**fields["weight"]), None if activation is None else ActivationSpec(**activation))
+
+
+def _method(fields: dict[str, Any]) -> MethodSpec:
+    alpha, lowrank = fields["alpha"], fields["lowrank"]
+    settings = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
+    return MethodSpec(**{**fields, "alpha": AlphaSpec(**settings), "lowrank": None if lowrank is None else LowRankSpec(**lowrank)})
 
 
 def _report(fields: dict[str, Any]) -> ModuleReport:

@@ -9,12 +9,13 @@ does not depend on the images. A model for which this fails is refused.
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from marrq.errors import MarrqError
 
@@ -117,11 +118,8 @@ def _record(model: nn.Module, candidates: dict[str, nn.Module], images: Tensor) 
 
     handles = [module.register_forward_hook(leave(path), with_kwargs=True) for path, module in candidates.items()]
     handles += [module.register_forward_pre_hook(enter) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
+    with hooked(handles):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return trace
 
 
@@ -148,13 +146,23 @@ def _check_chain(model: nn.Module, blocks: list[Block], images: Tensor) -> None:
     tokens = trace[blocks[0].path][0].tokens
     for block in blocks:
         tokens = block(tokens)
-        if not torch.allclose(tokens, trace[block.path][0].output, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(tokens, trace[block.path][0].output, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise MarrqError(f"block {block.path!r} does not follow from the one before it alone: the model is no chain of blocks")
 
 
 def _first(output: Any) -> Tensor:
     """Tokens of a block's output; transformers' blocks may return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+@contextmanager
+def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Reached(Exception):
@@ -170,10 +178,5 @@ def _stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
         reached.append(arguments[0])
         raise _Reached
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with hooked([module.register_forward_pre_hook(hook)]), suppress(_Reached):
         yield reached
-    except _Reached:
-        pass
-    finally:
-        handle.remove()

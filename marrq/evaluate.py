@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from marrq.data import ImageSet
 from marrq.preprocessing import Preprocessing
 
-BATCH_SIZE = 64
+BATCH_SIZE = 16
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ Two streams of tokens run through the blocks side by side: one through the origi
 far (x). In each block, group by group of linears that share an input: find the static activation grid, sum the statistics of both
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
-statistics, the rest the second.
+statistics, the rest the second. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,22 @@ from torch import Tensor, nn
 from marrq.activations import ActivationQuantizer, RangeObserver
 from marrq.blocks import Block, find_blocks, first_input
 from marrq.errors import MarrqError
-from marrq.methods import method_named
-from marrq.methods.problem import MethodSpec, Problem, Solution, Step
+from marrq.methods import STREAM_METHODS, Solution, method_named, solve
+from marrq.methods.problem import MethodSpec, Problem, Step
 from marrq.models import ModelSource, VisionModel
 from marrq.modules import QuantLinear
 from marrq.preprocessing import Preprocessing
+from marrq.rotation import rotate
 from marrq.schemes import Scheme
 from marrq.statistics import ResidualStatistics
+from marrq.stream import Writer, find_writer, read_stream
 
-BATCH_SIZE = 32
+BATCH_SIZE = 16
+"""Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
+
+
+OBSERVED = {"per-tensor": 1, "per-token": 2}
+"""Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,13 @@ class CalibrationSet:
 class ModuleReport:
     """How one linear was quantized.
 
-    error: J over the calibration tokens; mse: J / (tokens · outputs); clipped: share of weights outside their grid; seconds: the method's
-    time, without the statistics; alpha, trajectory, damping, fallback: see methods/problem.py.
+    error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
+    grid; seconds: the method's time, without the statistics; alpha, trajectory, damping, fallback: see methods/problem.py.
     """
 
     path: str
     error: float
+    relative_error: float
     mse: float
     alpha: float | None
     trajectory: tuple[Step, ...]
@@ -74,6 +82,19 @@ class QuantizedModel:
     reports: tuple[ModuleReport, ...]
 
 
+class FullPrecisionTokens:
+    """The tokens behind each block on the full-precision path: computed by the first run, and kept for later ones."""
+
+    def __init__(self) -> None:
+        self._behind: list[list[Tensor]] = []
+
+    def behind(self, index: int, untouched: Block, streams: "_Streams", device: torch.device) -> list[Tensor]:
+        """The tokens behind block `index`, by batch; blocks come in order."""
+        if index == len(self._behind):
+            self._behind.append(_advance(untouched, streams.original, device))
+        return self._behind[index]
+
+
 BlockDone = Callable[[int, int, Sequence[ModuleReport]], None]
 """Called after each block with blocks done, blocks in all, and the block's reports."""
 
@@ -87,15 +108,19 @@ def quantize(
     method: MethodSpec,
     device: torch.device,
     block_done: BlockDone = lambda done, count, reports: None,
+    shared: FullPrecisionTokens | None = None,
 ) -> QuantizedModel:
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
-    images: preprocessed calibration images [samples, channels, height, width], at least two, in random order.
+    images: preprocessed calibration images [samples, channels, height, width], at least two, in random order. shared: keeps what
+    all runs on these images, and with this rotation, have in common.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
-    method_named(method.name)
+    method = replace(method, name=method_named(method.name))
     module = model.module.to(device)
+    if method.rotation is not None:
+        rotate(module, images[:2].to(device), method.rotation)
     blocks = find_blocks(module, images[:2].to(device))
     run = _Run(scheme, method, device)
     streams = _start(module, blocks[0], images, device)
@@ -103,7 +128,9 @@ def quantize(
     for index, block in enumerate(blocks):
         untouched = block.copied()
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
-        streams = streams.advanced(untouched, block, device)
+        if index + 1 < len(blocks):
+            original = _advance(untouched, streams.original, device) if shared is None else shared.behind(index, untouched, streams, device)
+            streams = _Streams(streams.halves, original, _advance(block, streams.quantized, device))
         reports += in_block
         block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
@@ -126,11 +153,6 @@ class _Streams:
     original: list[Tensor]
     quantized: list[Tensor]
 
-    def advanced(self, untouched: Block, block: Block, device: torch.device) -> "_Streams":
-        """The tokens after a block."""
-        original = [untouched(tokens.to(device)).cpu() for tokens in self.original]
-        return _Streams(self.halves, original, [block(tokens.to(device)).cpu() for tokens in self.quantized])
-
 
 def _start(module: nn.Module, block: Block, images: Tensor, device: torch.device) -> _Streams:
     """Both paths at the first block, where they are one."""
@@ -139,70 +161,101 @@ def _start(module: nn.Module, block: Block, images: Tensor, device: torch.device
     return _Streams([half for half, _ in batches], tokens, tokens)
 
 
+def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The tokens behind a block, by batch, on the CPU."""
+    return [block(batch.to(device)).cpu() for batch in tokens]
+
+
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block."""
-    quantizer = _input_quantizer(block, group[0], streams, run)
-    problem = Problem(_statistics(block, untouched, group[0], quantizer, streams, run), run.scheme.weight.code_range, run.method)
+    quantizer = _input_quantizer(block, group, streams, run)
+    statistics = _statistics(block, untouched, group, quantizer, streams, run)
     reports = []
-    for name in group:
-        start = time.perf_counter()
-        linear = block.linear(name)
-        try:
-            solution = method_named(run.method.name)(linear.weight, problem, run.method)
-        except MarrqError as error:
-            raise MarrqError(f"{block.path}.{name}: {error}") from error
-        seconds = time.perf_counter() - start
-        reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, seconds))
-        _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
+    try:
+        problem = Problem(statistics, run.scheme.weight, run.method)
+        for name in group:
+            start = time.perf_counter()
+            linear = block.linear(name)
+            solution = solve(linear.weight, problem, run.method)
+            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, time.perf_counter() - start))
+            _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
+    except MarrqError as error:
+        raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
     return reports
 
 
-def _input_quantizer(block: Block, linear: str, streams: _Streams, run: _Run) -> ActivationQuantizer | None:
-    """The activation quantizer of a group; a static grid comes from the quantized path, on which it will be used."""
-    spec = run.scheme.activation
-    if spec is None:
+def _input_quantizer(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> ActivationQuantizer | None:
+    """The activation quantizer of a group, from the quantized path, on which it will be used."""
+    if run.scheme.activation is None:
         return None
-    if spec.strategy == "per-token":
-        return ActivationQuantizer(spec, None)
     observer = RangeObserver()
-    for tokens in streams.quantized:
-        observer.observe(block.input_of(linear, tokens.to(run.device)))
-    return ActivationQuantizer(spec, observer.grid(spec))
+    for tokens in streams.quantized[:: OBSERVED[run.scheme.activation.strategy]]:
+        observer.observe(block.input_of(group[0], tokens.to(run.device)))
+    return observer.quantizer(run.scheme.activation, torch.cat([block.linear(name).weight for name in group]))
 
 
 def _statistics(
-    block: Block, untouched: Block, linear: str, quantizer: ActivationQuantizer | None, streams: _Streams, run: _Run
+    block: Block, untouched: Block, group: tuple[str, ...], quantizer: ActivationQuantizer | None, streams: _Streams, run: _Run
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
-    """The sums over the inputs of a linear on both paths, for each half of the calibration set."""
-    features = block.linear(linear).in_features
-    sums = [ResidualStatistics.zeros(features, run.device) for _ in range(2)]
+    """The sums over the inputs of a group on both paths, for each half of the calibration set; for a writer over the stream too, where the
+    method aims at that."""
+    features = block.linear(group[0]).in_features
+    change = quantizer or nn.Identity()
+    writer = None
+    if run.method.name in STREAM_METHODS and len(group) == 1:
+        writer = find_writer(block, group[0], streams.quantized[0].to(run.device))
+    importance = None if writer is None else writer.gain.square()
+    first, second = (ResidualStatistics.zeros(features, run.device, importance) for _ in range(2))
     for half, original, quantized in zip(streams.halves, streams.original, streams.quantized, strict=True):
-        x = block.input_of(linear, quantized.to(run.device))
-        x = x if quantizer is None else quantizer(x)
-        x_float = untouched.input_of(linear, original.to(run.device))
-        sums[half] = sums[half].with_batch(x.reshape(-1, features), x_float.reshape(-1, features))
-    return sums[0], sums[1]
+        sums = (first, second)[half]
+        original, quantized = original.to(run.device), quantized.to(run.device)
+        if writer is None:
+            x, x_float = change(block.input_of(group[0], quantized)), untouched.input_of(group[0], original)
+        else:
+            x, x_float = _add_stream(sums, block, untouched, writer, change, quantized, original)
+        sums.add(x.reshape(-1, features), x_float.reshape(-1, features))
+    return first, second
+
+
+def _add_stream(
+    sums: ResidualStatistics, block: Block, untouched: Block, writer: Writer, change: nn.Module, quantized: Tensor, original: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take in what the stream behind a writer falls short of, in units of the writer's output; its input on both paths."""
+    x, stream = read_stream(block, writer, quantized, change)
+    x_float, stream_float = read_stream(untouched, writer, original, nn.Identity())
+    shortfall = torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
+    assert sums.output is not None
+    sums.output.add(x.reshape(-1, x.shape[-1]), shortfall.reshape(-1, len(writer.gain)))
+    return x, x_float
 
 
 def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, seconds: float) -> ModuleReport:
-    values = solution.grid.dequantize(torch.tensor([solution.grid.low, solution.grid.high], device=weight.device))  # [m, 2]
-    clipped = ((weight < values[:, :1]) | (weight > values[:, 1:])).float().mean().item()
-    mse = solution.error / (problem.whole.statistics.tokens * len(weight))
+    rounding = solution.rounding
+    grid = rounding.grid.spread(weight.shape[1])
+    lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
+    clipped = ((weight < lowest) | (weight > highest)).float().mean().item()
+    mse = solution.error / (problem.statistics.tokens * len(weight))
     return ModuleReport(
-        path, solution.error, mse, solution.alpha, solution.trajectory, solution.damping, clipped, solution.fallback, seconds
+        path,
+        solution.error,
+        solution.relative_error,
+        mse,
+        rounding.alpha,
+        rounding.trajectory,
+        solution.damping,
+        clipped,
+        rounding.fallback,
+        seconds,
     )
 
 
 def _quant_linear(linear: nn.Linear, solution: Solution, quantizer: ActivationQuantizer | None, scheme: Scheme) -> QuantLinear:
-    grid, bias = solution.grid, linear.bias
-    return QuantLinear(
-        scheme.weight,
-        solution.codes.to(torch.int8),
-        grid.scale,
-        grid.zero_point.to(torch.int8),
-        None if bias is None else bias.detach().clone(),
-        quantizer,
-    )
+    grid = solution.rounding.grid
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    if solution.bias_shift is not None:
+        bias = solution.bias_shift if bias is None else bias + solution.bias_shift
+    codes = solution.rounding.codes.to(torch.int8)
+    return QuantLinear(scheme.weight, codes, grid.scale, grid.zero_point.to(torch.int8), bias, quantizer, solution.lowrank)
 
 
 def _replace(module: nn.Module, path: str, child: nn.Module) -> None:

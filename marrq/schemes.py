@@ -1,8 +1,14 @@
 """What the user chooses about numbers: how many bits weights and activations get, and how their grids are laid.
 
-A scheme is written `W4A8`: weight bits, activation bits. A16 leaves activations in floating point.
-Weights lie on one asymmetric grid per output channel, activations on one grid per tensor, found in calibration (static), or on one
-grid per token, found at run time (dynamic).
+A scheme is written `W4A8`: weight bits, activation bits. A16 leaves activations in floating point. Weights lie on one asymmetric grid per
+output channel unless a suffix says otherwise:
+
+    W4A16-g128      one grid for each 128 inputs of an output channel
+    W4A8-sym        zero point 0, as TensorRT wants it; goes with -g128 too: W4A16-g128-sym
+    W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two that the block shares
+                    (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
+
+Activations lie on one grid per tensor, found in calibration (static), or on one grid per token, found at run time (dynamic).
 """
 
 import re
@@ -12,21 +18,41 @@ from typing import Literal, get_args
 from marrq.errors import MarrqError
 
 ActivationStrategy = Literal["per-tensor", "per-token"]
+WeightGrid = Literal["asymmetric", "symmetric", "mxint"]
 
 WEIGHT_BITS = (2, 3, 4, 8)
-ACTIVATION_BITS = (4, 8)
+ACTIVATION_BITS = (3, 4, 8)
 FLOAT_BITS = 16
+MXINT_BLOCK = 32
+
+SCHEME = re.compile(r"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?")
+SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Signed codes of `num_bits` bits, asymmetric, one scale and zero point per output channel."""
+    """Signed codes of `num_bits` bits.
+
+    group_size: inputs of an output channel that share a scale and zero point; None: all of them. grid: how they are laid.
+    """
 
     num_bits: int
+    group_size: int | None = None
+    grid: WeightGrid = "asymmetric"
 
     def __post_init__(self) -> None:
         if self.num_bits not in WEIGHT_BITS:
             raise MarrqError(f"weight bits must be one of {WEIGHT_BITS}: got {self.num_bits}")
+        if self.grid not in get_args(WeightGrid):
+            raise MarrqError(f"a weight grid must be one of {get_args(WeightGrid)}: got {self.grid!r}")
+        if self.grid == "mxint" and self.group_size != MXINT_BLOCK:
+            raise MarrqError(f"mxint has blocks of {MXINT_BLOCK} inputs: got group size {self.group_size}")
+
+    @property
+    def suffix(self) -> str:
+        """What a scheme's name says about the grid."""
+        group = f"-g{self.group_size}" if self.group_size and self.grid != "mxint" else ""
+        return group + {"asymmetric": "", "symmetric": "-sym", "mxint": "-mxint"}[self.grid]
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -36,7 +62,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Unsigned codes of `num_bits` bits, asymmetric; 4-bit codes live in 8-bit containers clipped to 0 … 15."""
+    """Unsigned codes of `num_bits` bits, asymmetric; 3- and 4-bit codes live in 8-bit containers, clipped to 0 … 7 or 15."""
 
     num_bits: int
     strategy: ActivationStrategy = "per-tensor"
@@ -62,7 +88,7 @@ class Scheme:
 
     def __str__(self) -> str:
         bits = self.activation.num_bits if self.activation else FLOAT_BITS
-        return f"W{self.weight.num_bits}A{bits}"
+        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}"
 
     @property
     def description(self) -> str:
@@ -71,10 +97,12 @@ class Scheme:
 
 
 def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Scheme:
-    """`W4A8` to a Scheme. Raises MarrqError for anything that is not one of the offered combinations."""
-    match = re.fullmatch(r"W(\d+)A(\d+)", text)
-    weight_bits, activation_bits = map(int, match.groups()) if match else (0, 0)
-    if weight_bits not in WEIGHT_BITS or activation_bits not in (*ACTIVATION_BITS, FLOAT_BITS):
-        raise MarrqError(f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{4,8,16}}, for example W4A8")
-    activation = ActivationSpec(activation_bits, strategy) if activation_bits != FLOAT_BITS else None
-    return Scheme(WeightSpec(weight_bits), activation)
+    """`W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is not one of the offered combinations."""
+    match = SCHEME.fullmatch(text)
+    bits, activation_bits, group, suffix = match.groups() if match else ("0", "0", None, None)
+    if int(bits) not in WEIGHT_BITS or int(activation_bits) not in (*ACTIVATION_BITS, FLOAT_BITS) or (group and suffix == "mxint"):
+        raise MarrqError(f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}[-gSIZE][-sym] or …-mxint, for example W4A8")
+    group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
+    weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix])
+    activation = ActivationSpec(int(activation_bits), strategy) if int(activation_bits) != FLOAT_BITS else None
+    return Scheme(weight, activation)

@@ -2,14 +2,20 @@
 
 For one linear with input x on the quantized path (earlier modules quantized) and x̃ on the full-precision path, dx = x̃ - x:
 
-    H = Σ x xᵀ        D = Σ dx xᵀ (not symmetric)        S = Σ dx dxᵀ
+    H = Σ x xᵀ        D = Σ dx xᵀ (not symmetric)        S = Σ dx dxᵀ        Σ x        Σ dx
 
 They add over batches, over halves of the calibration set, and over processes. From them comes the module reconstruction error
 
-    J(Q) = ‖Q X - W X̃‖² = ⟨E, E H⟩ - 2 ⟨E, W D⟩ + ⟨W S, W⟩,        E = Q - W
+    J(Q) = ‖Q X - W X̃‖² = ⟨E, E H⟩ - 2 ⟨E, G⟩ + c,        E = Q - W,   G = W D,   c = ⟨W S, W⟩
 
 exactly and without any stored activation (our derivation; MARR, arXiv 2605.17997, uses J as its feedback), and the upper factor U of
 the damped inverse, (H + λI)⁻¹ = Uᵀ U (GPTQ, arXiv 2210.17323), here without ever forming an inverse.
+
+G and c are all that J knows of the wanted output. In general e is what the output of the original weight on x falls short of it, and
+G = Σ e xᵀ, c = Σ ‖e‖²: e = W dx where the linear is to repeat its full-precision output; methods/exact.py has another.
+
+A bias that takes up the mean error of the outputs (`output_shift`) leaves the error of centred tokens: the same sums with the means taken
+out, H - k x̄ x̄ᵀ and so on (`centred`). Then a method need not spend codes on what a bias does for nothing.
 """
 
 from dataclasses import dataclass
@@ -22,50 +28,155 @@ from marrq.errors import MarrqError
 MAX_DAMPING_STEPS = 12
 
 
-@dataclass(frozen=True)
+@dataclass
+class OutputDrift:
+    """What the outputs of the original weight on the quantized path fall short of the wanted ones, e, in sums over tokens.
+
+    moment: G = Σ e xᵀ [m, n]; sum: Σ e [m]; power: Σ e² [m]; importance: what the square error of an output counts in J, [m]. All float64.
+    """
+
+    moment: Tensor
+    sum: Tensor
+    power: Tensor
+    importance: Tensor
+
+    def __add__(self, other: "OutputDrift") -> "OutputDrift":
+        return OutputDrift(self.moment + other.moment, self.sum + other.sum, self.power + other.power, self.importance)
+
+    def add(self, x: Tensor, shortfall: Tensor) -> None:
+        """Take in a batch. x: [tokens, n]; shortfall: e, [tokens, m]."""
+        _accumulate(self.moment, shortfall, x)
+        self.sum += shortfall.sum(0, dtype=torch.float64)
+        self.power += shortfall.double().square().sum(0)
+
+
+@dataclass
 class ResidualStatistics:
-    """H, D and S as float64 [n, n], and the number of tokens summed."""
+    """H, D and S [n, n], Σ x and Σ dx [n], as float64, and the number of tokens summed.
+
+    output: e, where it is not W dx.
+    """
 
     hessian: Tensor
     drift: Tensor
     drift_power: Tensor
-    tokens: int
+    input_sum: Tensor
+    drift_sum: Tensor
+    tokens: int = 0
+    output: OutputDrift | None = None
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> "ResidualStatistics":
-        """The empty sums."""
-        hessian, drift, power = torch.zeros(3, in_features, in_features, dtype=torch.float64, device=device)
-        return cls(hessian, drift, power, 0)
+    def zeros(cls, in_features: int, device: torch.device, importance: Tensor | None = None) -> "ResidualStatistics":
+        """The empty sums; importance: of the outputs, [m], where e is summed too."""
+
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        n, output = in_features, None
+        if importance is not None:
+            m = len(importance)
+            output = OutputDrift(zero(m, n), zero(m), zero(m), importance.double())
+        return cls(zero(n, n), zero(n, n), zero(n, n), zero(n), zero(n), output=output)
 
     def __add__(self, other: "ResidualStatistics") -> "ResidualStatistics":
         return ResidualStatistics(
-            self.hessian + other.hessian, self.drift + other.drift, self.drift_power + other.drift_power, self.tokens + other.tokens
+            self.hessian + other.hessian,
+            self.drift + other.drift,
+            self.drift_power + other.drift_power,
+            self.input_sum + other.input_sum,
+            self.drift_sum + other.drift_sum,
+            self.tokens + other.tokens,
+            None if self.output is None or other.output is None else self.output + other.output,
         )
 
-    def with_batch(self, x: Tensor, x_float: Tensor) -> "ResidualStatistics":
-        """These sums and a batch. x, x_float: [tokens, n]; products are taken in their type, sums kept in float64.
+    def add(self, x: Tensor, x_float: Tensor) -> None:
+        """Take in a batch. x, x_float: [tokens, n].
 
         dx is formed before any product: it is a small difference of large numbers.
         """
         dx = x_float - x
-        return self + ResidualStatistics((x.T @ x).double(), (dx.T @ x).double(), (dx.T @ dx).double(), len(x))
+        _accumulate(self.hessian, x, x)
+        _accumulate(self.drift, dx, x)
+        _accumulate(self.drift_power, dx, dx)
+        self.input_sum += x.sum(0, dtype=torch.float64)
+        self.drift_sum += dx.sum(0, dtype=torch.float64)
+        self.tokens += len(x)
+
+    def wanted(self, weight: Tensor) -> OutputDrift:
+        """The sums of e for a weight [m, n]: W dx unless something else was summed."""
+        if self.output is not None:
+            return self.output
+        w = weight.double()
+        return OutputDrift(w @ self.drift, w @ self.drift_sum, ((w @ self.drift_power) * w).sum(1), w.new_ones(len(w)))
+
+    def centred(self) -> "ResidualStatistics":
+        """The same sums over tokens whose means have been taken out."""
+        x, dx, k = self.input_sum, self.drift_sum, self.tokens
+        output = self.output
+        if output is not None:
+            moment = output.moment - torch.outer(output.sum, x) / k
+            output = OutputDrift(moment, torch.zeros_like(output.sum), output.power - output.sum.square() / k, output.importance)
+        return ResidualStatistics(
+            self.hessian - torch.outer(x, x) / k,
+            self.drift - torch.outer(dx, x) / k,
+            self.drift_power - torch.outer(dx, dx) / k,
+            torch.zeros_like(x),
+            torch.zeros_like(dx),
+            k,
+            output,
+        )
+
+    def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
+        """What has to be added to the bias so that outputs are right in the mean: (Σ e - E Σ x) / k, [m]."""
+        error = quantized.double() - weight.double()
+        return (self.wanted(weight).sum - error @ self.input_sum) / self.tokens
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add Σ left rightᵀ over the tokens of a batch to a float64 sum [p, q]. left: [tokens, p]; right: [tokens, q].
+
+    Products are taken in the type of the tokens, without their means; what the means add is put back in float64. In float32 the products of
+    an input whose mean is a thousand times its deviation would lose the deviation, all that `centred` is after.
+    """
+    left_mean, right_mean = left.mean(0), right.mean(0)
+    total += (left - left_mean).T @ (right - right_mean)
+    # Σ (l - a) (r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ
+    left_sum, right_sum = (tokens.sum(0, dtype=torch.float64) for tokens in (left, right))
+    left_mean, right_mean = left_mean.double(), right_mean.double()
+    total.addmm_(torch.stack([left_mean, left_sum], 1), torch.stack([right_sum - len(right) * right_mean, right_mean]))
 
 
 class Judge:
-    """J and its gradient for one weight [m, n] on given statistics; W D and ⟨W S, W⟩ are computed once. All in float64."""
+    """J and its gradient for one weight [m, n] on given statistics; G and c are computed once. All in float64.
+
+    Where outputs differ in importance, the terms of J and the rows of its gradient are weighted by it.
+    """
 
     def __init__(self, statistics: ResidualStatistics, weight: Tensor) -> None:
-        self.statistics = statistics
-        self._weight = weight.double()
-        self._target = self._weight @ statistics.drift  # W D, [m, n]
-        self._constant = float(((self._weight @ statistics.drift_power) * self._weight).sum())
+        self.statistics, self.weight = statistics, weight
+        self._wanted = statistics.wanted(weight)
+        self._importance = self._wanted.importance[:, None]
+        self._constant = float((self._wanted.power * self._wanted.importance).sum())
 
     def __call__(self, quantized: Tensor) -> tuple[float, Tensor]:
-        """J of quantized [m, n], the square error of the outputs summed over tokens and outputs; and E H - W D, half its gradient."""
-        error = quantized.double() - self._weight
+        """J of quantized [m, n], the square error of the outputs summed over tokens and outputs; and E H - G, half its gradient."""
+        error = quantized.double() - self.weight.double()
         pull = error @ self.statistics.hessian
-        value = float((error * (pull - 2 * self._target)).sum()) + self._constant
-        return value, pull - self._target
+        value = float((self._importance * error * (pull - 2 * self._wanted.moment)).sum()) + self._constant
+        return value, self._importance * (pull - self._wanted.moment)
+
+    def newton_step(self, gradient: Tensor, direction: Tensor) -> float:
+        """How far J falls along a direction T [m, n]: ⟨-gradient, T⟩ / ⟨T H, T⟩; 0 where the direction changes no output."""
+        direction = direction.double()
+        slope = (gradient * direction).sum()
+        curvature = (self._importance * (direction @ self.statistics.hessian) * direction).sum()
+        return -float(slope / curvature) if curvature > 0 else 0.0
+
+    @property
+    def output_power(self) -> float:
+        """‖W X + e‖², the power of the wanted outputs, by which J can be compared between modules."""
+        w = self.weight.double()
+        return float((self._importance * (w @ self.statistics.hessian + 2 * self._wanted.moment) * w).sum()) + self._constant
 
 
 @dataclass(frozen=True)

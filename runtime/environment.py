@@ -8,13 +8,20 @@ from typing import Any
 from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
 
 
-def describe(settings: SessionSettings) -> dict[str, Any]:
-    """Processor, cores, versions and session settings, as JSON."""
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and system, as JSON."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
+    }
+
+
+def describe(settings: SessionSettings) -> dict[str, Any]:
+    """The machine, the version of ONNX Runtime and the session settings, as JSON."""
+    return {
+        **describe_machine(),
         "onnxruntime": ONNXRUNTIME_VERSION,
         "provider": settings.provider,
         "threads": settings.threads,

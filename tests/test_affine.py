@@ -4,26 +4,57 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from torch import Tensor
 
-from marrq.affine import Grid, grid_from_range, per_token_grid, search_tensor_grid, search_weight_grid
+from marrq.affine import Grid, grid_from_range, search_weight_grid
+from marrq.errors import MarrqError
+from marrq.schemes import WeightSpec
 
 RANGES = [(-2, 1), (-4, 3), (-8, 7), (-128, 127), (0, 15), (0, 255)]
+SPECS = [
+    WeightSpec(num_bits, *laid)
+    for num_bits in (2, 3, 4, 8)
+    for laid in ((None,), (8,), (None, "symmetric"), (16, "symmetric"), (32, "mxint"))
+]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_codes_are_settled(grid: Grid, x: Tensor) -> None:
+    codes = grid.quantize(x)
+    assert codes.min() >= grid.low
+    assert codes.max() <= grid.high
+    assert torch.equal(codes, codes.round())
+    assert torch.equal(grid.quantize(grid.dequantize(codes)), codes)
+
+
+values = {"seed": st.integers(0, 2**20), "scale": st.floats(1e-3, 1e3), "shift": st.floats(-3, 3)}
 
 
 @pytest.mark.parametrize("code_range", RANGES)
-@given(seed=st.integers(0, 2**20), scale=st.floats(1e-3, 1e3), shift=st.floats(-3, 3))
+@settings(deadline=None, max_examples=50)
+@given(**values)
 def test_codes_stay_in_range_and_quantizing_twice_changes_nothing(code_range: tuple[int, int], seed: int, scale: float, shift: float):
-    x = scale * (torch.randn(3, 17, generator=torch.Generator().manual_seed(seed)) + shift)
-    grid = search_weight_grid(x, code_range)
-    codes = grid.quantize(x)
-    assert codes.min() >= code_range[0]
-    assert codes.max() <= code_range[1]
-    assert torch.equal(codes, codes.round())
-    assert torch.equal(grid.quantize(grid.dequantize(codes)), codes)
+    x = scale * (normal(3, 17, seed=seed).float() + shift)
+    assert_codes_are_settled(grid_from_range(x.amin(1, keepdim=True), x.amax(1, keepdim=True), code_range), x)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(deadline=None, max_examples=10)
+@given(**values)
+def test_codes_of_weights_stay_in_range_and_quantizing_twice_changes_nothing(spec: WeightSpec, seed: int, scale: float, shift: float):
+    x = scale * (normal(3, 64, seed=seed).float() + shift)
+    grid = search_weight_grid(x, spec).spread(64)
+    assert spec.code_range[0] <= grid.low
+    assert grid.high <= spec.code_range[1]
+    assert_codes_are_settled(grid, x)
 
 
 @pytest.mark.parametrize("code_range", RANGES)
@@ -33,8 +64,15 @@ def test_zero_is_on_every_grid(code_range: tuple[int, int]):
         assert grid.nearest(torch.tensor(0.0)) == 0
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_zero_is_on_every_grid_of_weights(spec: WeightSpec):
+    for shift in (-3, 0, 3):
+        grid = search_weight_grid(normal(4, 64) + shift, spec).spread(64)
+        assert not grid.nearest(torch.zeros(4, 64, dtype=torch.float64)).any()
+
+
 def test_an_unclipped_value_is_off_by_half_a_step_at_most():
-    x = torch.randn(8, 100, dtype=torch.float64)
+    x = normal(8, 100)
     grid = grid_from_range(x.amin(1, keepdim=True), x.amax(1, keepdim=True), (-8, 7))
     error = (grid.nearest(x) - x).abs()
     # Rounding the zero point moves the range by up to half a step; values beyond it are clipped by that much more.
@@ -58,42 +96,88 @@ def test_rounding_is_that_of_onnx_quantize_linear():
     assert np.array_equal(grid.quantize(torch.from_numpy(x)).numpy().astype(np.uint8), expected)
 
 
-def numpy_weight_grid(row: np.ndarray, low: int, high: int) -> tuple[float, float]:
-    """One row's scale and zero point by the definition, one candidate at a time."""
-    best, chosen = np.inf, (0.0, 0.0)
-    for i in range(80):
-        minimum, maximum = min(row.min() * (1 - i / 100), 0), max(row.max() * (1 - i / 100), 0)
-        scale = (maximum - minimum) / (high - low)
-        zero_point = np.clip(np.rint(low - minimum / scale), low, high)
-        value = (np.clip(np.rint(row / scale) + zero_point, low, high) - zero_point) * scale
-        error = (np.abs(value - row) ** 2.4).sum()
-        if error < best:
-            best, chosen = error, (scale, zero_point)
-    return chosen
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_grid_of_a_weight_is_that_of_the_definition(spec: WeightSpec):
+    weight = normal(5, 64, seed=1) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    grid = search_weight_grid(weight, spec)
+    assert grid.scale.shape == grid.zero_point.shape == (5, 64 // (spec.group_size or 64))
+    expected = reference.weight_grid(weight.numpy(), spec.num_bits, spec.group_size, spec.grid)
+    spread = grid.spread(64)
+    np.testing.assert_allclose(spread.scale, expected.scale, rtol=1e-12)
+    np.testing.assert_array_equal(spread.zero_point, expected.zero)
+    np.testing.assert_array_equal(spread.quantize(weight), expected.codes(weight.numpy()))
 
 
-@pytest.mark.parametrize("code_range", [(-2, 1), (-4, 3), (-8, 7)])
-def test_the_weight_grid_is_the_best_of_eighty_clipped_ranges(code_range: tuple[int, int]):
-    weight = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    grid = search_weight_grid(weight, code_range)
-    for row, scale, zero_point in zip(weight.numpy(), grid.scale, grid.zero_point, strict=True):
-        assert (scale.item(), zero_point.item()) == pytest.approx(numpy_weight_grid(row, *code_range))
+def test_each_group_gets_the_grid_it_would_get_alone():
+    weight = normal(6, 40)
+    grid = search_weight_grid(weight, WeightSpec(3, 8))
+    for group, part in enumerate(weight.split(8, 1)):
+        alone = search_weight_grid(part.contiguous(), WeightSpec(3))
+        assert torch.equal(grid.scale[:, group : group + 1], alone.scale)
+        assert torch.equal(grid.zero_point[:, group : group + 1], alone.zero_point)
 
 
-def test_a_row_of_zeros_stays_zero():
-    grid = search_weight_grid(torch.zeros(2, 5), (-8, 7))
-    assert torch.equal(grid.nearest(torch.zeros(2, 5)), torch.zeros(2, 5))
+def test_spreading_repeats_a_group_for_its_columns():
+    grid = Grid(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 0.0]]), -8, 7).spread(6)
+    assert grid.scale.tolist() == [[1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4]]
+    assert grid.zero_point.tolist() == [[5, 5, 5, 6, 6, 6], [7, 7, 7, 0, 0, 0]]
 
 
-def test_the_tensor_grid_clips_a_lone_outlier():
-    x = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)), torch.tensor([100.0])])
-    minimum, maximum = x.amin(), x.amax()
-    chosen, seen = search_tensor_grid(minimum, maximum, x, (0, 15)), grid_from_range(minimum, maximum, (0, 15))
-    assert chosen.scale < seen.scale
-    assert (chosen.nearest(x) - x).square().sum() < (seen.nearest(x) - x).square().sum()
+@pytest.mark.parametrize("spec", [WeightSpec(4, 16), WeightSpec(4, 32, "mxint")])
+def test_groups_that_do_not_fill_a_row_are_refused(spec: WeightSpec):
+    with pytest.raises(MarrqError, match=f"40 inputs are no multiple of the group size {spec.group_size}: choose another"):
+        search_weight_grid(normal(2, 40), spec)
 
 
-def test_per_token_grids_do_not_see_other_tokens():
-    x = torch.randn(2, 5, 16)
-    alone = per_token_grid(x[1, 3], (0, 15)).nearest(x[1, 3])
-    assert torch.equal(per_token_grid(x, (0, 15)).nearest(x)[1, 3], alone)
+def test_smaller_groups_and_free_zero_points_come_nearer_to_the_weights():
+    weight = normal(8, 64) + 0.5
+
+    def error(spec: WeightSpec) -> float:
+        return float((search_weight_grid(weight, spec).spread(64).nearest(weight) - weight).square().sum())
+
+    assert error(WeightSpec(3, 8)) < error(WeightSpec(3, 16)) < error(WeightSpec(3))
+    assert error(WeightSpec(3)) < error(WeightSpec(3, None, "symmetric"))
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_symmetric_grid_has_its_zero_at_code_0(group_size: int | None):
+    grid = search_weight_grid(normal(4, 40) + 1, WeightSpec(4, group_size, "symmetric"))
+    assert not grid.zero_point.any()
+
+
+def blocks_of_all_magnitudes() -> Tensor:
+    """One block of 32 a row in float32, their largest magnitudes within and at the ends of many octaves."""
+    octaves = torch.cat([1.999999 * 2.0 ** torch.arange(-100, 100.0), 2.0 ** torch.arange(-100, 100.0)])
+    block = normal(len(octaves), 32).float()
+    return block / block.abs().amax(1, keepdim=True) * octaves[:, None]
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_the_mxint_scale_is_the_power_of_two_of_the_largest_magnitude(num_bits: int):
+    blocks = blocks_of_all_magnitudes()
+    grid = search_weight_grid(blocks, WeightSpec(num_bits, 32, "mxint"))
+    mantissa, _ = torch.frexp(grid.scale)
+    assert torch.equal(mantissa, torch.full_like(mantissa, 0.5))
+    assert torch.equal(grid.scale.to(torch.float8_e8m0fnu).float(), grid.scale)
+    assert not grid.zero_point.any()
+    steps = blocks.abs().amax(1, keepdim=True) / grid.scale
+    assert (steps >= 2 ** (num_bits - 2)).all()
+    assert (steps < 2 ** (num_bits - 1)).all()
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_mxint_clips_the_largest_magnitude_by_half_a_step_more_than_rounding_does_at_most(num_bits: int):
+    blocks = blocks_of_all_magnitudes()
+    grid = search_weight_grid(blocks, WeightSpec(num_bits, 32, "mxint"))
+    error = (grid.nearest(blocks) - blocks).abs() / grid.scale
+    inside = blocks.abs() <= grid.high * grid.scale
+    assert error.max() < 1
+    assert (error[inside] <= 0.5).all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_row_of_zeros_stays_zero(spec: WeightSpec):
+    weight = torch.zeros(2, 64)
+    grid = search_weight_grid(weight, spec).spread(64)
+    assert torch.equal(grid.nearest(weight), weight)
+    assert (grid.scale > 0).all()

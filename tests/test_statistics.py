@@ -1,65 +1,162 @@
-"""J, the factor and the sums against their definitions."""
+"""The sums, J and the factor against their definitions."""
+
+from dataclasses import fields
 
 import pytest
 import torch
+from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.statistics import Judge, ResidualStatistics, factorize
 
-
-def streams(tokens: int = 50, inputs: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, inputs, dtype=torch.float64, generator=generator)
-    return x, x + 0.1 * torch.randn(tokens, inputs, dtype=torch.float64, generator=generator)
+TOKENS, INPUTS, OUTPUTS = 50, 12, 5
+IMPORTANCE = torch.linspace(0.5, 2, OUTPUTS, dtype=torch.float64)
 
 
-def statistics(x: torch.Tensor, x_float: torch.Tensor) -> ResidualStatistics:
-    return ResidualStatistics.zeros(x.shape[1], x.device).with_batch(x, x_float)
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_sums_over_batches_and_halves_are_the_sums_over_all():
-    x, x_float = streams()
-    whole = statistics(x, x_float)
-    parts = statistics(x[:20], x_float[:20]).with_batch(x[20:23], x_float[20:23]) + statistics(x[23:], x_float[23:])
-    assert parts.tokens == whole.tokens == 50
-    for name in ("hessian", "drift", "drift_power"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+def streams(tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    """x, x̃ and e, none with a mean of 0."""
+    x = normal(tokens, INPUTS, seed=0) + normal(INPUTS, seed=1)
+    x_float = x + 0.1 * normal(tokens, INPUTS, seed=2) + 0.2 * normal(INPUTS, seed=3)
+    return x, x_float, 0.3 * normal(tokens, OUTPUTS, seed=4) + 0.1
 
 
-def test_j_from_statistics_is_the_square_error_of_the_outputs():
-    x, x_float = streams()
-    weight = torch.randn(5, 12, dtype=torch.float64)
+def statistics(x: Tensor, x_float: Tensor, shortfall: Tensor | None = None) -> ResidualStatistics:
+    sums = ResidualStatistics.zeros(x.shape[1], x.device, None if shortfall is None else IMPORTANCE)
+    sums.add(x, x_float)
+    if sums.output is not None:
+        sums.output.add(x, shortfall)
+    return sums
+
+
+def assert_same(one: object, other: object) -> None:
+    """Two dataclasses of sums."""
+    for field in fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "output" and mine is not None:
+            assert_same(mine, theirs)
+        elif isinstance(mine, Tensor):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+        else:
+            assert mine == theirs
+
+
+def test_the_sums_are_those_of_the_definition():
+    x, x_float, shortfall = streams()
+    sums, dx = statistics(x, x_float, shortfall), x_float - x
+    expected = {"hessian": x.T @ x, "drift": dx.T @ x, "drift_power": dx.T @ dx, "input_sum": x.sum(0), "drift_sum": dx.sum(0)}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(getattr(sums, name), tensor)
+    torch.testing.assert_close(sums.output.moment, shortfall.T @ x)
+    torch.testing.assert_close(sums.output.sum, shortfall.sum(0))
+    torch.testing.assert_close(sums.output.power, shortfall.square().sum(0))
+    assert sums.tokens == TOKENS
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+def test_sums_over_batches_and_halves_are_the_sums_over_all(with_output: bool):
+    x, x_float, shortfall = streams()
+    first, second, third = (
+        statistics(x[part], x_float[part], shortfall[part] if with_output else None) for part in (slice(20), slice(20, 23), slice(23, None))
+    )
+    assert_same(first + second + third, statistics(x, x_float, shortfall if with_output else None))
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+def test_centred_sums_are_the_sums_of_centred_tokens(with_output: bool):
+    x, x_float, shortfall = streams()
+    centred = [tokens - tokens.mean(0) for tokens in (x, x_float, shortfall)]
+    expected = statistics(*centred) if with_output else statistics(*centred[:2])
+    sums = statistics(x, x_float, shortfall if with_output else None)
+    assert_same(sums.centred(), expected)
+    assert_same(sums.centred().centred(), expected)
+
+
+@pytest.mark.parametrize("mean", [1.0, 1e2, 1e4])
+def test_centred_sums_of_float32_tokens_survive_a_mean_far_above_the_deviation(mean: float):
+    x, x_float, shortfall = (tokens.float() for tokens in streams(2000))
+    x[:, 3], x_float[:, 3] = x[:, 3] + mean, x_float[:, 3] + 1.5 * mean
+    exact = statistics(x.double(), x_float.double(), shortfall.double()).centred()
+    sums = statistics(x, x_float, shortfall).centred()
+    torch.testing.assert_close(sums.hessian, exact.hessian, rtol=1e-3, atol=1e-4 * TOKENS)
+    torch.testing.assert_close(sums.drift, exact.drift, rtol=1e-3, atol=1e-3 * TOKENS)
+    torch.testing.assert_close(sums.output.moment, exact.output.moment, rtol=1e-3, atol=1e-3 * TOKENS)
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+def test_the_output_shift_makes_the_mean_error_of_the_outputs_zero(with_output: bool):
+    x, x_float, shortfall = streams()
+    weight, quantized = normal(OUTPUTS, INPUTS, seed=5), normal(OUTPUTS, INPUTS, seed=6)
+    wanted = x @ weight.T + shortfall if with_output else x_float @ weight.T
+    sums = statistics(x, x_float, shortfall if with_output else None)
+    mean = (x @ quantized.T + sums.output_shift(weight, quantized) - wanted).mean(0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
+    assert (x @ quantized.T - wanted).mean(0).abs().min() > 1e-3
+
+
+def error_of(tokens: tuple[Tensor, Tensor, Tensor], weight: Tensor, quantized: Tensor, with_output: bool) -> Tensor:
+    """J from the tokens."""
+    x, x_float, shortfall = tokens
+    if with_output:
+        return ((x @ quantized.T - x @ weight.T - shortfall).square() * IMPORTANCE).sum()
+    return (x @ quantized.T - x_float @ weight.T).square().sum()
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+def test_j_from_statistics_is_the_square_error_of_the_outputs(centre: bool, with_output: bool):
+    x, x_float, shortfall = streams()
+    weight = normal(OUTPUTS, INPUTS, seed=5)
     quantized = weight.mul(4).round().div(4)
-    expected = (x @ quantized.T - x_float @ weight.T).square().sum().item()
-    value, _ = Judge(statistics(x, x_float), weight)(quantized)
-    assert value == pytest.approx(expected, rel=1e-9)
+    sums = statistics(x, x_float, shortfall if with_output else None)
+    tokens = (x, x_float, shortfall)
+    if centre:
+        sums, tokens = sums.centred(), tuple(part - part.mean(0) for part in tokens)
+    value, _ = Judge(sums, weight)(quantized)
+    assert value == pytest.approx(float(error_of(tokens, weight, quantized, with_output)), rel=1e-9)
 
 
-def test_the_gradient_of_j_is_what_autograd_finds():
-    x, x_float = streams()
-    weight = torch.randn(5, 12, dtype=torch.float64)
-    quantized = (weight + 0.1 * torch.randn_like(weight)).requires_grad_()
-    (x @ quantized.T - x_float @ weight.T).square().sum().backward()
-    assert quantized.grad is not None
-    _, half_gradient = Judge(statistics(x, x_float), weight)(quantized.detach())
+@pytest.mark.parametrize("with_output", [True, False])
+def test_the_output_power_is_j_of_a_weight_of_zeros(with_output: bool):
+    x, x_float, shortfall = streams()
+    weight = normal(OUTPUTS, INPUTS, seed=5)
+    judge = Judge(statistics(x, x_float, shortfall if with_output else None), weight)
+    expected = error_of((x, x_float, shortfall), weight, torch.zeros_like(weight), with_output)
+    assert judge.output_power == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+def test_the_gradient_of_j_is_what_autograd_finds(with_output: bool):
+    tokens = streams()
+    weight = normal(OUTPUTS, INPUTS, seed=5)
+    quantized = (weight + 0.1 * normal(OUTPUTS, INPUTS, seed=6)).requires_grad_()
+    error_of(tokens, weight, quantized, with_output).backward()
+    judge = Judge(statistics(*tokens) if with_output else statistics(*tokens[:2]), weight)
+    _, half_gradient = judge(quantized.detach())
     torch.testing.assert_close(2 * half_gradient, quantized.grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_the_factor_is_upper_and_gives_the_damped_inverse(act_order: bool):
-    x, x_float = streams()
+    x, x_float, _ = streams()
     hessian = statistics(x, x_float).hessian
     factor = factorize(hessian, 0.01, act_order)
-    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64))[factor.order][:, factor.order]
+    identity = torch.eye(INPUTS, dtype=torch.float64)
+    damped = (hessian + 0.01 * hessian.diagonal().mean() * identity)[factor.order][:, factor.order]
     assert torch.equal(factor.upper, factor.upper.triu())
     torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12)
     assert factor.damping == 0.01
     if act_order:
         assert (hessian.diagonal()[factor.order].diff() <= 0).all()
+    else:
+        assert torch.equal(factor.order, torch.arange(INPUTS))
 
 
 def test_a_dead_input_is_left_out_of_all_compensation():
-    x, x_float = streams()
+    x, x_float, _ = streams()
     x[:, 4] = 0
     factor = factorize(statistics(x, x_float).hessian, 0.01, act_order=False)
     off_diagonal = factor.upper - torch.diag(factor.upper.diagonal())
@@ -68,7 +165,7 @@ def test_a_dead_input_is_left_out_of_all_compensation():
 
 
 def test_a_singular_hessian_gets_the_damping_it_needs_and_says_so():
-    x, x_float = streams(tokens=3)
+    x, x_float, _ = streams(tokens=3)
     factor = factorize(statistics(x, x_float).hessian, 0.0, act_order=True)
     assert factor.damping > 0
     assert factor.upper.isfinite().all()
@@ -76,6 +173,12 @@ def test_a_singular_hessian_gets_the_damping_it_needs_and_says_so():
 
 def test_inputs_that_are_all_zero_still_have_a_factor():
     assert factorize(torch.zeros(4, 4, dtype=torch.float64), 0.01, act_order=True).upper.isfinite().all()
+
+
+def test_a_matrix_that_no_damping_mends_is_an_error():
+    indefinite = torch.tensor([[1.0, 1e20], [1e20, 1.0]], dtype=torch.float64)
+    with pytest.raises(MarrqError, match=r"cannot be factored even with damping 1e\+\d+"):
+        factorize(indefinite, 0.01, act_order=True)
 
 
 def test_a_hessian_with_nan_is_an_error():

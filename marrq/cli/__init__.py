@@ -8,9 +8,11 @@ from pathlib import Path
 import typer
 
 from marrq.cli.bench import bench
+from marrq.cli.compare import compare
 from marrq.cli.demo import demo
 from marrq.cli.evaluate import evaluate
 from marrq.cli.export import export
+from marrq.cli.inspect import inspect
 from marrq.cli.quantize import quantize
 from marrq.errors import MarrqError
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     help="Turn a pretrained vision transformer into a small, fast, accurate low-bit ONNX file, and measure it.",
 )
-for command in (quantize, export, bench, evaluate, demo):
+for command in (quantize, export, bench, evaluate, inspect, compare, demo):
     app.command()(command)
 
 

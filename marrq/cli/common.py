@@ -1,7 +1,8 @@
 """What several commands share: options, the progress bar, the device."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,8 @@ DataOption = Annotated[str | None, typer.Option("--data", help="Folder of class 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+SamplesOption = Annotated[int, typer.Option(help="Calibration images, drawn at random.", min=2)]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Also draw it, as .png or .svg.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of one operator; ONNX Runtime's choice if left out.", min=1)]
 ProviderOption = Annotated[str, typer.Option(help="cpu, cuda or tensorrt; an error where it cannot be had.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
@@ -80,3 +83,18 @@ def choose_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise MarrqError("device 'cuda' is not available here: pass --device cpu, or install a torch that finds the GPU")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float | None]]:
+    """Inside: a function that gives the largest resident memory of the process since the start of the block, in MB, or None where the
+    system does not tell it (it does on Linux)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def peak() -> float | None:
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(match[1]) / 1000 if match else None
+
+    if reset.exists():
+        reset.write_text("5")  # proc(5): sets the peak to what is resident now
+    yield peak

@@ -11,6 +11,7 @@ from marrq.cli.common import (
     ForceOption,
     ModelArgument,
     OutputOption,
+    SamplesOption,
     choose_device,
     data_for,
     progress_bars,
@@ -25,11 +26,20 @@ if TYPE_CHECKING:
 def quantize(
     model: ModelArgument,
     output: OutputOption,
-    scheme: Annotated[str, typer.Option(help="W{2,3,4,8}A{4,8,16}: bits of weights and of activations.")] = "W4A8",
+    scheme: Annotated[
+        str, typer.Option(help="W{2,3,4,8}A{3,4,8,16}: bits of weights and activations; -gSIZE: groups of inputs; -sym, -mxint: grids.")
+    ] = "W4A8",
     activations: Annotated[str, typer.Option(help="per-tensor (static, can be exported) or per-token (dynamic).")] = "per-tensor",
-    method: Annotated[str, typer.Option(help="rtn, gptq, gptaq or marr.")] = "marr",
+    method: Annotated[str, typer.Option(help="rtn, gptq, gptaq, rescomp, exact, stream, or marr- before one of the last four.")] = "marr",
+    alpha: Annotated[str | None, typer.Option(help="pid, grid or global=VALUE: how the residual strength is found.")] = None,
+    feedback: Annotated[str | None, typer.Option(help="held-out or calibration: the images that judge it.")] = None,
+    lowrank: Annotated[
+        str | None, typer.Option(help="srr:RANK, qera:RANK or lqer:RANK, with :int8 smaller: a branch beside the codes.")
+    ] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream first.")] = False,
+    setting: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, another setting of the method; may be repeated.")] = [],  # noqa: B006
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Calibration images, drawn at random.", min=2)] = 256,
+    samples: SamplesOption = 256,
     seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
     device: DeviceOption = "auto",
     force: ForceOption = False,
@@ -37,8 +47,7 @@ def quantize(
     """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o artifact"""
     from marrq.artifact import check_output, save
     from marrq.data import find_images
-    from marrq.methods import method_named
-    from marrq.methods.problem import MethodSpec
+    from marrq.methods.settings import with_settings
     from marrq.models import load_model
     from marrq.pipeline import CalibrationSet
     from marrq.pipeline import quantize as run_pipeline
@@ -46,7 +55,9 @@ def quantize(
 
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
-    method_named(method)
+    chosen = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    spec = with_settings(method, {**given, **{key: value for key, _, value in (text.partition("=") for text in setting)}})
     check_output(output, force)
     target = choose_device(device)
     name = data_for(model, data)
@@ -59,7 +70,7 @@ def quantize(
             pixels,
             CalibrationSet(images.name, samples, seed, images.sha256),
             numbers,
-            MethodSpec(method),
+            spec,
             target,
             lambda done, count, reports: bar.show(done, count, _alphas(reports)),
         )

@@ -1,23 +1,89 @@
-"""The quantization methods, one file each; `problem.py` says what a method is given and returns."""
+"""The quantization methods; `problem.py` says what a method is given and returns, `solve` puts everything around it.
+
+rtn, gptq                                   no residual: nothing of the full-precision inputs is used
+gptaq, rescomp, exact, stream               one residual strength α for all modules
+marr-gptaq, marr-rescomp, marr-exact, …     MARR: each module's own α
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.methods.gptaq import gptaq
+from marrq.methods.exact import ExactPath
+from marrq.methods.gptaq import GptaqPath
 from marrq.methods.gptq import gptq
+from marrq.methods.lowrank import LowRank, input_scaling, preserved, refit
 from marrq.methods.marr import marr
-from marrq.methods.problem import MethodSpec, Problem, Solution
+from marrq.methods.path import Path, with_constant
+from marrq.methods.problem import MethodSpec, Problem, Rounding
+from marrq.methods.rescomp import RescompPath
 from marrq.methods.rtn import rtn
+from marrq.statistics import Judge
 
-Method = Callable[[Tensor, Problem, MethodSpec], Solution]
+Method = Callable[[Tensor, Problem, MethodSpec], Rounding]
 
-METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "gptaq": gptaq, "marr": marr}
+PATHS: dict[str, type[Path]] = {"gptaq": GptaqPath, "rescomp": RescompPath, "exact": ExactPath, "stream": ExactPath}
+
+METHODS: dict[str, Method] = {
+    "rtn": rtn,
+    "gptq": gptq,
+    **{name: partial(with_constant, path) for name, path in PATHS.items()},
+    **{f"marr-{name}": partial(marr, path) for name, path in PATHS.items()},
+}
+
+STREAM_METHODS = ("stream", "marr-stream")
+"""Methods whose wanted outputs are those of the residual stream; the statistics they are given hold the difference."""
+
+ALIASES = {"marr": "marr-exact"}
+"""`marr` is the variant that won the table of the README."""
 
 
-def method_named(name: str) -> Method:
-    """The method; an unknown name raises with the known ones."""
+@dataclass(frozen=True)
+class Solution:
+    """What a linear becomes.
+
+    bias_shift: what to add to the bias, [m], or None; lowrank: the branch beside the codes, or None; error: J over all calibration
+    tokens; relative_error: J / ‖W X̃‖², 0 where nothing is wanted; damping: what the factorization of the sweep used.
+    """
+
+    rounding: Rounding
+    bias_shift: Tensor | None
+    lowrank: LowRank | None
+    error: float
+    relative_error: float
+    damping: float
+
+
+def method_named(name: str) -> str:
+    """The full name of a method; an unknown name raises with the known ones."""
+    name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise MarrqError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+        raise MarrqError(f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}")
+    return name
+
+
+def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
+    """Quantize one weight [m, n]: the method, around it the low-rank branch, behind it the bias. Raises MarrqError for NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise MarrqError("the weight has NaN or infinite values: load other weights")
+    rounding, branch = _round(weight, problem, spec)
+    quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
+    judge = Judge(problem.whole.statistics, weight)
+    error, _ = judge(quantized)
+    shift = problem.statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
+    power = judge.output_power
+    return Solution(rounding, shift, branch, error, error / power if power > 0 else 0.0, problem.whole.factor.damping)
+
+
+def _round(weight: Tensor, problem: Problem, spec: MethodSpec) -> tuple[Rounding, LowRank | None]:
+    method = METHODS[spec.name]
+    if spec.lowrank is None:
+        return method(weight, problem, spec), None
+    scaling = input_scaling(problem.whole.statistics, spec.lowrank.kind)
+    kept, _ = preserved(weight, scaling, spec.lowrank)
+    rounding = method(weight - kept, problem, spec)
+    return rounding, refit(weight - rounding.quantized, scaling, spec.lowrank)

@@ -2,33 +2,52 @@
 
 The sweep gets a residual term that moves what the drift of neuron j's input changes into the columns after it:
 
-    P = ((D L) ∘ M) Lᵀ,        L = Uᵀ,   M the strictly upper 0/1 mask,   D = Σ dx xᵀ
+    P1 = ((D L) ∘ M) Lᵀ,        L = Uᵀ,   M the strictly upper 0/1 mask,   D = Σ dx xᵀ
 
-The paper has α = 1; its released code multiplies P by a constant 0.25, which is the default here too. The mask goes on D L before the
-product with Lᵀ (after it, P would be another matrix).
+The paper has α = 1; its released code multiplies P1 by a constant 0.25, which is the default here too. The mask goes on D L before the
+product with Lᵀ (after it, P1 would be another matrix).
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid, search_weight_grid
+from marrq.affine import search_weight_grid
 from marrq.methods.gptq import sweep
-from marrq.methods.problem import MethodSpec, Problem, Solution, Step
+from marrq.methods.problem import Compensation, Rounding
+from marrq.schemes import WeightSpec
 
 
-def residual_solution(weight: Tensor, grid: Grid, problem: Problem, alpha: float, trajectory: tuple[Step, ...] = ()) -> Solution:
-    """The sweep with residual strength alpha and all the data.
+class GptaqPath:
+    """w̃(α) = W (I - αP1)⁻¹ without rounding."""
 
-    The residual term feeds the compensated columns back into themselves and can overflow on a coarse grid; then α = 0 is used, and said.
-    """
-    factor, residual = problem.whole.factor, problem.whole.residual
-    codes = sweep(weight, grid, factor, residual, alpha)
-    if torch.isfinite(codes).all():
-        return problem.solution(weight, grid, codes, alpha, trajectory)
-    fallback = f"alpha {alpha:g} gave non-finite weights, alpha 0 was used"
-    return problem.solution(weight, grid, sweep(weight, grid, factor), 0.0, trajectory, fallback)
+    constant: ClassVar[float] = 0.25
 
+    def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
+        self.weight, self.factor = weight, swept.factor
+        self.grid = search_weight_grid(weight, weights)
+        self.residuals = self._residuals(swept)
 
-def gptaq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
-    """The sweep with one residual strength, `spec.alpha`, for every module."""
-    return residual_solution(weight, search_weight_grid(weight, problem.code_range), problem, spec.alpha)
+    def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:
+        return (swept.drift_residual,)
+
+    def round_at(self, alphas: Tensor) -> Rounding:
+        """The sweep at each α."""
+        count = len(alphas)
+        grid = self.grid.stacked(count)
+        rows = alphas.repeat_interleave(len(self.weight))
+        return Rounding(sweep(self.weight.repeat(count, 1), grid, self.factor, self.residuals, rows), grid)
+
+    def direction(self, alpha: float) -> Tensor:
+        """T = w̃ P1 (I - αP1)⁻¹: two triangular solves."""
+        residual = self.residuals[0].to(self.weight)
+        moved = self._solve(self.weight[:, self.factor.order], alpha * residual)
+        return self._solve(moved @ residual, alpha * residual)[:, self.factor.order.argsort()]
+
+    @staticmethod
+    def _solve(rows: Tensor, strictly_upper: Tensor) -> Tensor:
+        """Rows (I - strictly_upper)⁻¹."""
+        system = torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device) - strictly_upper
+        solved: Tensor = torch.linalg.solve_triangular(system, rows, upper=True, left=False, unitriangular=True)
+        return solved

@@ -4,54 +4,65 @@ Columns are rounded one after the other; what the rounding of column j does to t
 rounded. With U from (H + λI)⁻¹ = Uᵀ U, q(·) the rounding to the row's grid and w_j the compensated column just before it is rounded:
 
     e = (w_j - q(w_j)) / U_jj
-    W[:, >j] += - e ⊗ U[j, >j]             GPTQ
-                + α w_j ⊗ P[j, >j]         the residual term of GPTAQ and MARR (methods/gptaq.py has P)
+    W[:, >j] += - e ⊗ U[j, >j]                       GPTQ
+                + α w_j ⊗ P1[j, >j]                  GPTAQ        (methods/gptaq.py has P1)
+                + α (W0_j - w_j) ⊗ P2[j, >j]         ResComp      (methods/rescomp.py has P2); W0 is the weight as given
 
 The sweep is lazy: within a block of columns updates are applied at once, beyond it in one matrix product at the block's end. Both
 residual factors at a block's end are the compensated columns themselves ("pre"); GPTAQ's released code uses the rounded ones there,
-which makes 7–10 % of the codes depend on the block size.
+which makes 7–10 % of the codes depend on the block size. Rows are independent of each other, so that many values of α are swept at the
+price of one column loop: the weight stacked upon itself, with an α for each row.
 """
 
 import torch
 from torch import Tensor
 
 from marrq.affine import Grid, search_weight_grid
-from marrq.methods.problem import MethodSpec, Problem, Solution
+from marrq.methods.problem import MethodSpec, Problem, Rounding
 from marrq.statistics import Factor
 
 BLOCK_SIZE = 128
 
 
 def sweep(
-    weight: Tensor, grid: Grid, factor: Factor, residual: Tensor | None = None, alpha: float = 0.0, block_size: int = BLOCK_SIZE
+    weight: Tensor,
+    grid: Grid,
+    factor: Factor,
+    residuals: tuple[Tensor, ...] = (),
+    alpha: float | Tensor = 0.0,
+    block_size: int = BLOCK_SIZE,
 ) -> Tensor:
     """Codes [m, n] of weight [m, n], in weight's type and on its device.
 
-    residual: P [n, n] in sweep order, strictly upper triangular, or None. The result does not depend on `block_size`, except that
-    sums are taken in another order.
+    residuals: none, (P1,) or (P1, P2), each [n, n] in sweep order, strictly upper triangular; alpha: one, or [m], one a row. The result
+    does not depend on `block_size`, except that sums are taken in another order.
     """
-    w = weight[:, factor.order].T.contiguous()  # [n, m]: a column of the weight is a contiguous row here
-    grid = Grid(grid.scale.squeeze(1), grid.zero_point.squeeze(1), grid.low, grid.high)  # [m]
-    upper = factor.upper.to(w)
-    kernels = upper[None] if residual is None else torch.stack([upper, residual.to(w)])  # [terms, n, n]
-    inverse_diagonal = upper.diagonal().reciprocal()
+    order, upper = factor.order, factor.upper.to(weight)
+    w = weight.T.contiguous().index_select(0, order)  # [n, m]: a column of the weight is a contiguous row here
+    original = w.clone() if len(residuals) > 1 else w
+    grids = grid.columns(order)
+    kernels = [upper, *(residual.to(w) for residual in residuals)]
     codes = torch.empty_like(w)
+    # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
+    columns, originals, rounded, pivots = w.unbind(), original.unbind(), codes.unbind(), upper.diagonal().unbind()
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
-        terms = w.new_zeros(len(kernels), end - start, w.shape[1])  # [terms, width, m]: what multiplies the kernels
-        for j in range(start, end):
-            codes[j] = grid.quantize(w[j])
-            term = terms[:, j - start]
-            term[0] = (grid.dequantize(codes[j]) - w[j]) * inverse_diagonal[j]
-            if residual is not None:
-                term[1] = alpha * w[j]
-            w[j + 1 : end].addmm_(kernels[:, j, j + 1 : end].T, term)
-        for kernel, term in zip(kernels, terms, strict=True):
+        terms = w.new_empty(end - start, len(kernels), w.shape[1])  # [width, terms, m]: what multiplies the kernels
+        inside = torch.stack([kernel[start:end, start:end] for kernel in kernels], 2)  # [width, width, terms]
+        for j, row, term in zip(range(start, end), inside, terms, strict=True):
+            error, *drifts = term.unbind()
+            torch.sub(grids[j].dequantize(grids[j].quantize(columns[j], out=rounded[j])), columns[j], out=error).div_(pivots[j])
+            if drifts:
+                torch.mul(columns[j], alpha, out=drifts[0])
+            if len(drifts) > 1:
+                torch.sub(originals[j], columns[j], out=drifts[1]).mul_(alpha)
+            w[j + 1 : end].addmm_(row[j + 1 - start :], term)
+        for kernel, term in zip(kernels, terms.unbind(1), strict=True):
             w[end:].addmm_(kernel[start:end, end:].T, term)
-    return codes.T[:, factor.order.argsort()].contiguous()
+    return codes.index_select(0, order.argsort()).T.contiguous()
 
 
-def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
+def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     """The sweep with no residual term: exact inputs are taken for granted."""
-    grid = search_weight_grid(weight, problem.code_range)
-    return problem.solution(weight, grid, sweep(weight, grid, problem.whole.factor))
+    grid = search_weight_grid(weight, problem.weights)
+    return Rounding(sweep(weight, grid, problem.whole.factor), grid)

@@ -1,62 +1,48 @@
-"""MARR (arXiv 2605.17997): GPTAQ with a residual strength α of its own for every module, found by a PID loop on the module's
-reconstruction error, judged on calibration images that the sweep has not seen.
+"""MARR (arXiv 2605.17997): a residual strength α of its own for every module, found by a PID loop on the module's reconstruction error,
+judged on calibration images that the sweep has not seen. Any path (methods/path.py) can be searched: GPTAQ's, ResComp's, the exact target.
 
 From the paper: the feedback is the module reconstruction error J; the update has a proportional, an integral and a derivative part; it
 stops when |J_t - J_{t-1}| / (J_0 + ε) < 1e-5. Not public: the error signal, the gains, the first α, the bounds. Ours is the Newton
-step of J along the mean-field path of the sweep (rounding left out, compensated weights are w̃(α) = W (I - αP)⁻¹):
+step of J along the mean-field path of the sweep, w̃(α), the compensated weights with rounding left out:
 
-    T = dw̃/dα = w̃ P (I - αP)⁻¹                                        two triangular solves
+    T = dw̃/dα
     e_t = ⟨W D - (Q_t - W) H, T⟩ / ⟨T H, T⟩                            D, H of the half that judges; Q_t swept with the other half
     I_t = leak · I_{t-1} + e_t                                         leaky: no wind-up
     α_{t+1} = clip(α_t + Kp e_t + Ki I_t + Kd (e_t - e_{t-1}))
 
 Differs from the paper in the judge. On the data that produced it J is a poor one: α climbs to about 1.1 in every module and accuracy
-falls below GPTAQ's with its constant 0.25. So the calibration set is kept in two halves; each sweeps while the other judges, the best α
-seen is kept, the two are averaged, and the final sweep uses all the data. Rounding makes J jitter by about 1e-3 of J_0, far above the
-paper's tolerance, so the search also ends when α has settled; most do after four steps.
+falls below GPTAQ's with its constant 0.25 (`feedback="calibration"` is the paper's way). So the calibration set is kept in two halves;
+each sweeps while the other judges, the best α seen is kept, the two are averaged, and the final sweep uses all the data, for which that
+average is too low: correcting drift leaves a (1 - α)² of J and the noise of the estimated correction adds b α², so the best α is
+a / (a + b), and b halves with twice the tokens. Hence the whole set gets
+
+    α = 2 α_½ / (1 + α_½)
+
+Rounding makes J jitter by about 1e-3 of J_0, far above the paper's tolerance, so the search also ends when α has settled; most do after
+four steps.
 """
 
 import math
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from marrq.affine import Grid, search_weight_grid
-from marrq.methods.gptaq import residual_solution
-from marrq.methods.gptq import sweep
-from marrq.methods.problem import PID, Compensation, MethodSpec, Problem, Solution, Step
-from marrq.statistics import Judge, ResidualStatistics
+from marrq.methods.path import Path, final, with_constant
+from marrq.methods.problem import AlphaSpec, AlphaStrategy, Compensation, MethodSpec, Problem, Rounding, Step
+from marrq.statistics import Judge
+
+Search = Callable[[Path, Judge, AlphaSpec, int | None], list[Step]]
 
 
-def path_direction(weight: Tensor, alpha: float, swept: Compensation) -> Tensor:
-    """T = dw̃/dα of the module docstring, in the order of the inputs. weight: [m, n]."""
-    order, residual = swept.factor.order, swept.residual.to(weight)
-    system = torch.eye(len(order), dtype=weight.dtype, device=weight.device) - alpha * residual
-
-    def solve(rows: Tensor) -> Tensor:  # rows (I - αP)⁻¹
-        solved: Tensor = torch.linalg.solve_triangular(system, rows, upper=True, left=False, unitriangular=True)
-        return solved
-
-    return solve(solve(weight[:, order]) @ residual)[:, order.argsort()]
-
-
-def newton_step(gradient: Tensor, direction: Tensor, hessian: Tensor) -> float:
-    """The step e = ⟨-gradient, T⟩ / ⟨T H, T⟩; 0 where α has no effect (no drift, as in a first layer with float activations)."""
-    slope = (gradient.to(direction) * direction).sum()
-    curvature = ((direction @ hessian.to(direction)) * direction).sum()
-    return -float(slope / curvature) if curvature > 0 else 0.0
-
-
-def search_alpha(weight: Tensor, grid: Grid, swept: Compensation, judge: ResidualStatistics, pid: PID, half: int) -> list[Step]:
-    """The steps of one PID run: swept with one half, judged on the other; the caller picks from it. weight: [m, n]."""
+def pid_search(path: Path, judge: Judge, spec: AlphaSpec, half: int | None) -> list[Step]:
+    """The steps of one PID run; the caller picks from them."""
+    pid = spec.pid
     steps: list[Step] = []
-    measure = Judge(judge, weight)
     alpha, integral, previous = pid.initial, 0.0, 0.0
     while len(steps) < pid.steps:
-        quantized = grid.dequantize(sweep(weight, grid, swept.factor, swept.residual, alpha))
-        value, gradient = measure(quantized)
+        value, gradient = judge(path.round_at(judge.weight.new_tensor([alpha])).quantized)
         steps.append(Step(half, alpha, value))
-        error = newton_step(gradient, path_direction(weight, alpha, swept), judge.hessian)
+        error = judge.newton_step(gradient, path.direction(alpha))
         integral = pid.leak * integral + error
         change = pid.proportional * error + pid.integral * integral + pid.derivative * (error - previous)
         if not math.isfinite(change):
@@ -69,18 +55,38 @@ def search_alpha(weight: Tensor, grid: Grid, swept: Compensation, judge: Residua
     return steps
 
 
+def grid_search(path: Path, judge: Judge, spec: AlphaSpec, half: int | None) -> list[Step]:
+    """A step for every α of the grid, all from one stacked sweep."""
+    stacked = path.round_at(judge.weight.new_tensor(spec.grid)).quantized
+    return [Step(half, alpha, judge(part)[0]) for alpha, part in zip(spec.grid, stacked.chunk(len(spec.grid)), strict=True)]
+
+
+SEARCHES: dict[AlphaStrategy, Search] = {"pid": pid_search, "grid": grid_search}
+"""How α is searched, by strategy; `global` searches nothing."""
+
+
 def best(steps: list[Step]) -> Step:
-    """The step with the least held-out J; a step that overflowed counts as the worst."""
+    """The step with the least J; a step that overflowed counts as the worst."""
     return min(steps, key=lambda step: step.error if math.isfinite(step.error) else math.inf)
 
 
-def marr(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
-    """Search α with each half in turn, average the two best, sweep with all the data."""
-    grid = search_weight_grid(weight, problem.code_range)
-    first, second = problem.halves
-    searches = (
-        search_alpha(weight, grid, first, second.statistics, spec.pid, half=1),
-        search_alpha(weight, grid, second, first.statistics, spec.pid, half=0),
-    )
+def marr(path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
+    """Search α with each half in turn, average the two best, carry the average over to the whole, sweep with that."""
+    if spec.alpha.strategy == "global":
+        return with_constant(path_type, weight, problem, spec)
+    searches = [
+        SEARCHES[spec.alpha.strategy](path_type(weight, swept, problem.weights), Judge(judge.statistics, weight), spec.alpha, half)
+        for swept, judge, half in _rounds(problem, spec)
+    ]
     alpha = sum(best(steps).alpha for steps in searches) / len(searches)
-    return residual_solution(weight, grid, problem, alpha, tuple(step for steps in searches for step in steps))
+    if spec.alpha.feedback == "held-out":
+        alpha = 2 * alpha / (1 + alpha)
+    return final(path_type(weight, problem.whole, problem.weights), weight, alpha, tuple(step for steps in searches for step in steps))
+
+
+def _rounds(problem: Problem, spec: MethodSpec) -> list[tuple[Compensation, Compensation, int | None]]:
+    """What sweeps, what judges, and which half that is."""
+    if spec.alpha.feedback == "calibration":
+        return [(problem.whole, problem.whole, None)]
+    first, second = problem.halves
+    return [(first, second, 1), (second, first, 0)]

@@ -1,25 +1,32 @@
 """What a method is given and what it returns.
 
-A method is a function (weight [m, n], Problem, MethodSpec) -> Solution. The Problem belongs to a group of linears that share one input
+A method is a function (weight [m, n], Problem, MethodSpec) -> Rounding. The Problem belongs to a group of linears that share one input
 (q, k and v, where they are separate): what depends on the input alone is computed once for the group, when first asked for.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from marrq.affine import Grid
 from marrq.errors import MarrqError
-from marrq.statistics import Factor, Judge, ResidualStatistics, factorize
+from marrq.methods.lowrank import LowRankSpec
+from marrq.schemes import WeightSpec
+from marrq.statistics import Factor, ResidualStatistics, factorize
+
+AlphaStrategy = Literal["pid", "grid", "global"]
+Feedback = Literal["held-out", "calibration"]
 
 
 @dataclass(frozen=True)
 class PID:
     """Settings of MARR's controller; see methods/marr.py for the law. The paper publishes none of them but `tolerance`.
 
-    settled: the smallest move of α worth another step; the jitter that rounding gives J hides smaller ones.
+    proportional, integral, derivative: the gains; leak: of the integral; initial: the first α; lower, upper: its bounds; steps: at most so
+    many; settled: the smallest move of α worth another step, since the jitter that rounding gives J hides smaller ones.
     """
 
     proportional: float = 0.6
@@ -39,47 +46,76 @@ class PID:
 
 
 @dataclass(frozen=True)
+class AlphaSpec:
+    """How the residual strength α of a module is found.
+
+    strategy: `pid` and `grid` search it for each module, `global` takes `value` for all; value: None is the constant of the method itself;
+    feedback: what judges a search, the half of the calibration images that its sweep has not seen, or the images it has; grid: the values
+    that `grid` tries.
+    """
+
+    strategy: AlphaStrategy = "pid"
+    value: float | None = None
+    feedback: Feedback = "held-out"
+    grid: tuple[float, ...] = tuple(i / 8 for i in range(13))
+    pid: PID = field(default_factory=PID)
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(AlphaStrategy) or self.feedback not in get_args(Feedback):
+            raise MarrqError(f"alpha is found by pid, grid or global, judged held-out or calibration: got {self.strategy}, {self.feedback}")
+        if (self.value is not None) != (self.strategy == "global"):
+            raise MarrqError(f"a value of alpha goes with the strategy global alone: got {self.strategy}, {self.value}")
+
+
+@dataclass(frozen=True)
 class MethodSpec:
     """The method and its settings.
 
-    damping: λ / mean(diag H) of the sweep; act_order: sweep columns by descending diag H; alpha: the residual strength of `gptaq`.
+    name: one of METHODS; damping: λ / mean(diag H) of the sweep; target_damping: the same of the solve for the exact target; act_order:
+    sweep columns by descending diag H; correct_bias: let the bias take up the mean error of the outputs; lowrank: a branch in floating
+    point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None.
     """
 
-    name: str = "marr"
+    name: str = "marr-exact"
     damping: float = 0.01
+    target_damping: float = 0.1
     act_order: bool = True
-    alpha: float = 0.25
-    pid: PID = field(default_factory=PID)
+    alpha: AlphaSpec = field(default_factory=AlphaSpec)
+    correct_bias: bool = True
+    lowrank: LowRankSpec | None = None
+    rotation: int | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an α search: the half of the calibration set that judged, the α tried, and J on that half."""
+    """One step of an α search: the half of the calibration set that judged (None: all of it), the α tried, and J there."""
 
-    half: int
+    half: int | None
     alpha: float
     error: float
 
 
 @dataclass(frozen=True)
-class Solution:
+class Rounding:
     """Codes [m, n] on a grid, and how they came about.
 
-    error: J over all calibration tokens; alpha: None where the method has none; damping: what the factorization used;
-    fallback: why α = 0 was used in place of the α asked for, or None.
+    alpha: None where the method has none; fallback: why α = 0 was used in place of the α asked for, or None.
     """
 
     codes: Tensor
     grid: Grid
-    error: float
-    damping: float
     alpha: float | None = None
     trajectory: tuple[Step, ...] = ()
     fallback: str | None = None
 
+    @property
+    def quantized(self) -> Tensor:
+        """Q, the weight that the codes stand for: [m, n]."""
+        return self.grid.spread(self.codes.shape[1]).dequantize(self.codes)
+
 
 class Compensation:
-    """Statistics with what a sweep over their inputs needs: the factor U and the residual matrix P, both in sweep order."""
+    """Statistics with what a sweep over their inputs needs: the factor U and the residual matrices, all in sweep order."""
 
     def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
         self.statistics = statistics
@@ -91,30 +127,45 @@ class Compensation:
         return factorize(self.statistics.hessian, self._spec.damping, self._spec.act_order)
 
     @cached_property
-    def residual(self) -> Tensor:
-        """P = ((D L) ∘ M) Lᵀ of GPTAQ: [n, n] float64, strictly upper triangular."""
+    def drift_residual(self) -> Tensor:
+        """P1 = ((D L) ∘ M) Lᵀ of GPTAQ: [n, n] float64, strictly upper triangular."""
+        return self._residual(self.statistics.drift)
+
+    @cached_property
+    def error_residual(self) -> Tensor:
+        """P2 = ((C L) ∘ M) Lᵀ of ResComp, C = H + D: [n, n] float64, strictly upper triangular."""
+        return self._residual(self.statistics.hessian + self.statistics.drift)
+
+    @cached_property
+    def target_factor(self) -> Factor:
+        """U of the exact target's solve, which has a damping of its own; inputs in their order."""
+        return factorize(self.statistics.hessian, self._spec.target_damping, act_order=False)
+
+    def _residual(self, moment: Tensor) -> Tensor:
         order, lower = self.factor.order, self.factor.upper.T
-        drift = self.statistics.drift[order][:, order]
-        return torch.triu((torch.triu(drift @ lower, 1)) @ lower.T, 1)
+        return torch.triu((torch.triu(moment[order][:, order] @ lower, 1)) @ lower.T, 1)
 
 
 class Problem:
-    """The statistics of both halves of the calibration set, each half and the whole ready to be swept with."""
+    """The statistics of both halves of the calibration set, each half and the whole ready to be swept with.
 
-    def __init__(self, halves: tuple[ResidualStatistics, ResidualStatistics], code_range: tuple[int, int], spec: MethodSpec) -> None:
-        self.code_range = code_range
-        self.halves = (Compensation(halves[0], spec), Compensation(halves[1], spec))
-        self.whole = Compensation(halves[0] + halves[1], spec)
+    Where the bias is to take up the mean error, they are the statistics of centred tokens (`ResidualStatistics.centred`).
+    """
 
-    def solution(
-        self,
-        weight: Tensor,
-        grid: Grid,
-        codes: Tensor,
-        alpha: float | None = None,
-        trajectory: tuple[Step, ...] = (),
-        fallback: str | None = None,
-    ) -> Solution:
-        """The Solution these codes make, judged on the whole calibration set."""
-        error, _ = Judge(self.whole.statistics, weight)(grid.dequantize(codes))
-        return Solution(codes, grid, error, self.whole.factor.damping, alpha, trajectory, fallback)
+    def __init__(self, halves: tuple[ResidualStatistics, ResidualStatistics], weights: WeightSpec, spec: MethodSpec) -> None:
+        self.weights = weights
+        self.statistics = halves[0] + halves[1]
+        self._halves, self._spec = halves, spec
+
+    @cached_property
+    def whole(self) -> Compensation:
+        """All the data."""
+        return self._compensation(self.statistics)
+
+    @cached_property
+    def halves(self) -> tuple[Compensation, Compensation]:
+        """Each half by itself."""
+        return self._compensation(self._halves[0]), self._compensation(self._halves[1])
+
+    def _compensation(self, statistics: ResidualStatistics) -> Compensation:
+        return Compensation(statistics.centred() if self._spec.correct_bias else statistics, self._spec)

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from marrq.affine import search_weight_grid
-from marrq.methods.problem import MethodSpec, Problem, Solution
+from marrq.methods.problem import MethodSpec, Problem, Rounding
 
 
-def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
-    """Codes on the clip-searched grid that all methods share; the statistics serve the report alone."""
-    grid = search_weight_grid(weight, problem.code_range)
-    return problem.solution(weight, grid, grid.quantize(weight))
+def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
+    """Codes on the clip-searched grid that all methods share."""
+    grid = search_weight_grid(weight, problem.weights)
+    return Rounding(grid.spread(weight.shape[1]).quantize(weight), grid)

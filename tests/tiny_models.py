@@ -1,0 +1,75 @@
+"""Tiny models of several families with random weights that nothing was trained for, and a short way to quantize them."""
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+
+from marrq.methods.settings import parse_method
+from marrq.models import ModelSource, TransformersLogits, VisionModel
+from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
+from marrq.preprocessing import Preprocessing
+from marrq.schemes import ActivationStrategy, parse_scheme
+
+TRANSFORMERS = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+
+
+@torch.no_grad()
+def randomized(model: nn.Module) -> nn.Module:
+    """Every parameter with a value that is neither 0 nor 1; vectors that multiply (norm, LayerScale) stay away from 0."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and not name.endswith("bias"):
+            parameter.uniform_(0.3, 1.7, generator=generator)
+        else:
+            parameter.normal_(std=0.1, generator=generator)
+    return model.eval()
+
+
+def vit(**changes: object) -> nn.Module:
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return randomized(timm.create_model("vit_tiny_patch16_224", **{**arguments, **changes}))
+
+
+def vit_with_layer_scale() -> nn.Module:
+    return vit(init_values=1e-5)
+
+
+def swin() -> nn.Module:
+    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    return randomized(timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **arguments))
+
+
+def transformers_vit() -> nn.Module:
+    return randomized(TransformersLogits(ViTForImageClassification(ViTConfig(**TRANSFORMERS))))
+
+
+def dinov2() -> nn.Module:
+    return randomized(TransformersLogits(Dinov2ForImageClassification(Dinov2Config(**TRANSFORMERS))))
+
+
+def noise(count: int, seed: int = 0) -> Tensor:
+    """Images [count, 3, 32, 32]."""
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def vision_model(module: nn.Module) -> VisionModel:
+    preprocessing = Preprocessing((3, 32, 32), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
+    return VisionModel(module, ModelSource("tiny", "timm", {}, ""), preprocessing, tuple("abcde"))
+
+
+def quantized(
+    module: nn.Module, images: Tensor, scheme: str, method: str, device: str = "cpu", strategy: ActivationStrategy = "per-tensor"
+) -> QuantizedModel:
+    """The module quantized in place; method as `parse_method` takes it."""
+    calibration = CalibrationSet("noise", len(images), 0, "")
+    spec, numbers = parse_method(method), parse_scheme(scheme, strategy)
+    return quantize(vision_model(module), images, calibration, numbers, spec, torch.device(device))

@@ -8,14 +8,14 @@ inputs, then a search over clipped ranges with the error |q - w|^2.4. The grid o
 that the largest magnitude of the block asks for, with one sign bit and b - 1 bits of mantissa.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.schemes import WeightGrid, WeightSpec
+from marrq.schemes import WeightSpec
 
 CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
 WEIGHT_ERROR_POWER = 2.4
@@ -60,6 +60,10 @@ class Grid:
         pairs = zip(spread.scale.T[order], spread.zero_point.T[order], strict=True)
         return [Grid(scale, zero_point, self.low, self.high) for scale, zero_point in pairs]
 
+    def shaped(self, rows: int) -> "Grid":
+        """The same scales, as [rows, groups]."""
+        return Grid(self.scale.reshape(rows, -1), self.zero_point.reshape(rows, -1), self.low, self.high)
+
     def nearest(self, x: Tensor) -> Tensor:
         """The value of the grid that each x is rounded to."""
         return self.dequantize(self.quantize(x))
@@ -76,13 +80,55 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
 
 
 def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
-    """The grid of a weight [m, n]; scales are [m, groups]. Raises MarrqError when n is no multiple of the group size."""
+    """The grid of a weight [m, n] by the weight alone; scales are [m, groups]. Raises MarrqError when n is no multiple of the group size."""
+    groups = _groups(weight, spec)
+    if spec.grid == "mxint":
+        return _mxint_grid(groups, spec.code_range).shaped(len(weight))
+    grids = (_clipped(groups, spec, factor) for factor in CLIP_FACTORS)
+    return _least_error(groups, grids).shaped(len(weight))
+
+
+def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[float]) -> list[Grid]:
+    """The grids of a weight [m, n] with the ranges clipped by each factor, and last the one of `search_weight_grid`; mxint has but one."""
+    searched = search_weight_grid(weight, spec)
+    if spec.grid == "mxint":
+        return [searched]
+    return [*(_clipped(_groups(weight, spec), spec, factor).shaped(len(weight)) for factor in factors), searched]
+
+
+def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """The parts of a weight that have one scale each, as rows."""
     size = spec.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise MarrqError(f"{weight.shape[1]} inputs are no multiple of the group size {size}: choose another group size")
-    grid = WEIGHT_GRIDS[spec.grid](weight.reshape(-1, size), spec.code_range)
-    shape = (len(weight), -1)
-    return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), grid.low, grid.high)
+    return weight.reshape(-1, size)
+
+
+def _clipped(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
+    """The grid of each row with its range multiplied by a factor."""
+    low, high = spec.code_range
+    if spec.grid == "asymmetric":
+        return grid_from_range(rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high))
+    largest = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest * factor / high, torch.ones_like(largest))
+    return Grid(scale, torch.zeros_like(scale), low, high)
+
+
+def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
+    """For each row the grid with the least Σ |q - w|^2.4, the first of equals."""
+    candidates = list(grids)
+    # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back as 0.
+    errors = [grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1) for grid in candidates]
+    return select_rows(candidates, torch.stack(errors).argmin(0))
+
+
+def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
+    """A grid with each row taken from one of several. choice: [m], indices of grids."""
+    rows = torch.arange(len(choice), device=choice.device)
+    scale, zero_point = (
+        torch.stack(values)[choice, rows] for values in zip(*((grid.scale, grid.zero_point) for grid in grids), strict=True)
+    )
+    return Grid(scale, zero_point, grids[0].low, grids[0].high)
 
 
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
@@ -92,38 +138,3 @@ def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
     exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx · 2^exponent
     scale = torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1)
     return Grid(scale, torch.zeros_like(scale), -high, high)
-
-
-def _asymmetric_grid(rows: Tensor, code_range: tuple[int, int]) -> Grid:
-    minimum, maximum = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    return _search_clipping(rows, lambda factor: grid_from_range(minimum * factor, maximum * factor, code_range))
-
-
-def _symmetric_grid(rows: Tensor, code_range: tuple[int, int]) -> Grid:
-    low, high = code_range
-    largest = rows.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest, torch.full_like(largest, high)) / high
-    return _search_clipping(rows, lambda factor: Grid(scale * factor, torch.zeros_like(scale), low, high))
-
-
-def _search_clipping(rows: Tensor, grid_of: Callable[[float], Grid]) -> Grid:
-    """Per row the clipped grid, out of 80, with the least Σ |q - w|^2.4."""
-    best = grid_of(1.0)
-    scale, zero_point = best.scale.clone(), best.zero_point.clone()
-    least = torch.full_like(scale, torch.inf)
-    for factor in CLIP_FACTORS:
-        grid = grid_of(factor)
-        # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back as 0.
-        error = grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero_point = torch.where(better, grid.scale, scale), torch.where(better, grid.zero_point, zero_point)
-    return Grid(scale, zero_point, best.low, best.high)
-
-
-WEIGHT_GRIDS: dict[WeightGrid, Callable[[Tensor, tuple[int, int]], Grid]] = {
-    "asymmetric": _asymmetric_grid,
-    "symmetric": _symmetric_grid,
-    "mxint": _mxint_grid,
-}
-"""How the rows of a weight, or its groups, get their grid."""

@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
         """x: [..., in] to [..., out]."""
         x = x if self.input is None else self.input(x)
         y, branch = F.linear(x, self.weight, self.bias), self.lowrank
-        return y if branch is None else y + F.linear(F.linear(x, branch.right.values), branch.left.values)
+        return y if branch is None else y + F.linear(F.linear(x, branch.right.values.to(x)), branch.left.values.to(x))
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:

@@ -26,6 +26,8 @@ from torch import Tensor
 from marrq.errors import MarrqError
 
 MAX_DAMPING_STEPS = 12
+VARIATION = 1e-12
+"""Variance, in shares of the mean square, below which an input is a constant: float32 tokens resolve no less."""
 
 
 @dataclass
@@ -110,15 +112,18 @@ class ResidualStatistics:
         return OutputDrift(w @ self.drift, w @ self.drift_sum, ((w @ self.drift_power) * w).sum(1), w.new_ones(len(w)))
 
     def centred(self) -> "ResidualStatistics":
-        """The same sums over tokens whose means have been taken out."""
+        """The same sums over tokens whose means have been taken out. An input that does not vary is dead in them."""
         x, dx, k = self.input_sum, self.drift_sum, self.tokens
+        hessian = self.hessian - torch.outer(x, x) / k
+        # Of a constant input this difference leaves noise, by which nothing is to be weighed or divided.
+        varies = (hessian.diagonal() > VARIATION * self.hessian.diagonal()).to(hessian)
         output = self.output
         if output is not None:
-            moment = output.moment - torch.outer(output.sum, x) / k
+            moment = (output.moment - torch.outer(output.sum, x) / k) * varies
             output = OutputDrift(moment, torch.zeros_like(output.sum), output.power - output.sum.square() / k, output.importance)
         return ResidualStatistics(
-            self.hessian - torch.outer(x, x) / k,
-            self.drift - torch.outer(dx, x) / k,
+            hessian * torch.outer(varies, varies),
+            (self.drift - torch.outer(dx, x) / k) * varies,
             self.drift_power - torch.outer(dx, dx) / k,
             torch.zeros_like(x),
             torch.zeros_like(dx),

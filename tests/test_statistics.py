@@ -86,6 +86,18 @@ def test_centred_sums_of_float32_tokens_survive_a_mean_far_above_the_deviation(m
     torch.testing.assert_close(sums.output.moment, exact.output.moment, rtol=1e-3, atol=1e-3 * TOKENS)
 
 
+def test_a_constant_input_is_dead_in_centred_sums():
+    x, x_float, shortfall = (tokens.float() for tokens in streams())
+    x[:, 4] = 3.3
+    sums = statistics(x, x_float, shortfall).centred()
+    assert not sums.hessian[4].any()
+    assert not sums.hessian[:, 4].any()
+    assert not sums.drift[:, 4].any()
+    assert not sums.output.moment[:, 4].any()
+    assert sums.drift[4, [3, 5]].all()
+    assert (sums.hessian.diagonal() > 1).sum() == INPUTS - 1
+
+
 @pytest.mark.parametrize("with_output", [True, False])
 def test_the_output_shift_makes_the_mean_error_of_the_outputs_zero(with_output: bool):
     x, x_float, shortfall = streams()

@@ -35,7 +35,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def vit(**changes: object) -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
     return randomized(timm.create_model("vit_tiny_patch16_224", **{**arguments, **changes}))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.methods.exact import ExactPath
+from marrq.methods.exact import ExactPath, correction
 from marrq.methods.gptaq import GptaqPath
 from marrq.methods.gptq import gptq
 from marrq.methods.lowrank import LowRank, input_scaling, preserved, refit
@@ -80,10 +80,15 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
 
 
 def _round(weight: Tensor, problem: Problem, spec: MethodSpec) -> tuple[Rounding, LowRank | None]:
+    """The codes, and the branch for what they fall short of: W, or W + αΔ (methods/exact.py) where the drift of the inputs is corrected.
+
+    Fitted to W a branch would take back what the method has put into the codes.
+    """
     method = METHODS[spec.name]
     if spec.lowrank is None:
         return method(weight, problem, spec), None
     scaling = input_scaling(problem.whole.statistics, spec.lowrank.kind)
     kept, _ = preserved(weight, scaling, spec.lowrank)
     rounding = method(weight - kept, problem, spec)
-    return rounding, refit(weight - rounding.quantized, scaling, spec.lowrank)
+    target = weight if rounding.alpha is None else weight + rounding.alpha * correction(weight, problem.whole)
+    return rounding, refit(target - rounding.quantized, scaling, spec.lowrank)

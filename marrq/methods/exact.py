@@ -23,10 +23,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid, search_weight_grid
-from marrq.methods.gptq import sweep
+from marrq.affine import Grid
+from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Compensation, Rounding
 from marrq.schemes import WeightSpec
+
+
+def correction(weight: Tensor, swept: Compensation) -> Tensor:
+    """Δ [m, n] for a weight [m, n], in its type."""
+    upper = swept.target_factor.upper
+    return (swept.statistics.wanted(weight).moment @ upper.T @ upper).to(weight)
 
 
 class ExactPath:
@@ -35,18 +41,17 @@ class ExactPath:
     constant: ClassVar[float] = 1.0
 
     def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
-        self.weight, self.weights, self.factor = weight, weights, swept.factor
+        self.weight, self.weights, self.swept = weight, weights, swept
         self.grid: Grid | None = None
-        upper = swept.target_factor.upper
-        self.delta = (swept.statistics.wanted(weight).moment @ upper.T @ upper).to(weight)
+        self.delta = correction(weight, swept)
 
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep on W_α for each α, on the grid of the first that is asked for: within a search J then moves with α alone."""
         targets = [self.weight + alpha * self.delta for alpha in alphas]
-        if self.grid is None:
-            self.grid = search_weight_grid(targets[0], self.weights)
+        if self.grid is None or not self.grid.scale.isfinite().all():  # an α that overflowed leaves none
+            self.grid = choose_grid(targets[0], self.swept, self.weights)
         grid = self.grid.stacked(len(alphas))
-        return Rounding(sweep(torch.cat(targets), grid, self.factor), grid)
+        return Rounding(sweep(torch.cat(targets), grid, self.swept.factor), grid)
 
     def direction(self, alpha: float) -> Tensor:
         """T = Δ, at every α."""

@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from marrq.affine import search_weight_grid
-from marrq.methods.gptq import sweep
+from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Compensation, Rounding
 from marrq.schemes import WeightSpec
 
@@ -26,7 +25,7 @@ class GptaqPath:
 
     def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
         self.weight, self.factor = weight, swept.factor
-        self.grid = search_weight_grid(weight, weights)
+        self.grid = choose_grid(weight, swept, weights)
         self.residuals = self._residuals(swept)
 
     def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from marrq.statistics import Factor, ResidualStatistics, factorize
 
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
+Clip = Literal["weights", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class MethodSpec:
     """The method and its settings.
 
     name: one of METHODS; damping: λ / mean(diag H) of the sweep; target_damping: the same of the solve for the exact target; act_order:
-    sweep columns by descending diag H; correct_bias: let the bias take up the mean error of the outputs; lowrank: a branch in floating
+    sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
+    or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a branch in floating
     point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None.
     """
 
@@ -80,6 +82,7 @@ class MethodSpec:
     damping: float = 0.01
     target_damping: float = 0.1
     act_order: bool = True
+    clip: Clip = "outputs"
     alpha: AlphaSpec = field(default_factory=AlphaSpec)
     correct_bias: bool = True
     lowrank: LowRankSpec | None = None
@@ -115,10 +118,13 @@ class Rounding:
 
 
 class Compensation:
-    """Statistics with what a sweep over their inputs needs: the factor U and the residual matrices, all in sweep order."""
+    """Statistics with what a sweep over their inputs needs: the factor U and the residual matrices, all in sweep order.
 
-    def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
-        self.statistics = statistics
+    clip: see MethodSpec.
+    """
+
+    def __init__(self, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> None:
+        self.statistics, self.clip = statistics, clip
         self._spec = spec
 
     @cached_property
@@ -160,12 +166,12 @@ class Problem:
     @cached_property
     def whole(self) -> Compensation:
         """All the data."""
-        return self._compensation(self.statistics)
+        return self._compensation(self.statistics, self._spec.clip)
 
     @cached_property
     def halves(self) -> tuple[Compensation, Compensation]:
-        """Each half by itself."""
-        return self._compensation(self._halves[0]), self._compensation(self._halves[1])
+        """Each half by itself. They serve to find α, for which the quick search of the grid is good enough."""
+        return self._compensation(self._halves[0], "weights"), self._compensation(self._halves[1], "weights")
 
-    def _compensation(self, statistics: ResidualStatistics) -> Compensation:
-        return Compensation(statistics.centred() if self._spec.correct_bias else statistics, self._spec)
+    def _compensation(self, statistics: ResidualStatistics, clip: Clip) -> Compensation:
+        return Compensation(statistics.centred() if self._spec.correct_bias else statistics, self._spec, clip)

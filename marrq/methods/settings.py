@@ -9,12 +9,12 @@ The same settings are options of `marrq quantize`; `marrq compare` takes the tex
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from marrq.errors import MarrqError
 from marrq.methods import method_named
 from marrq.methods.lowrank import parse_lowrank
-from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Feedback, MethodSpec
+from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Clip, Feedback, MethodSpec
 
 SWITCH = {"on": True, "off": False}
 
@@ -50,6 +50,7 @@ def text_of(spec: MethodSpec) -> str:
         "target-damping": "" if spec.target_damping == default.target_damping else _digits(spec.target_damping),
         "bias-correction": "" if spec.correct_bias == default.correct_bias else "on" if spec.correct_bias else "off",
         "act-order": "" if spec.act_order == default.act_order else "on" if spec.act_order else "off",
+        "clip": "" if spec.clip == default.clip else spec.clip,
         "lowrank": "" if spec.lowrank is None else str(spec.lowrank),
         "rotate": "" if spec.rotation is None else str(spec.rotation),
         **{f"pid.{gain}": _digits(value) for gain, value in vars(alpha.pid).items() if value != getattr(default.alpha.pid, gain)},
@@ -103,6 +104,12 @@ def _switch(key: str, text: str) -> bool:
     return SWITCH[text]
 
 
+def _clip(text: str) -> Clip:
+    if text not in get_args(Clip):
+        raise MarrqError(f"setting 'clip' must be one of {', '.join(get_args(Clip))}: got {text!r}")
+    return cast(Clip, text)
+
+
 SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
     "alpha": _alpha,
     "feedback": _feedback,
@@ -110,6 +117,7 @@ SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
     "target-damping": lambda spec, text: replace(spec, target_damping=_number("target-damping", text)),
     "bias-correction": lambda spec, text: replace(spec, correct_bias=_switch("bias-correction", text)),
     "act-order": lambda spec, text: replace(spec, act_order=_switch("act-order", text)),
+    "clip": lambda spec, text: replace(spec, clip=_clip(text)),
     "lowrank": lambda spec, text: replace(spec, lowrank=parse_lowrank(text)),
     "rotate": lambda spec, text: replace(spec, rotation=_number("rotate", text, int)),
 }

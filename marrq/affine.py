@@ -80,7 +80,7 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
 
 
 def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
-    """The grid of a weight [m, n] by the weight alone; scales are [m, groups]. Raises MarrqError when n is no multiple of the group size."""
+    """The grid of a weight [m, n], by the weight alone; scales: [m, groups]. Raises MarrqError when n is no multiple of the group size."""
     groups = _groups(weight, spec)
     if spec.grid == "mxint":
         return _mxint_grid(groups, spec.code_range).shaped(len(weight))
@@ -132,8 +132,8 @@ def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
 
 
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
-    """The scale 2^(e - b + 2), e the exponent of the block's largest magnitude, so that b - 1 bits of mantissa reach it. blocks: […, 32]."""
-    low, high = code_range
+    """The scale 2^(e - b + 2), e the exponent of the largest magnitude of a block [32], so that b - 1 bits of mantissa reach it."""
+    _, high = code_range
     largest = blocks.abs().amax(1, keepdim=True)
     exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx · 2^exponent
     scale = torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1)

@@ -1,8 +1,8 @@
 """The artifact: a quantized model as a folder. The README describes the format; a test pins it to literal bytes.
 
     config.json          everything needed to rebuild and to repeat: source, preprocessing, labels, scheme, method, calibration, versions
-    model.safetensors    per linear weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale, input_zero_point, input_clip,
-                         lowrank_left, lowrank_right and their scales, as far as it has them;
+    model.safetensors    per linear, as far as it has them, weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale,
+                         input_zero_point, input_clip, lowrank_left, lowrank_right and their scales;
                          every other tensor of the model in floating point, under its own name
     quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds
     README.md            a model card
@@ -73,11 +73,11 @@ def load(folder: Path) -> QuantizedModel:
         method = _method(config["method"])
         module = _restore(build(source), load_file(folder / TENSORS), scheme)
         preprocessing = Preprocessing.from_json(config["preprocessing"])
-        calibration = CalibrationSet(**config["calibration"])
+        calibration, labels = CalibrationSet(**config["calibration"]), tuple(config["labels"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise MarrqError(f"artifact {str(folder)!r} is damaged ({reason[0] if reason else error!r}): quantize the model again") from error
-    return QuantizedModel(module, source, preprocessing, tuple(config["labels"]), scheme, method, calibration, reports)
+    return QuantizedModel(module, source, preprocessing, labels, scheme, method, calibration, reports)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer, RangeObserver
 from marrq.blocks import Block, find_blocks, first_input
+from marrq.equalization import choose_scale, find_norm, fold
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
@@ -30,6 +31,10 @@ from marrq.stream import Writer, find_writer, read_stream
 BATCH_SIZE = 16
 """Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
 
+
+EQUALIZED = 4
+"""Every how many-th batch equalization takes its sample from."""
+EQUALIZING_TOKENS = 1024
 
 OBSERVED = {"per-tensor": 1, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
@@ -168,6 +173,8 @@ def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[T
 
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block."""
+    if run.method.equalize:
+        _equalize(block, untouched, group, streams, run)
     quantizer = _input_quantizer(block, group, streams, run)
     statistics = _statistics(block, untouched, group, quantizer, streams, run)
     reports = []
@@ -182,6 +189,19 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
     except MarrqError as error:
         raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
     return reports
+
+
+def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> None:
+    """Move a scale from the linears of a group to the norm before them, where there is one, on both paths."""
+    norm = find_norm(block, group, streams.quantized[0].to(run.device))
+    if norm is None:
+        return
+    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::EQUALIZED]]
+    sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+    sample = sample[torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()]
+    scale = choose_scale(sample, torch.cat([block.linear(name).weight for name in group]), run.scheme)
+    fold(block, norm, group, scale)
+    fold(untouched, norm, group, scale)
 
 
 def _input_quantizer(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> ActivationQuantizer | None:

@@ -8,24 +8,26 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_methods_are_compared_once_each_and_the_table_has_a_row_for_each(tiny: str, image_folder: Path, tmp_path: Path):
-    results = tmp_path / "methods.json"
-    options = ["--data", str(image_folder), "-o", str(results), "--scheme", "W4A4:per-token", "--seeds", "1", "--samples", "8"]
-    command = [sys.executable, str(EXAMPLES / "compare_methods.py"), tiny, *options]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
-    done = json.loads(results.read_text())
-    assert set(done) == {"float", *(f"W4A4:per-token {method} 0" for method in ("rtn", "gptq", "gptaq", "marr"))}
-    assert [line.split()[1] for line in first.stdout.splitlines() if line.startswith("|")] == [
-        "top-1",
-        "---",
-        "rtn",
-        "gptq",
-        "gptaq",
-        "marr",
-    ]
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout == first.stdout
-    assert again.stderr == ""
+def test_the_benchmark_prints_the_sweep_beside_its_products():
+    command = [sys.executable, str(EXAMPLES / "benchmark_quantize.py"), "sweep", "--size", "128", "--rounds", "1"]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert set(report["seconds"]) == {"sweep", "products"}
+    assert report["ratio"] > 0
+
+
+def test_the_benchmark_prints_each_methods_time_against_gptqs(tiny: str, image_folder: Path):
+    options = ["methods", tiny, "--data", str(image_folder), "--samples", "8", "--method", "marr-gptaq"]
+    command = [sys.executable, str(EXAMPLES / "benchmark_quantize.py"), *options]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert set(report["seconds"]) == {"gptq", "marr-gptaq"}
+    assert report["ratio"]["gptq"] == 1
+
+
+def test_the_benchmark_prints_the_peak_memory():
+    options = ["memory", "--model", "vit_tiny_patch16_224", "--samples", "2", "--depth", "1"]
+    command = [sys.executable, str(EXAMPLES / "benchmark_quantize.py"), *options]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert report["peak_mb"] > report["images_mb"] > 0
 
 
 def test_the_parity_of_the_demo_is_float_rounding(demo_artifact: Path, tmp_path: Path):

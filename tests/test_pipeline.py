@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from marrq.activations import CLIP_FACTORS, TOKENS_PER_BATCH, ActivationQuantizer, RangeObserver
 from marrq.affine import grid_from_range
 from marrq.errors import MarrqError
+from marrq.methods import ALIASES
 from marrq.methods.problem import MethodSpec
 from marrq.modules import quantized_linears
 from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
 from marrq.schemes import ActivationSpec, ActivationStrategy, parse_scheme
 
 IMAGES = noise(24)
-METHODS = ["rtn", "gptaq", "marr-rescomp", "marr", "gptq,bias-correction=off", "marr,lowrank=srr:4", "exact,lowrank=qera:4:int8"]
+METHODS = [
+    "rtn",
+    "gptaq",
+    "marr-rescomp",
+    "marr-exact",
+    "gptq,bias-correction=off",
+    "marr-exact,lowrank=srr:4",
+    "exact,lowrank=qera:4:int8",
+]
 
 
 def output_of(model: nn.Module, path: str) -> Tensor:
@@ -29,7 +38,7 @@ def output_of(model: nn.Module, path: str) -> Tensor:
 @pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
 def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(path: str, strategy: ActivationStrategy):
     """The input of the last fc2 comes through everything quantized before it, its target through nothing."""
-    model = quantized(vit(), IMAGES, "W4A8", "marr", strategy=strategy)
+    model = quantized(vit(), IMAGES, "W4A8", "marr-exact", strategy=strategy)
     expected = output_of(vit(), path)
     error = float((output_of(model.module, path) - expected).double().square().sum())
     report = next(report for report in model.reports if report.path == path)
@@ -88,7 +97,7 @@ def test_every_block_linear_is_replaced_and_nothing_else():
 
 def test_the_report_says_how_each_linear_was_quantized():
     model = quantized(vit(), IMAGES, "W3A8", "marr")
-    assert model.method.name == "marr-exact"
+    assert model.method.name == ALIASES["marr"]
     for report in model.reports:
         assert 0 < report.alpha <= 1.5
         assert {step.half for step in report.trajectory} == {0, 1}

@@ -11,6 +11,16 @@ from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
 from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationStrategy, parse_scheme
 
+VIT = {
+    "model_name": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "num_classes": 5,
+}
 TRANSFORMERS = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -35,8 +45,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def vit(**changes: object) -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
-    return randomized(timm.create_model("vit_tiny_patch16_224", **{**arguments, **changes}))
+    return randomized(timm.create_model(**{**VIT, **changes}))
 
 
 def vit_with_layer_scale() -> nn.Module:
@@ -62,8 +71,9 @@ def noise(count: int, seed: int = 0) -> Tensor:
 
 
 def vision_model(module: nn.Module) -> VisionModel:
+    """A module with what belongs to it; its source is that of `vit()`."""
     preprocessing = Preprocessing((3, 32, 32), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    return VisionModel(module, ModelSource("tiny", "timm", {}, ""), preprocessing, tuple("abcde"))
+    return VisionModel(module, ModelSource("tiny", "timm", VIT, ""), preprocessing, tuple("abcde"))
 
 
 def quantized(

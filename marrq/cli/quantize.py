@@ -37,6 +37,7 @@ def quantize(
         str | None, typer.Option(help="srr:RANK, qera:RANK or lqer:RANK, with :int8 smaller: a branch beside the codes.")
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream first.")] = False,
+    equalize: Annotated[bool, typer.Option("--equalize", help="Move scales between linears and the norms before them.")] = False,
     setting: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, another setting of the method; may be repeated.")] = [],  # noqa: B006
     data: DataOption = None,
     samples: SamplesOption = 256,
@@ -55,9 +56,9 @@ def quantize(
 
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
-    chosen = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
-    given = {key: value for key, value in chosen.items() if value is not None}
-    spec = with_settings(method, {**given, **{key: value for key, _, value in (text.partition("=") for text in setting)}})
+    options = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
+    settings = {key: value for key, value in options.items() if value is not None} | ({"equalize": "on"} if equalize else {})
+    spec = with_settings(method, settings | {key: value for key, _, value in (text.partition("=") for text in setting)})
     check_output(output, force)
     target = choose_device(device)
     name = data_for(model, data)

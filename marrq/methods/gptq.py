@@ -27,6 +27,8 @@ from marrq.schemes import WeightSpec
 from marrq.statistics import Factor
 
 BLOCK_SIZE = 128
+STACKED_ROWS = 4096
+"""Rows swept at once in the search of grids: enough to hide the column loop, and memory stays small."""
 CLIP_FACTORS = tuple(1 - 0.06 * i for i in range(12))
 
 
@@ -72,11 +74,18 @@ def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a sweep, as `swept.clip` says."""
     if swept.clip == "weights":
         return search_weight_grid(weight, spec)
-    grids = clipped_weight_grids(weight, spec, CLIP_FACTORS)
+    parts = [_least_output_error(rows, swept, spec) for rows in weight.split(max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1)))]
+    scale, zero_point = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero_point"))
+    return Grid(scale, zero_point, parts[0].low, parts[0].high)
+
+
+def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
+    """For each row of a weight, of the clipped grids the one with the least error of its output."""
+    grids = clipped_weight_grids(rows, spec, CLIP_FACTORS)
     stacked = Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero_point for grid in grids]), grids[0].low, grids[0].high)
-    codes = sweep(weight.repeat(len(grids), 1), stacked, swept.factor)
-    error = (stacked.spread(weight.shape[1]).dequantize(codes) - weight.repeat(len(grids), 1)).view(len(grids), *weight.shape)
-    outputs = ((error @ swept.statistics.hessian.to(weight)) * error).sum(-1)  # [grids, m]
+    repeated = rows.repeat(len(grids), 1)
+    error = stacked.spread(rows.shape[1]).dequantize(sweep(repeated, stacked, swept.factor)).sub_(repeated)
+    outputs = (error @ swept.statistics.hessian.to(rows)).mul_(error).sum(1).view(len(grids), -1)
     return select_rows(grids, outputs.argmin(0))
 
 

@@ -74,11 +74,12 @@ class MethodSpec:
 
     name: one of METHODS; damping: λ / mean(diag H) of the sweep; target_damping: the same of the solve for the exact target; act_order:
     sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
-    or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a branch in floating
-    point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None.
+    or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
+    branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: move a
+    scale per channel between linears and the norm before them (marrq/equalization.py).
     """
 
-    name: str = "marr-exact"
+    name: str = "marr-stream"
     damping: float = 0.01
     target_damping: float = 0.1
     act_order: bool = True
@@ -87,6 +88,7 @@ class MethodSpec:
     correct_bias: bool = True
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
+    equalize: bool = False
 
 
 @dataclass(frozen=True)

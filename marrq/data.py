@@ -59,9 +59,24 @@ class ImageSet:
             pixels = torch.stack([transform(_read_image(file)) for file in files])
             yield pixels, torch.tensor(self.targets[start : start + batch_size])
 
-    def pixels(self, preprocessing: Preprocessing) -> Tensor:
-        """All inputs at once: float32 [images, channels, height, width]."""
-        return next(self.batches(preprocessing, len(self)))[0]
+    def pixels(self, preprocessing: Preprocessing) -> "Pixels":
+        """All inputs, to be sliced."""
+        return Pixels(self, preprocessing)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The inputs of an image set, read from disk when they are sliced: float32 [images, channels, height, width]."""
+
+    images: ImageSet
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        part = ImageSet(self.images.name, self.images.files[rows], self.images.targets[rows])
+        return next(part.batches(self.preprocessing, len(part)))[0]
 
 
 def find_images(name: str, split: Literal["train", "val"], labels: tuple[str, ...]) -> ImageSet:

@@ -10,6 +10,7 @@ statistics, the rest the second. With `rotation` the model is rotated first (mar
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,14 @@ EQUALIZING_TOKENS = 1024
 
 OBSERVED = {"per-tensor": 1, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
+
+
+class Images(Protocol):
+    """Inputs of a model: a tensor, or something that makes one when it is sliced (marrq/data.py, Pixels)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ BlockDone = Callable[[int, int, Sequence[ModuleReport]], None]
 @torch.no_grad()
 def quantize(
     model: VisionModel,
-    images: Tensor,
+    images: Images,
     calibration: CalibrationSet,
     scheme: Scheme,
     method: MethodSpec,
@@ -117,7 +126,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
-    images: preprocessed calibration images [samples, channels, height, width], at least two, in random order. shared: keeps what
+    images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
+    first two. shared: keeps what
     all runs on these images, and with this rotation, have in common.
     """
     if len(images) < 2:
@@ -159,11 +169,13 @@ class _Streams:
     quantized: list[Tensor]
 
 
-def _start(module: nn.Module, block: Block, images: Tensor, device: torch.device) -> _Streams:
+def _start(module: nn.Module, block: Block, images: Images, device: torch.device) -> _Streams:
     """Both paths at the first block, where they are one."""
-    batches = [(half, batch) for half, part in enumerate(images.tensor_split(2)) for batch in part.split(BATCH_SIZE)]
-    tokens = [first_input(module, block, batch.to(device)).cpu() for _, batch in batches]
-    return _Streams([half for half, _ in batches], tokens, tokens)
+    middle = (len(images) + 1) // 2
+    starts = [(half, start) for half, part in enumerate(((0, middle), (middle, len(images)))) for start in range(*part, BATCH_SIZE)]
+    ends = [start for _, start in starts[1:]] + [len(images)]
+    tokens = [first_input(module, block, images[start:end].to(device)).cpu() for (_, start), end in zip(starts, ends, strict=True)]
+    return _Streams([half for half, _ in starts], tokens, tokens)
 
 
 def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[Tensor]:

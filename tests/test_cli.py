@@ -25,13 +25,15 @@ def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
     block = re.search(r"## Use\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
     assert block is not None
     lines = [line.split("#")[0].split() for line in block.group(1).splitlines() if line.startswith("marrq ")]
-    assert [words[1] for words in lines] == ["quantize", "export", "bench", "evaluate"]
+    assert [words[1] for words in lines] == ["quantize", "inspect", "export", "bench", "evaluate", "compare"]
     for words in lines:
         words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words[1:]]
-        quick = {"quantize": ["--samples", "32"], "bench": ["--rounds", "1", "--seconds", "0"]}.get(words[0], [])
+        few = ["--samples", "32"]
+        quick = {"quantize": few, "bench": ["--rounds", "1", "--seconds", "0"], "compare": [*few, "--seeds", "1"]}.get(words[0], [])
         assert main([*words, *quick]) == 0
-    report = json.loads((somewhere / "bench.json").read_text())
-    assert report["schema"] == "marrq.bench/1"
+    assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/1"
+    assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/1"
+    assert all((somewhere / name).read_text().startswith("<?xml") for name in ("alpha.svg", "compare.svg"))
 
 
 def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]):

@@ -47,8 +47,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedModel, Path, torch.Tensor]:
     """The demo in every scheme, its integer file, and held-out images."""
     model = load_model("demo")
-    calibration = find_images("demo", "train", model.labels).draw(32, 0).pixels(model.preprocessing)
-    held_out = find_images("demo", "val", model.labels).draw(200, 0).pixels(model.preprocessing)
+    calibration = find_images("demo", "train", model.labels).draw(32, 0).pixels(model.preprocessing)[:]
+    held_out = find_images("demo", "val", model.labels).draw(200, 0).pixels(model.preprocessing)[:]
     quantized = quantized_model(model, calibration, request.param)
     file = tmp_path_factory.mktemp("export") / "model.onnx"
     write_integer(quantized, "hash", file)
@@ -129,7 +129,7 @@ def test_a_baseline_is_the_float_model_with_a_float32_interface(tmp_path: Path, 
     model = load_model("demo")
     write_baseline(model, flavor, tmp_path / "model.onnx")
     images = find_images("demo", "val", model.labels).draw(100, 0)
-    logits = run(tmp_path / "model.onnx", images.pixels(model.preprocessing))
+    logits = run(tmp_path / "model.onnx", images.pixels(model.preprocessing)[:])
     assert logits.dtype == np.float32
     expected = predict(model.module, images, model.preprocessing, torch.device("cpu")).numpy()
     assert cosines(logits, expected).min() >= cosine

@@ -9,6 +9,7 @@ from timm.layers.mlp import GluMlp
 from timm.layers.norm import RmsNorm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from tiny_models import TRANSFORMERS, randomized
 from torch import Tensor, nn
 from transformers import (
     DeiTConfig,
@@ -28,27 +29,6 @@ from marrq.rotation import random_rotation, rotate
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 ROPE = {**TIMM, "use_rot_pos_emb": True}
-TRANSFORMERS = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 5,
-}
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    """Every parameter with a value that is neither 0 nor 1; vectors that multiply (norm, LayerScale) stay away from 0."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and not name.endswith("bias"):
-            parameter.uniform_(0.3, 1.7, generator=generator)
-        else:
-            parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
 
 
 def vit(**arguments: object) -> nn.Module:

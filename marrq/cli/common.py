@@ -61,10 +61,12 @@ def say(text: str) -> None:
 
 
 def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    """Write the report where one was asked for."""
+    """Write the report where one was asked for, in one step: what was there stays whole."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        unfinished = file.with_name(f".{file.name}")
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        unfinished.replace(file)
 
 
 def data_for(model: str, data: str | None) -> str:

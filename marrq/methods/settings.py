@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import Any, cast, get_args
 
 from marrq.errors import MarrqError
-from marrq.methods import method_named
+from marrq.methods import PATHS, method_named
 from marrq.methods.lowrank import parse_lowrank
 from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Clip, Feedback, MethodSpec
 
@@ -41,22 +41,26 @@ def with_settings(name: str, settings: dict[str, str]) -> MethodSpec:
 
 def text_of(spec: MethodSpec) -> str:
     """The text that `parse_method` reads back: only what differs from the defaults."""
-    default, alpha = MethodSpec(), spec.alpha
-    strategy = f"global={_digits(alpha.value)}" if alpha.value is not None else alpha.strategy
-    told = {
-        "alpha": "" if strategy == default.alpha.strategy else strategy,
-        "feedback": "" if alpha.feedback == default.alpha.feedback else alpha.feedback,
-        "damping": "" if spec.damping == default.damping else _digits(spec.damping),
-        "target-damping": "" if spec.target_damping == default.target_damping else _digits(spec.target_damping),
-        "bias-correction": "" if spec.correct_bias == default.correct_bias else "on" if spec.correct_bias else "off",
-        "equalize": "" if spec.equalize == default.equalize else "on" if spec.equalize else "off",
-        "act-order": "" if spec.act_order == default.act_order else "on" if spec.act_order else "off",
-        "clip": "" if spec.clip == default.clip else spec.clip,
-        "lowrank": "" if spec.lowrank is None else str(spec.lowrank),
-        "rotate": "" if spec.rotation is None else str(spec.rotation),
-        **{f"pid.{gain}": _digits(value) for gain, value in vars(alpha.pid).items() if value != getattr(default.alpha.pid, gain)},
+    default = _told(MethodSpec())
+    return ",".join([spec.name, *(f"{key}={value}" for key, value in _told(spec).items() if value != default[key])])
+
+
+def _told(spec: MethodSpec) -> dict[str, str]:
+    """All settings as text."""
+    alpha = spec.alpha
+    return {
+        "alpha": alpha.strategy if alpha.value is None else f"global={_digits(alpha.value)}",
+        "feedback": alpha.feedback,
+        "damping": _digits(spec.damping),
+        "target-damping": _digits(spec.target_damping),
+        "act-order": _on_or_off(spec.act_order),
+        "clip": spec.clip,
+        "bias-correction": _on_or_off(spec.correct_bias),
+        "lowrank": str(spec.lowrank),
+        "rotate": str(spec.rotation),
+        "equalize": _on_or_off(spec.equalize),
+        **{f"pid.{gain}": _digits(value) for gain, value in vars(alpha.pid).items()},
     }
-    return ",".join([spec.name, *(f"{key}={value}" for key, value in told.items() if value)])
 
 
 def _digits(value: float) -> str:
@@ -65,13 +69,15 @@ def _digits(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def _on_or_off(value: bool) -> str:
+    return "on" if value else "off"
+
+
 def _checked(spec: MethodSpec) -> MethodSpec:
-    """A search belongs to the marr methods: what a method would not use is refused, not ignored."""
-    default = AlphaSpec()
-    if not spec.name.startswith("marr-") and spec.alpha != default and (spec.alpha.value is None or spec.name in ("rtn", "gptq")):
-        raise MarrqError(
-            f"method {spec.name!r} searches no alpha: choose marr-{spec.name if spec.name not in ('rtn', 'gptq') else 'exact'}"
-        )
+    """What a method would not use is refused, not ignored: a search belongs to the marr methods, a value of α to all that have one."""
+    is_constant = spec.name in PATHS and spec.alpha.value is not None
+    if not spec.name.startswith("marr-") and spec.alpha != AlphaSpec() and not is_constant:
+        raise MarrqError(f"method {spec.name!r} searches no alpha: choose marr-{spec.name if spec.name in PATHS else 'stream'}")
     return spec
 
 

@@ -67,9 +67,9 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
 def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, somewhere: Path):
     assert main(["evaluate", str(demo_artifact), "--json", "e.json"]) == 0
     models = json.loads(Path("e.json").read_text())["models"]
-    assert list(models) == ["float", "W4A8 per-tensor marr"]
+    assert list(models) == ["float", "W4A8 per-tensor marr-stream"]
     assert models["float"]["agreement"] == 1
-    assert 0.95 <= models["W4A8 per-tensor marr"]["agreement"] < 1.0001
+    assert 0.95 <= models["W4A8 per-tensor marr-stream"]["agreement"] < 1.0001
 
 
 def test_a_scheme_that_no_flavour_exports_can_be_evaluated(somewhere: Path):

@@ -5,6 +5,7 @@ whatever needs a value: on a GPU it would wait for the device. Where the code ha
 """
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -76,6 +77,13 @@ def known_writer(block: Block, linear: str, tokens: Tensor) -> Writer | None:
     return writer if linear in ("attn.proj", "mlp.fc2") else None
 
 
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation without values takes as long as one on many: searches are kept short."""
+    for module in ("affine", "activations", "methods.gptq"):
+        monkeypatch.setattr(sys.modules[f"marrq.{module}"], "CLIP_FACTORS", (1.0, 0.9))
+
+
 @contextmanager
 def without_values(monkeypatch: pytest.MonkeyPatch, number: float = 1.0) -> Iterator[None]:
     monkeypatch.setattr("marrq.blocks.copy", SimpleNamespace(deepcopy=copied))
@@ -93,7 +101,7 @@ def grid(groups: int) -> Grid:
 def test_two_devices_in_one_operation_and_a_question_for_a_value_are_noticed():
     with FakeTensorMode():
         x = torch.randn(4, device=CUDA)
-        with pytest.raises(RuntimeError, match="two different devices"):
+        with pytest.raises(RuntimeError, match="two devices"):
             x + torch.randn(4)
         with pytest.raises(DataDependentOutputException):
             x.sum().item()

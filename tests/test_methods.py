@@ -463,7 +463,7 @@ REFUSED = {
     "marr,lowrank=svd": "unknown low-rank branch 'svd'",
     "gptaq,alpha=grid": "method 'gptaq' searches no alpha: choose marr-gptaq",
     "exact,pid.steps=3": "method 'exact' searches no alpha: choose marr-exact",
-    "gptq,alpha=global=0.5": "method 'gptq' searches no alpha: choose marr-exact",
+    "gptq,alpha=global=0.5": "method 'gptq' searches no alpha: choose marr-stream",
 }
 
 

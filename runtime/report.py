@@ -113,8 +113,8 @@ def _model(
 def table(report: dict[str, Any]) -> Table:
     """The report for people; fits 80 columns with two batch sizes."""
     caption = f"{report['data']['images']} images of {report['data']['path']}, ONNX Runtime {report['environment']['onnxruntime']}"
-    result = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    result.add_column("\nmodel", no_wrap=True)
+    result = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    result.add_column("\nmodel", min_width=11, overflow="fold")
     batches = [row["batch"] for row in report["models"][0]["latency"]]
     headings = ("top-1 %\n(95 %)", "agree\n%", "\nMB", "bits/\nweight", *(f"batch {batch}\nms (× fp32)" for batch in batches))
     for heading in headings:

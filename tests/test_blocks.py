@@ -88,6 +88,38 @@ def test_the_input_of_a_linear_is_what_the_whole_forward_gives_it():
         assert torch.equal(block.input_of("mlp.fc2", first_input(model, block, images)), seen[0])
 
 
+@torch.no_grad()
+def test_nothing_behind_a_linear_is_computed_for_its_input_and_no_hook_stays():
+    model, images = MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32)
+    block = find_blocks(model, images)[0]
+    tokens, calls = first_input(model, block, images), []
+    handle = block.module.mlp.fc2.register_forward_hook(lambda *_: calls.append(1))
+    block.input_of("mlp.fc1", tokens)
+    assert not calls
+    block(tokens)
+    assert calls == [1]
+    handle.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_copied_block_has_parameters_of_its_own():
+    model, images = MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32)
+    block = find_blocks(model, images)[1]
+    tokens, copy = first_input(model, block, images), block.copied()
+    before = copy(tokens)
+    block.linear("mlp.fc2").weight.zero_()
+    assert torch.equal(copy(tokens), before)
+    assert not torch.equal(block(tokens), before)
+
+
+@torch.no_grad()
+def test_values_that_are_not_numbers_do_not_break_the_chain():
+    model = MODELS["timm vit"][0]()
+    model.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
+    assert [block.path for block in find_blocks(model, torch.randn(2, 3, 32, 32))] == ["blocks.0", "blocks.1"]
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(MarrqError, match="no repeated blocks"):
         find_blocks(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(2, 3, 2, 2))

@@ -58,7 +58,7 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     strengths = [values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny) for values in (sample, weight)]
     candidates = [strengths[0] ** a * strengths[1] ** -b for a, b in CANDIDATES]
     candidates = [scale / scale.log().mean().exp() for scale in candidates]
-    errors = torch.stack([_error(sample / scale, weight * scale, scheme) for scale in candidates])
+    errors = torch.stack([output_error(sample / scale, weight * scale, scheme) for scale in candidates])
     return candidates[int(errors.argmin())]
 
 
@@ -73,7 +73,7 @@ def fold(block: Block, norm: str, group: Sequence[str], scale: Tensor) -> None:
         linear.weight.data = linear.weight.data * scale
 
 
-def _error(x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
+def output_error(x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     """‖Q q(x) - W x‖² for inputs and weight that are scaled already."""
     quantized = x
     if scheme.activation is not None:

@@ -8,16 +8,15 @@ Threads are torch's: set OMP_NUM_THREADS to choose.
 """
 
 import json
-import re
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from marrq.affine import search_weight_grid
+from marrq.cli.common import peak_memory
 from marrq.data import find_images
 from marrq.methods.gptq import BLOCK_SIZE, sweep
 from marrq.methods.settings import parse_method
@@ -93,11 +92,10 @@ def memory(model: str = "deit_base_patch16_224", samples: int = 1024, depth: int
     loaded = VisionModel(module, ModelSource(model, "timm", {}, ""), preprocessing, tuple("0123456789"))
     images = _Noise(samples)
     begin = time.perf_counter()
-    quantize(loaded, images, CalibrationSet("noise", samples, 0, ""), parse_scheme("W4A8"), parse_method(method), CPU)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak is not None
+    with peak_memory() as peak:
+        quantize(loaded, images, CalibrationSet("noise", samples, 0, ""), parse_scheme("W4A8"), parse_method(method), CPU)
     tokens = samples * 197 * module.embed_dim * 4
-    sizes = {"peak_mb": int(peak[1]) / 1000, "stream_mb": tokens / 1e6}
+    sizes = {"peak_mb": peak(), "stream_mb": tokens / 1e6}
     show({"model": model, "depth": depth, "samples": samples, "method": method, **sizes, "seconds": time.perf_counter() - begin})
 
 

@@ -48,10 +48,6 @@ class Grid:
         size = columns // self.scale.shape[1]
         return Grid(self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1), self.low, self.high)
 
-    def stacked(self, count: int) -> "Grid":
-        """The grid of a weight stacked `count` times upon itself."""
-        return Grid(self.scale.repeat(count, 1), self.zero_point.repeat(count, 1), self.low, self.high)
-
     def columns(self, order: Tensor) -> list["Grid"]:
         """The grid of each column of a weight, scales [m], in the order given: [n]."""
         if self.scale.shape[1] == 1:
@@ -122,12 +118,17 @@ def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
     return select_rows(candidates, torch.stack(errors).argmin(0))
 
 
+def stack_grids(grids: Sequence[Grid]) -> Grid:
+    """The grid of weights stacked upon each other: [Σ m, groups]."""
+    scale, zero_point = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero_point for grid in grids])
+    return Grid(scale, zero_point, grids[0].low, grids[0].high)
+
+
 def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
     """A grid with each row taken from one of several. choice: [m], indices of grids."""
     rows = torch.arange(len(choice), device=choice.device)
-    scale, zero_point = (
-        torch.stack(values)[choice, rows] for values in zip(*((grid.scale, grid.zero_point) for grid in grids), strict=True)
-    )
+    scale = torch.stack([grid.scale for grid in grids])[choice, rows]
+    zero_point = torch.stack([grid.zero_point for grid in grids])[choice, rows]
     return Grid(scale, zero_point, grids[0].low, grids[0].high)
 
 

@@ -3,8 +3,9 @@
     y = W LN(x) = (W diag(s)) (diag(1/s) LN(x)),        1/s is folded into the norm's weight and bias: free at run time
 
 AWQ (arXiv 2306.00978) takes s = rms(x)^a, which protects the weights of strong inputs. With one grid per output channel and a sweep that
-compensates, that was worse than nothing wherever we measured it; what helps is to even out the columns of the weight, s = rms(W)^-b, which
-share each row's range [ours]. So both are candidates, and the least error of the outputs decides, activations quantized as they will be:
+compensates, that was worse than nothing in nearly every linear we measured; what helps is to even out the columns of the weight, s =
+rms(W)^-b, which share each row's range [ours]. So both are candidates, and the least error of the outputs decides, activations quantized as
+they will be:
 
     ‖Q q(x / s) - W x‖²        over a sample of tokens, Q swept with the same tokens
 

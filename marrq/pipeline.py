@@ -64,7 +64,9 @@ class ModuleReport:
     """How one linear was quantized.
 
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
-    grid; seconds: the method's time, without the statistics; alpha, trajectory, damping, fallback: see methods/problem.py.
+    grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
+    see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
+    the norm before.
     """
 
     path: str
@@ -74,8 +76,11 @@ class ModuleReport:
     alpha: float | None
     trajectory: tuple[Step, ...]
     damping: float
+    lowrank_damping: float | None
     clipped: float
     fallback: str | None
+    writes_stream: bool
+    equalized: bool
     seconds: float
 
 
@@ -185,8 +190,7 @@ def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[T
 
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block."""
-    if run.method.equalize:
-        _equalize(block, untouched, group, streams, run)
+    equalized = run.method.equalize and _equalize(block, untouched, group, streams, run)
     quantizer = _input_quantizer(block, group, streams, run)
     statistics = _statistics(block, untouched, group, quantizer, streams, run)
     reports = []
@@ -196,24 +200,26 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
             start = time.perf_counter()
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
-            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, equalized, seconds))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
         raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
     return reports
 
 
-def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> None:
-    """Move a scale from the linears of a group to the norm before them, where there is one, on both paths."""
+def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> bool:
+    """Move a scale from the linears of a group to the norm before them, on both paths; False where there is no such norm."""
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
     if norm is None:
-        return
+        return False
     inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::EQUALIZED]]
     sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
     sample = sample[torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()]
     scale = choose_scale(sample, torch.cat([block.linear(name).weight for name in group]), run.scheme)
     fold(block, norm, group, scale)
     fold(untouched, norm, group, scale)
+    return True
 
 
 def _input_quantizer(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> ActivationQuantizer | None:
@@ -261,7 +267,7 @@ def _add_stream(
     return x, x_float
 
 
-def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, seconds: float) -> ModuleReport:
+def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool, seconds: float) -> ModuleReport:
     rounding = solution.rounding
     grid = rounding.grid.spread(weight.shape[1])
     lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
@@ -275,8 +281,11 @@ def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, sec
         rounding.alpha,
         rounding.trajectory,
         solution.damping,
+        solution.lowrank_damping,
         clipped,
         rounding.fallback,
+        problem.statistics.output is not None,
+        equalized,
         seconds,
     )
 

@@ -15,6 +15,7 @@ RUN = {"scheme", "method", "seed", "top1", "top1_low", "top1_high", "top5", "agr
     "seconds",
     "peak_memory_mb",
     "alphas",
+    "fallbacks",
 }
 
 
@@ -35,18 +36,19 @@ def test_every_run_is_in_the_report_once_and_is_not_done_again(arguments: list[s
     assert "| gptq |" in printed
     assert main([*few, "--method", "rtn"]) == 0
     assert json.loads((tmp_path / "c.json").read_text())["runs"][:8] == first["runs"]
+    assert "rtn" in capsys.readouterr().out
     assert main(few) == 0
-    assert "rtn" not in capsys.readouterr().out.split("full precision")[-2], "runs that were not asked for are not shown"
+    assert "rtn" not in capsys.readouterr().out, "runs that were not asked for are not shown"
 
 
 def test_sharing_the_full_precision_tokens_changes_no_result(arguments: list[str], tmp_path: Path):
-    def alphas(*methods: str) -> dict[str, float]:
+    def errors(*methods: str) -> dict[str, float]:
         (tmp_path / "c.json").unlink(missing_ok=True)
         assert main([*arguments, "--seeds", "1", *(word for method in methods for word in ("--method", method))]) == 0
         runs = json.loads((tmp_path / "c.json").read_text())["runs"]
         return {run["scheme"]: run["error"] for run in runs if run["method"] == "marr-stream"}
 
-    assert alphas("gptq", "marr-stream") == alphas("marr-stream")
+    assert errors("gptq,equalize=on", "gptq", "marr-stream") == errors("marr-stream")
 
 
 def test_another_model_or_sample_does_not_get_into_the_same_file(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -119,6 +121,7 @@ def test_the_peak_is_that_of_the_block_alone():
             pytest.skip("the system does not tell the peak")
         held = bytearray(200_000_000)
         del held
-    assert 190 < (peak() or 0) - before < 400
+    highest = peak() or 0
+    assert 190 < highest - before < 400
     with peak_memory() as later:
-        assert (later() or 0) < (peak() or 0) + 50
+        assert (later() or 0) < highest - 150

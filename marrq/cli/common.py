@@ -95,7 +95,7 @@ def peak_memory() -> Iterator[Callable[[], float | None]]:
 
     def peak() -> float | None:
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(match[1]) / 1000 if match else None
+        return int(match[1]) * 1024 / 1e6 if match else None
 
     if reset.exists():
         reset.write_text("5")  # proc(5): sets the peak to what is resident now

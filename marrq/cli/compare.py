@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme
 
 
-SPLITS: "tuple[Literal['train'], Literal['val']]" = ("train", "val")
-
-
 def compare(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file; runs that it holds already are not done again.")],
@@ -60,7 +57,8 @@ def compare(
     from runtime.comparison import markdown, table
 
     methods = [parse_method(text) for text in method or METHODS]
-    numbers = [parse_scheme(name, cast("ActivationStrategy", strategy or "per-tensor")) for name, _, strategy in map(_parted, scheme)]
+    parted = [text.partition(":") for text in scheme]
+    numbers = [parse_scheme(name, cast("ActivationStrategy", strategy or "per-tensor")) for name, _, strategy in parted]
     if plot is not None:
         from runtime.plots import check_plot, plot_comparison
 
@@ -71,15 +69,12 @@ def compare(
         for done, (seed, quantized_to, spec) in enumerate(combinations):
             bar.show(done, len(combinations), f"{quantized_to.description} {text_of(spec)}, seed {seed}")
             comparison.run(quantized_to, spec, seed)
+        bar.show(len(combinations), len(combinations), "")
     report = comparison.selected({(one.description, text_of(spec)) for one in numbers for spec in methods}, seeds)
     stdout.print(table(report))
     stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
     if plot is not None:
         plot_comparison(report, plot)
-
-
-def _parted(scheme: str) -> tuple[str, str, str]:
-    return scheme.partition(":")
 
 
 class _Comparison:
@@ -93,7 +88,8 @@ class _Comparison:
 
         self.name, self.samples, self.device, self.file = model, samples, device, file
         self.original = load_model(model)
-        self.train, self.held_out = (find_images(data, split, self.original.labels) for split in SPLITS)
+        self.train = find_images(data, "train", self.original.labels)
+        self.held_out = find_images(data, "val", self.original.labels)
         about: dict[str, Any] = {
             "schema": SCHEMA,
             "model": model,
@@ -145,9 +141,11 @@ class _Comparison:
         drawn = (seed, spec.rotation)
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
+        # Equalization leaves the full-precision path as it is but for float rounding: it keeps its own, so that no run depends on another.
+        shared = None if spec.equalize else self.tokens[drawn]
         calibration = CalibrationSet(images.name, self.samples, seed, images.sha256)
         pixels = images.pixels(self.original.preprocessing)
-        return quantize(load_model(self.name), pixels, calibration, scheme, spec, self.device, shared=self.tokens[drawn])
+        return quantize(load_model(self.name), pixels, calibration, scheme, spec, self.device, shared=shared)
 
     def _measured(self, model: "QuantizedModel", reference: "NDArray[np.float32]") -> dict[str, Any]:
         from marrq.modules import bits_per_weight
@@ -160,6 +158,7 @@ class _Comparison:
             "relative_error": sum(report.relative_error for report in reports) / len(reports),
             "bits_per_weight": bits_per_weight(model.module),
             "alphas": {report.path: report.alpha for report in reports},
+            "fallbacks": {report.path: report.fallback for report in reports if report.fallback},
         }
 
     def _logits(self, model: "VisionModel | QuantizedModel") -> "NDArray[np.float32]":

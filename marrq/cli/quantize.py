@@ -19,7 +19,7 @@ from marrq.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from marrq.pipeline import ModuleReport
+    from marrq.pipeline import ModuleReport, QuantizedModel
     from marrq.schemes import ActivationStrategy
 
 
@@ -75,11 +75,23 @@ def quantize(
             target,
             lambda done, count, reports: bar.show(done, count, _alphas(reports)),
         )
-    for report in quantized.reports:
-        if report.fallback:
-            say(f"warning: {report.path}: {report.fallback}")
+    for warning in _warnings(quantized):
+        say(f"warning: {warning}")
     save(quantized, output, overwrite=force)
     say(f"wrote {output}")
+
+
+def _warnings(model: "QuantizedModel") -> list[str]:
+    """What was asked for and could not be done, as the reports have it."""
+    from marrq.methods import STREAM_METHODS
+
+    reports, method = model.reports, model.method
+    found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]
+    if method.equalize and not any(report.equalized for report in reports):
+        found.append("no norm feeds a linear directly: nothing was equalized")
+    if method.name in STREAM_METHODS and not any(report.writes_stream for report in reports):
+        found.append(f"no linear writes to a residual stream: {method.name} did what {method.name.replace('stream', 'exact')} does")
+    return found
 
 
 def _alphas(reports: "Sequence[ModuleReport]") -> str:

@@ -16,7 +16,7 @@ from marrq.errors import MarrqError
 from marrq.methods.exact import ExactPath, correction
 from marrq.methods.gptaq import GptaqPath
 from marrq.methods.gptq import gptq
-from marrq.methods.lowrank import LowRank, input_scaling, preserved, refit
+from marrq.methods.lowrank import LowRank, Scaling, input_scaling, preserved, refit
 from marrq.methods.marr import marr
 from marrq.methods.path import Path, with_constant
 from marrq.methods.problem import MethodSpec, Problem, Rounding
@@ -39,7 +39,7 @@ STREAM_METHODS = ("stream", "marr-stream")
 """Methods whose wanted outputs are those of the residual stream; the statistics they are given hold the difference."""
 
 ALIASES = {"marr": "marr-stream"}
-"""`marr` is the variant that won the table of the README."""
+"""`marr` is level with `stream` in the README's table and ahead of the others there."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Solution:
     """What a linear becomes.
 
     bias_shift: what to add to the bias, [m], or None; lowrank: the branch beside the codes, or None; error: J over all calibration
-    tokens; relative_error: J / ‖W X̃‖², 0 where nothing is wanted; damping: what the factorization of the sweep used.
+    tokens; relative_error: J / ‖W X̃‖², 0 where nothing is wanted; damping, lowrank_damping: what the factorizations of the sweep and of the
+    branch's input scaling used, None without a branch.
     """
 
     rounding: Rounding
@@ -56,6 +57,7 @@ class Solution:
     error: float
     relative_error: float
     damping: float
+    lowrank_damping: float | None
 
 
 def method_named(name: str) -> str:
@@ -70,24 +72,25 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     """Quantize one weight [m, n]: the method, around it the low-rank branch, behind it the bias. Raises MarrqError for NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise MarrqError("the weight has NaN or infinite values: load other weights")
-    rounding, branch = _round(weight, problem, spec)
+    scaling = None if spec.lowrank is None else input_scaling(problem.whole.statistics, spec.lowrank.kind)
+    rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
     judge = Judge(problem.whole.statistics, weight)
     error, _ = judge(quantized)
     shift = problem.statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     power = judge.output_power
-    return Solution(rounding, shift, branch, error, error / power if power > 0 else 0.0, problem.whole.factor.damping)
+    relative = error / power if power > 0 else 0.0
+    return Solution(rounding, shift, branch, error, relative, problem.whole.factor.damping, None if scaling is None else scaling.damping)
 
 
-def _round(weight: Tensor, problem: Problem, spec: MethodSpec) -> tuple[Rounding, LowRank | None]:
+def _round(weight: Tensor, problem: Problem, spec: MethodSpec, scaling: Scaling | None) -> tuple[Rounding, LowRank | None]:
     """The codes, and the branch for what they fall short of: W, or W + αΔ (methods/exact.py) where the drift of the inputs is corrected.
 
     Fitted to W a branch would take back what the method has put into the codes.
     """
     method = METHODS[spec.name]
-    if spec.lowrank is None:
+    if spec.lowrank is None or scaling is None:
         return method(weight, problem, spec), None
-    scaling = input_scaling(problem.whole.statistics, spec.lowrank.kind)
     kept, _ = preserved(weight, scaling, spec.lowrank)
     rounding = method(weight - kept, problem, spec)
     target = weight if rounding.alpha is None else weight + rounding.alpha * correction(weight, problem.whole)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid
+from marrq.affine import Grid, stack_grids
 from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Compensation, Rounding
 from marrq.schemes import WeightSpec
@@ -50,7 +50,7 @@ class ExactPath:
         targets = [self.weight + alpha * self.delta for alpha in alphas]
         if self.grid is None or not self.grid.scale.isfinite().all():  # an α that overflowed leaves none
             self.grid = choose_grid(targets[0], self.swept, self.weights)
-        grid = self.grid.stacked(len(alphas))
+        grid = stack_grids([self.grid] * len(alphas))
         return Rounding(sweep(torch.cat(targets), grid, self.swept.factor), grid)
 
     def direction(self, alpha: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from marrq.affine import stack_grids
 from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Compensation, Rounding
 from marrq.schemes import WeightSpec
@@ -34,7 +35,7 @@ class GptaqPath:
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep at each α."""
         count = len(alphas)
-        grid = self.grid.stacked(count)
+        grid = stack_grids([self.grid] * count)
         rows = alphas.repeat_interleave(len(self.weight))
         return Rounding(sweep(self.weight.repeat(count, 1), grid, self.factor, self.residuals, rows), grid)
 

@@ -15,13 +15,13 @@ price of one column loop: the weight stacked upon itself, with an α for each ro
 
 The same stacking finds better grids than the papers' search, which looks at the rounding error of a row's weights and knows nothing of
 compensation [ours]: the weight is swept on several clipped grids at once, and each row keeps the one with the least error of its output,
-(q - w) H (q - w)ᵀ. On images that were not used this error is lower by 5 to 10 % in most layers of a DINOv2-S, and by half in some.
+(q - w) H (q - w)ᵀ. On images that were not used this error is lower by 2 to 10 % in most layers of a DINOv2-S, and by half in some.
 """
 
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid, clipped_weight_grids, search_weight_grid, select_rows
+from marrq.affine import Grid, clipped_weight_grids, search_weight_grid, select_rows, stack_grids
 from marrq.methods.problem import Compensation, MethodSpec, Problem, Rounding
 from marrq.schemes import WeightSpec
 from marrq.statistics import Factor
@@ -74,15 +74,14 @@ def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a sweep, as `swept.clip` says."""
     if swept.clip == "weights":
         return search_weight_grid(weight, spec)
-    parts = [_least_output_error(rows, swept, spec) for rows in weight.split(max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1)))]
-    scale, zero_point = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero_point"))
-    return Grid(scale, zero_point, parts[0].low, parts[0].high)
+    rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1))
+    return stack_grids([_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)])
 
 
 def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """For each row of a weight, of the clipped grids the one with the least error of its output."""
     grids = clipped_weight_grids(rows, spec, CLIP_FACTORS)
-    stacked = Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero_point for grid in grids]), grids[0].low, grids[0].high)
+    stacked = stack_grids(grids)
     repeated = rows.repeat(len(grids), 1)
     error = stacked.spread(rows.shape[1]).dequantize(sweep(repeated, stacked, swept.factor)).sub_(repeated)
     outputs = (error @ swept.statistics.hessian.to(rows)).mul_(error).sum(1).view(len(grids), -1)

@@ -19,7 +19,7 @@ a / (a + b), and b halves with twice the tokens. Hence the whole set gets
     α = 2 α_½ / (1 + α_½)
 
 Rounding makes J jitter by about 1e-3 of J_0, far above the paper's tolerance, so the search also ends when α has settled; most do after
-four steps.
+three steps.
 """
 
 import math

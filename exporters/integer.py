@@ -11,7 +11,8 @@ The kernel is in ONNX Runtime's own domain `com.microsoft`; the operators around
 it would run too, but with the bias as a pass of its own: at batch 1 that costs a tenth of the whole forward of a ViT-S.
 
 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes
-(marrq/packing.py), unpacked by shifts, masks and ors, which are folded at load too. 4-bit activations are uint8 codes clipped to 0 … 15.
+(marrq/packing.py), unpacked by shifts, masks and ors, which are folded at load too. 3- and 4-bit activations are uint8 codes clipped to
+0 … 7 and 0 … 15.
 """
 
 from collections.abc import Sequence

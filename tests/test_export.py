@@ -26,7 +26,7 @@ from marrq.preprocessing import Preprocessing
 from marrq.schemes import parse_scheme
 from runtime.session import SessionSettings, executed_operators
 
-SCHEMES = ["W2A8", "W3A8", "W4A8", "W8A8", "W4A4", "W2A4"]
+SCHEMES = ["W2A8", "W3A8", "W4A8", "W8A8", "W4A4", "W3A3", "W2A4"]
 
 
 def quantized_model(model: VisionModel, images: torch.Tensor, scheme: str, strategy: str = "per-tensor") -> QuantizedModel:

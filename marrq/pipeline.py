@@ -26,7 +26,7 @@ from marrq.modules import QuantLinear
 from marrq.preprocessing import Preprocessing
 from marrq.rotation import rotate
 from marrq.schemes import Scheme
-from marrq.statistics import ResidualStatistics
+from marrq.statistics import OutputDrift, ResidualStatistics
 from marrq.stream import Writer, find_writer, read_stream
 
 BATCH_SIZE = 16
@@ -132,8 +132,7 @@ def quantize(
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
-    first two. shared: keeps what
-    all runs on these images, and with this rotation, have in common.
+    first two. shared: keeps what all runs on these images, and with this rotation, have in common.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -192,10 +191,9 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
     """Replace the linears of one group, which share an input, in the block."""
     equalized = run.method.equalize and _equalize(block, untouched, group, streams, run)
     quantizer = _input_quantizer(block, group, streams, run)
-    statistics = _statistics(block, untouched, group, quantizer, streams, run)
+    problem = Problem(_statistics(block, untouched, group, quantizer, streams, run), run.scheme.weight, run.method)
     reports = []
     try:
-        problem = Problem(statistics, run.scheme.weight, run.method)
         for name in group:
             start = time.perf_counter()
             linear = block.linear(name)
@@ -245,26 +243,23 @@ def _statistics(
     importance = None if writer is None else writer.gain.square()
     first, second = (ResidualStatistics.zeros(features, run.device, importance) for _ in range(2))
     for half, original, quantized in zip(streams.halves, streams.original, streams.quantized, strict=True):
-        sums = (first, second)[half]
         original, quantized = original.to(run.device), quantized.to(run.device)
         if writer is None:
-            x, x_float = change(block.input_of(group[0], quantized)), untouched.input_of(group[0], original)
+            x = change(block.input_of(group[0], quantized))
+            drift = untouched.input_of(group[0], original) - x
         else:
-            x, x_float = _add_stream(sums, block, untouched, writer, change, quantized, original)
-        sums.add(x.reshape(-1, features), x_float.reshape(-1, features))
+            x, drift = _shortfall(block, untouched, writer, change, quantized, original)
+        (first, second)[half].add(x.reshape(-1, features), drift.reshape(-1, drift.shape[-1]))
     return first, second
 
 
-def _add_stream(
-    sums: ResidualStatistics, block: Block, untouched: Block, writer: Writer, change: nn.Module, quantized: Tensor, original: Tensor
+def _shortfall(
+    block: Block, untouched: Block, writer: Writer, change: nn.Module, quantized: Tensor, original: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Take in what the stream behind a writer falls short of, in units of the writer's output; its input on both paths."""
+    """The input of a writer on the quantized path, and what the stream behind it falls short of, in units of the writer's output."""
     x, stream = read_stream(block, writer, quantized, change)
-    x_float, stream_float = read_stream(untouched, writer, original, nn.Identity())
-    shortfall = torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
-    assert sums.output is not None
-    sums.output.add(x.reshape(-1, x.shape[-1]), shortfall.reshape(-1, len(writer.gain)))
-    return x, x_float
+    _, stream_float = read_stream(untouched, writer, original, nn.Identity())
+    return x, torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
 
 
 def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool, seconds: float) -> ModuleReport:
@@ -272,7 +267,8 @@ def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equ
     grid = rounding.grid.spread(weight.shape[1])
     lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
     clipped = ((weight < lowest) | (weight > highest)).float().mean().item()
-    mse = solution.error / (problem.statistics.tokens * len(weight))
+    statistics = problem.whole.statistics
+    mse = solution.error / (statistics.tokens * len(weight))
     return ModuleReport(
         path,
         solution.error,
@@ -284,7 +280,7 @@ def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equ
         solution.lowrank_damping,
         clipped,
         rounding.fallback,
-        problem.statistics.output is not None,
+        isinstance(statistics.drift, OutputDrift),
         equalized,
         seconds,
     )

@@ -31,110 +31,122 @@ VARIATION = 1e-12
 
 
 @dataclass
+class InputDrift:
+    """dx in sums over tokens: D = Σ dx xᵀ and S = Σ dx dxᵀ [n, n], Σ dx [n]. All float64."""
+
+    moment: Tensor
+    power: Tensor
+    sum: Tensor
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device) -> "InputDrift":
+        """The empty sums."""
+        square, vector = (in_features, in_features), (in_features,)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in (square, square, vector)))
+
+    def __add__(self, other: "InputDrift") -> "InputDrift":
+        return InputDrift(self.moment + other.moment, self.power + other.power, self.sum + other.sum)
+
+    def add(self, x: Tensor, drift: Tensor) -> None:
+        """Take in a batch. x: [tokens, n]; drift: dx, [tokens, n]."""
+        _accumulate(self.moment, drift, x)
+        _accumulate(self.power, drift, drift)
+        self.sum += drift.sum(0, dtype=torch.float64)
+
+    def centred(self, input_sum: Tensor, tokens: int, varies: Tensor) -> "InputDrift":
+        """See ResidualStatistics.centred."""
+        moment = (self.moment - torch.outer(self.sum, input_sum) / tokens) * varies
+        return InputDrift(moment, self.power - torch.outer(self.sum, self.sum) / tokens, self.sum)
+
+    def of_outputs(self, weight: Tensor) -> "OutputDrift":
+        """The sums of e = W dx for a weight [m, n]."""
+        w = weight.double()
+        return OutputDrift(w @ self.moment, ((w @ self.power) * w).sum(1), w @ self.sum, w.new_ones(len(w)))
+
+
+@dataclass
 class OutputDrift:
     """What the outputs of the original weight on the quantized path fall short of the wanted ones, e, in sums over tokens.
 
-    moment: G = Σ e xᵀ [m, n]; sum: Σ e [m]; power: Σ e² [m]; importance: what the square error of an output counts in J, [m]. All float64.
+    moment: G = Σ e xᵀ [m, n]; power: Σ e² [m]; sum: Σ e [m]; importance: what the square error of an output counts in J, [m]. All float64.
     """
 
     moment: Tensor
-    sum: Tensor
     power: Tensor
+    sum: Tensor
     importance: Tensor
 
-    def __add__(self, other: "OutputDrift") -> "OutputDrift":
-        return OutputDrift(self.moment + other.moment, self.sum + other.sum, self.power + other.power, self.importance)
+    @classmethod
+    def zeros(cls, in_features: int, importance: Tensor) -> "OutputDrift":
+        """The empty sums."""
+        importance = importance.double()
+        moment, vector = importance.new_zeros(len(importance), in_features), torch.zeros_like(importance)
+        return cls(moment, vector, vector.clone(), importance)
 
-    def add(self, x: Tensor, shortfall: Tensor) -> None:
-        """Take in a batch. x: [tokens, n]; shortfall: e, [tokens, m]."""
-        _accumulate(self.moment, shortfall, x)
-        self.sum += shortfall.sum(0, dtype=torch.float64)
-        self.power += shortfall.double().square().sum(0)
+    def __add__(self, other: "OutputDrift") -> "OutputDrift":
+        return OutputDrift(self.moment + other.moment, self.power + other.power, self.sum + other.sum, self.importance)
+
+    def add(self, x: Tensor, drift: Tensor) -> None:
+        """Take in a batch. x: [tokens, n]; drift: e, [tokens, m]."""
+        _accumulate(self.moment, drift, x)
+        self.power += drift.double().square().sum(0)
+        self.sum += drift.sum(0, dtype=torch.float64)
+
+    def centred(self, input_sum: Tensor, tokens: int, varies: Tensor) -> "OutputDrift":
+        """See ResidualStatistics.centred."""
+        moment = (self.moment - torch.outer(self.sum, input_sum) / tokens) * varies
+        return OutputDrift(moment, self.power - self.sum.square() / tokens, self.sum, self.importance)
+
+    def of_outputs(self, weight: Tensor) -> "OutputDrift":
+        """These sums, whatever the weight."""
+        return self
 
 
 @dataclass
 class ResidualStatistics:
-    """H, D and S [n, n], Σ x and Σ dx [n], as float64, and the number of tokens summed.
-
-    output: e, where it is not W dx.
-    """
+    """H [n, n] and Σ x [n], as float64, the number of tokens summed, and the sums of the drift: dx, or e where it is not W dx."""
 
     hessian: Tensor
-    drift: Tensor
-    drift_power: Tensor
     input_sum: Tensor
-    drift_sum: Tensor
+    drift: InputDrift | OutputDrift
     tokens: int = 0
-    output: OutputDrift | None = None
 
     @classmethod
     def zeros(cls, in_features: int, device: torch.device, importance: Tensor | None = None) -> "ResidualStatistics":
-        """The empty sums; importance: of the outputs, [m], where e is summed too."""
-
-        def zero(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        n, output = in_features, None
-        if importance is not None:
-            m = len(importance)
-            output = OutputDrift(zero(m, n), zero(m), zero(m), importance.double())
-        return cls(zero(n, n), zero(n, n), zero(n, n), zero(n), zero(n), output=output)
+        """The empty sums; importance: of the outputs, [m], where e is summed and not dx."""
+        drift = InputDrift.zeros(in_features, device) if importance is None else OutputDrift.zeros(in_features, importance)
+        hessian = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        return cls(hessian, hessian.new_zeros(in_features), drift)
 
     def __add__(self, other: "ResidualStatistics") -> "ResidualStatistics":
-        return ResidualStatistics(
-            self.hessian + other.hessian,
-            self.drift + other.drift,
-            self.drift_power + other.drift_power,
-            self.input_sum + other.input_sum,
-            self.drift_sum + other.drift_sum,
-            self.tokens + other.tokens,
-            None if self.output is None or other.output is None else self.output + other.output,
-        )
+        drift = self.drift + other.drift  # type: ignore[operator]  # of one kind, as the importance is given to both or to none
+        return ResidualStatistics(self.hessian + other.hessian, self.input_sum + other.input_sum, drift, self.tokens + other.tokens)
 
-    def add(self, x: Tensor, x_float: Tensor) -> None:
-        """Take in a batch. x, x_float: [tokens, n].
+    def add(self, x: Tensor, drift: Tensor) -> None:
+        """Take in a batch. x: [tokens, n]; drift: dx = x̃ - x, [tokens, n], or e, [tokens, m].
 
-        dx is formed before any product: it is a small difference of large numbers.
+        The caller forms the difference before any product: it is a small one of large numbers.
         """
-        dx = x_float - x
         _accumulate(self.hessian, x, x)
-        _accumulate(self.drift, dx, x)
-        _accumulate(self.drift_power, dx, dx)
         self.input_sum += x.sum(0, dtype=torch.float64)
-        self.drift_sum += dx.sum(0, dtype=torch.float64)
+        self.drift.add(x, drift)
         self.tokens += len(x)
 
-    def wanted(self, weight: Tensor) -> OutputDrift:
-        """The sums of e for a weight [m, n]: W dx unless something else was summed."""
-        if self.output is not None:
-            return self.output
-        w = weight.double()
-        return OutputDrift(w @ self.drift, w @ self.drift_sum, ((w @ self.drift_power) * w).sum(1), w.new_ones(len(w)))
-
     def centred(self) -> "ResidualStatistics":
-        """The same sums over tokens whose means have been taken out. An input that does not vary is dead in them."""
-        x, dx, k = self.input_sum, self.drift_sum, self.tokens
-        hessian = self.hessian - torch.outer(x, x) / k
+        """The same over tokens whose means have been taken out; only Σ x, Σ dx and Σ e stay, for the bias that makes up for the means.
+
+        An input that does not vary is dead in it.
+        """
+        hessian = self.hessian - torch.outer(self.input_sum, self.input_sum) / self.tokens
         # Of a constant input this difference leaves noise, by which nothing is to be weighed or divided.
         varies = (hessian.diagonal() > VARIATION * self.hessian.diagonal()).to(hessian)
-        output = self.output
-        if output is not None:
-            moment = (output.moment - torch.outer(output.sum, x) / k) * varies
-            output = OutputDrift(moment, torch.zeros_like(output.sum), output.power - output.sum.square() / k, output.importance)
-        return ResidualStatistics(
-            hessian * torch.outer(varies, varies),
-            (self.drift - torch.outer(dx, x) / k) * varies,
-            self.drift_power - torch.outer(dx, dx) / k,
-            torch.zeros_like(x),
-            torch.zeros_like(dx),
-            k,
-            output,
-        )
+        drift = self.drift.centred(self.input_sum, self.tokens, varies)
+        return ResidualStatistics(hessian.mul_(varies).mul_(varies[:, None]), self.input_sum, drift, self.tokens)
 
     def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """What has to be added to the bias so that outputs are right in the mean: (Σ e - E Σ x) / k, [m]."""
         error = quantized.double() - weight.double()
-        return (self.wanted(weight).sum - error @ self.input_sum) / self.tokens
+        return (self.drift.of_outputs(weight).sum - error @ self.input_sum) / self.tokens
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -159,7 +171,7 @@ class Judge:
 
     def __init__(self, statistics: ResidualStatistics, weight: Tensor) -> None:
         self.statistics, self.weight = statistics, weight
-        self._wanted = statistics.wanted(weight)
+        self._wanted = statistics.drift.of_outputs(weight)
         self._importance = self._wanted.importance[:, None]
         self._constant = float((self._wanted.power * self._wanted.importance).sum())
 

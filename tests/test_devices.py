@@ -118,15 +118,15 @@ def test_the_sweep_runs_on_the_device_and_never_waits_for_it(terms: int, groups:
             assert (codes.device.type, codes.shape, codes.dtype) == ("cuda", weight.shape, weight.dtype)
 
 
-def test_summing_statistics_never_waits_for_the_device():
+@pytest.mark.parametrize("of_outputs", [False, True])
+def test_summing_statistics_never_waits_for_the_device(of_outputs: bool):
     with FakeTensorMode():
-        sums = ResidualStatistics.zeros(INPUTS, CUDA, torch.rand(OUTPUTS, device=CUDA))
-        x = torch.randn(10, INPUTS, device=CUDA)
-        sums.add(x, x)
-        sums.output.add(x, torch.randn(10, OUTPUTS, device=CUDA))
+        sums = ResidualStatistics.zeros(INPUTS, CUDA, torch.rand(OUTPUTS, device=CUDA) if of_outputs else None)
+        sums.add(torch.randn(10, INPUTS, device=CUDA), torch.randn(10, OUTPUTS if of_outputs else INPUTS, device=CUDA))
         centred = (sums + sums).centred()
         weight = torch.randn(OUTPUTS, INPUTS, device=CUDA)
-        assert {tensor.device.type for tensor in (*vars(centred.output).values(), centred.output_shift(weight, weight))} == {"cuda"}
+        tensors = (centred.hessian, *vars(centred.drift).values(), centred.output_shift(weight, weight))
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
 
 @pytest.mark.parametrize("settings", ["", ",lowrank=srr:2", ",lowrank=lqer:2:int8,bias-correction=off", ",clip=weights,act-order=off"])

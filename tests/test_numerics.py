@@ -27,7 +27,7 @@ def problem_of(x: Tensor, x_float: Tensor, spec: MethodSpec, num_bits: int = 3) 
     halves = []
     for part, part_float in zip(x.tensor_split(2), x_float.tensor_split(2), strict=True):
         halves.append(ResidualStatistics.zeros(x.shape[1], x.device))
-        halves[-1].add(part, part_float)
+        halves[-1].add(part, part_float - part)
     return Problem((halves[0], halves[1]), WeightSpec(num_bits), spec)
 
 

@@ -77,7 +77,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
     judge = Judge(problem.whole.statistics, weight)
     error, _ = judge(quantized)
-    shift = problem.statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
+    shift = problem.whole.statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     power = judge.output_power
     relative = error / power if power > 0 else 0.0
     return Solution(rounding, shift, branch, error, relative, problem.whole.factor.damping, None if scaling is None else scaling.damping)

@@ -32,7 +32,7 @@ from marrq.schemes import WeightSpec
 def correction(weight: Tensor, swept: Compensation) -> Tensor:
     """Δ [m, n] for a weight [m, n], in its type."""
     upper = swept.target_factor.upper
-    return (swept.statistics.wanted(weight).moment @ upper.T @ upper).to(weight)
+    return (swept.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
 
 
 class ExactPath:

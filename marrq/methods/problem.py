@@ -15,7 +15,7 @@ from marrq.affine import Grid
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRankSpec
 from marrq.schemes import WeightSpec
-from marrq.statistics import Factor, ResidualStatistics, factorize
+from marrq.statistics import Factor, InputDrift, ResidualStatistics, factorize
 
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
@@ -137,17 +137,23 @@ class Compensation:
     @cached_property
     def drift_residual(self) -> Tensor:
         """P1 = ((D L) ∘ M) Lᵀ of GPTAQ: [n, n] float64, strictly upper triangular."""
-        return self._residual(self.statistics.drift)
+        return self._residual(self._input_moment)
 
     @cached_property
     def error_residual(self) -> Tensor:
         """P2 = ((C L) ∘ M) Lᵀ of ResComp, C = H + D: [n, n] float64, strictly upper triangular."""
-        return self._residual(self.statistics.hessian + self.statistics.drift)
+        return self._residual(self.statistics.hessian + self._input_moment)
 
     @cached_property
     def target_factor(self) -> Factor:
         """U of the exact target's solve, which has a damping of its own; inputs in their order."""
         return factorize(self.statistics.hessian, self._spec.target_damping, act_order=False)
+
+    @property
+    def _input_moment(self) -> Tensor:
+        drift = self.statistics.drift
+        assert isinstance(drift, InputDrift)  # the methods that ask are none of STREAM_METHODS
+        return drift.moment
 
     def _residual(self, moment: Tensor) -> Tensor:
         order, lower = self.factor.order, self.factor.upper.T
@@ -162,13 +168,12 @@ class Problem:
 
     def __init__(self, halves: tuple[ResidualStatistics, ResidualStatistics], weights: WeightSpec, spec: MethodSpec) -> None:
         self.weights = weights
-        self.statistics = halves[0] + halves[1]
         self._halves, self._spec = halves, spec
 
     @cached_property
     def whole(self) -> Compensation:
         """All the data."""
-        return self._compensation(self.statistics, self._spec.clip)
+        return self._compensation(self._halves[0] + self._halves[1], self._spec.clip)
 
     @cached_property
     def halves(self) -> tuple[Compensation, Compensation]:

@@ -1,27 +1,33 @@
 """One artifact, several ONNX files: choose a flavour, write the graph, stamp it, check it.
 
 Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`, `marrq.scheme`, `marrq.method`,
-`marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight`,
-`marrq.lowest_onnxruntime`. The opset and IR version are the lowest that the graph needs: servers refuse versions newer than they know.
+`marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
+`marrq.container_bits` (of one weight code in this file), the options of the flavour, and `marrq.lowest_onnxruntime` where that was
+measured. The opset and IR version are the lowest that the graph needs: servers refuse versions newer than they know.
 """
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporters.floating import export_float16, export_float32
-from exporters.integer import check_scheme, export_integer
+from exporters.integer import Integer
+from exporters.lowering import weight_bits
+from exporters.matmulnbits import MatMulNBits
+from exporters.qdq import Qdq
 from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.models import VisionModel, load_source
-from marrq.modules import bits_per_weight
 from marrq.pipeline import QuantizedModel
+from marrq.schemes import Scheme
 
 IR_VERSIONS = {20: 9, 21: 10, 25: 13}
 """IR version that came with each opset."""
@@ -29,34 +35,80 @@ IR_VERSIONS = {20: 9, 21: 10, 25: 13}
 LOWEST_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0", 16: "1.17.0", 32: "1.17.0"}
 """First ONNX Runtime that was seen to load a file of that weight width, run its linears on integer kernels, and give the same logits."""
 
+
+class Flavor(Protocol):
+    """A way to lower the placeholders of a traced graph, with its options as fields."""
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """Why the flavour cannot express a scheme, or None."""
+
+    def container_bits(self, scheme: Scheme) -> int:
+        """Bits that a weight code takes in the file."""
+
+    def export(self, model: QuantizedModel) -> ir.Model:
+        """The graph, unstamped."""
+
+
+FLAVORS: dict[str, Callable[..., Flavor]] = {"integer": Integer, "matmulnbits": MatMulNBits, "qdq": Qdq}
+"""Flavours of a quantized model; the first that can express its scheme suits it best under ONNX Runtime."""
+
 BASELINES: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {"fp32": (export_float32, 32), "fp16": (export_float16, 16)}
 """Float flavours: exporter and bits of a weight."""
 
-FLAVORS = ("integer", *BASELINES)
+
+Options = Mapping[str, bool | int]
+"""Options of a flavour, by the names of its fields, that are not to have their defaults."""
+
+NO_OPTIONS: Options = MappingProxyType({})
+OPTIONS = {"symmetric": "qdq", "accuracy_level": "matmulnbits"}
+"""The flavour that each option belongs to."""
 
 
-def write(model: QuantizedModel, artifact: str, flavor: str, path: Path) -> None:
-    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash.
+def suitable_flavor(model: QuantizedModel) -> str:
+    """The first flavour that can express the artifact's scheme; `qdq` can express them all."""
+    return _able(model.scheme)[0]
+
+
+def check_flavor(model: QuantizedModel, flavor: str, options: Options = NO_OPTIONS) -> None:
+    """Raise MarrqError when there is no such flavour, it has no such option, or it cannot express the artifact's scheme."""
+    for option in options:
+        if OPTIONS[option] != flavor:
+            raise MarrqError(f"--{option.replace('_', '-')} is no option of {flavor!r}: use it with --flavor {OPTIONS[option]}")
+    if flavor in BASELINES:
+        return
+    if flavor not in FLAVORS:
+        raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join((*FLAVORS, *BASELINES))}")
+    objection = FLAVORS[flavor](**options).objection(model.scheme)
+    if objection is not None:
+        able = " or ".join(_able(model.scheme))
+        raise MarrqError(f"the flavor {flavor} {objection}: the artifact has {model.scheme.description}; use --flavor {able}")
+
+
+def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options: Options = NO_OPTIONS) -> None:
+    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash. Raises MarrqError as `check_flavor`.
 
     The float flavours are the model that the artifact was made from, loaded again and checked to have the same weights.
     """
-    if flavor == "integer":
-        write_integer(model, artifact, path)
-    else:
+    check_flavor(model, flavor, options)
+    if flavor in BASELINES:
         write_baseline(load_source(model.source), flavor, path)
-
-
-def write_integer(model: QuantizedModel, artifact: str, path: Path) -> None:
-    """Write the integer flavour."""
+        return
+    chosen = FLAVORS[flavor](**options)
+    graph = chosen.export(model)
     described = {
-        "flavor": "integer",
+        "flavor": flavor,
         "scheme": str(model.scheme),
         "method": model.method.name,
         "artifact": artifact,
-        "bits_per_weight": f"{bits_per_weight(model.module):.4f}",
-        "lowest_onnxruntime": LOWEST_ONNXRUNTIME[model.scheme.weight.num_bits],
+        "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
+        "container_bits": str(chosen.container_bits(model.scheme)),
     }
-    _write(export_integer(model), model, described, path)
+    _write(graph, model, described | {name: str(value) for name, value in asdict(chosen).items()}, path)
+
+
+def _able(scheme: Scheme) -> list[str]:
+    """Flavours that can express a scheme."""
+    return [name for name, make in FLAVORS.items() if make().objection(scheme) is None]
 
 
 def write_baseline(model: VisionModel, flavor: str, path: Path) -> float:
@@ -73,14 +125,6 @@ def write_baseline(model: VisionModel, flavor: str, path: Path) -> float:
     }
     _write(exporter(model), model, described, path)
     return float(bits)
-
-
-def check_flavor(model: QuantizedModel, flavor: str) -> None:
-    """Raise MarrqError when there is no such flavour or it cannot express the artifact's scheme."""
-    if flavor not in FLAVORS:
-        raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(FLAVORS)}")
-    if flavor == "integer":
-        check_scheme(model)
 
 
 def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path) -> None:

@@ -20,6 +20,7 @@ IMAGES_AT_ONCE = 8
 def bench(
     paths: Annotated[list[Path], typer.Argument(help="Artifacts, or ONNX files that `marrq export` wrote.")],
     data: DataOption = None,
+    flavor: Annotated[str | None, typer.Option(help="Of artifacts: integer, matmulnbits or qdq; left out: what suits the scheme best.")] = None,
     baseline: Annotated[list[str], typer.Option(help="fp16 or fp32; may be repeated.")] = ["fp16", "fp32"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch size to time; may be repeated.", min=1)] = [1, 8],  # noqa: B006
     threads: ThreadsOption = None,
@@ -37,7 +38,7 @@ def bench(
 
     settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
     with tempfile.TemporaryDirectory() as scratch:
-        entries, metadata = _entries(paths, baseline, Path(scratch), settings.session)
+        entries, metadata = _entries(paths, flavor, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
@@ -48,7 +49,9 @@ def bench(
     write_json(json_file, report)
 
 
-def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
+def _entries(
+    paths: list[Path], flavor: str | None, baselines: list[str], scratch: Path, settings: "SessionSettings"
+) -> "tuple[list[Entry], dict[str, str]]":
     """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
     from marrq.models import ModelSource, load_source
@@ -58,7 +61,7 @@ def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "
     candidates: list[Entry] = []
     shared: dict[str, str] = {}
     for path in paths:
-        file = _onnx_file(path, scratch)
+        file = _onnx_file(path, flavor, scratch)
         metadata = Model(file, settings).metadata()
         if "marrq.source" not in metadata:
             raise MarrqError(f"{str(path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
@@ -72,17 +75,17 @@ def _entries(paths: list[Path], baselines: list[str], scratch: Path, settings: "
         candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
-    for flavor in dict.fromkeys(baselines):
+    for name in dict.fromkeys(baselines):
         assert model is not None
-        say(f"exporting the baseline {flavor}")
-        bits = write_baseline(model, flavor, scratch / f"{flavor}.onnx")
-        entries.append(Entry(flavor, scratch / f"{flavor}.onnx", model.source.name, "baseline", flavor, bits))
+        say(f"exporting the baseline {name}")
+        bits = write_baseline(model, name, scratch / f"{name}.onnx")
+        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, bits))
     return entries + candidates, shared
 
 
-def _onnx_file(path: Path, scratch: Path) -> Path:
-    """The file itself, or the integer export of an artifact."""
-    from exporters.onnx_file import write_integer
+def _onnx_file(path: Path, flavor: str | None, scratch: Path) -> Path:
+    """The file itself, or the export of an artifact."""
+    from exporters.onnx_file import suitable_flavor, write
     from marrq.artifact import artifact_hash, load
 
     if not path.exists():
@@ -90,7 +93,8 @@ def _onnx_file(path: Path, scratch: Path) -> Path:
     if path.is_file():
         return path
     model = load(path)
-    say(f"exporting {path}")
+    flavor = flavor or suitable_flavor(model)
+    say(f"exporting {path} as {flavor}")
     file = scratch / f"{artifact_hash(path)}.onnx"
-    write_integer(model, artifact_hash(path), file)
+    write(model, artifact_hash(path), flavor, file)
     return file

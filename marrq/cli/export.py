@@ -12,11 +12,20 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="A folder that `marrq quantize` wrote.")],
     output: OutputOption,
     format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
-    flavor: Annotated[str, typer.Option(help="integer, or a float baseline: fp32, fp16.")] = "integer",
+    flavor: Annotated[
+        str | None,
+        typer.Option(help="integer, matmulnbits, qdq, or a float baseline: fp32, fp16. Left out: what suits the scheme best."),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric", help="qdq: only what TensorRT takes; needs a scheme such as W4A16-g128-sym.")
+    ] = None,
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="matmulnbits: 1 computes in float32 (default), 4 quantizes activations to int8.")
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Export an artifact as an ONNX file: marrq export artifact --format onnx -o model.onnx"""
-    from exporters.onnx_file import check_flavor, write
+    from exporters.onnx_file import check_flavor, suitable_flavor, write
     from marrq.artifact import artifact_hash, check_output, load
     from marrq.errors import MarrqError
 
@@ -24,7 +33,10 @@ def export(
         raise MarrqError(f"unknown format {format!r}: choose onnx")
     check_output(output, force)
     model = load(artifact)
-    check_flavor(model, flavor)
+    flavor = flavor or suitable_flavor(model)
+    given = {"symmetric": symmetric, "accuracy_level": accuracy_level}
+    options = {name: value for name, value in given.items() if value is not None}
+    check_flavor(model, flavor, options)
     say(f"tracing {model.source.name} as {flavor}")
-    write(model, artifact_hash(artifact), flavor, output)
+    write(model, artifact_hash(artifact), flavor, output, options)
     say(f"wrote {output}: {output.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,288 @@
+"""What the flavours share: a traced graph, its placeholders one by one, and what each of them stands for.
+
+A flavour is a function from a `Site` to the value that takes the placeholder's output's place. Common to them are the input's codes,
+
+    static       x → QuantizeLinear(scale, zero point) [→ Clip]                                       one grid, found in calibration
+    per token    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]           as `grid_from_range` has it
+
+the weight's codes, widened to int8 from the narrowest initializer that holds them, and the low-rank branch L (R x). All of it is standard
+ONNX. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes
+(marrq/packing.py), unpacked by shifts, masks and ors, which ONNX Runtime folds when it loads the file. 3- and 4-bit activations are uint8
+codes clipped to 0 … 7 and 0 … 15.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporters.passes import absorb_scales, add_constant, placeholders, split_qkv
+from exporters.trace import PLACEHOLDER_DOMAIN, trace, with_placeholders
+from marrq.activations import ActivationQuantizer
+from marrq.methods.lowrank import StoredFactor
+from marrq.modules import QuantLinear, quantized_linears
+from marrq.packing import packed_planes
+from marrq.pipeline import QuantizedModel
+from marrq.schemes import Scheme
+
+ONNXRUNTIME_DOMAIN = "com.microsoft"
+"""Where ONNX Runtime keeps operators of its own."""
+
+OPSET = 20
+"""The lowest that has Gelu."""
+
+WEIGHT_OPSETS = {2: 25, 3: OPSET, 4: 21, 8: OPSET}
+"""Lowest opset whose types hold codes of that width."""
+
+BLOCK_OPSET = 21
+"""The lowest in which QuantizeLinear and DequantizeLinear take a scale for each block of an axis."""
+
+WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:weight|lowrank)_\w+")
+"""Name of an initializer that belongs to a linear's weight; the group is the linear's path."""
+
+
+def opset_of(scheme: Scheme) -> int:
+    """The lowest opset for the codes of weights and activations."""
+    per_token = scheme.activation is not None and scheme.activation.strategy == "per-token"
+    return max(WEIGHT_OPSETS[scheme.weight.num_bits], BLOCK_OPSET if per_token else OPSET)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a placeholder stands for: rows of a linear, with the factor of its output (LayerScale) taken in.
+
+    codes: int8 [rows, in], the artifact's; scale: float32 [rows, groups]; zero_point: int8 [rows, groups]; bias: float32 [rows] or None;
+    left: rows of the low-rank branch's L [rows, r], to be multiplied by left_factor [rows]; right: R [r, in]; None where there is none.
+    """
+
+    codes: Tensor
+    num_bits: int
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    left: StoredFactor | None
+    left_factor: Tensor | None
+    right: StoredFactor | None
+
+    @classmethod
+    def of(cls, node: ir.Node, linear: QuantLinear) -> "Rows":
+        """Cut the linear's rows out, and take in the factor of the output."""
+        rows = slice(None)
+        if "part" in node.attributes:
+            third = len(linear.codes) // 3
+            start = "qkv".index(node.attributes["part"].as_string()) * third
+            rows = slice(start, start + third)
+        scale, bias = linear.scale[rows], None if linear.bias is None else linear.bias[rows]
+        factor = None
+        if "output_scale" in node.attributes:
+            factor = torch.from_numpy(node.attributes["output_scale"].as_tensor().numpy())
+            scale, bias = scale * factor[:, None], None if bias is None else bias * factor
+        branch = linear.lowrank
+        left = None if branch is None else StoredFactor(branch.left.codes[rows], branch.left.scale)
+        right = None if branch is None else branch.right
+        return cls(linear.codes[rows], linear.spec.num_bits, scale, linear.zero_point[rows], bias, left, factor, right)
+
+
+@dataclass(frozen=True)
+class InputCodes:
+    """A linear's input in uint8 codes, with their scale and zero point: scalars, or per token [..., 1]."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value
+    per_token: bool
+
+
+class Site:
+    """One placeholder in the graph, and the new nodes and initializers that will replace it, named by its path.
+
+    x: its input; quantizer: of the input, None where activations stay in floating point. Linears that read the same input share what is
+    made of it.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, linear: QuantLinear, made: dict[tuple[object, ...], InputCodes | ir.Value]) -> None:
+        self.graph, self.linear_path = graph, node.attributes["path"].as_string()
+        self.path = f"{self.linear_path}.{node.attributes['part'].as_string()}" if "part" in node.attributes else self.linear_path
+        self.rows, self.quantizer = Rows.of(node, linear), linear.input
+        self.nodes, self._made = list[ir.Node](), made
+        assert node.inputs[0] is not None
+        self.x = node.inputs[0]
+
+    def add(self, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: int | str) -> ir.Value:
+        """Append a node with one output."""
+        name = f"{self.path}/{op_type}_{len(self.nodes)}"
+        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """Add an initializer of the linear's own."""
+        return add_constant(self.graph, f"{self.path}.{name}", array)
+
+    def input_codes(self) -> InputCodes:
+        """The input's codes, made once for all linears that quantize it alike."""
+        assert self.quantizer is not None
+        key = (self.x, *(float(number) for number in self.quantizer.buffers()))
+        if key not in self._made:
+            self._made[key] = _per_token_codes(self) if self.quantizer.spec.strategy == "per-token" else _static_codes(self)
+        codes = self._made[key]
+        assert isinstance(codes, InputCodes)
+        return codes
+
+    def input_values(self) -> ir.Value:
+        """The input as the torch simulation's products see it: dequantized codes, or x itself."""
+        if self.quantizer is None:
+            return self.x
+        quantized = self.input_codes()
+        if (quantized,) not in self._made:
+            inputs = [quantized.codes, quantized.scale, quantized.zero_point]
+            self._made[quantized,] = self.add("DequantizeLinear", inputs, **_token_blocks(self, quantized.per_token))
+        values = self._made[quantized,]
+        assert isinstance(values, ir.Value)
+        return values
+
+    def input_components(self) -> ir.Value:
+        """R x, once for all parts of a linear: [..., r]."""
+        key = (self.linear_path,)
+        if key not in self._made:
+            assert self.rows.right is not None
+            right = _factor(self, "lowrank_right", self.rows.right, None)
+            self._made[key] = self.add("MatMul", [self.input_values(), right])
+        components = self._made[key]
+        assert isinstance(components, ir.Value)
+        return components
+
+
+def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value]) -> ir.Model:
+    """The graph of a quantized model with each placeholder replaced by what the lowering makes of it."""
+    linears = quantized_linears(model.module)
+    lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, opset)
+    split_qkv(lowered.graph)
+    absorb_scales(lowered.graph)
+    made: dict[tuple[object, ...], InputCodes | ir.Value] = {}
+    for node in placeholders(lowered.graph):
+        site = Site(lowered.graph, node, linears[node.attributes["path"].as_string()], made)
+        result = lowering(site)
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(lowered.graph, node, [node], site.nodes, [node.outputs[0]], [result])
+    del lowered.opset_imports[PLACEHOLDER_DOMAIN]
+    if any(node.domain == ONNXRUNTIME_DOMAIN for node in lowered.graph):
+        lowered.opset_imports[ONNXRUNTIME_DOMAIN] = 1
+    return lowered
+
+
+def int8_codes(site: Site, codes: Tensor) -> ir.Value:
+    """The weight's codes, laid out as given, as int8 from the narrowest initializer that holds them."""
+    num_bits = site.rows.num_bits
+    if num_bits == 8:
+        return site.constant("weight_codes", codes.numpy())
+    if num_bits == 3:
+        low, high = packed_planes(codes, 3)
+        return _unpack_3bit(site, site.constant("weight_low", low.numpy()), site.constant("weight_high", high.numpy()), codes.shape)
+    packed = site.constant("weight_codes", codes.numpy().astype({2: ml_dtypes.int2, 4: ml_dtypes.int4}[num_bits]))
+    return site.add("Cast", [packed], to=int(ir.DataType.INT8))
+
+
+def with_lowrank(site: Site, y: ir.Value) -> ir.Value:
+    """The output plus L (R x), where the linear has a low-rank branch."""
+    if site.rows.left is None:
+        return y
+    left = _factor(site, "lowrank_left", site.rows.left, site.rows.left_factor)
+    return site.add("Add", [y, site.add("MatMul", [site.input_components(), left])])
+
+
+def with_bias(site: Site, y: ir.Value) -> ir.Value:
+    """The output plus the bias, where the linear has one."""
+    return y if site.rows.bias is None else site.add("Add", [y, site.constant("bias", site.rows.bias.numpy())])
+
+
+def weight_bits(graph: ir.Graph, model: QuantizedModel) -> float:
+    """Bits that the file keeps for a weight of the quantized linears: codes, scales, zero points, low-rank branches."""
+    linears, stored = quantized_linears(model.module), 0
+    for name, value in graph.initializers.items():
+        match = WEIGHT_TENSOR.fullmatch(name)
+        if match and match[1] in linears and value.const_value is not None:
+            stored += 8 * value.const_value.nbytes
+    return stored / sum(linear.codes.numel() for linear in linears.values())
+
+
+def _static_codes(site: Site) -> InputCodes:
+    assert site.quantizer is not None
+    scale = site.constant("input_scale", site.quantizer.scale.numpy())
+    zero_point = site.constant("input_zero_point", site.quantizer.zero_point.numpy().astype(np.uint8))
+    codes = site.add("QuantizeLinear", [site.x, scale, zero_point])
+    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=False)
+
+
+def _per_token_codes(site: Site) -> InputCodes:
+    """The grid of each token spans its clipped range and 0.
+
+    torch gives a token of zeros the scale 1; here it is the least normal number, and its codes and zero point are 0 with either.
+    """
+    assert site.quantizer is not None
+    _, high = site.quantizer.spec.code_range
+    zero, clip = site.constant("input_zero", np.float32(0)), site.constant("input_clip", site.quantizer.clip.numpy())
+    channels = site.constant("input_channels", np.array([-1]))
+    minimum, maximum = (
+        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [site.x, channels]), clip]), zero])
+        for extreme, bound in (("Min", "Min"), ("Max", "Max"))
+    )
+    steps = site.constant("input_steps", np.float32(high))
+    width = site.add("Div", [site.add("Sub", [maximum, minimum]), steps])
+    scale = site.add("Max", [width, site.constant("input_least_scale", np.finfo(np.float32).tiny)])
+    below = site.add("Neg", [site.add("Div", [minimum, scale])])
+    zero_point = site.add("Cast", [site.add("Round", [below])], to=int(ir.DataType.UINT8))
+    codes = site.add("QuantizeLinear", [site.x, scale, zero_point], **_token_blocks(site, per_token=True))
+    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=True)
+
+
+def _token_blocks(site: Site, per_token: bool) -> dict[str, int]:
+    """Attributes that give each token, a block of all its channels, a scale of its own."""
+    return {"axis": -1, "block_size": site.rows.codes.shape[1]} if per_token else {}
+
+
+def _clipped(site: Site, codes: ir.Value, quantizer: ActivationQuantizer) -> ir.Value:
+    """uint8 codes cut to the width of the activations."""
+    low, high = quantizer.spec.code_range
+    if high == np.iinfo(np.uint8).max:
+        return codes
+    limits = [site.constant(f"input_{name}", np.array(value, np.uint8)) for name, value in (("low", low), ("high", high))]
+    return site.add("Clip", [codes, *limits])
+
+
+def _factor(site: Site, name: str, factor: StoredFactor, output_scale: Tensor | None) -> ir.Value:
+    """L or R transposed, in float32, from what is stored; ONNX Runtime folds these nodes when it loads the file."""
+    values = site.add("Cast", [site.constant(name, factor.codes.T.contiguous().numpy())], to=int(ir.DataType.FLOAT))
+    if factor.scale is not None:
+        values = site.add("Mul", [values, site.constant(f"{name}_scale", factor.scale.T.contiguous().numpy())])
+    if output_scale is not None:
+        values = site.add("Mul", [values, site.constant(f"{name}_output_scale", output_scale.numpy())])
+    return values
+
+
+def _unpack_3bit(site: Site, low: ir.Value, high: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """Two planes to int8 codes: u = low | high << 2 is the two's complement, (u xor 4) - 4 the code."""
+    count = int(np.prod(shape))
+
+    def bytes_constant(name: str, values: Sequence[int]) -> ir.Value:
+        return site.constant(name, np.array(values, np.uint8))
+
+    def plane(packed: ir.Value, name: str, bits: int) -> ir.Value:  # [count] uint8
+        column = site.add("Reshape", [packed, site.constant(f"{name}_column", np.array([-1, 1]))])
+        shifted = site.add("BitShift", [column, bytes_constant(f"{name}_shifts", range(0, 8, bits))], direction="RIGHT")
+        parts = site.add("BitwiseAnd", [shifted, bytes_constant(f"{name}_mask", [2**bits - 1])])
+        flat = site.add("Reshape", [parts, site.constant(f"{name}_flat", np.array([-1]))])
+        return site.add("Slice", [flat, site.constant(f"{name}_start", np.array([0])), site.constant(f"{name}_end", np.array([count]))])
+
+    lifted = site.add("BitShift", [plane(high, "high", 1), bytes_constant("high_place", [2])], direction="LEFT")
+    union = site.add("BitwiseOr", [plane(low, "low", 2), lifted])
+    flipped = site.add("BitwiseXor", [union, bytes_constant("sign", [4])])
+    signed = site.add("Cast", [flipped], to=int(ir.DataType.INT8))
+    codes = site.add("Sub", [signed, site.constant("offset", np.array([4], np.int8))])
+    return site.add("Reshape", [codes, site.constant("weight_shape", np.array(shape, np.int64))])

@@ -65,7 +65,7 @@ def _static(site: Site, x: InputCodes) -> ir.Value:
 
 def _per_token(site: Site, x: InputCodes) -> ir.Value:
     rows = site.rows
-    one, none = site.constant("unit_scale", np.float32(1)), site.constant("no_zero_point", np.uint8(0))
+    one, none = site.constant("unit_scale", np.array(1, np.float32)), site.constant("no_zero_point", np.array(0, np.uint8))
     scaled = site.add("Mul", [_kernel(site, x.codes, one, none), x.scale])
     shift = site.add("Mul", [site.add("Cast", [x.zero_point], to=int(ir.DataType.FLOAT)), x.scale])
     sums = ((rows.codes.int() - rows.zero_point.int()).sum(1) * rows.scale[:, 0]).numpy()

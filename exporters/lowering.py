@@ -141,8 +141,7 @@ class Site:
             return self.x
         quantized = self.input_codes()
         if (quantized,) not in self._made:
-            inputs = [quantized.codes, quantized.scale, quantized.zero_point]
-            self._made[quantized,] = self.add("DequantizeLinear", inputs, **_token_blocks(self, quantized.per_token))
+            self._made[quantized,] = _dequantized(self, quantized)
         values = self._made[quantized,]
         assert isinstance(values, ir.Value)
         return values
@@ -221,30 +220,31 @@ def _static_codes(site: Site) -> InputCodes:
 
 
 def _per_token_codes(site: Site) -> InputCodes:
-    """The grid of each token spans its clipped range and 0.
+    """The grid of each token spans its clipped range and 0; all channels of a token are one block of the operators.
 
     torch gives a token of zeros the scale 1; here it is the least normal number, and its codes and zero point are 0 with either.
     """
     assert site.quantizer is not None
     _, high = site.quantizer.spec.code_range
-    zero, clip = site.constant("input_zero", np.float32(0)), site.constant("input_clip", site.quantizer.clip.numpy())
+    zero, clip = site.constant("input_zero", np.array(0, np.float32)), site.constant("input_clip", site.quantizer.clip.numpy())
     channels = site.constant("input_channels", np.array([-1]))
     minimum, maximum = (
         site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [site.x, channels]), clip]), zero])
         for extreme, bound in (("Min", "Min"), ("Max", "Max"))
     )
-    steps = site.constant("input_steps", np.float32(high))
+    steps = site.constant("input_steps", np.array(high, np.float32))
     width = site.add("Div", [site.add("Sub", [maximum, minimum]), steps])
-    scale = site.add("Max", [width, site.constant("input_least_scale", np.finfo(np.float32).tiny)])
+    scale = site.add("Max", [width, site.constant("input_least_scale", np.array(np.finfo(np.float32).tiny))])
     below = site.add("Neg", [site.add("Div", [minimum, scale])])
     zero_point = site.add("Cast", [site.add("Round", [below])], to=int(ir.DataType.UINT8))
-    codes = site.add("QuantizeLinear", [site.x, scale, zero_point], **_token_blocks(site, per_token=True))
+    codes = site.add("QuantizeLinear", [site.x, scale, zero_point], axis=-1, block_size=site.rows.codes.shape[1])
     return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=True)
 
 
-def _token_blocks(site: Site, per_token: bool) -> dict[str, int]:
-    """Attributes that give each token, a block of all its channels, a scale of its own."""
-    return {"axis": -1, "block_size": site.rows.codes.shape[1]} if per_token else {}
+def _dequantized(site: Site, x: InputCodes) -> ir.Value:
+    if x.per_token:
+        return site.add("DequantizeLinear", [x.codes, x.scale, x.zero_point], axis=-1, block_size=site.rows.codes.shape[1])
+    return site.add("DequantizeLinear", [x.codes, x.scale, x.zero_point])
 
 
 def _clipped(site: Site, codes: ir.Value, quantizer: ActivationQuantizer) -> ir.Value:

@@ -7,9 +7,11 @@ and a zero point for each block of 16 to 128 inputs (256 it has too, but not on 
 group are repeated. The last block is filled up where a row ends within it. Codes of 3 bits go in 4-bit containers.
 
 `accuracy_level` is written into the node, where servers that pass no session options find it too: 1 computes in float32, as a scheme that
-ends in A16 says; 4 quantizes the activations to int8 on the way, which is faster and another model than the one that was quantized. A ViT
-has about 200 rows to multiply: the file is small, the time no less than the float model's. Measured on one linear of 197 tokens, 384 → 1536,
-one thread (ONNX Runtime 1.31.1, AVX-512 VNNI), as a ratio to the float product: level 1 takes 1.3 with 4 bits, 1.6 with 8, 2.7 with 2.
+ends in A16 says; 4 quantizes the activations to int8 on the way, which is faster and another model than the one that was quantized.
+
+The file is small, the time is no less than the float model's, a ViT having about 200 rows to multiply. Measured on one linear of 197
+tokens, 384 → 1536, one thread (ONNX Runtime 1.31.1, AVX-512 VNNI), as a ratio to the float product: level 1 takes 1.3 with 4 bits, 1.6
+with 8, 2.7 with 2.
 """
 
 from dataclasses import dataclass

@@ -103,7 +103,7 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
         "container_bits": str(chosen.container_bits(model.scheme)),
     }
-    _write(graph, model, described | {name: str(value) for name, value in asdict(chosen).items()}, path)
+    _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path)
 
 
 def _able(scheme: Scheme) -> list[str]:

@@ -9,17 +9,17 @@ It expresses every scheme. What ONNX Runtime makes of it depends on the form of 
     anything else, group scales included       [out, in], then Transpose    float; the weight is dequantized at every run
 
 The second form has a scale for each block of inputs (opset 21), a block being all of them where there are no groups, and a Transpose
-behind. Without those two ONNX Runtime fuses weight and product to its MatMulNBits with `accuracy_level` 4, which quantizes float activations
-to int8: a model whose scheme says A16 would be run, and measured, as A8.
+behind. Without those two ONNX Runtime fuses weight and product to its MatMulNBits with `accuracy_level` 4, which quantizes float
+activations to int8: a model whose scheme says A16 would be run, and measured, as A8.
 
-`symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4 and INT8, zero points 0, a scale per channel,
-or with INT4 per block of inputs):
+`symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4 and INT8, zero points 0, a scale per
+channel, or with INT4 per block of inputs):
 
     x, codes (INT4) → DequantizeLinear → MatMul → Add(bias)
 
-without a Cast, without zero points, and with codes of 2 and 3 bits in INT4. It takes the artifact's codes as they are, so their grid must be
-symmetric; and float activations, since those of marrq lie on asymmetric uint8 grids. This form ONNX Runtime does run as W4A8, silently,
-unless the session sets `session.qdq_matmulnbits_accuracy_level` to 1.
+without a Cast, without zero points, and with codes of 2 and 3 bits in INT4. It takes the artifact's codes as they are, so their grid must
+be symmetric; and float activations, since those of marrq lie on asymmetric uint8 grids. This form ONNX Runtime does run as W4A8,
+silently, unless the session sets `session.qdq_matmulnbits_accuracy_level` to 1.
 """
 
 from dataclasses import dataclass

@@ -72,11 +72,19 @@ def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, s
     assert 0.95 <= models["W4A8 per-tensor marr-stream"]["agreement"] < 1.0001
 
 
-def test_a_scheme_that_no_flavour_exports_can_be_evaluated(somewhere: Path):
-    quantize = ["quantize", "demo", "--scheme", "W4A4", "--activations", "per-token", "--method", "gptq", "--samples", "16", "-o", "a"]
+def test_a_flavour_that_cannot_express_the_scheme_leaves_nothing_behind_and_another_takes_it(
+    somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    quantize = ["quantize", "demo", "--scheme", "W4A16", "--method", "gptq", "--samples", "16", "-o", "a"]
     assert main(quantize) == 0
-    assert main(["export", "a", "-o", "m.onnx"]) == 1
+    assert main(["export", "a", "--flavor", "integer", "-o", "m.onnx"]) == 1
     assert not Path("m.onnx").exists()
+    assert "use --flavor matmulnbits or qdq" in capsys.readouterr().err.replace("\n", " ")
+    for options in ([], ["--flavor", "qdq"], ["--flavor", "matmulnbits", "--accuracy-level", "4"]):
+        assert main(["export", "a", *options, "-o", "m.onnx", "--force"]) == 0
+    report = ["--baseline", "fp32", "--batch", "1", "--rounds", "1", "--seconds", "0", "--json", "b.json"]
+    assert main(["bench", "a", *report]) == 0
+    assert json.loads(Path("b.json").read_text())["models"][1]["executed"]["MatMulNBits"] == 24
     assert main(["evaluate", "a"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""The exported graph holds the artifact's integers, runs on integer kernels, and gives torch's logits."""
+"""The graph of the integer flavour holds the artifact's integers, runs on integer kernels, and gives torch's logits."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,8 @@ from onnx import numpy_helper
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from exporters.onnx_file import IR_VERSIONS, check_flavor, write_baseline, write_integer
+from exporters.onnx_file import IR_VERSIONS, write, write_baseline
 from marrq.data import find_images
-from marrq.errors import MarrqError
 from marrq.evaluate import predict
 from marrq.methods.problem import MethodSpec
 from marrq.models import ATTENTION, ModelSource, TransformersLogits, VisionModel, load_model
@@ -51,7 +50,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     held_out = find_images("demo", "val", model.labels).draw(200, 0).pixels(model.preprocessing)[:]
     quantized = quantized_model(model, calibration, request.param)
     file = tmp_path_factory.mktemp("export") / "model.onnx"
-    write_integer(quantized, "hash", file)
+    write(quantized, "hash", "integer", file)
     return quantized, file, held_out
 
 
@@ -164,7 +163,7 @@ def test_transformers_models_run_on_integer_kernels_too(make: object, tmp_path: 
     model = make()  # type: ignore[operator]
     pixels = torch.randn(6, 3, 32, 32)
     quantized = quantized_model(model, pixels, "W4A8")
-    write_integer(quantized, "hash", tmp_path / "model.onnx")
+    write(quantized, "hash", "integer", tmp_path / "model.onnx")
     with torch.no_grad():
         assert cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min() >= 0.9999
     executed = executed_operators(tmp_path / "model.onnx", SessionSettings(), tmp_path)
@@ -182,21 +181,7 @@ def test_layer_scale_costs_nothing_and_changes_nothing(tmp_path: Path):
     model = VisionModel(module, ModelSource("test", "timm", {}, ""), preprocessing, tuple("abcde"))
     pixels = torch.randn(6, 3, 32, 32)
     quantized = quantized_model(model, pixels, "W4A8")
-    write_integer(quantized, "hash", tmp_path / "model.onnx")
+    write(quantized, "hash", "integer", tmp_path / "model.onnx")
     with torch.no_grad():
         assert cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min() >= 0.9999
     assert "Mul" not in executed_operators(tmp_path / "model.onnx", SessionSettings(), tmp_path)
-
-
-@pytest.mark.parametrize(("scheme", "strategy"), [("W4A16", "per-tensor"), ("W4A8", "per-token")])
-def test_a_scheme_that_the_flavour_cannot_express_is_refused_with_what_can(scheme: str, strategy: str):
-    model = load_model("demo")
-    quantized = quantized_model(model, torch.randn(4, 1, 28, 28), scheme, strategy)
-    with pytest.raises(MarrqError, match="needs static per-tensor activations"):
-        check_flavor(quantized, "integer")
-
-
-def test_an_unknown_flavour_is_refused_with_the_known_ones():
-    model = load_model("demo")
-    with pytest.raises(MarrqError, match="unknown flavor 'int4': choose one of integer, fp32, fp16"):
-        check_flavor(quantized_model(model, torch.randn(4, 1, 28, 28), "W4A8"), "int4")

@@ -20,7 +20,9 @@ IMAGES_AT_ONCE = 8
 def bench(
     paths: Annotated[list[Path], typer.Argument(help="Artifacts, or ONNX files that `marrq export` wrote.")],
     data: DataOption = None,
-    flavor: Annotated[str | None, typer.Option(help="Of artifacts: integer, matmulnbits or qdq; left out: what suits the scheme best.")] = None,
+    flavor: Annotated[
+        str | None, typer.Option(help="Of artifacts: integer, matmulnbits or qdq; left out: what suits the scheme best.")
+    ] = None,
     baseline: Annotated[list[str], typer.Option(help="fp16 or fp32; may be repeated.")] = ["fp16", "fp32"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch size to time; may be repeated.", min=1)] = [1, 8],  # noqa: B006
     threads: ThreadsOption = None,

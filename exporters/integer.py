@@ -27,7 +27,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporters.lowering import ONNXRUNTIME_DOMAIN, InputCodes, Site, int8_codes, lower, opset_of, with_lowrank
+from exporters.lowering import (
+    BLOCK_OPSET,
+    ONNXRUNTIME_DOMAIN,
+    WIDENED_ONNXRUNTIME,
+    InputCodes,
+    Site,
+    int8_codes,
+    lower,
+    opset_of,
+    with_lowrank,
+)
 from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
@@ -47,6 +57,11 @@ class Integer:
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that a weight code takes in the file."""
         return scheme.weight.num_bits
+
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to load such a file, to run its linears on integer kernels, and to give the same logits."""
+        widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
+        return max(widened, "1.19.0") if opset_of(scheme) >= BLOCK_OPSET else widened
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model on integer kernels."""

@@ -42,6 +42,9 @@ WEIGHT_OPSETS = {2: 25, 3: OPSET, 4: 21, 8: OPSET}
 BLOCK_OPSET = 21
 """The lowest in which QuantizeLinear and DequantizeLinear take a scale for each block of an axis."""
 
+WIDENED_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0"}
+"""First ONNX Runtime that was seen to load a file of that weight width, widened to int8, and to give torch's logits."""
+
 WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:weight|lowrank)_\w+")
 """Name of an initializer that belongs to a linear's weight; the group is the linear's path."""
 

@@ -33,6 +33,8 @@ ACCURACY_LEVELS = {1: "float32", 4: "int8"}
 """What the operator computes with at each level that the CPU has kernels for."""
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+LOWEST_ONNXRUNTIME = {2: "1.24.1", 4: "1.19.0", 8: "1.23.0"}
+"""First ONNX Runtime that was seen to load a file with such containers, and to give torch's logits at accuracy level 1."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class MatMulNBits:
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that a weight code takes in the file."""
         return CONTAINER_BITS[scheme.weight.num_bits]
+
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to load such a file and to give the same logits."""
+        return LOWEST_ONNXRUNTIME[self.container_bits(scheme)]
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model on MatMulNBits."""

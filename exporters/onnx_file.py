@@ -2,8 +2,8 @@
 
 Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`, `marrq.scheme`, `marrq.method`,
 `marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
-`marrq.container_bits` (of one weight code in this file), the options of the flavour, and `marrq.lowest_onnxruntime` where that was
-measured. The opset and IR version are the lowest that the graph needs: servers refuse versions newer than they know.
+`marrq.container_bits` (of one weight code in this file), the options of the flavour, and `marrq.lowest_onnxruntime`. The opset and IR
+version are the lowest that the graph needs: servers refuse versions newer than they know.
 """
 
 import json
@@ -32,9 +32,6 @@ from marrq.schemes import Scheme
 IR_VERSIONS = {20: 9, 21: 10, 25: 13}
 """IR version that came with each opset."""
 
-LOWEST_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0", 16: "1.17.0", 32: "1.17.0"}
-"""First ONNX Runtime that was seen to load a file of that weight width, run its linears on integer kernels, and give the same logits."""
-
 
 class Flavor(Protocol):
     """A way to lower the placeholders of a traced graph, with its options as fields."""
@@ -45,6 +42,9 @@ class Flavor(Protocol):
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that a weight code takes in the file."""
 
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to run such a file, of 1.17.0, 1.18.0 and so on to 1.23.0, and 1.24.1."""
+
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph, unstamped."""
 
@@ -54,6 +54,9 @@ FLAVORS: dict[str, Callable[..., Flavor]] = {"integer": Integer, "matmulnbits": 
 
 BASELINES: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {"fp32": (export_float32, 32), "fp16": (export_float16, 16)}
 """Float flavours: exporter and bits of a weight."""
+
+BASELINE_ONNXRUNTIME = "1.17.0"
+"""First ONNX Runtime that was seen to load the float flavours and to give the same logits."""
 
 
 Options = Mapping[str, bool | int]
@@ -102,6 +105,7 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "artifact": artifact,
         "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
         "container_bits": str(chosen.container_bits(model.scheme)),
+        "lowest_onnxruntime": chosen.lowest_onnxruntime(model.scheme),
     }
     _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path)
 
@@ -121,7 +125,7 @@ def write_baseline(model: VisionModel, flavor: str, path: Path) -> float:
         "scheme": flavor,
         "method": "none",
         "bits_per_weight": f"{bits:.4f}",
-        "lowest_onnxruntime": LOWEST_ONNXRUNTIME[bits],
+        "lowest_onnxruntime": BASELINE_ONNXRUNTIME,
     }
     _write(exporter(model), model, described, path)
     return float(bits)

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.lowering import BLOCK_OPSET, Site, int8_codes, lower, opset_of, with_bias, with_lowrank
+from exporters.lowering import BLOCK_OPSET, WIDENED_ONNXRUNTIME, Site, int8_codes, lower, opset_of, with_bias, with_lowrank
 from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
@@ -53,14 +53,25 @@ class Qdq:
         """Bits that a weight code takes in the file."""
         return max(scheme.weight.num_bits, 4) if self.symmetric else scheme.weight.num_bits
 
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to load such a file and to give the same logits."""
+        if self.symmetric:
+            return "1.19.0"
+        widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
+        return widened if _fits_integer_kernel(scheme) else max(widened, "1.20.0")
+
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model in Q/DQ form."""
-        scheme = model.scheme
         if self.symmetric:
             return lower(model, BLOCK_OPSET, _symmetric)
-        if scheme.weight.group_size is None and scheme.activation is not None and scheme.activation.strategy == "per-tensor":
-            return lower(model, opset_of(scheme), _per_channel)
-        return lower(model, max(opset_of(scheme), BLOCK_OPSET), _per_block)
+        if _fits_integer_kernel(model.scheme):
+            return lower(model, opset_of(model.scheme), _per_channel)
+        return lower(model, max(opset_of(model.scheme), BLOCK_OPSET), _per_block)
+
+
+def _fits_integer_kernel(scheme: Scheme) -> bool:
+    """Whether an integer kernel can multiply: static activations, and a scale per channel."""
+    return scheme.weight.group_size is None and scheme.activation is not None and scheme.activation.strategy == "per-tensor"
 
 
 def _product(site: Site, weight: ir.Value) -> ir.Value:

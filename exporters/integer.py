@@ -19,6 +19,10 @@ Measured on one linear of 197 tokens, 384 → 1536 and 1536 → 384, one thread 
 product's time, where static activations take 0.34 and 0.37. MatMulInteger with the corrections in int32 or in float takes 0.42 to 0.43;
 quantizing by Div, Round, Add, Clip and Cast in place of QuantizeLinear 0.41 and 0.51.
 
+With group scales each group of inputs is a kernel of its own, and their outputs are summed. On the same linears, as a ratio to the float
+product's time: a scale per channel 0.28 to 0.30, groups of 128 inputs 0.43 to 0.48, of 64 0.6 to 0.7, of 32 above 4. (The least of 40
+rounds; the figures above are medians.)
+
 A low-rank branch reads the dequantized codes and runs in float beside the kernel.
 """
 
@@ -42,6 +46,7 @@ from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
 KERNEL = "MatMulIntegerToFloat"
+LEAST_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class Integer:
         """Why the flavour cannot express a scheme, or None."""
         if scheme.activation is None:
             return "needs quantized activations"
-        return None if scheme.weight.group_size is None else "has no group scales"
+        if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
+            return f"has no groups of less than {LEAST_GROUP} inputs, which would run slower than the float model"
+        return None
 
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that a weight code takes in the file."""
@@ -83,7 +90,8 @@ def _per_token(site: Site, x: InputCodes) -> ir.Value:
     one, none = site.constant("unit_scale", np.array(1, np.float32)), site.constant("no_zero_point", np.array(0, np.uint8))
     scaled = site.add("Mul", [_kernel(site, x.codes, one, none), x.scale])
     shift = site.add("Mul", [site.add("Cast", [x.zero_point], to=int(ir.DataType.FLOAT)), x.scale])
-    sums = ((rows.codes.int() - rows.zero_point.int()).sum(1) * rows.scale[:, 0]).numpy()
+    in_groups = rows.codes.int().reshape(*rows.scale.shape, -1) - rows.zero_point.int()[..., None]
+    sums = (in_groups.sum(2) * rows.scale).sum(1).numpy()
     if rows.bias is None:
         return site.add("Sub", [scaled, site.add("Mul", [shift, site.constant("weight_sums", sums)])])
     ones = site.add("Pad", [shift, site.constant("beside", np.array([0, 1])), one, site.constant("last_axis", np.array([-1]))])
@@ -91,8 +99,22 @@ def _per_token(site: Site, x: InputCodes) -> ir.Value:
 
 
 def _kernel(site: Site, codes: ir.Value, scale: ir.Value, zero_point: ir.Value, *bias: ir.Value) -> ir.Value:
-    """Its inputs in its order: codes, then scales, then zero points of input and weight; bias."""
-    weight_scale = site.constant("weight_scale", site.rows.scale[:, 0].numpy())
-    weight_zero_point = site.constant("weight_zero_point", site.rows.zero_point[:, 0].contiguous().numpy())
-    weight = int8_codes(site, site.rows.codes.T.contiguous())
+    """The product with the whole weight: one kernel, or one for each group of inputs and the sum of them."""
+    weight, groups = int8_codes(site, site.rows.codes.T.contiguous()), site.rows.scale.shape[1]
+    if groups == 1:
+        return _group_kernel(site, 0, "", codes, weight, scale, zero_point, *bias)
+    pairs = zip(site.split(codes, -1, groups), site.split(weight, 0, groups), strict=True)
+    products = [
+        _group_kernel(site, group, f"_{group}", part, rows, scale, zero_point, *(bias if group == 0 else ()))
+        for group, (part, rows) in enumerate(pairs)
+    ]
+    return site.add("Sum", products)
+
+
+def _group_kernel(
+    site: Site, group: int, suffix: str, codes: ir.Value, weight: ir.Value, scale: ir.Value, zero_point: ir.Value, *bias: ir.Value
+) -> ir.Value:
+    """The kernel takes its inputs in this order: codes, then scales, then zero points of input and weight; bias."""
+    weight_scale = site.constant(f"weight_scale{suffix}", site.rows.scale[:, group].contiguous().numpy())
+    weight_zero_point = site.constant(f"weight_zero_point{suffix}", site.rows.zero_point[:, group].contiguous().numpy())
     return site.add(KERNEL, [codes, weight, scale, weight_scale, zero_point, weight_zero_point, *bias], domain=ONNXRUNTIME_DOMAIN)

@@ -124,6 +124,15 @@ class Site:
         self.nodes.append(node)
         return node.outputs[0]
 
+    def split(self, value: ir.Value, axis: int, parts: int) -> list[ir.Value]:
+        """Append a node that cuts a value into equal parts."""
+        name = f"{self.path}/Split_{len(self.nodes)}"
+        node = ir.node("Split", [value], attributes={"axis": axis, "num_outputs": parts}, num_outputs=parts, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{name}_{index}"
+        self.nodes.append(node)
+        return list(node.outputs)
+
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """Add an initializer of the linear's own."""
         return add_constant(self.graph, f"{self.path}.{name}", array)

@@ -73,9 +73,11 @@ def metadata(file: Path) -> dict[str, str]:
         ("vit with LayerScale", "W2A8", "lqer:4:int8", "per-tensor"),
         ("swin", "W2A8", "lqer:4:int8", "per-tensor"),
         ("vit with LayerScale", "W8A8-sym", "qera:4:int8", "per-token"),
+        ("vit with LayerScale", "W4A8-g64", None, "per-tensor"),
+        ("vit with LayerScale", "W3A8-g64", None, "per-token"),
     ],
 )
-def test_the_integer_flavour_takes_tokens_with_their_own_grids_and_lowrank_branches(
+def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_lowrank_branches(
     model: str, scheme: str, lowrank: str | None, strategy: str, tmp_path: Path
 ):
     made = make(model, scheme, lowrank, strategy)
@@ -295,7 +297,13 @@ def test_repeated_scales_and_wider_containers_show_in_the_bits_per_weight(tmp_pa
 
 REFUSALS = [
     ("integer", {}, "W4A16", "per-tensor", "integer needs quantized activations: the artifact has W4A16; use --flavor matmulnbits or qdq"),
-    ("integer", {}, "W4A8-g8", "per-token", "integer has no group scales: the artifact has W4A8-g8 per-token; use --flavor qdq"),
+    (
+        "integer",
+        {},
+        "W4A8-g8",
+        "per-token",
+        "than the float model: the artifact has W4A8-g8 per-token; use --flavor qdq",
+    ),
     (
         "matmulnbits",
         {},

@@ -1,4 +1,4 @@
-"""`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch; also for schemes that no flavour exports."""
+"""`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -31,7 +31,9 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.lowering import (
+    ATTENTION_OPSET,
     BLOCK_OPSET,
+    FUSED_ONNXRUNTIME,
     ONNXRUNTIME_DOMAIN,
     WIDENED_ONNXRUNTIME,
     InputCodes,
@@ -50,7 +52,10 @@ LEAST_GROUP = 64
 
 @dataclass(frozen=True)
 class Integer:
-    """The flavour; it has no options."""
+    """The flavour. fuse: attention as one operator, which is faster and asks for a newer ONNX Runtime, otherwise as two
+    products; files of 2-bit weights have two products with either, for their opset."""
+
+    fuse: bool = True
 
     def objection(self, scheme: Scheme) -> str | None:
         """Why the flavour cannot express a scheme, or None."""
@@ -66,12 +71,15 @@ class Integer:
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to load such a file, to run its linears on integer kernels, and to give the same logits."""
+        if self.fuse:
+            return FUSED_ONNXRUNTIME
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return max(widened, "1.19.0") if opset_of(scheme) >= BLOCK_OPSET else widened
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model on integer kernels."""
-        return lower(model, opset_of(model.scheme), _product)
+        opset = opset_of(model.scheme)
+        return lower(model, max(opset, ATTENTION_OPSET) if self.fuse else opset, _product)
 
 
 def _product(site: Site) -> ir.Value:

@@ -19,9 +19,19 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from exporters.passes import absorb_scales, add_constant, placeholders, split_qkv
+from exporters.passes import (
+    absorb_scales,
+    add_constant,
+    attend_on_tokens,
+    drop_open_masks,
+    drop_unread_tokens,
+    fuse_attention,
+    placeholders,
+    split_qkv,
+)
 from exporters.trace import PLACEHOLDER_DOMAIN, trace, with_placeholders
 from marrq.activations import ActivationQuantizer
 from marrq.methods.lowrank import StoredFactor
@@ -47,6 +57,13 @@ WIDENED_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0"}
 
 WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:weight|lowrank)_\w+")
 """Name of an initializer that belongs to a linear's weight; the group is the linear's path."""
+
+
+ATTENTION_OPSET = 23
+"""The opset whose Attention ONNX Runtime has a kernel for; the one of opset 24 and later it takes apart into single operators."""
+
+FUSED_ONNXRUNTIME = "1.24.1"
+"""First ONNX Runtime that was seen to run a file of an opset with Attention."""
 
 
 def opset_of(scheme: Scheme) -> int:
@@ -159,8 +176,8 @@ class Site:
         return values
 
     def input_components(self) -> ir.Value:
-        """R x, once for all parts of a linear: [..., r]."""
-        key = (self.linear_path,)
+        """R x, once for all parts of a linear that have the same input: [..., r]."""
+        key = (self.linear_path, self.x)  # the parts of a linear may read different tokens
         if key not in self._made:
             assert self.rows.right is not None
             right = _factor(self, "lowrank_right", self.rows.right, None)
@@ -176,6 +193,12 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
     lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, opset)
     split_qkv(lowered.graph)
     absorb_scales(lowered.graph)
+    drop_open_masks(lowered.graph)
+    if opset == ATTENTION_OPSET:
+        fuse_attention(lowered.graph)
+        attend_on_tokens(lowered.graph)
+    drop_unread_tokens(lowered.graph)
+    RemoveUnusedNodesPass()(lowered)  # a linear may stand there twice now, once unread
     made: dict[tuple[object, ...], InputCodes | ir.Value] = {}
     for node in placeholders(lowered.graph):
         site = Site(lowered.graph, node, linears[node.attributes["path"].as_string()], made)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporters.lowering import ONNXRUNTIME_DOMAIN, OPSET, Site, lower, with_lowrank
+from exporters.lowering import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOMAIN, OPSET, Site, lower, with_lowrank
 from marrq.errors import MarrqError
 from marrq.packing import pack
 from marrq.pipeline import QuantizedModel
@@ -39,9 +39,10 @@ LOWEST_ONNXRUNTIME = {2: "1.24.1", 4: "1.19.0", 8: "1.23.0"}
 
 @dataclass(frozen=True)
 class MatMulNBits:
-    """The flavour. accuracy_level: a key of ACCURACY_LEVELS."""
+    """The flavour. accuracy_level: a key of ACCURACY_LEVELS; fuse: as in `Integer`."""
 
     accuracy_level: int = 1
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         if self.accuracy_level not in ACCURACY_LEVELS:
@@ -61,11 +62,11 @@ class MatMulNBits:
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to load such a file and to give the same logits."""
-        return LOWEST_ONNXRUNTIME[self.container_bits(scheme)]
+        return FUSED_ONNXRUNTIME if self.fuse else LOWEST_ONNXRUNTIME[self.container_bits(scheme)]
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model on MatMulNBits."""
-        return lower(model, OPSET, self._product)
+        return lower(model, ATTENTION_OPSET if self.fuse else OPSET, self._product)
 
     def _product(self, site: Site) -> ir.Value:
         rows = site.rows

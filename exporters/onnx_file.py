@@ -29,7 +29,7 @@ from marrq.models import VisionModel, load_source
 from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
-IR_VERSIONS = {20: 9, 21: 10, 25: 13}
+IR_VERSIONS = {20: 9, 21: 10, 23: 11, 25: 13}
 """IR version that came with each opset."""
 
 
@@ -63,8 +63,8 @@ Options = Mapping[str, bool | int]
 """Options of a flavour, by the names of its fields, that are not to have their defaults."""
 
 NO_OPTIONS: Options = MappingProxyType({})
-OPTIONS = {"symmetric": "qdq", "accuracy_level": "matmulnbits"}
-"""The flavour that each option belongs to."""
+OPTIONS = {"symmetric": ("qdq",), "accuracy_level": ("matmulnbits",), "fuse": ("integer", "matmulnbits")}
+"""The flavours that take each option."""
 
 
 def suitable_flavor(model: QuantizedModel) -> str:
@@ -75,8 +75,9 @@ def suitable_flavor(model: QuantizedModel) -> str:
 def check_flavor(model: QuantizedModel, flavor: str, options: Options = NO_OPTIONS) -> None:
     """Raise MarrqError when there is no such flavour, it has no such option, or it cannot express the artifact's scheme."""
     for option in options:
-        if OPTIONS[option] != flavor:
-            raise MarrqError(f"--{option.replace('_', '-')} is no option of {flavor!r}: use it with --flavor {OPTIONS[option]}")
+        if flavor not in OPTIONS[option]:
+            flag = "--no-fuse" if option == "fuse" else f"--{option.replace('_', '-')}"
+            raise MarrqError(f"{flag} is no option of {flavor!r}: use it with --flavor {' or '.join(OPTIONS[option])}")
     if flavor in BASELINES:
         return
     if flavor not in FLAVORS:

@@ -78,8 +78,8 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(s q kᵀ + mask) v as two products, which ONNX Runtime fuses best: torch's own translation at opsets below 23 moves shapes
-    about at run time, and scales q and k separately."""
+    """softmax(s q kᵀ + mask) v as two products, which `fuse_attention` knows: torch's own translation at opsets below 23 moves shapes about
+    at run time, and scales q and k separately."""
     if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
         raise NotImplementedError("causal, grouped or boolean-masked attention")
     op: Any = opset18  # its stubs type tensors by element, which a translation cannot know

@@ -22,6 +22,12 @@ def export(
     accuracy_level: Annotated[
         int | None, typer.Option(help="matmulnbits: 1 computes in float32 (default), 4 quantizes activations to int8.")
     ] = None,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="integer, matmulnbits: attention as one operator (default; ONNX Runtime 1.24.1), or as two products."
+        ),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Export an artifact as an ONNX file: marrq export artifact --format onnx -o model.onnx"""
@@ -34,7 +40,7 @@ def export(
     check_output(output, force)
     model = load(artifact)
     flavor = flavor or suitable_flavor(model)
-    given = {"symmetric": symmetric, "accuracy_level": accuracy_level}
+    given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
     options = {name: value for name, value in given.items() if value is not None}
     check_flavor(model, flavor, options)
     say(f"tracing {model.source.name} as {flavor}")

@@ -31,7 +31,7 @@ def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
         few = ["--samples", "32"]
         quick = {"quantize": few, "bench": ["--rounds", "1", "--seconds", "0"], "compare": [*few, "--seeds", "1"]}.get(words[0], [])
         assert main([*words, *quick]) == 0
-    assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/1"
+    assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/2"
     assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/1"
     assert all((somewhere / name).read_text().startswith("<?xml") for name in ("alpha.svg", "compare.svg"))
 

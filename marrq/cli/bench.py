@@ -11,7 +11,7 @@ from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOpti
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from runtime.report import Entry
+    from runtime.bench import Entry
     from runtime.session import SessionSettings
 
 IMAGES_AT_ONCE = 8
@@ -34,8 +34,9 @@ def bench(
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
     from marrq.data import find_images
     from marrq.preprocessing import Preprocessing
-    from runtime.report import BenchSettings, Progress, table
-    from runtime.report import bench as run_bench
+    from runtime.bench import BenchSettings, Progress
+    from runtime.bench import bench as run_bench
+    from runtime.report import table
     from runtime.session import SessionSettings
 
     settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
@@ -57,7 +58,7 @@ def _entries(
     """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
     from marrq.models import ModelSource, load_source
-    from runtime.report import Entry
+    from runtime.bench import Entry
     from runtime.session import Model
 
     candidates: list[Entry] = []

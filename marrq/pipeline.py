@@ -4,12 +4,15 @@ Two streams of tokens run through the blocks side by side: one through the origi
 far (x). In each block, group by group of linears that share an input: find the static activation grid, sum the statistics of both
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
-statistics, the rest the second. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
+statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
+and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -102,15 +105,15 @@ class QuantizedModel:
 
 
 class FullPrecisionTokens:
-    """The tokens behind each block on the full-precision path: computed by the first run, and kept for later ones."""
+    """The tokens that enter each block but the first on the full-precision path: computed by the first run, and kept for later ones."""
 
     def __init__(self) -> None:
         self._behind: list[list[Tensor]] = []
 
-    def behind(self, index: int, untouched: Block, streams: "_Streams", device: torch.device) -> list[Tensor]:
-        """The tokens behind block `index`, by batch; blocks come in order."""
+    def behind(self, index: int, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The tokens for the block after block `index`, by batch; blocks come in order."""
         if index == len(self._behind):
-            self._behind.append(_advance(untouched, streams.original, device))
+            self._behind.append(compute())
         return self._behind[index]
 
 
@@ -132,7 +135,8 @@ def quantize(
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
-    first two. shared: keeps what all runs on these images, and with this rotation, have in common.
+    first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
+    with this rotation, have in common.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -141,15 +145,19 @@ def quantize(
     if method.rotation is not None:
         rotate(module, images[:2].to(device), method.rotation)
     blocks = find_blocks(module, images[:2].to(device))
-    run = _Run(scheme, method, device)
-    streams = _start(module, blocks[0], images, device)
+    run, source = _Run(scheme, method, device), _Source(module, images, device)
+    original = source if all(block.follows for block in blocks[1:]) else replace(source, module=copy.deepcopy(module))
+    start = source.tokens(blocks[0])
+    streams = _Streams([half for half, _ in source.batches()], start, start)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
         untouched = block.copied()
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
         if index + 1 < len(blocks):
-            original = _advance(untouched, streams.original, device) if shared is None else shared.behind(index, untouched, streams, device)
-            streams = _Streams(streams.halves, original, _advance(block, streams.quantized, device))
+            following = blocks[index + 1]
+            compute = partial(_behind, untouched, following, streams.original, original)
+            full_precision = compute() if shared is None else shared.behind(index, compute)
+            streams = _Streams(streams.halves, full_precision, _behind(block, following, streams.quantized, source))
         reports += in_block
         block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
@@ -173,18 +181,30 @@ class _Streams:
     quantized: list[Tensor]
 
 
-def _start(module: nn.Module, block: Block, images: Images, device: torch.device) -> _Streams:
-    """Both paths at the first block, where they are one."""
-    middle = (len(images) + 1) // 2
-    starts = [(half, start) for half, part in enumerate(((0, middle), (middle, len(images)))) for start in range(*part, BATCH_SIZE)]
-    ends = [start for _, start in starts[1:]] + [len(images)]
-    tokens = [first_input(module, block, images[start:end].to(device)).cpu() for (_, start), end in zip(starts, ends, strict=True)]
-    return _Streams([half for half, _ in starts], tokens, tokens)
+@dataclass(frozen=True)
+class _Source:
+    """A model and the images, from which tokens can be had for any block."""
+
+    module: nn.Module
+    images: Images
+    device: torch.device
+
+    def batches(self) -> list[tuple[int, slice]]:
+        """Half of the calibration set and images of each batch."""
+        count = len(self.images)
+        middle = (count + 1) // 2
+        starts = [(half, start) for half, part in enumerate(((0, middle), (middle, count))) for start in range(*part, BATCH_SIZE)]
+        ends = [start for _, start in starts[1:]] + [count]
+        return [(half, slice(start, end)) for (half, start), end in zip(starts, ends, strict=True)]
+
+    def tokens(self, block: Block) -> list[Tensor]:
+        """The tokens that enter a block, by batch, on the CPU."""
+        return [first_input(self.module, block, self.images[rows].to(self.device)).cpu() for _, rows in self.batches()]
 
 
-def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tokens behind a block, by batch, on the CPU."""
-    return [block(batch.to(device)).cpu() for batch in tokens]
+def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Source) -> list[Tensor]:
+    """The tokens that enter the following block, by batch, on the CPU: those behind this one, or the source's."""
+    return [block(batch.to(source.device)).cpu() for batch in tokens] if following.follows else source.tokens(following)
 
 
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:

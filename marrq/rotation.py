@@ -32,7 +32,7 @@ from timm.layers.norm import RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.models import TransformersLogits
+from marrq.models import TransformersOutput
 
 TOLERANCE = 1e-4
 """How much logits may differ after the rotation, relative to the largest logit: float32 rounding gives some 1e-6."""
@@ -48,7 +48,7 @@ def rotate(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     Raises MarrqError, with the model as it was, when its stream cannot be rotated exactly; and when the logits of `images` differ after
     the rotation, which then has happened.
     """
-    inner = model.model if isinstance(model, TransformersLogits) else model
+    inner = model.model if isinstance(model, TransformersOutput) else model
     stream = _describe(inner)
     before = model(images)
     rotation = random_rotation(stream.width, torch.Generator().manual_seed(seed))

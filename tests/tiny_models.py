@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 from marrq.methods.settings import parse_method
-from marrq.models import ATTENTION, ModelSource, TransformersLogits, VisionModel
+from marrq.models import ATTENTION, ModelSource, TransformersOutput, VisionModel
 from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
 from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationStrategy, parse_scheme
@@ -58,12 +58,12 @@ def swin() -> nn.Module:
 
 
 def transformers_vit() -> nn.Module:
-    return randomized(TransformersLogits(ViTForImageClassification._from_config(ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION)))
+    return randomized(TransformersOutput(ViTForImageClassification._from_config(ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION)))
 
 
 def dinov2() -> nn.Module:
     return randomized(
-        TransformersLogits(Dinov2ForImageClassification._from_config(Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION))
+        TransformersOutput(Dinov2ForImageClassification._from_config(Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION))
     )
 
 

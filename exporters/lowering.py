@@ -28,6 +28,7 @@ from exporters.passes import (
     attend_on_tokens,
     drop_open_masks,
     drop_unread_tokens,
+    flatten_patches,
     fuse_attention,
     placeholders,
     split_qkv,
@@ -193,6 +194,7 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
     lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, opset)
     split_qkv(lowered.graph)
     absorb_scales(lowered.graph)
+    flatten_patches(lowered.graph)
     drop_open_masks(lowered.graph)
     if opset == ATTENTION_OPSET:
         fuse_attention(lowered.graph)

@@ -5,7 +5,8 @@
 
 It expresses every scheme. What ONNX Runtime makes of it depends on the form of the weight (seen with 1.31.1 on the CPU):
 
-    static activations, a scale per channel    [in, out], as above          an integer kernel; without the Cast it computes in float
+    static activations, a scale per channel    [in, out], as above          an integer kernel, at rank 3; without the Cast, and at
+                                                                            rank 2, where Gemm comes first, it computes in float
     anything else, group scales included       [out, in], then Transpose    float; the weight is dequantized at every run
 
 The second form has a scale for each block of inputs (opset 21), a block being all of them where there are no groups, and a Transpose
@@ -64,9 +65,8 @@ class Qdq:
         """The graph of a quantized model in Q/DQ form."""
         if self.symmetric:
             return lower(model, BLOCK_OPSET, _symmetric)
-        if _fits_integer_kernel(model.scheme):
-            return lower(model, opset_of(model.scheme), _per_channel)
-        return lower(model, max(opset_of(model.scheme), BLOCK_OPSET), _per_block)
+        opset = opset_of(model.scheme)
+        return lower(model, opset if _fits_integer_kernel(model.scheme) else max(opset, BLOCK_OPSET), _static_or_blocked)
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
@@ -79,7 +79,18 @@ def _product(site: Site, weight: ir.Value) -> ir.Value:
     return with_bias(site, with_lowrank(site, site.add("MatMul", [site.input_values(), weight])))
 
 
+def _static_or_blocked(site: Site) -> ir.Value:
+    """The edges of a model may have an integer kernel where its blocks have none."""
+    static = site.quantizer is not None and site.quantizer.spec.strategy == "per-tensor"
+    return _per_channel(site) if static and site.rows.scale.shape[1] == 1 else _per_block(site)
+
+
 def _per_channel(site: Site) -> ir.Value:
+    """A product of two axes would become a Gemm in float: the classifier's has a third."""
+    if site.x.shape is not None and len(site.x.shape) == 2:
+        axis = site.constant("axis", np.array([1]))
+        site.x = site.add("Unsqueeze", [site.x, axis])
+        return site.add("Squeeze", [_per_channel(site), axis])
     codes = int8_codes(site, site.rows.codes.T.contiguous())
     scale = site.constant("weight_scale", site.rows.scale[:, 0].numpy())
     zero_point = site.constant("weight_zero_point", site.rows.zero_point[:, 0].contiguous().numpy())

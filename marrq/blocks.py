@@ -38,11 +38,15 @@ class Block:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The block's output tokens."""
-        return _first(self.module(tokens, *self.arguments, **self.keywords))
+        return first_output(self.module(tokens, *self.arguments, **self.keywords))
 
     def linear(self, name: str) -> nn.Linear:
         """The linear at a path within the block."""
         return cast(nn.Linear, self.module.get_submodule(name))
+
+    def path_of(self, linear: str) -> str:
+        """Where a linear stands in the model; linear: its path within the block."""
+        return f"{self.path}.{linear}" if self.path else linear
 
     def copied(self) -> "Block":
         """The same block with parameters of its own."""
@@ -50,7 +54,7 @@ class Block:
 
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
         """What the linear (a path within the block) receives when the block gets `tokens`; nothing after it is computed."""
-        with _stop_at(self.module.get_submodule(linear)) as reached:
+        with stop_at(self.module.get_submodule(linear)) as reached:
             self(tokens)
         return reached[0]
 
@@ -74,7 +78,7 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
 
 def first_input(model: nn.Module, block: Block, images: Tensor) -> Tensor:
     """The tokens that enter the block when the model gets `images`; nothing after it is computed."""
-    with _stop_at(block.module) as reached:
+    with stop_at(block.module) as reached:
         model(images)
     return reached[0]
 
@@ -112,7 +116,7 @@ def _record(model: nn.Module, candidates: dict[str, nn.Module], images: Tensor) 
                 raise MarrqError(f"block {path!r} does not take its tokens as first argument: it cannot be quantized")
             inside = set(module.modules())
             mine = [(linear, x) for linear, x in linears if linear in inside]
-            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, _first(output)))
+            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, first_output(output)))
 
         return hook
 
@@ -130,13 +134,18 @@ def _groups(path: str, module: nn.Module, call: _Call) -> tuple[tuple[str, ...],
     for child, name in names.items():
         if called.count(child) != 1:
             raise MarrqError(f"linear {path}.{name} is called {called.count(child)} times in one forward: it cannot be quantized")
+    return group_by_input([(names[linear], x) for linear, x in call.linears])
+
+
+def group_by_input(calls: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
+    """Names of linears that were called, one tuple for those that were given the same tensor."""
     groups: list[tuple[Tensor, list[str]]] = []
-    for linear, x in call.linears:
+    for name, x in calls:
         shared = next((members for seen, members in groups if seen is x), None)
         if shared is None:
-            groups.append((x, [names[linear]]))
+            groups.append((x, [name]))
         else:
-            shared.append(names[linear])
+            shared.append(name)
     return tuple(tuple(members) for _, members in groups)
 
 
@@ -150,7 +159,7 @@ def _check_chain(model: nn.Module, blocks: list[Block], images: Tensor) -> None:
             raise MarrqError(f"block {block.path!r} does not follow from the one before it alone: the model is no chain of blocks")
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
     """Tokens of a block's output; transformers' blocks may return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -165,14 +174,13 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class _Reached(Exception):
-    pass
-
-
 @contextmanager
-def _stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
+def stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
     """Catch the first argument of the module's first call, and end the forward there."""
     reached: list[Tensor] = []
+
+    class _Reached(Exception):  # one for each call, which may stand within another
+        pass
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         reached.append(arguments[0])

@@ -5,6 +5,7 @@ far (x). In each block, group by group of linears that share an input: find the 
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
 statistics, the rest the second. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
+Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
 """
 
 import time
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer, RangeObserver
 from marrq.blocks import Block, find_blocks, first_input
+from marrq.edges import Edge, Stem, with_edges
 from marrq.equalization import choose_scale, find_norm, fold
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
@@ -66,7 +68,7 @@ class ModuleReport:
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
     grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
     see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
-    the norm before.
+    the norm before; edge: whether it belongs to the patch embedding or the head.
     """
 
     path: str
@@ -82,11 +84,13 @@ class ModuleReport:
     writes_stream: bool
     equalized: bool
     seconds: float
+    edge: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A model with QuantLinear in place of every linear of its blocks, and the record of how it came about.
+    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the scheme says so; and the record of how it
+    came about.
 
     module, preprocessing, labels: as in VisionModel; source: the float model it was made from; reports: one a linear.
     """
@@ -132,7 +136,7 @@ def quantize(
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
-    first two. shared: keeps what all runs on these images, and with this rotation, have in common.
+    first two. shared: keeps what all runs on these images, and with this rotation, have in common; those with edges have their own.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -141,11 +145,13 @@ def quantize(
     if method.rotation is not None:
         rotate(module, images[:2].to(device), method.rotation)
     blocks = find_blocks(module, images[:2].to(device))
-    run = _Run(scheme, method, device)
+    if scheme.edges:
+        blocks = with_edges(module, blocks, images[:2].to(device))
+    in_blocks, at_edges = _Run(scheme, method, device), _Run(scheme.of_edges, replace(method, lowrank=None), device)
     streams = _start(module, blocks[0], images, device)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
-        untouched = block.copied()
+        untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
         if index + 1 < len(blocks):
             original = _advance(untouched, streams.original, device) if shared is None else shared.behind(index, untouched, streams, device)
@@ -157,7 +163,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same through one run."""
+    """What stays the same through the blocks, or at the edges, of one run."""
 
     scheme: Scheme
     method: MethodSpec
@@ -174,11 +180,12 @@ class _Streams:
 
 
 def _start(module: nn.Module, block: Block, images: Images, device: torch.device) -> _Streams:
-    """Both paths at the first block, where they are one."""
+    """Both paths at the first block, or before the stem, where they are one."""
     middle = (len(images) + 1) // 2
     starts = [(half, start) for half, part in enumerate(((0, middle), (middle, len(images)))) for start in range(*part, BATCH_SIZE)]
     ends = [start for _, start in starts[1:]] + [len(images)]
-    tokens = [first_input(module, block, images[start:end].to(device)).cpu() for (_, start), end in zip(starts, ends, strict=True)]
+    batches = (images[start:end] for (_, start), end in zip(starts, ends, strict=True))
+    tokens = [batch if isinstance(block, Stem) else first_input(module, block, batch.to(device)).cpu() for batch in batches]
     return _Streams([half for half, _ in starts], tokens, tokens)
 
 
@@ -199,10 +206,11 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
             seconds = time.perf_counter() - start
-            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, equalized, seconds))
+            report = _report(block.path_of(name), linear.weight, solution, problem, equalized, seconds)
+            reports.append(replace(report, edge=isinstance(block, Edge)))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
-        raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
+        raise MarrqError(f"{block.path_of(group[len(reports)])}: {error}") from error
     return reports
 
 

@@ -76,6 +76,8 @@ def metadata(file: Path) -> dict[str, str]:
         ("vit with LayerScale", "W8A8-sym", "qera:4:int8", "per-token"),
         ("vit with LayerScale", "W4A8-g64", None, "per-tensor"),
         ("vit with LayerScale", "W3A8-g64", None, "per-token"),
+        ("vit with LayerScale", "W2A4-e8", None, "per-token"),
+        ("swin", "W4A8-e8", None, "per-tensor"),
     ],
 )
 def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_lowrank_branches(
@@ -143,6 +145,7 @@ def test_a_token_of_zeros_gives_the_bias(tmp_path: Path):
         ("swin", "W4A16", None, "per-tensor"),
         ("vit with LayerScale", "W2A16-g8", "lqer:4", "per-tensor"),
         ("vit with LayerScale", "W3A16", None, "per-tensor"),
+        ("vit with LayerScale", "W4A8-e8", "srr:4", "per-tensor"),
     ],
 )
 def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
@@ -185,7 +188,7 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
 @pytest.mark.parametrize(
     ("model", "scheme"),
     [("vit with LayerScale", scheme) for scheme in ("W4A16-sym", "W4A16-g8-sym", "W3A16-g8-sym", "W2A16-sym", "W8A16-sym")]
-    + [("swin", "W4A16-g8-sym")],
+    + [("swin", "W4A16-g8-sym"), ("vit", "W8A16-sym-e8")],
 )
 def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
     made = make(model, scheme)
@@ -230,6 +233,7 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
         ("vit with LayerScale", "W4A16-g32", "lqer:4:int8"),
         ("vit with LayerScale", "W3A16-mxint", None),
         ("swin", "W4A16", None),
+        ("vit", "W8A16-e8", None),
     ],
 )
 def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(model: str, scheme: str, lowrank: str | None, tmp_path: Path):
@@ -297,6 +301,7 @@ def test_a_file_asks_for_no_more_than_it_needs_and_counts_its_own_bits(flavor: s
         ("integer", "W3A8", "per-tensor", 20, "1.21.0"),
         ("integer", "W4A8", "per-token", 21, "1.23.0"),
         ("matmulnbits", "W4A16", "per-tensor", 20, "1.19.0"),
+        ("matmulnbits", "W4A16-e8", "per-tensor", 20, "1.23.0"),
     ],
 )
 def test_without_fusion_a_file_asks_for_an_older_onnx_runtime_and_gives_the_same_logits(

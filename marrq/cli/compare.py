@@ -78,7 +78,8 @@ def compare(
 
 
 class _Comparison:
-    """The report in its file, and what the runs share: model, images, float logits, the full-precision tokens of a seed and rotation."""
+    """The report in its file, and what the runs share: model, images, float logits, the full-precision tokens of a seed, rotation and
+    kind of edges."""
 
     def __init__(self, model: str, data: str, samples: int, device: "torch.device", file: Path) -> None:
         from marrq.data import find_images
@@ -100,7 +101,7 @@ class _Comparison:
         self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
         if file.exists():
             self.report = _resumed(file, about)
-        self.tokens: dict[tuple[int, int | None], FullPrecisionTokens] = {}
+        self.tokens: dict[tuple[int, int | None, bool], FullPrecisionTokens] = {}
 
     @cached_property
     def targets(self) -> "NDArray[np.int64]":
@@ -138,7 +139,7 @@ class _Comparison:
         from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
 
         images = self.train.draw(self.samples, seed)
-        drawn = (seed, spec.rotation)
+        drawn = (seed, spec.rotation, scheme.edges)
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
         # Equalization leaves the full-precision path as it is but for float rounding: it keeps its own, so that no run depends on another.

@@ -41,7 +41,7 @@ from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 FORMAT = "marrq.artifact"
 FORMAT_VERSION = 3
 OLDEST_VERSION = 2
-"""Artifacts of version 2 have no quantized edges, and nothing else sets them apart."""
+"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, and nothing else sets them apart."""
 
 OPTIONAL = ("bias", "lowrank_left", "lowrank_right", "lowrank_left_scale", "lowrank_right_scale")
 CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
@@ -141,7 +141,7 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     if linear.spec.grid == "asymmetric":
         tensors["weight_zero_point"] = linear.zero_point
     tensors |= {name: tensor for name in OPTIONAL if (tensor := getattr(linear, name)) is not None}
-    if linear.input is not None and linear.input.spec.strategy == "per-tensor":
+    if linear.input is not None and linear.input.spec.is_static:
         tensors["input_scale"] = linear.input.scale
         tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
     elif linear.input is not None:
@@ -186,9 +186,9 @@ def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
 
 
 def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> ActivationQuantizer:
-    if spec.strategy == "per-token":
-        return ActivationQuantizer(spec, tensors["input_clip"])
-    return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
+    if spec.is_static:
+        return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
+    return ActivationQuantizer(spec, tensors["input_clip"])
 
 
 def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:

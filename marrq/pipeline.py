@@ -39,7 +39,7 @@ EQUALIZED = 4
 """Every how many-th batch equalization takes its sample from."""
 EQUALIZING_TOKENS = 1024
 
-OBSERVED = {"per-tensor": 1, "per-token": 2}
+OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
 
 

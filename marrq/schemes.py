@@ -9,7 +9,8 @@ output channel unless a suffix says otherwise:
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
     W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/edges.py); without it they stay in floating point
 
-Activations lie on one grid per tensor, found in calibration (static), or on one grid per token, found at run time (dynamic).
+Activations lie on one grid per tensor, found in calibration (`per-tensor`, static) or at run time (`per-tensor-dynamic`), or on one grid
+per token, found at run time (`per-token`).
 """
 
 import re
@@ -18,7 +19,7 @@ from typing import Literal, get_args
 
 from marrq.errors import MarrqError
 
-ActivationStrategy = Literal["per-tensor", "per-token"]
+ActivationStrategy = Literal["per-tensor", "per-tensor-dynamic", "per-token"]
 WeightGrid = Literal["asymmetric", "symmetric", "mxint"]
 
 WEIGHT_BITS = (2, 3, 4, 8)
@@ -74,6 +75,11 @@ class ActivationSpec:
             raise MarrqError(f"activation bits must be one of {ACTIVATION_BITS}, or {FLOAT_BITS} for float: got {self.num_bits}")
         if self.strategy not in get_args(ActivationStrategy):
             raise MarrqError(f"activations must be one of {get_args(ActivationStrategy)}: got {self.strategy!r}")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the grid is found in calibration; if not, only how much of its range is clipped."""
+        return self.strategy == "per-tensor"
 
     @property
     def code_range(self) -> tuple[int, int]:

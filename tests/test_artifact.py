@@ -34,6 +34,7 @@ CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W4A8", "gptq,rotate=3", "per-tensor"),
     ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
     ("W3A16-g16-sym-e8", "gptq,rotate=3", "per-tensor"),
+    ("W4A8-e8", "gptq", "per-tensor-dynamic"),
 ]
 
 

@@ -44,11 +44,15 @@ class Block:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The block's output tokens."""
-        return _first(self.module(tokens, *self.arguments, **self.keywords))
+        return first_output(self.module(tokens, *self.arguments, **self.keywords))
 
     def linear(self, name: str) -> nn.Linear:
         """The linear at a path within the block."""
         return cast(nn.Linear, self.module.get_submodule(name))
+
+    def path_of(self, linear: str) -> str:
+        """Where a linear stands in the model; linear: its path within the block."""
+        return f"{self.path}.{linear}" if self.path else linear
 
     def copied(self) -> "Block":
         """The same block with parameters of its own."""
@@ -56,7 +60,7 @@ class Block:
 
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
         """What the linear (a path within the block) receives when the block gets `tokens`; nothing after it is computed."""
-        with _stop_at(self.module.get_submodule(linear)) as reached:
+        with stop_at(self.module.get_submodule(linear)) as reached:
             self(tokens)
         return reached[0]
 
@@ -88,7 +92,7 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
 
 def first_input(model: nn.Module, block: Block, images: Tensor) -> Tensor:
     """The tokens that enter the block when the model, or a copy of it, gets `images`; nothing after it is computed."""
-    with _stop_at(model.get_submodule(block.path)) as reached:
+    with stop_at(model.get_submodule(block.path)) as reached:
         model(images)
     return reached[0]
 
@@ -126,7 +130,7 @@ def _record(model: nn.Module, candidates: dict[str, nn.Module], images: Tensor) 
                 raise MarrqError(f"block {path!r} does not take its tokens as first argument: it cannot be quantized")
             inside = set(module.modules())
             mine = [(linear, x) for linear, x in linears if linear in inside]
-            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, _first(output)))
+            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, first_output(output)))
 
         return hook
 
@@ -146,9 +150,14 @@ def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tu
         count = sum(linear is child for linear, _ in called)
         if count != 1:
             raise MarrqError(f"linear {path}.{name} is called {count} times in one forward: it cannot be quantized")
+    return group_by_input([(names[linear], x) for linear, x in called])
+
+
+def group_by_input(calls: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
+    """Names of linears that were called, one tuple for those that were given the same tensor."""
     groups: dict[int, list[str]] = {}
-    for linear, x in called:
-        groups.setdefault(id(x), []).append(names[linear])
+    for name, x in calls:
+        groups.setdefault(id(x), []).append(name)
     return tuple(tuple(members) for members in groups.values())
 
 
@@ -157,7 +166,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
     """Tokens of a block's output; transformers' blocks may return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -172,14 +181,13 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class _Reached(Exception):
-    pass
-
-
 @contextmanager
-def _stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
+def stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
     """Catch the first argument of the module's first call, and end the forward there."""
     reached: list[Tensor] = []
+
+    class _Reached(Exception):  # one for each call, which may stand within another
+        pass
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         reached.append(arguments[0])

@@ -6,6 +6,7 @@ streams batch by batch, let the method choose the codes, put the quantized linea
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
 statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
 and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
+Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
 """
 
 import copy
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer, RangeObserver
 from marrq.blocks import Block, find_blocks, first_input
+from marrq.edges import Edge, Stem, with_edges
 from marrq.equalization import choose_scale, find_norm, fold
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
@@ -40,7 +42,7 @@ EQUALIZED = 4
 """Every how many-th batch equalization takes its sample from."""
 EQUALIZING_TOKENS = 1024
 
-OBSERVED = {"per-tensor": 1, "per-token": 2}
+OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
 
 
@@ -69,7 +71,7 @@ class ModuleReport:
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
     grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
     see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
-    the norm before.
+    the norm before; edge: whether it belongs to the patch embedding or the head.
     """
 
     path: str
@@ -85,11 +87,13 @@ class ModuleReport:
     writes_stream: bool
     equalized: bool
     seconds: float
+    edge: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A model with QuantLinear in place of every linear of its blocks, and the record of how it came about.
+    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the scheme says so; and the record of how it
+    came about.
 
     module, preprocessing, labels: as in VisionModel; source: the float model it was made from; reports: one a linear.
     """
@@ -136,7 +140,7 @@ def quantize(
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
     first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
-    with this rotation, have in common.
+    with this rotation, have in common; those with edges have their own.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -145,13 +149,16 @@ def quantize(
     if method.rotation is not None:
         rotate(module, images[:2].to(device), method.rotation)
     blocks = find_blocks(module, images[:2].to(device))
-    run, source = _Run(scheme, method, device), _Source(module, images, device)
+    if scheme.edges:
+        blocks = with_edges(module, blocks, images[:2].to(device))
+    in_blocks, at_edges = _Run(scheme, method, device), _Run(scheme.of_edges, replace(method, lowrank=None), device)
+    source = _Source(module, images, device)
     original = source if all(block.follows for block in blocks[1:]) else replace(source, module=copy.deepcopy(module))
     start = source.tokens(blocks[0])
     streams = _Streams([half for half, _ in source.batches()], start, start)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
-        untouched = block.copied()
+        untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
         if index + 1 < len(blocks):
             following = blocks[index + 1]
@@ -165,7 +172,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same through one run."""
+    """What stays the same through the blocks, or at the edges, of one run."""
 
     scheme: Scheme
     method: MethodSpec
@@ -198,7 +205,9 @@ class _Source:
         return [(half, slice(start, end)) for (half, start), end in zip(starts, ends, strict=True)]
 
     def tokens(self, block: Block) -> list[Tensor]:
-        """The tokens that enter a block, by batch, on the CPU."""
+        """What enters a block, by batch, on the CPU: tokens, or before the stem the images."""
+        if isinstance(block, Stem):
+            return [self.images[rows] for _, rows in self.batches()]
         return [first_input(self.module, block, self.images[rows].to(self.device)).cpu() for _, rows in self.batches()]
 
 
@@ -219,10 +228,11 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
             seconds = time.perf_counter() - start
-            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, equalized, seconds))
+            report = _report(block.path_of(name), linear.weight, solution, problem, equalized, seconds)
+            reports.append(replace(report, edge=isinstance(block, Edge)))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
-        raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
+        raise MarrqError(f"{block.path_of(group[len(reports)])}: {error}") from error
     return reports
 
 

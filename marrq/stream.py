@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from marrq.blocks import Block, hooked
+from marrq.edges import Edge
 
 TRIAL_SEED = 0
 
@@ -48,7 +49,12 @@ def read_stream(block: Block, writer: Writer, tokens: Tensor, change: Callable[[
 
 @torch.no_grad()
 def find_writer(block: Block, linear: str, tokens: Tensor) -> Writer | None:
-    """How the linear writes to the stream, or None when it does not. tokens: some that enter the block; one image is enough."""
+    """How the linear writes to the stream, or None when it does not, as the edges' linears: the one makes the stream, the others end it.
+
+    tokens: some that enter the block; one image is enough.
+    """
+    if isinstance(block, Edge):
+        return None
     block, tokens = _in_float64(block), tokens[:1].double()
     generator = torch.Generator().manual_seed(TRIAL_SEED)
     changes = torch.randn(2, *tokens.shape, dtype=torch.float64, generator=generator).to(tokens.device)

@@ -52,6 +52,11 @@ def vit_with_layer_scale() -> nn.Module:
     return vit(init_values=1e-5)
 
 
+def distilled() -> nn.Module:
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return randomized(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
+
+
 def swin() -> nn.Module:
     arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
     return randomized(timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **arguments))

@@ -58,6 +58,16 @@ class Block:
         """The same block with parameters of its own."""
         return replace(self, module=copy.deepcopy(self.module))
 
+    def in_float64(self) -> "Block":
+        """A copy in float64, with the tensors that it is called with."""
+
+        def double(value: Any) -> Any:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        keywords = {name: double(value) for name, value in self.keywords.items()}
+        module = copy.deepcopy(self.module).double()
+        return replace(self, module=module, arguments=tuple(map(double, self.arguments)), keywords=keywords)
+
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
         """What the linear (a path within the block) receives when the block gets `tokens`; nothing after it is computed."""
         with stop_at(self.module.get_submodule(linear)) as reached:

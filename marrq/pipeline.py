@@ -5,7 +5,8 @@ far (x). In each block, group by group of linears that share an input: find the 
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
 statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
-and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
+and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), with `balance` each block before it is
+quantized (marrq/balance.py); that model is the full-precision one.
 Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
 """
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer, RangeObserver
+from marrq.balance import balancing, find_passage, fold_basis
 from marrq.blocks import Block, find_blocks, first_input
 from marrq.edges import Edge, Stem, with_edges
-from marrq.equalization import choose_scale, find_norm, fold
+from marrq.equalization import choose_scale, find_norm, fold_scale
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
@@ -38,9 +40,10 @@ BATCH_SIZE = 16
 """Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
 
 
-EQUALIZED = 4
-"""Every how many-th batch equalization takes its sample from."""
+SAMPLED = 4
+"""Every how many-th batch equalization and balance take their samples from."""
 EQUALIZING_TOKENS = 1024
+BALANCE_SEED = 0
 
 OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
@@ -71,7 +74,7 @@ class ModuleReport:
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
     grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
     see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
-    the norm before; edge: whether it belongs to the patch embedding or the head.
+    the norm before; edge: whether it belongs to the patch embedding or the head; balanced: whether its inputs were put in another basis.
     """
 
     path: str
@@ -88,6 +91,7 @@ class ModuleReport:
     equalized: bool
     seconds: float
     edge: bool = False
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ def quantize(
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
         untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
+        balanced = _balance(block, untouched, streams, run)
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
+        in_block = [replace(report, balanced=report.path in balanced) for report in in_block]
         if index + 1 < len(blocks):
             following = blocks[index + 1]
             compute = partial(_behind, untouched, following, streams.original, original)
@@ -216,6 +222,23 @@ def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Sourc
     return [block(batch.to(source.device)).cpu() for batch in tokens] if following.follows else source.tokens(following)
 
 
+def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> list[str]:
+    """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; paths of the linears
+    that read what was balanced."""
+    if not run.method.balance or isinstance(block, Edge):
+        return []
+    first, generator = streams.original[0].to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
+    found = [find_passage(untouched, group[0], first) for group in block.groups if len(group) == 1]
+    passages = [passage for passage in found if passage is not None]
+    for passage in passages:
+        inputs = [untouched.input_of(passage.target, tokens.to(run.device)) for tokens in streams.original[::SAMPLED]]
+        sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
+        fold_basis(untouched, passage, change)
+        fold_basis(block, passage, change)
+    return [block.path_of(passage.target) for passage in passages]
+
+
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block."""
     equalized = run.method.equalize and _equalize(block, untouched, group, streams, run)
@@ -241,12 +264,12 @@ def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
     if norm is None:
         return False
-    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::EQUALIZED]]
+    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::SAMPLED]]
     sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
     sample = sample[torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()]
     scale = choose_scale(sample, torch.cat([block.linear(name).weight for name in group]), run.scheme)
-    fold(block, norm, group, scale)
-    fold(untouched, norm, group, scale)
+    fold_scale(block, norm, group, scale)
+    fold_scale(untouched, norm, group, scale)
     return True
 
 

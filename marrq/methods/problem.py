@@ -76,7 +76,8 @@ class MethodSpec:
     sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
     or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
     branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: move a
-    scale per channel between linears and the norm before them (marrq/equalization.py).
+    scale per channel between linears and the norm before them (marrq/equalization.py); balance: the values of the heads in another basis
+    (marrq/balance.py).
     """
 
     name: str = "marr-stream"
@@ -89,6 +90,7 @@ class MethodSpec:
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
     equalize: bool = False
+    balance: bool = True
 
 
 @dataclass(frozen=True)

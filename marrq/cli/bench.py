@@ -36,6 +36,7 @@ def bench(
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
+    from runtime.inspection import shortfalls
     from runtime.report import table
     from runtime.session import SessionSettings
 
@@ -49,6 +50,8 @@ def bench(
         with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
+    for sentence in shortfalls(report):
+        say(sentence)
     write_json(json_file, report)
 
 

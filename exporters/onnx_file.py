@@ -2,7 +2,7 @@
 
 Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`, `marrq.scheme`, `marrq.method`,
 `marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
-`marrq.container_bits` (of one weight code in this file), `marrq.linears` (paths of the quantized linears, by their scheme), the options of
+`marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized linears, by their scheme), the options of
 the flavour, and `marrq.lowest_onnxruntime`. The opset and IR version are the lowest that the graph needs: servers refuse versions newer
 than they know.
 """
@@ -107,7 +107,7 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "method": model.method.name,
         "artifact": artifact,
         "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
-        "linears": json.dumps(_paths_by_scheme(model)),
+        "schemes": json.dumps(_paths_by_scheme(model)),
         "container_bits": str(chosen.container_bits(model.scheme)),
         "lowest_onnxruntime": chosen.lowest_onnxruntime(model.scheme),
     }

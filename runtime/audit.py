@@ -6,7 +6,7 @@ product of the optimized graph stands for the product of the file that is neares
 nodes, weights and some values, but not all of them. The operator and the types of its operands say what is computed; where that is not
 what the scheme says, the form of the product in the file says why. The rules are those seen with ONNX Runtime 1.24.1 to 1.32 on the CPU.
 
-What the scheme says, and of which linears, stands in the metadata of marrq's files (`marrq.linears`). Of another tool's file it is what
+What the scheme says, and of which linears, stands in the metadata of marrq's files (`marrq.schemes`). Of another tool's file it is what
 its own Q/DQ pairs or operators say; a linear whose weight is in float there is taken to be meant so.
 """
 
@@ -28,6 +28,9 @@ from runtime.session import ONNXRUNTIME_VERSION, PROVIDERS, Model, SessionSettin
 
 FLOAT = "float"
 """The scheme of a linear that is not quantized."""
+
+CAST_PREFIX = "InsertedPrecisionFreeCast_"
+"""What ONNX Runtime puts before the name of a float16 value that it makes float32."""
 
 Role = Literal["linear", "low-rank branch", "correction"]
 
@@ -107,7 +110,13 @@ def examine(path: Path, settings: SessionSettings) -> Examined:
     linears = tuple(find_linears(file, optimized))
     if not linears:
         raise BenchError(f"{str(path)!r} has no linear: there is nothing to examine")
-    return Examined(file, optimized, settings, assigned, linears, path.stat().st_size)
+    return Examined(file, optimized, settings, assigned, linears, _size_bytes(path, file))
+
+
+def _size_bytes(path: Path, file: Graph) -> int:
+    """Of the file, and of those beside it that hold its tensors."""
+    beside = {entry.value for tensor in file.initializers.values() for entry in tensor.external_data if entry.key == "location"}
+    return sum(place.stat().st_size for place in (path, *map(path.with_name, beside)))
 
 
 def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
@@ -130,7 +139,7 @@ def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
 
 def nominal_of_paths(file: Graph) -> dict[str, str]:
     """The scheme of each quantized linear, as marrq's files have it in their metadata."""
-    schemes: dict[str, list[str]] = json.loads(file.metadata.get("marrq.linears", "{}"))
+    schemes: dict[str, list[str]] = json.loads(file.metadata.get("marrq.schemes", "{}"))
     return {path: scheme for scheme, paths in schemes.items() for path in paths}
 
 
@@ -206,7 +215,7 @@ def weights_of(examined: Examined, linear: Linear) -> int:
 def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:
     """The output of the file's product that a product of the optimized graph stands for."""
     after = optimized.ahead(kernel.node.output, lambda node: () if node.op_type in PRODUCTS else node.output)
-    shared = next((value for value in after if value in file.producers), None)
+    shared = next((name for value in after if (name := value.removeprefix(CAST_PREFIX)) in file.producers), None)
     if shared is None:
         return None
     before = file.behind([shared], lambda node: () if node.op_type in PRODUCTS else node.input)
@@ -290,7 +299,11 @@ def _why_in_float(examined: Examined, linear: Linear, row: Row, dequantizer: Nod
                 f"its weight has a scale for every {block} inputs, which no fused kernel takes; the integer flavour has kernels from 64 on"
             )
         if row.operator in ("Gemm", "FusedGemm"):
+            if len(dequantizer.input) < 3:
+                return "a Gemm is fused only where its weight has a zero point, be it 0"
             return "a product of two axes is run as Gemm, which has no integer kernel for a float bias and output: keep three axes"
+        if node.op_type == "Conv" and code_type == "int8":
+            return "a convolution is fused with uint8 activations, and these are int8"
         return unknown
     if attribute(node, "transB", 0):
         return "a Gemm with transB is not fused with DequantizeLinear: store the weight as [in, out]"

@@ -16,8 +16,8 @@ def audit_table(rows: list[dict[str, Any]]) -> Table:
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     result.add_column("linear", overflow="fold")
     result.add_column("×", justify="right")
-    for heading in ("scheme", "runs", "weight", "input", "as it says"):
-        result.add_column(heading, overflow="fold")
+    for heading in ("scheme", "runs", "weight", "input", "ok"):
+        result.add_column(heading, no_wrap=True)
     for name, count, row in _grouped(rows):
         operator = row["operator"] if row["operators"] <= 1 else f"{row['operators']} × {row['operator']}"
         result.add_row(

@@ -116,7 +116,7 @@ def _stored_bits(examined: Examined, linears: list[Linear]) -> int:
 
 def _float_remainder(examined: Examined) -> list[FloatPart]:
     """What runs in float, in the order of its first appearance, and what stands between the products last."""
-    chooser = "the scheme" if "marrq.linears" in examined.file.metadata else "the file"
+    chooser = "the scheme" if "marrq.schemes" in examined.file.metadata else "the file"
     reasons = {row.linear: row.reason for row in audit(examined) if row.nominal != FLOAT and not row.integer}
     found: Counter[tuple[str, str, str]] = Counter()
     for linear in examined.linears:

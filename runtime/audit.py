@@ -24,7 +24,7 @@ from onnx import NodeProto
 
 from runtime.errors import BenchError, GateError
 from runtime.graph import MOVING, PRODUCTS, Graph, Product, attribute, bits_of_type
-from runtime.session import ONNXRUNTIME_VERSION, PROVIDERS, Model, SessionSettings
+from runtime.session import ONNXRUNTIME_VERSION, PROVIDERS, WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
 FLOAT = "float"
 """The scheme of a linear that is not quantized."""
@@ -100,8 +100,8 @@ class Examined:
 
 def examine(path: Path, settings: SessionSettings) -> Examined:
     """Have a file optimized for execution. Raises BenchError when it cannot be loaded, and for a provider that takes whole graphs."""
-    if settings.provider == "tensorrt":
-        raise BenchError("TensorRT builds engines that ONNX Runtime cannot look into: examine the file with --provider cpu or cuda")
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        raise BenchError(f"{settings.provider} builds engines that ONNX Runtime cannot look into: examine with --provider cpu or cuda")
     with tempfile.TemporaryDirectory() as scratch:
         optimized_to = Path(scratch) / "optimized.onnx"
         session = Model(path, settings, optimized_to=optimized_to).session

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.accuracy import Accuracy, measure_accuracy
-from runtime.audit import Examined, audit, examine
+from runtime.audit import audit, examine
 from runtime.environment import describe
 from runtime.latency import Latency, measure_latency
 from runtime.precision import measure_precision
-from runtime.session import Model, SessionSettings, executed_operators
+from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings, executed_operators
 
 SCHEMA = "marrq.bench/2"
 
@@ -25,13 +25,15 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says."""
 
     name: str
     file: Path
     path: str
     role: Literal["candidate", "baseline"]
     flavor: str
+    scheme: str
+    method: str
     bits_per_weight: float
 
 
@@ -62,13 +64,13 @@ def bench(
     latencies = measure_latency(
         [entry.file for entry in entries], settings.batches, settings.session, settings.rounds, settings.seconds, progress.model
     )
-    examined = [examine(entry.file, settings.session) for entry in entries]
     with tempfile.TemporaryDirectory() as scratch:
         executed = [executed_operators(entry.file, settings.session, Path(scratch)) for entry in entries]
     baselines = {entry.flavor: latency for entry, latency in zip(entries, latencies, strict=True) if entry.role == "baseline"}
     models = [
-        _model(entry, measure_accuracy(logits[entry.file], targets, reference), latency, baselines, operators, found)
-        for entry, latency, operators, found in zip(entries, latencies, executed, examined, strict=True)
+        _model(entry, measure_accuracy(logits[entry.file], targets, reference), latency, baselines, operators)
+        | _what_runs(entry.file, settings.session)
+        for entry, latency, operators in zip(entries, latencies, executed, strict=True)
     ]
     environment = {**describe(settings.session), "rounds": settings.rounds, "seconds": settings.seconds}
     return {"schema": SCHEMA, "environment": environment, "data": description, "models": models}
@@ -90,12 +92,7 @@ def _predict(
 
 
 def _model(
-    entry: Entry,
-    accuracy: Accuracy,
-    latencies: list[Latency],
-    baselines: dict[str, list[Latency]],
-    executed: dict[str, int],
-    examined: Examined,
+    entry: Entry, accuracy: Accuracy, latencies: list[Latency], baselines: dict[str, list[Latency]], executed: dict[str, int]
 ) -> dict[str, Any]:
     rows = []
     for slot, latency in enumerate(latencies):
@@ -109,13 +106,19 @@ def _model(
         "path": entry.path,
         "role": entry.role,
         "flavor": entry.flavor,
-        "scheme": examined.file.metadata["marrq.scheme"],
-        "method": examined.file.metadata["marrq.method"],
+        "scheme": entry.scheme,
+        "method": entry.method,
         "size_bytes": entry.file.stat().st_size,
         "bits_per_weight": entry.bits_per_weight,
         "accuracy": asdict(accuracy),
         "latency": rows,
         "executed": executed,
-        "audit": [asdict(row) for row in audit(examined)],
-        "precision": asdict(measure_precision(examined)),
     }
+
+
+def _what_runs(file: Path, settings: SessionSettings) -> dict[str, Any]:
+    """Audit and precision; none with a provider that takes whole graphs, into which nobody can look."""
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        return {"audit": [], "precision": None}
+    examined = examine(file, settings)
+    return {"audit": [asdict(row) for row in audit(examined)], "precision": asdict(measure_precision(examined))}

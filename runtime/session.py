@@ -20,6 +20,9 @@ ONNXRUNTIME_VERSION: str = ort.__version__
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
+WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
+"""Those that build engines of their own: what is in them ONNX Runtime does not tell."""
+
 OPTIMIZATIONS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,

@@ -74,18 +74,19 @@ def _entries(
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
             raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
         shared = metadata
-        name = f"{metadata['marrq.scheme']} {metadata['marrq.method']}"
+        stamped = {key: metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method")}
+        name = f"{stamped['scheme']} {stamped['method']}"
         if any(entry.name == name for entry in candidates):
             name += f" {path.name}"
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
+        candidates.append(Entry(name, file, str(path), "candidate", **stamped, bits_per_weight=bits))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):
         assert model is not None
         say(f"exporting the baseline {name}")
         bits = write_baseline(model, name, scratch / f"{name}.onnx")
-        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, bits))
+        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, name, "none", bits))
     return entries + candidates, shared
 
 

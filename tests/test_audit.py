@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from marrq.pipeline import QuantizedModel
 from runtime.audit import Examined, Row, audit, examine
 from runtime.errors import BenchError
 from runtime.graph import Graph
-from runtime.inspection import audit_table, inspection
+from runtime.inspection import audit_table, inspection, shortfalls
 from runtime.precision import measure_precision
 from runtime.session import SessionSettings
 
@@ -439,6 +439,18 @@ def test_the_table_fits_100_columns_counts_what_agrees_and_singles_out_what_does
     assert ["blocks.*.attn.qkv", "2", "W4A8", "3", "×", "MatMulIntegerToFloat", "int8", "uint8", "yes"] in cells
     assert any(line.startswith("why not") and FAULTY in line for line in lines)
     assert FAULTY in capsys.readouterr().out
+
+
+def test_the_bench_has_a_line_for_a_candidate_that_does_not_run_as_its_scheme_says(qdq_file: Path, tmp_path: Path):
+    file = planted(qdq_file, tmp_path / "m.onnx", int4_straight_into_dq)
+    healthy, faulty = ([asdict(row) for row in audit(examine(path, CPU))] for path in (qdq_file, file))
+    models = [
+        {"name": "fp32", "role": "baseline", "audit": faulty},
+        {"name": "good", "role": "candidate", "audit": healthy},
+        {"name": "bad", "role": "candidate", "audit": faulty},
+    ]
+    [line] = shortfalls({"models": models})
+    assert line.startswith(f"bad: {FAULTY}, of 10: int4 codes go straight into DequantizeLinear")
 
 
 def test_a_file_is_inspected_without_torch(qdq_file: Path):

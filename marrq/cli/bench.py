@@ -51,7 +51,7 @@ def bench(
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
     for sentence in shortfalls(report):
-        say(sentence)
+        stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
     write_json(json_file, report)
 
 

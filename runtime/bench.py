@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.accuracy import Accuracy, measure_accuracy
+from runtime.audit import audit, examine
 from runtime.environment import describe
 from runtime.latency import Latency, measure_latency
-from runtime.session import Model, SessionSettings, executed_operators
+from runtime.precision import measure_precision
+from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings, executed_operators
 
 SCHEMA = "marrq.bench/2"
 
@@ -23,13 +25,15 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says."""
 
     name: str
     file: Path
     path: str
     role: Literal["candidate", "baseline"]
     flavor: str
+    scheme: str
+    method: str
     bits_per_weight: float
 
 
@@ -65,6 +69,7 @@ def bench(
     baselines = {entry.flavor: latency for entry, latency in zip(entries, latencies, strict=True) if entry.role == "baseline"}
     models = [
         _model(entry, measure_accuracy(logits[entry.file], targets, reference), latency, baselines, operators)
+        | _what_runs(entry.file, settings.session)
         for entry, latency, operators in zip(entries, latencies, executed, strict=True)
     ]
     environment = {**describe(settings.session), "rounds": settings.rounds, "seconds": settings.seconds}
@@ -101,9 +106,19 @@ def _model(
         "path": entry.path,
         "role": entry.role,
         "flavor": entry.flavor,
+        "scheme": entry.scheme,
+        "method": entry.method,
         "size_bytes": entry.file.stat().st_size,
         "bits_per_weight": entry.bits_per_weight,
         "accuracy": asdict(accuracy),
         "latency": rows,
         "executed": executed,
     }
+
+
+def _what_runs(file: Path, settings: SessionSettings) -> dict[str, Any]:
+    """Audit and precision; none with a provider that takes whole graphs, into which nobody can look."""
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        return {"audit": [], "precision": None}
+    examined = examine(file, settings)
+    return {"audit": [asdict(row) for row in audit(examined)], "precision": asdict(measure_precision(examined))}

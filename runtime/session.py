@@ -20,20 +20,41 @@ ONNXRUNTIME_VERSION: str = ort.__version__
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
+WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
+"""Those that build engines of their own: what is in them ONNX Runtime does not tell."""
+
+OPTIMIZATIONS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+"""Levels of graph optimization; none and basic fuse no Q/DQ."""
+
+WRITE_OPTIMIZED = {
+    "session.optimized_model_external_initializers_file_name": "weights",  # the graph itself stays small, and below 2 GB
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.record_ep_graph_assignment_info": "1",
+    "session.disable_prepacking": "1",  # the session is not going to run
+}
+
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core)."""
+    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core); optimization: of the graph,
+    a key of OPTIMIZATIONS."""
 
     provider: str = "cpu"
     threads: int | None = None
+    optimization: str = "all"
 
 
 class Model:
     """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other session on the machine."""
 
-    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None) -> None:
-        """profile_to: prefix of the file that `end_profiling` writes, None for no profile. Raises BenchError when the file cannot be
+    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None, optimized_to: Path | None = None) -> None:
+        """profile_to: prefix of the file that `end_profiling` writes, None for no profile; optimized_to: where the graph goes as it is
+        going to be executed, with its larger tensors in a file beside it, None for nowhere. Raises BenchError when the file cannot be
         loaded or the provider cannot be had."""
         provider = PROVIDERS.get(settings.provider)
         if provider not in ort.get_available_providers():
@@ -41,12 +62,18 @@ class Model:
                 f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(ort.get_available_providers())}"
             )
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if settings.optimization not in OPTIMIZATIONS:
+            raise BenchError(f"unknown graph optimization {settings.optimization!r}: choose one of {', '.join(OPTIMIZATIONS)}")
+        options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
         options.log_severity_level = 3
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
         if profile_to is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+        if optimized_to is not None:
+            options.optimized_model_filepath = str(optimized_to)
+            for key, value in WRITE_OPTIMIZED.items():
+                options.add_session_config_entry(key, value)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public

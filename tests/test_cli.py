@@ -48,13 +48,18 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
         ("integer", "candidate"),
     ]
     for model in report["models"]:
-        keys = {"name", "path", "role", "flavor", "size_bytes", "bits_per_weight", "accuracy", "latency", "executed"}
-        assert set(model) == keys
+        described = {"name", "path", "role", "flavor", "scheme", "method", "size_bytes", "bits_per_weight"}
+        assert set(model) == described | {"accuracy", "latency", "executed", "audit", "precision"}
         assert set(model["accuracy"]) == {"top1", "top1_low", "top1_high", "top5", "agreement", "images"}
         assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]
         for row, batch in zip(model["latency"], (1, 2), strict=True):
             assert set(row) == {"batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s", "ratio_fp16", "ratio_fp32"}
             assert row["batch"] == batch
+    assert [model["scheme"] for model in report["models"]] == ["fp16", "fp32", "W4A8"]
+    linears = [row for row in report["models"][2]["audit"] if row["nominal"] == "W4A8"]
+    assert len(linears) == 16
+    assert all(row["integer"] and row["reason"] is None for row in linears)
+    assert [model["precision"]["kernel_weight_bits"] for model in report["models"]] == [32, 32, 8]  # the CPU casts float16
     sizes = {model["flavor"]: model["size_bytes"] for model in report["models"]}
     assert sizes["integer"] < 0.2 * sizes["fp32"]
     assert report["models"][2]["executed"]["MatMulIntegerToFloat"] == 24  # 16 linears, q, k and v apart

@@ -36,6 +36,7 @@ def bench(
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
+    from runtime.inspection import shortfalls
     from runtime.report import table
     from runtime.session import SessionSettings
 
@@ -49,6 +50,8 @@ def bench(
         with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
+    for sentence in shortfalls(report):
+        stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
     write_json(json_file, report)
 
 
@@ -71,18 +74,19 @@ def _entries(
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
             raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
         shared = metadata
-        name = f"{metadata['marrq.scheme']} {metadata['marrq.method']}"
+        stamped = {key: metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method")}
+        name = f"{stamped['scheme']} {stamped['method']}"
         if any(entry.name == name for entry in candidates):
             name += f" {path.name}"
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
+        candidates.append(Entry(name, file, str(path), "candidate", **stamped, bits_per_weight=bits))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):
         assert model is not None
         say(f"exporting the baseline {name}")
         bits = write_baseline(model, name, scratch / f"{name}.onnx")
-        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, bits))
+        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, name, "none", bits))
     return entries + candidates, shared
 
 

@@ -68,6 +68,20 @@ NO_OPTIONS: Options = MappingProxyType({})
 OPTIONS = {"symmetric": ("qdq",), "accuracy_level": ("matmulnbits",), "fuse": ("integer", "matmulnbits")}
 """The flavours that take each option."""
 
+VARIANTS: dict[str, tuple[str, Options]] = {
+    "integer": ("integer", NO_OPTIONS),
+    "matmulnbits": ("matmulnbits", NO_OPTIONS),
+    "matmulnbits level 4": ("matmulnbits", {"accuracy_level": 4}),
+    "qdq": ("qdq", NO_OPTIONS),
+    "qdq symmetric": ("qdq", {"symmetric": True}),
+}
+"""Flavours with the options that are worth measuring beside each other."""
+
+
+def variants(scheme: Scheme) -> list[str]:
+    """Those of VARIANTS that can express a scheme."""
+    return [name for name, (flavor, options) in VARIANTS.items() if FLAVORS[flavor](**options).objection(scheme) is None]
+
 
 def suitable_flavor(model: QuantizedModel) -> str:
     """The first flavour that can express the artifact's scheme; `qdq` can express them all."""

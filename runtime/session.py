@@ -2,9 +2,10 @@
 asked for."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,12 @@ WRITE_OPTIMIZED = {
     "session.disable_prepacking": "1",  # the session is not going to run
 }
 
+DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
+"""Where the memory is of providers that have memory of their own."""
+
+ALLOW_SPINNING = True
+"""Worker threads wait for work in a loop, as is ONNX Runtime's default; therefore only one session at a time is timed."""
+
 
 @dataclass(frozen=True)
 class SessionSettings:
@@ -49,6 +56,12 @@ class SessionSettings:
     optimization: str = "all"
 
 
+def available_providers() -> list[str]:
+    """Execution providers of this ONNX Runtime, as it names them."""
+    found: list[str] = ort.get_available_providers()
+    return found
+
+
 class Model:
     """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other session on the machine."""
 
@@ -57,15 +70,16 @@ class Model:
         going to be executed, with its larger tensors in a file beside it, None for nowhere. Raises BenchError when the file cannot be
         loaded or the provider cannot be had."""
         provider = PROVIDERS.get(settings.provider)
-        if provider not in ort.get_available_providers():
+        if provider not in available_providers():
             raise BenchError(
-                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(ort.get_available_providers())}"
+                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(available_providers())}"
             )
         options = ort.SessionOptions()
         if settings.optimization not in OPTIMIZATIONS:
             raise BenchError(f"unknown graph optimization {settings.optimization!r}: choose one of {', '.join(OPTIMIZATIONS)}")
         options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
         if profile_to is not None:
@@ -82,11 +96,32 @@ class Model:
         if self.session.get_providers()[0] != provider:
             raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
         self.input = self.session.get_inputs()[0]
+        self.device = DEVICES.get(settings.provider)
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [batch, classes] of inputs [batch, channels, height, width]."""
         logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
         return logits
+
+    def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
+        """One forward of inputs [batch, channels, height, width], to be timed: a function that returns when the logits are there. Where
+        the provider has memory of its own, inputs are put there beforehand, logits stay there, and the device is waited for."""
+        if self.device is None:
+
+            def forward_on_host() -> None:
+                self.session.run(None, {self.input.name: pixels})
+
+            return forward_on_host
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input(self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0))
+        binding.bind_output(self.session.get_outputs()[0].name, self.device, 0)
+        binding.synchronize_inputs()
+
+        def forward_on_device() -> None:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return forward_on_device
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
@@ -98,15 +133,18 @@ class Model:
         return found
 
 
-def executed_operators(path: Path, settings: SessionSettings, scratch: Path) -> dict[str, int]:
-    """How many nodes of each operator really ran in one forward, from ONNX Runtime's own profile. scratch: a folder for that profile."""
+def executed_operators(
+    path: Path, settings: SessionSettings, scratch: Path, by: Literal["op_name", "provider"] = "op_name"
+) -> dict[str, int]:
+    """How many nodes of each operator, or on each provider, really ran in one forward, from ONNX Runtime's own profile. scratch: a folder
+    for that profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
     model.run(model.random_input(1))
     events: list[dict[str, Any]] = json.loads(Path(model.session.end_profiling()).read_text())
     counts: dict[str, int] = {}
     for event in events:
-        operator = event.get("args", {}).get("op_name")
+        counted = event.get("args", {}).get(by)
         # ONNX Runtime up to 1.20 records a node three times, with the fences around it.
-        if event.get("cat") == "Node" and operator and event["name"].endswith("_kernel_time"):
-            counts[operator] = counts.get(operator, 0) + 1
+        if event.get("cat") == "Node" and counted and event["name"].endswith("_kernel_time"):
+            counts[counted] = counts.get(counted, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

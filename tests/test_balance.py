@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from marrq.balance import Passage, balancing, find_passage, fold_basis
 from marrq.blocks import Block, find_blocks, first_input
+from marrq.models import with_joined_biases
 
 
 def gated() -> nn.Module:
     """EVA-02 with its gated MLP, and no norm inside it."""
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "scale_mlp": False, "num_classes": 5}
-    return randomized(timm.create_model("eva02_tiny_patch14_224", **arguments))
+    return with_joined_biases(randomized(timm.create_model("eva02_tiny_patch14_224", **arguments)))
 
 
 def of_projection(values: str, start: int, width: int, projection: str) -> dict[str, Passage]:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from runtime.session import SessionSettings
 
 IMAGES_AT_ONCE = 8
+
+
+class _File(NamedTuple):
+    """An ONNX file of what the user named, and which of several exports of one artifact it is."""
+
+    path: Path
+    file: Path
+    variant: str = ""
 
 
 def bench(
@@ -29,6 +37,26 @@ def bench(
     provider: ProviderOption = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput", help="Images per second with 1, 2, 4 … threads too, up to --threads: marrq bench artifact --throughput"
+        ),
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of top-1 that may be lost against fp32; exit code 3 where it is surely more: marrq bench artifact --max-drop 1.0",
+            min=0.0,
+        ),
+    ] = None,
+    recommend: Annotated[
+        bool,
+        typer.Option(
+            "--recommend",
+            help="Every flavour that an artifact can have; the best for size, latency and accuracy: marrq bench artifact --recommend",
+        ),
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
@@ -36,29 +64,50 @@ def bench(
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
+    from runtime.environment import usable_cores
     from runtime.inspection import shortfalls
-    from runtime.report import table
+    from runtime.latency import Plan, thread_counts
+    from runtime.report import sentences, table, throughput_table
     from runtime.session import SessionSettings
 
-    settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
+    if recommend and flavor is not None:
+        raise MarrqError(f"--recommend measures every flavour: leave out --flavor {flavor}")
+    counts = thread_counts(threads or usable_cores()) if throughput else ()
+    plan = Plan(tuple(batch), rounds, seconds)
+    settings = BenchSettings(SessionSettings(provider, threads), plan, counts, max_drop, recommend)
     with tempfile.TemporaryDirectory() as scratch:
-        entries, metadata = _entries(paths, flavor, baseline, Path(scratch), settings.session)
+        files = [item for path in paths for item in _onnx_files(path, flavor, recommend, Path(scratch))]
+        entries, metadata = _entries(files, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
         batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
-        with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
+        sessions = rounds * len(entries) * (1 + len(counts))
+        with progress_bars(accuracy=len(images), speed=sessions) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
-    stdout.print(table(report))
-    for sentence in shortfalls(report):
-        stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
     write_json(json_file, report)
+    stdout.print(table(report))
+    if throughput:
+        stdout.print(throughput_table(report))
+    for sentence in (*shortfalls(report), *sentences(report)):
+        stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    _check_gate(report)
 
 
-def _entries(
-    paths: list[Path], flavor: str | None, baselines: list[str], scratch: Path, settings: "SessionSettings"
-) -> "tuple[list[Entry], dict[str, str]]":
-    """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
+def _check_gate(report: dict[str, Any]) -> None:
+    """Raise GateError for candidates that failed; warn of those that the images are too few for."""
+    from runtime.errors import GateError
+
+    gate = report["gate"] or {"models": []}
+    names = {verdict: [model["name"] for model in gate["models"] if model["verdict"] == verdict] for verdict in ("failed", "undecided")}
+    if names["undecided"]:
+        say(f"warning: the gate of {gate['max_drop']:g} points is undecided for {', '.join(names['undecided'])}: too few images")
+    if names["failed"]:
+        raise GateError(f"{', '.join(names['failed'])} lost more than {gate['max_drop']:g} points against {gate['baseline']}")
+
+
+def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
+    """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
     from marrq.models import ModelSource, load_source
     from runtime.bench import Entry
@@ -66,20 +115,19 @@ def _entries(
 
     candidates: list[Entry] = []
     shared: dict[str, str] = {}
-    for path in paths:
-        file = _onnx_file(path, flavor, scratch)
-        metadata = Model(file, settings).metadata()
+    for given in files:
+        metadata = Model(given.file, settings).metadata()
         if "marrq.source" not in metadata:
-            raise MarrqError(f"{str(path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
+            raise MarrqError(f"{str(given.path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
-            raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
+            raise MarrqError(f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench them apart")
         shared = metadata
         stamped = {key: metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method")}
-        name = f"{stamped['scheme']} {stamped['method']}"
+        name = " ".join(filter(None, (stamped["scheme"], stamped["method"], given.variant)))
         if any(entry.name == name for entry in candidates):
-            name += f" {path.name}"
+            name += f" {given.path.name}"
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, file, str(path), "candidate", **stamped, bits_per_weight=bits))
+        candidates.append(Entry(name, given.file, str(given.path), "candidate", **stamped, bits_per_weight=bits))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):
@@ -90,18 +138,23 @@ def _entries(
     return entries + candidates, shared
 
 
-def _onnx_file(path: Path, flavor: str | None, scratch: Path) -> Path:
-    """The file itself, or the export of an artifact."""
-    from exporters.onnx_file import suitable_flavor, write
+def _onnx_files(path: Path, flavor: str | None, recommend: bool, scratch: Path) -> list[_File]:
+    """The file itself, or the export of an artifact: in the flavour asked for or the most suitable one, or in each that can express it."""
+    from exporters.onnx_file import NO_OPTIONS, VARIANTS, suitable_flavor, variants, write
     from marrq.artifact import artifact_hash, load
 
     if not path.exists():
         raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
     if path.is_file():
-        return path
+        return [_File(path, path)]
     model = load(path)
-    flavor = flavor or suitable_flavor(model)
-    say(f"exporting {path} as {flavor}")
-    file = scratch / f"{artifact_hash(path)}.onnx"
-    write(model, artifact_hash(path), flavor, file)
-    return file
+    if recommend:
+        chosen = {variant: VARIANTS[variant] for variant in variants(model.scheme)}
+    else:
+        chosen = {"": (flavor or suitable_flavor(model), NO_OPTIONS)}
+    files = []
+    for variant, (lowered_as, options) in chosen.items():
+        say(f"exporting {path} as {variant or lowered_as}")
+        files.append(_File(path, scratch / f"{artifact_hash(path)} {variant}.onnx", variant))
+        write(model, artifact_hash(path), lowered_as, files[-1].file, options)
+    return files

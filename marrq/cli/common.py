@@ -1,7 +1,6 @@
 """What several commands share: options, the progress bar, the device."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,12 +90,9 @@ def choose_device(name: str) -> "torch.device":
 def peak_memory() -> Iterator[Callable[[], float | None]]:
     """Inside: a function that gives the largest resident memory of the process since the start of the block, in MB, or None where the
     system does not tell it (it does on Linux)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    from runtime.memory import resident_peak_mb
 
-    def peak() -> float | None:
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(match[1]) * 1024 / 1e6 if match else None
-
+    reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # proc(5): sets the peak to what is resident now
-    yield peak
+    yield resident_peak_mb

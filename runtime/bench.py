@@ -23,7 +23,8 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says;
+    quantization: how each linear was quantized, where its artifact was at hand."""
 
     name: str
     file: Path
@@ -31,6 +32,7 @@ class Entry:
     role: Literal["candidate", "baseline"]
     flavor: str
     bits_per_weight: float
+    quantization: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,5 @@ def _model(
         "accuracy": asdict(accuracy),
         "latency": rows,
         "executed": executed,
+        "quantization": entry.quantization,
     }

@@ -3,15 +3,17 @@
 They are drawn at the width of a phone, where axis labels would leave no room: a model's name and number stand above its dot or bar.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.plots import COLORS, MARKERS, draw_by_depth, draw_searches, inline_svg
+from runtime.plots import COLORS, MARKERS, PAPER, draw_by_depth, draw_searches, inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NAME_LENGTH = 38
 Model = dict[str, Any]
 """An entry of `models` in the report."""
 
@@ -63,18 +65,23 @@ def size_figure(models: Sequence[Model]) -> str:
 
 def latency_figure(models: Sequence[Model]) -> str:
     """Time of a forward against the batch, both on a log scale; whiskers from the median to the 90th percentile."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
         for model, style in _styled(models):
             batches, p50 = _column(model, "batch"), _column(model, "p50_ms")
             tails = [high - low for low, high in zip(p50, _column(model, "p90_ms"), strict=True)]
-            panel.errorbar(batches, p50, yerr=([0.0] * len(p50), tails), label=model["name"], elinewidth=1, capsize=2, markersize=5, **style)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.errorbar(
+                batches,
+                p50,
+                yerr=([0.0] * len(p50), tails),
+                label=_shortened(model["name"]),
+                elinewidth=1,
+                capsize=2,
+                markersize=5,
+                **style,
+            )
+        _scale_by_powers(panel)
         _against_batch(figure, panel, models, "time of one forward (ms)")
 
     alt = "; ".join(f"{model['name']} {_listed(model, 'p50_ms', '.2f')}" for model in models)
@@ -87,7 +94,7 @@ def ratio_figure(models: Sequence[Model], flavor: str) -> str:
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
         for model, style in _styled(models):
-            panel.plot(_column(model, "batch"), _column(model, f"ratio_{flavor}"), label=model["name"], markersize=5, **style)
+            panel.plot(_column(model, "batch"), _column(model, f"ratio_{flavor}"), label=_shortened(model["name"]), markersize=5, **style)
         panel.set_ylim(bottom=0)
         _against_batch(figure, panel, models, f"time of one forward (× {flavor})")
 
@@ -113,17 +120,13 @@ def search_figure(name: str, quantization: Sequence[dict[str, Any]]) -> str:
 
 
 def error_figure(name: str, errors: Sequence[tuple[str, float]]) -> str:
-    """Relative error of each linear against its depth, on a log scale. errors: path and error; those of 0 are not drawn."""
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+    """Relative error of each linear against its depth, on a log scale. errors: path and error; 0 and infinity have no place on it."""
 
     def draw(figure: "Figure") -> None:
         _by_depth(values, "relative error")(figure)
-        [panel] = figure.axes
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator())
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        _scale_by_powers(figure.axes[0])
 
-    values = [(depth, path, error) for depth, (path, error) in enumerate(errors) if error > 0]
+    values = [(depth, path, error) for depth, (path, error) in enumerate(errors) if 0 < error < math.inf]
     worst = max(errors, key=lambda pair: pair[1])
     return inline_svg(name, 3.4, f"Relative error of {len(errors)} linears; the largest, {worst[1]:.2e}, at {worst[0]}", draw)
 
@@ -131,12 +134,18 @@ def error_figure(name: str, errors: Sequence[tuple[str, float]]) -> str:
 def _rows(figure: "Figure", labels: Sequence[tuple[str, str]]) -> "Axes":
     """A panel with a place for each label from the top down, the label's two parts at the left and the right end above it."""
     panel = figure.subplots()
-    for place, label in enumerate(labels):
-        for end, text, side in zip((0, 1), label, ("left", "right"), strict=True):
-            panel.text(end, place - 0.22, text, transform=panel.get_yaxis_transform(), ha=side, va="bottom")
+    for place, (name, value) in enumerate(labels):
+        for end, text, side in ((0, _shortened(name), "left"), (1, value, "right")):
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+            panel.text(end, place - 0.22, text, transform=panel.get_yaxis_transform(), ha=side, va="bottom", bbox=box)
     panel.set(ylim=(len(labels) - 0.6, -0.8), yticks=[])
     panel.spines["left"].set_visible(False)
     return panel
+
+
+def _shortened(name: str) -> str:
+    """As much of a name as a phone is wide; the tables have all of it."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
 
 
 def _height(labels: Sequence[tuple[str, str]]) -> float:
@@ -181,11 +190,21 @@ def _against_batch(figure: "Figure", panel: "Axes", models: Sequence[Model], lab
     panel.set_xticks([], minor=True)
     panel.margins(x=0.08)
     panel.set(xlabel="images in a batch", ylabel=label)
-    figure.legend(loc="outside lower left", ncols=2)
+    figure.legend(loc="outside lower left", ncols=2 if all(len(model["name"]) <= NAME_LENGTH / 2 for model in models) else 1)
 
 
 def _with_alpha(quantization: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     return [(depth, module) for depth, module in enumerate(quantization) if module["alpha"] is not None]
+
+
+def _scale_by_powers(panel: "Axes") -> None:
+    """A log scale whose numbers are written out: its own formatter writes formulas."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _by_depth(values: Sequence[tuple[int, str, float]], label: str) -> Callable[["Figure"], None]:

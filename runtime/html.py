@@ -70,9 +70,9 @@ def page(report: dict[str, Any]) -> str:
             "size": size_figure(models),
         },
         images=f"{report['data']['images']:,} images of {report['data']['path']}",
-        batch_headings=[f"batch {row['batch']}: ms (× fp32)" for row in models[0]["latency"]],
+        batch_headings=[f"batch {row['batch']} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0]["latency"]],
         parities=[(model, _parity_figure(slot, model)) for slot, model in enumerate(models) if model.get("parity")],
-        audits=[(model, grouped(model["audit"])) for model in models if model.get("audit")],
+        audits=grouped(models),
         quantizations=_quantizations(models),
         document=json.dumps(report, indent=2, ensure_ascii=False),
     )
@@ -127,7 +127,9 @@ def sentence(model: Model, reference: Model | None) -> str:
         return f"{start} Its top-1 accuracy is {interval(accuracy, 'top1')} %."
     if against["drop_low"] <= 0 <= against["drop_high"]:
         images = f"{accuracy['images']:,} images"
-        return f"{start} Its top-1 accuracy is {percent(accuracy['top1'])} %, which {images} cannot tell from that of {against['baseline']}."
+        return (
+            f"{start} Its top-1 accuracy is {percent(accuracy['top1'])} %, which {images} cannot tell from that of {against['baseline']}."
+        )
     change = "loses" if against["drop"] > 0 else "gains"
     return f"{start} It {change} {percent(abs(against['drop']))} points of top-1 accuracy against {against['baseline']}."
 
@@ -151,13 +153,15 @@ def key_numbers(model: Model, reference: Model | None) -> list[tuple[str, str, s
     return [*gains, (*top1, bounds), (number(model["bits_per_weight"]), "bits a weight", "with scales and zero points")]
 
 
-def grouped(audit: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of an audit that differ in nothing but the linear, as one with their `linears`; those with a reason, the exceptions, first."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in audit:
-        same = {key: row[key] for key in ("operator", "weight", "activation", "integer", "reason")}
-        groups.setdefault(tuple(same.values()), {**same, "linears": []})["linears"].append(row["linear"])
-    return sorted(groups.values(), key=lambda group: group["reason"] is None)
+def grouped(models: Sequence[Model]) -> list[tuple[Model, dict[str, Any]]]:
+    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`; exceptions, which have a reason, first."""
+    groups: dict[tuple[Any, ...], tuple[Model, dict[str, Any]]] = {}
+    for model in models:
+        for row in model.get("audit") or ():
+            same = {key: row[key] for key in ("operator", "weight", "activation", "integer", "reason")}
+            group = groups.setdefault((model["name"], *same.values()), (model, {**same, "linears": []}))
+            group[1]["linears"].append(row["linear"])
+    return sorted(groups.values(), key=lambda pair: pair[1]["reason"] is None)
 
 
 def _gains(model: Model, reference: Model) -> tuple[str, str]:

@@ -26,8 +26,8 @@ WIDTH = 8.0  # inches; at 100 px each the text is readable
 COLUMNS = 3  # most panels of a comparison side by side
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666"]  # Okabe and Ito's, for the colour-blind
 MARKERS = "osD^vPX"
-DEPTHS = [COLORS[0], COLORS[3], COLORS[4]]  # from the first module to the last; of one lightness, so that white and black paper do
-INK, GRID = "#111111", "#e5e5e5"
+DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]  # from the first module to the last; of one lightness, so that white and black paper do
+INK, GRID, PAPER = "#111111", "#e5e5e5", "#fefefe"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -47,13 +47,15 @@ STYLE: dict[Any, Any] = {
 }
 PAGE_WIDTH = 5.0  # inches; 360 points, a phone's width, so that text is there as large as it is drawn
 PAGE_STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
+    "font.size": 11,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": GRID,
     **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0),
     **dict.fromkeys(("figure.constrained_layout.h_pad", "figure.constrained_layout.w_pad"), 0.03),
 }
-PAGE_COLORS = {INK: "var(--ink)", GRID: "var(--line)"} | {color: f"var(--plot-{slot})" for slot, color in enumerate(COLORS)}
+PAGE_COLORS = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--paper)"} | {
+    color: f"var(--plot-{slot})" for slot, color in enumerate(COLORS)
+}
 """What the page's style sheet calls our colours: it has other ones for dark screens."""
 
 
@@ -97,7 +99,7 @@ def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], No
         file = StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     _, _, element = file.getvalue().partition("<svg ")
-    element = re.sub(r'<g id="[^"]*">', "<g>", element)  # matplotlib counts its groups anew in each figure; nothing refers to them
+    element = re.sub(r'<g id="[^"]*"', "<g", element)  # matplotlib counts its groups anew in each figure; nothing refers to them
     element = re.sub(f"(?<=: )({'|'.join(PAGE_COLORS)})", lambda color: PAGE_COLORS[color[0]], element)
     return f'<svg role="img" aria-label="{html.escape(alt)}" {element}'
 
@@ -176,7 +178,9 @@ def draw_searches(figure: "FigureBase", panels: Iterable["Axes"], modules: Seque
         panel.set(title=f"{name} during the search", xlabel="step", ylabel=label)
         panel.locator_params(axis="x", integer=True)
     ticks = MaxNLocator(integer=True)
-    figure.colorbar(colors, ax=[steps, errors], label="module, in the order of the model", ticks=ticks)
+    bar = figure.colorbar(colors, ax=[steps, errors], label="module, in the order of the model", ticks=ticks)
+    assert bar.solids is not None
+    bar.solids.set_edgecolor("face")  # the paper shines through between two colours without it
 
 
 def _searches(trajectory: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

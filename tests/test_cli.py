@@ -48,7 +48,7 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
         ("integer", "candidate"),
     ]
     for model in report["models"]:
-        keys = {"name", "path", "role", "flavor", "size_bytes", "bits_per_weight", "accuracy", "latency", "executed"}
+        keys = {"name", "path", "role", "flavor", "size_bytes", "bits_per_weight", "accuracy", "latency", "executed", "quantization"}
         assert set(model) == keys
         assert set(model["accuracy"]) == {"top1", "top1_low", "top1_high", "top5", "agreement", "images"}
         assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]

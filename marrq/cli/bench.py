@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout, write_json
+from marrq.cli.common import (
+    DataOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    data_for,
+    progress_bars,
+    say,
+    stdout,
+    write_json,
+    write_text,
+)
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
@@ -30,15 +41,19 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
     json_file: JsonOption = None,
+    page_file: Annotated[Path | None, typer.Option("--report", help="Also write it here as a page for people, .html.")] = None,
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
     from marrq.data import find_images
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
+    from runtime.html import check_page, page
     from runtime.report import table
     from runtime.session import SessionSettings
 
+    if page_file is not None:
+        check_page(page_file)
     settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
     with tempfile.TemporaryDirectory() as scratch:
         entries, metadata = _entries(paths, flavor, baseline, Path(scratch), settings.session)
@@ -50,6 +65,8 @@ def bench(
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
     write_json(json_file, report)
+    if page_file is not None:
+        write_text(page_file, page(report))
 
 
 def _entries(
@@ -57,6 +74,7 @@ def _entries(
 ) -> "tuple[list[Entry], dict[str, str]]":
     """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
+    from marrq.artifact import REPORTS
     from marrq.models import ModelSource, load_source
     from runtime.bench import Entry
     from runtime.session import Model
@@ -75,7 +93,8 @@ def _entries(
         if any(entry.name == name for entry in candidates):
             name += f" {path.name}"
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
+        quantization = json.loads((path / REPORTS).read_text()) if path.is_dir() else None
+        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits, quantization))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):

@@ -154,7 +154,7 @@ def key_numbers(model: Model, reference: Model | None) -> list[tuple[str, str, s
 
 
 def grouped(models: Sequence[Model]) -> list[tuple[Model, dict[str, Any]]]:
-    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`; exceptions, which have a reason, first."""
+    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`; exceptions (with a reason) first."""
     groups: dict[tuple[Any, ...], tuple[Model, dict[str, Any]]] = {}
     for model in models:
         for row in model.get("audit") or ():

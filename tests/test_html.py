@@ -163,8 +163,8 @@ def test_figures_say_what_they_show_and_no_two_have_an_id_in_common(parsed: Pars
         "Size",
         "Relative error",
         "Relative error",
-        "α",
         "α and J at each step",
+        "α",
     ]
     assert "fp32 55.5 %" in labels[0]
     ids = [value for _, name, value in parsed.attributes if name == "id"]
@@ -181,6 +181,27 @@ def test_nothing_is_fetched_and_no_script_is_there(parsed: Parsed):
     assert "@import" not in source
     assert not re.search(r"url\((?!#)", source)
     assert not re.search(r"<(script|iframe|object|embed|base)\b", source)
+
+
+def test_the_same_report_gives_the_same_page():
+    assert page(full_report()) == page(full_report())
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2)."""
+    channels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_and_plots_have_the_contrast_that_wcag_aa_asks_for(theme: int):
+    colors = dict(re.findall(r"--([\w-]+): (#\w{6});", re.findall(r":root \{(.*?)\}", page(full_report()), re.DOTALL)[theme]))
+    text, plots = ["ink", "soft", "accent", "alarm"], [name for name in colors if name.startswith("plot-")]
+    assert len(plots) == 6  # the first plot colour is the accent
+    for name, paper, least in [(name, paper, 4.5) for name in text for paper in ("paper", "wash")] + [(name, "paper", 3) for name in plots]:
+        darker, lighter = sorted(luminance(colors[key]) for key in (name, paper))
+        assert (lighter + 0.05) / (darker + 0.05) >= least, (name, paper)
 
 
 def test_sections_that_the_report_lacks_are_not_there():

@@ -28,7 +28,8 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says;
+    quantization: how each linear was quantized, where its artifact was at hand."""
 
     name: str
     file: Path
@@ -38,6 +39,7 @@ class Entry:
     scheme: str
     method: str
     bits_per_weight: float
+    quantization: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def _described(entry: Entry) -> dict[str, Any]:
         "method": entry.method,
         "size_bytes": entry.file.stat().st_size,
         "bits_per_weight": entry.bits_per_weight,
+        "quantization": entry.quantization,
     }
 
 

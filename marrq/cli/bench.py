@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout, write_json
+from marrq.cli.common import (
+    DataOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    data_for,
+    progress_bars,
+    say,
+    stdout,
+    write_json,
+    write_text,
+)
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
@@ -58,6 +69,7 @@ def bench(
         ),
     ] = False,
     json_file: JsonOption = None,
+    page_file: Annotated[Path | None, typer.Option("--report", help="Also write it here as a page for people, .html.")] = None,
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
     from marrq.data import find_images
@@ -65,11 +77,14 @@ def bench(
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
     from runtime.environment import usable_cores
+    from runtime.html import check_page, page
     from runtime.inspection import shortfalls
     from runtime.latency import Plan, thread_counts
     from runtime.report import sentences, table, throughput_table
     from runtime.session import SessionSettings
 
+    if page_file is not None:
+        check_page(page_file)
     if recommend and flavor is not None:
         raise MarrqError(f"--recommend measures every flavour: leave out --flavor {flavor}")
     counts = thread_counts(threads or usable_cores()) if throughput else ()
@@ -86,6 +101,8 @@ def bench(
         with progress_bars(accuracy=len(images), speed=sessions) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     write_json(json_file, report)
+    if page_file is not None:
+        write_text(page_file, page(report))
     stdout.print(table(report))
     if throughput:
         stdout.print(throughput_table(report))
@@ -109,6 +126,7 @@ def _check_gate(report: dict[str, Any]) -> None:
 def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
     """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
+    from marrq.artifact import REPORTS
     from marrq.models import ModelSource, load_source
     from runtime.bench import Entry
     from runtime.session import Model
@@ -127,7 +145,8 @@ def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: 
         if any(entry.name == name for entry in candidates):
             name += f" {given.path.name}"
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, given.file, str(given.path), "candidate", **stamped, bits_per_weight=bits))
+        quantization = json.loads((given.path / REPORTS).read_text()) if given.path.is_dir() else None
+        candidates.append(Entry(name, given.file, str(given.path), "candidate", **stamped, bits_per_weight=bits, quantization=quantization))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):

@@ -60,12 +60,17 @@ def say(text: str) -> None:
 
 
 def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    """Write the report where one was asked for, in one step: what was there stays whole."""
+    """Write the report where one was asked for."""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(file)
+        write_text(file, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one step: what was there stays whole until then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def data_for(model: str, data: str | None) -> str:

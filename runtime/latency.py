@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,16 @@ class Latency:
         return float(np.median(np.divide(self.rounds_ms, other.rounds_ms)))
 
 
+class TimedModel(Protocol):
+    """An open file, under any runtime."""
+
+    def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [batch, classes] of inputs [batch, channels, height, width]."""
+
+    def random_input(self, batch: int) -> NDArray[np.float32]:
+        """Noise in the shape of the input."""
+
+
 def measure_latency(
     paths: Sequence[Path],
     batches: Sequence[int],
@@ -42,13 +53,14 @@ def measure_latency(
     rounds: int,
     seconds: float,
     model_done: Callable[[], None] = lambda: None,
+    open_model: Callable[[Path, SessionSettings], TimedModel] = Model,
 ) -> list[list[Latency]]:
     """For each path, for each batch size, the latency. seconds: time spent on each model, batch size and round, without the warm-up;
-    model_done: called `rounds · len(paths)` times."""
+    model_done: called `rounds · len(paths)` times; open_model: what opens a path, where not all run under ONNX Runtime."""
     samples: list[list[list[NDArray[np.float64]]]] = [[[] for _ in batches] for _ in paths]
     for _ in range(rounds):
         for index, path in enumerate(paths):
-            model = Model(path, settings)
+            model = open_model(path, settings)
             for slot, batch in enumerate(batches):
                 samples[index][slot].append(_time(model, model.random_input(batch), seconds))
             del model
@@ -56,7 +68,7 @@ def measure_latency(
     return [[_latency(batch, by_round) for batch, by_round in zip(batches, by_batch, strict=True)] for by_batch in samples]
 
 
-def _time(model: Model, pixels: NDArray[np.float32], seconds: float) -> NDArray[np.float64]:
+def _time(model: TimedModel, pixels: NDArray[np.float32], seconds: float) -> NDArray[np.float64]:
     """Milliseconds of single runs."""
     for _ in range(WARM_UP_RUNS):
         model.run(pixels)

@@ -32,6 +32,8 @@ from marrq.models import VisionModel
 from marrq.pipeline import CalibrationSet, Images, quantize
 from marrq.schemes import parse_scheme
 
+logging.getLogger().setLevel(logging.WARNING)  # the import of MatMulNBitsQuantizer has set it to INFO, for every package
+
 REQUIREMENTS = "examples/compare_tools/requirements.txt"
 
 
@@ -92,7 +94,6 @@ def dynamic(source: Source, folder: Path) -> Path:
 
 
 def matmulnbits(source: Source, folder: Path) -> Path:
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)  # it tells of every node
     quantizer = MatMulNBitsQuantizer(str(source.file), bits=4, block_size=128, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(folder / "matmulnbits.onnx"))
@@ -112,7 +113,7 @@ def nncf(source: Source, folder: Path) -> Path:
 
     quantized = nncf.quantize(
         ov.convert_model(source.file),
-        nncf.Dataset(source.inputs()),
+        nncf.Dataset(list(source.inputs())),  # it goes through them more than once
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(source.images),
     )

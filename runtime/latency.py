@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,11 +73,29 @@ Samples = list[list[NDArray[np.float64]]]
 """Milliseconds of single runs of one session: [batch size][round] → [runs]."""
 
 
+class TimedModel(Protocol):
+    """An open file, under any runtime."""
+
+    def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [batch, classes] of inputs [batch, channels, height, width]."""
+
+    def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
+        """A function that runs one forward and returns when it is done. pixels: [batch, channels, height, width]."""
+
+    def random_input(self, batch: int) -> NDArray[np.float32]:
+        """Noise in the shape of the input."""
+
+
 def measure_latency(
-    paths: Sequence[Path], settings: SessionSettings, plan: Plan, session_done: Callable[[], None] = lambda: None
+    paths: Sequence[Path],
+    settings: SessionSettings,
+    plan: Plan,
+    session_done: Callable[[], None] = lambda: None,
+    open_model: Callable[[Path, SessionSettings], TimedModel] = Model,
 ) -> list[Speed]:
-    """Latency and load time of each path. session_done: called `plan.rounds · len(paths)` times."""
-    measured = _interleaved([(path, settings) for path in paths], plan, session_done)
+    """Latency and load time of each path. session_done: called `plan.rounds · len(paths)` times; open_model: what opens a path, where not
+    all run under ONNX Runtime."""
+    measured = _interleaved([(path, settings) for path in paths], plan, session_done, open_model)
     return [
         Speed(tuple(_latency(*pair) for pair in zip(plan.batches, samples, strict=True)), float(np.median(loads)))
         for samples, loads in measured
@@ -93,7 +112,7 @@ def measure_throughput(
     """Throughput of each path at each batch size and number of threads, whatever `settings` has for threads. session_done: called
     `plan.rounds · len(paths) · len(threads)` times."""
     sessions = [(path, replace(settings, threads=number)) for path in paths for number in threads]
-    measured = iter(_interleaved(sessions, plan, session_done))
+    measured = iter(_interleaved(sessions, plan, session_done, Model))
     return [[row for number in threads for row in _throughput(number, plan.batches, next(measured)[0])] for _ in paths]
 
 
@@ -104,14 +123,17 @@ def thread_counts(most: int) -> tuple[int, ...]:
 
 
 def _interleaved(
-    sessions: Sequence[tuple[Path, SessionSettings]], plan: Plan, session_done: Callable[[], None]
+    sessions: Sequence[tuple[Path, SessionSettings]],
+    plan: Plan,
+    session_done: Callable[[], None],
+    open_model: Callable[[Path, SessionSettings], TimedModel],
 ) -> list[tuple[Samples, list[float]]]:
     """For each session its samples, and the milliseconds that its creation took in each round."""
     measured: list[tuple[Samples, list[float]]] = [([[] for _ in plan.batches], []) for _ in sessions]
     for _ in range(plan.rounds):
         for (path, settings), (samples, loads) in zip(sessions, measured, strict=True):
             start = time.perf_counter()
-            model = Model(path, settings)
+            model = open_model(path, settings)
             loads.append(1e3 * (time.perf_counter() - start))
             for batch, by_round in zip(plan.batches, samples, strict=True):
                 by_round.append(_time(model.forward(model.random_input(batch)), plan.seconds))

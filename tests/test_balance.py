@@ -87,7 +87,8 @@ def test_no_other_basis_does_less_harm(width: int):
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    inputs, weight = normal(400, 12) @ normal(12, 12), normal(7, 12) @ normal(12, 12)
+    inputs = normal(400, 12) @ normal(12, 12) * torch.logspace(-0.5, 0.5, 12, dtype=torch.float64)
+    weight = normal(7, 12) @ normal(12, 12)
     best = balancing(inputs, weight, width, generator)
     mask = torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * (12 // width))
     assert torch.equal(best, best * mask)

@@ -29,7 +29,7 @@ def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
     block = re.search(r"## Use\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
     assert block is not None
     lines = [line.split("#")[0].split() for line in block.group(1).splitlines() if line.startswith("marrq ")]
-    assert [words[1] for words in lines] == ["quantize", "inspect", "export", "bench", "evaluate", "compare"]
+    assert [words[1] for words in lines] == ["quantize", "inspect", "export", "inspect", "bench", "evaluate", "compare"]
     for words in lines:
         words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words[1:]]
         few = ["--samples", "32"]

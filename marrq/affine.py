@@ -48,13 +48,13 @@ class Grid:
         size = columns // self.scale.shape[1]
         return Grid(self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1), self.low, self.high)
 
-    def columns(self, order: Tensor) -> list["Grid"]:
-        """The grid of each column of a weight, scales [m], in the order given: [n]."""
+    def columns(self, order: Tensor) -> list["Steps"]:
+        """The grid of each column of a weight, in the order given: [n] of scales [m]."""
+        lowest, highest = self.low - self.zero_point, self.high - self.zero_point
         if self.scale.shape[1] == 1:
-            return [Grid(self.scale[:, 0].contiguous(), self.zero_point[:, 0].contiguous(), self.low, self.high)] * len(order)
-        spread = self.spread(len(order))
-        pairs = zip(spread.scale.T[order], spread.zero_point.T[order], strict=True)
-        return [Grid(scale, zero_point, self.low, self.high) for scale, zero_point in pairs]
+            return [Steps(*(part[:, 0].contiguous() for part in (self.scale, lowest, highest)))] * len(order)
+        spread = (part.repeat_interleave(len(order) // part.shape[1], 1).T[order] for part in (self.scale, lowest, highest))
+        return [Steps(*parts) for parts in zip(*spread, strict=True)]
 
     def shaped(self, rows: int) -> "Grid":
         """The same scales, as [rows, groups]."""
@@ -63,6 +63,23 @@ class Grid:
     def nearest(self, x: Tensor) -> Tensor:
         """The value of the grid that each x is rounded to."""
         return self.dequantize(self.quantize(x))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A grid counted from its zero: value = steps · scale, code = steps + zero point. Half as many operations as by way of the codes,
+    for the same integers.
+
+    scale, lowest, highest: [m], lowest and highest being the grid's ends minus its zero points.
+    """
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def round(self, x: Tensor, out: Tensor) -> Tensor:
+        """Steps of x [m], written to `out`; NaN stays NaN."""
+        return torch.div(x, self.scale, out=out).round_().clamp_(self.lowest, self.highest)
 
 
 def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int]) -> Grid:

@@ -49,17 +49,17 @@ def sweep(
     w = weight.T.contiguous().index_select(0, order)  # [n, m]: a column of the weight is a contiguous row here
     original = w.clone() if len(residuals) > 1 else w
     grids = grid.columns(order)
-    kernels = [upper, *(residual.to(w) for residual in residuals)]
-    codes = torch.empty_like(w)
+    kernels = [upper.div(upper.diagonal()[:, None]).neg_(), *(residual.to(w) for residual in residuals)]  # of e · U_jj = w - q
+    steps = torch.empty_like(w)
     # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
-    columns, originals, rounded, pivots = w.unbind(), original.unbind(), codes.unbind(), upper.diagonal().unbind()
+    columns, originals, rounded = w.unbind(), original.unbind(), steps.unbind()
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
         terms = w.new_empty(end - start, len(kernels), w.shape[1])  # [width, terms, m]: what multiplies the kernels
         inside = torch.stack([kernel[start:end, start:end] for kernel in kernels], 2)  # [width, width, terms]
         for j, row, term in zip(range(start, end), inside, terms, strict=True):
             error, *drifts = term.unbind()
-            torch.sub(grids[j].dequantize(grids[j].quantize(columns[j], out=rounded[j])), columns[j], out=error).div_(pivots[j])
+            torch.addcmul(columns[j], grids[j].round(columns[j], out=rounded[j]), grids[j].scale, value=-1, out=error)
             if drifts:
                 torch.mul(columns[j], alpha, out=drifts[0])
             if len(drifts) > 1:
@@ -67,7 +67,8 @@ def sweep(
             w[j + 1 : end].addmm_(row[j + 1 - start :], term)
         for kernel, term in zip(kernels, terms.unbind(1), strict=True):
             w[end:].addmm_(kernel[start:end, end:].T, term)
-    return codes.index_select(0, order.argsort()).T.contiguous()
+    steps = steps.index_select(0, order.argsort()).T.contiguous()
+    return steps.add_(grid.spread(steps.shape[1]).zero_point)
 
 
 def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:

@@ -1,7 +1,7 @@
 """Find the blocks of a vision transformer, and in each block its linears grouped by the input they share.
 
 Nothing here knows a family by name. Blocks are the innermost repeated modules (`blocks.3`, `encoder.layer.3`, MobileViT's `transformer.1`,
-Swin's `downsample`) that contain linears. Two trial forwards, of different images, show the rest:
+Swin's `downsample`) that contain linears. Two trial forwards, of an image without and with noise, show the rest:
 
     a block's input is the output of the one before, or not: then its tokens come from the model (MobileViT convolves in between)
     a linear's input does not depend on the images: it stays in floating point (Swin v2's relative positions), a constant in the end
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from marrq.errors import MarrqError
 
 BLOCK_NAME = re.compile(r"(.*\.)?((blocks|layers?|transformer)\.\d+|downsample)")
+TRIAL_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ class Block:
 
 @torch.no_grad()
 def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
-    """The blocks in order of execution. images: [at least 2, channels, height, width], for the trials; the first two must differ. Raises
-    MarrqError when the model has none, when one depends on more than its tokens, or when a linear is used other than by calling it."""
-    if torch.equal(images[0], images[1]):
-        raise MarrqError("the first two calibration images are the same: choose another --seed")
+    """The blocks in order of execution. images: [at least 1, channels, height, width], for a trial; the other trial is on it with noise.
+    Raises MarrqError when the model has none, when one depends on more than its tokens, or when a linear is used other than by calling
+    it."""
     candidates = _candidates(model)
     if not candidates:
         raise MarrqError("the model has no repeated blocks with linear layers: only vision transformers can be quantized")
-    first, second = (_record(model, candidates, images[row : row + 1]) for row in range(2))
+    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED)).to(images)
+    first, second = (_record(model, candidates, image) for image in (images[:1], images[:1] + noise))
     blocks: list[Block] = []
     before: Tensor | None = None
     for path, calls in first.items():

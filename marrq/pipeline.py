@@ -233,6 +233,8 @@ def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> li
     for passage in passages:
         inputs = [untouched.input_of(passage.target, tokens.to(run.device)) for tokens in streams.original[::SAMPLED]]
         sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        if not sample.isfinite().all():
+            return []  # the statistics will name the layer where that begins
         change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
         fold_basis(untouched, passage, change)
         fold_basis(block, passage, change)

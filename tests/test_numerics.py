@@ -191,7 +191,7 @@ def test_a_channel_out_of_the_ordinary_leaves_the_error_measured_right(weight: f
 
 @PIPELINE
 @torch.no_grad()
-def test_a_linear_whose_inputs_are_all_constant_is_quantized(method: str):
+def test_a_linear_whose_inputs_no_image_changes_stays_in_floating_point(method: str):
     def constant() -> nn.Module:
         model = vit()
         model.get_parameter("blocks.1.norm1.weight").zero_()
@@ -199,9 +199,9 @@ def test_a_linear_whose_inputs_are_all_constant_is_quantized(method: str):
 
     images = noise(8)
     model = quantized(constant(), images, "W2A8", method)
-    report = next(report for report in model.reports if report.path == "blocks.1.attn.qkv")
-    assert report.error < 1e-6
-    assert measured(report.path, model, constant(), images) < 1e-6
+    assert not any(report.path.startswith("blocks.1.attn") for report in model.reports)
+    assert type(model.module.get_submodule("blocks.1.attn.qkv")) is nn.Linear
+    assert model.module(images).isfinite().all()
 
 
 @PIPELINE

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.accuracy import Accuracy, measure_accuracy
 from runtime.environment import describe
+from runtime.files import size_bytes
 from runtime.latency import Latency, measure_latency
 from runtime.session import Model, SessionSettings, executed_operators
 
@@ -23,7 +24,7 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says."""
+    """A model to measure. file: what is run; path: what the user named; flavor: as its metadata says; parity: see runtime/parity.py."""
 
     name: str
     file: Path
@@ -31,6 +32,7 @@ class Entry:
     role: Literal["candidate", "baseline"]
     flavor: str
     bits_per_weight: float
+    parity: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ def _model(
         "path": entry.path,
         "role": entry.role,
         "flavor": entry.flavor,
-        "size_bytes": entry.file.stat().st_size,
+        "size_bytes": size_bytes(entry.file),
         "bits_per_weight": entry.bits_per_weight,
         "accuracy": asdict(accuracy),
         "latency": rows,
         "executed": executed,
+        "parity": entry.parity,
     }

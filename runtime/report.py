@@ -29,3 +29,33 @@ def table(report: dict[str, Any]) -> Table:
             ),
         )
     return result
+
+
+def parity_table(model: dict[str, Any]) -> Table:
+    """What each stage of a model's way to a served file does to its logits."""
+    section = model["parity"]
+    result = Table(title=f"{model['name']}, parity", caption=f"{section['images']} images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("\nstage")
+    for heading in ("cosine\nleast", "\nmedian", "same\ntop-1 %", "top-1 %\nbefore, after"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for stage in section["stages"]:
+        result.add_row(
+            stage["stage"],
+            f"{stage['least_cosine']:.5f}",
+            f"{stage['median_cosine']:.5f}",
+            f"{100 * stage['agreement']:.1f}",
+            f"{100 * stage['top1_source']:.1f}, {100 * stage['top1_target']:.1f}",
+        )
+    return result
+
+
+def parity_lines(section: dict[str, Any]) -> list[str]:
+    """The verdicts of a parity section: the first stage that loses, why each does, and how near the worst linear is."""
+    worst = max(section["linears"], key=lambda row: float(row["relative_error"]))
+    return [
+        f"the first stage that loses: {section['first_loss'] or 'none'}",
+        *(f"{stage['stage']} loses: {stage['loss']}" for stage in section["stages"] if stage["loss"]),
+        f"largest relative error of a linear on torch's input: {worst['relative_error']:.1e}, {worst['linear']}",
+        f"torch against itself with pixels nudged by a millionth: least cosine {section['nudged']['least_cosine']:.5f}, "
+        f"median {section['nudged']['median_cosine']:.5f}",
+    ]

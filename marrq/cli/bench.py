@@ -2,15 +2,18 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout, write_json
+from marrq.cli.parity import artifact_of, measure_parity
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
+    from marrq.data import ImageSet
     from runtime.bench import Entry
     from runtime.session import SessionSettings
 
@@ -29,6 +32,11 @@ def bench(
     provider: ProviderOption = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Tell what quantization, export and preprocessing lose, and name the first that does.")
+    ] = False,
+    artifact: Annotated[list[Path], typer.Option(help="What an ONNX file was exported from, for --parity; may be repeated.")] = [],  # noqa: B006
+    parity_images: Annotated[int, typer.Option(help="Images that --parity compares, drawn at random.", min=1)] = 256,
     json_file: JsonOption = None,
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
@@ -36,20 +44,35 @@ def bench(
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
-    from runtime.report import table
+    from runtime.report import parity_lines, parity_table, table
     from runtime.session import SessionSettings
 
     settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
+    artifacts = {str(path): artifact_of(path, artifact, settings.session) for path in paths} if parity else {}
     with tempfile.TemporaryDirectory() as scratch:
         entries, metadata = _entries(paths, flavor, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
+        if parity:
+            entries = _with_parity(entries, artifacts, images.draw(min(parity_images, len(images)), 0), settings.session)
         batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
         with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
     stdout.print(table(report))
+    for model in report["models"]:
+        if model["parity"] is not None:
+            stdout.print(parity_table(model))
+            stdout.print("\n".join(parity_lines(model["parity"])), highlight=False, markup=False)
     write_json(json_file, report)
+
+
+def _with_parity(entries: "list[Entry]", artifacts: dict[str, Path], images: "ImageSet", settings: "SessionSettings") -> "list[Entry]":
+    """The entries, candidates with how they compare with their artifacts. artifacts: by the path that the user gave."""
+    candidates = [entry for entry in entries if entry.role == "candidate"]
+    with progress_bars(parity=len(images) * len(candidates)) as [bar]:
+        sections = {entry.name: measure_parity(artifacts[entry.path], entry.file, images, settings, bar.advance) for entry in candidates}
+    return [replace(entry, parity=sections.get(entry.name)) for entry in entries]
 
 
 def _entries(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from marrq.data import ImageSet
     from marrq.pipeline import QuantizedModel
     from runtime.session import SessionSettings
@@ -67,23 +69,22 @@ def measure_parity(
         rows.append([*(logits.numpy() for logits in torchs), session.run(pixels.numpy()), session.run(served)])
         images_done(len(pixels))
     logits = Logits(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
-    return parity(logits, np.array(images.targets), _linear_errors(model, file, images, settings), pixel_difference)
+    errors = linear_errors(model, file, images.pixels(model.preprocessing)[:LINEAR_IMAGES], settings)
+    return parity(logits, np.array(images.targets), errors, pixel_difference)
 
 
-def _linear_errors(model: "QuantizedModel", file: Path, images: "ImageSet", settings: "SessionSettings") -> dict[str, float]:
-    """Relative error of each quantized linear of the file, on what enters it in torch."""
-    from torch import Tensor
-
+def linear_errors(model: "QuantizedModel", file: Path, pixels: "Tensor", settings: "SessionSettings") -> dict[str, float]:
+    """Relative error of each quantized linear of the file, alone, on what enters it in torch. pixels: [images, channels, height, width]."""
     from marrq.evaluate import watch_linears
     from runtime.parity import LinearsAlone, relative_error
 
     linears, tensors = LinearsAlone(file, settings), model.module.state_dict()
     errors: dict[str, float] = {}
 
-    def seen(path: str, x: Tensor, y: Tensor) -> None:
+    def seen(path: str, x: "Tensor", y: "Tensor") -> None:
         scale = linears.scale(path)
         expected = y if scale is None else y * tensors[scale]
         errors[path] = relative_error(linears.run(path, x.numpy()), expected.numpy())
 
-    watch_linears(model.module, images.pixels(model.preprocessing)[:LINEAR_IMAGES], seen)
+    watch_linears(model.module, pixels, seen)
     return errors

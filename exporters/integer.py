@@ -10,6 +10,10 @@ model is loaded, and the graph names the kernel itself, with the bias in it, so 
 The kernel is in ONNX Runtime's own domain `com.microsoft`; the operators around it are standard. Written as DequantizeLinear → MatMul → Add
 it would run too, but with the bias as a pass of its own: at batch 1 that costs a tenth of the whole forward of a ViT-S.
 
+A grid of the whole tensor that is found at run time takes the place of the constants there, for 1.03 times the static linear's time (384 →
+1536, ONNX Runtime 1.32.0). DynamicQuantizeMatMul, a kernel that finds the range itself, takes 1.01, but clips nothing, and q, k and v would
+each look for their range.
+
 With per-token activations no kernel takes the scale s and the zero point z of each row. So the kernel multiplies the codes q by the weight
 W alone, and one small float product adds what z and the bias b come to:
 
@@ -21,6 +25,10 @@ quantizing by Div, Round, Add, Clip and Cast in place of QuantizeLinear 0.41 and
 
 With group scales each group of inputs is a kernel of its own, and their outputs are summed. On the same linears, as a ratio to the float
 product's time: a scale per channel 0.31 and 0.29, groups of 128 inputs 0.45 and 0.51, of 64 0.67 and 0.76, of 32 1.44 and 1.72.
+
+A quantized patch embedding, 16 × 16 pixels to 384 channels, takes 0.33 of the float convolution's time at batch 1 and 0.18 at batch 8 (ONNX
+Runtime 1.32.0); ONNX Runtime itself moves QuantizeLinear before the Transpose that makes patches. The head's product has rank 2, which the
+kernel takes when it is named.
 
 A low-rank branch reads the dequantized codes and runs in float beside the kernel.
 """
@@ -84,10 +92,10 @@ class Integer:
 
 def _product(site: Site) -> ir.Value:
     x = site.input_codes()
-    return with_lowrank(site, _per_token(site, x) if x.per_token else _static(site, x))
+    return with_lowrank(site, _per_token(site, x) if x.per_token else _per_tensor(site, x))
 
 
-def _static(site: Site, x: InputCodes) -> ir.Value:
+def _per_tensor(site: Site, x: InputCodes) -> ir.Value:
     bias = [] if site.rows.bias is None else [site.constant("bias", site.rows.bias.numpy())]
     return _kernel(site, x.codes, x.scale, x.zero_point, *bias)
 

@@ -2,8 +2,9 @@
 
 A flavour is a function from a `Site` to the value that takes the placeholder's output's place. Common to them are the input's codes,
 
-    static       x → QuantizeLinear(scale, zero point) [→ Clip]                                       one grid, found in calibration
-    per token    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]           as `grid_from_range` has it
+    static     x → QuantizeLinear(scale, zero point) [→ Clip]                                     one grid, found in calibration
+    dynamic    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]         of a token or of the tensor, as
+                                                                                                  `grid_from_range` has it
 
 the weight's codes, widened to int8 from the narrowest initializer that holds them, and the low-rank branch L (R x). All of it is standard
 ONNX. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes
@@ -29,6 +30,7 @@ from exporters.passes import (
     attend_on_tokens,
     drop_open_masks,
     drop_unread_tokens,
+    flatten_patches,
     fuse_attention,
     placeholders,
     split_qkv,
@@ -162,7 +164,7 @@ class Site:
         assert self.quantizer is not None
         key = (self.x, *(float(number) for number in self.quantizer.buffers()))
         if key not in self._made:
-            self._made[key] = _per_token_codes(self) if self.quantizer.spec.strategy == "per-token" else _static_codes(self)
+            self._made[key] = _static_codes(self) if self.quantizer.spec.is_static else _dynamic_codes(self)
         codes = self._made[key]
         assert isinstance(codes, InputCodes)
         return codes
@@ -196,11 +198,14 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
     lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, opset)
     split_qkv(lowered.graph)
     absorb_scales(lowered.graph)
+    flatten_patches(lowered.graph)
     drop_open_masks(lowered.graph)
     if opset == ATTENTION_OPSET:
         fuse_attention(lowered.graph)
         attend_on_tokens(lowered.graph)
-    drop_unread_tokens(lowered.graph)
+    activation = model.scheme.activation
+    if activation is None or activation.strategy != "per-tensor-dynamic":  # the range of the tensor is that of all its tokens
+        drop_unread_tokens(lowered.graph)
     RemoveUnusedNodesPass()(lowered)  # a linear may stand there twice now, once unread
     made: dict[tuple[object, ...], InputCodes | ir.Value] = {}
     ends: list[tuple[ir.Node, ir.Value, ir.Value]] = []
@@ -273,17 +278,18 @@ def _static_codes(site: Site) -> InputCodes:
     return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=False)
 
 
-def _per_token_codes(site: Site) -> InputCodes:
-    """The grid of each token spans its clipped range and 0; all channels of a token are one block of the operators.
+def _dynamic_codes(site: Site) -> InputCodes:
+    """The grid of each token, or of the tensor, spans its clipped range and 0; all channels of a token are one block of the operators.
 
-    torch gives a token of zeros the scale 1; here it is the least normal number, and its codes and zero point are 0 with either.
+    torch gives a range of zeros the scale 1; here it is the least normal number, and codes and zero point are 0 with either.
     """
     assert site.quantizer is not None
     _, high = site.quantizer.spec.code_range
+    per_token = site.quantizer.spec.strategy == "per-token"
     zero, clip = site.constant("input_zero", np.array(0, np.float32)), site.constant("input_clip", site.quantizer.clip.numpy())
-    channels = site.constant("input_channels", np.array([-1]))
+    axes = [site.constant("input_channels", np.array([-1]))] if per_token else []
     minimum, maximum = (
-        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [site.x, channels]), clip]), zero])
+        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [site.x, *axes], keepdims=int(per_token)), clip]), zero])
         for extreme, bound in (("Min", "Min"), ("Max", "Max"))
     )
     steps = site.constant("input_steps", np.array(high, np.float32))
@@ -291,8 +297,9 @@ def _per_token_codes(site: Site) -> InputCodes:
     scale = site.add("Max", [width, site.constant("input_least_scale", np.array(np.finfo(np.float32).tiny))])
     below = site.add("Neg", [site.add("Div", [minimum, scale])])
     zero_point = site.add("Cast", [site.add("Round", [below])], to=int(ir.DataType.UINT8))
-    codes = site.add("QuantizeLinear", [site.x, scale, zero_point], axis=-1, block_size=site.rows.codes.shape[1])
-    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=True)
+    inputs, channels = [site.x, scale, zero_point], site.rows.codes.shape[1]
+    codes = site.add("QuantizeLinear", inputs, axis=-1, block_size=channels) if per_token else site.add("QuantizeLinear", inputs)
+    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token)
 
 
 def _dequantized(site: Site, x: InputCodes) -> ir.Value:

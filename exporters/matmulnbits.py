@@ -25,7 +25,7 @@ from exporters.lowering import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_D
 from marrq.errors import MarrqError
 from marrq.packing import pack
 from marrq.pipeline import QuantizedModel
-from marrq.schemes import Scheme
+from marrq.schemes import EDGE_BITS, Scheme
 
 OPERATOR = "MatMulNBits"
 BLOCK_SIZES = (128, 64, 32, 16)
@@ -62,7 +62,8 @@ class MatMulNBits:
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to load such a file and to give the same logits."""
-        return FUSED_ONNXRUNTIME if self.fuse else LOWEST_ONNXRUNTIME[self.container_bits(scheme)]
+        widths = {self.container_bits(scheme), *([EDGE_BITS] if scheme.edges else [])}
+        return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph of a quantized model on MatMulNBits."""

@@ -2,9 +2,9 @@
 
 Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`, `marrq.scheme`, `marrq.method`,
 `marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
-`marrq.container_bits` (of one weight code in this file), the options of the flavour, and `marrq.lowest_onnxruntime`. The opset and IR
-version are the lowest that the graph needs: servers refuse versions newer than they know. `marrq.linears` says where each linear begins
-and ends in the graph (exporters/lowering.py).
+`marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized linears, by their scheme), the options of
+the flavour, and `marrq.lowest_onnxruntime`. The opset and IR version are the lowest that the graph needs: servers refuse versions newer
+than they know. `marrq.linears` says where each linear begins and ends in the graph (exporters/lowering.py).
 
 A protobuf ends at 2 GiB. The tensors of a larger model are kept beside it, in one file named like it with `.data` behind, which has to go
 where the model goes.
@@ -30,6 +30,7 @@ from exporters.qdq import Qdq
 from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.models import VisionModel, load_source
+from marrq.modules import quantized_linears
 from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
@@ -74,6 +75,20 @@ NO_OPTIONS: Options = MappingProxyType({})
 OPTIONS = {"symmetric": ("qdq",), "accuracy_level": ("matmulnbits",), "fuse": ("integer", "matmulnbits")}
 """The flavours that take each option."""
 
+VARIANTS: dict[str, tuple[str, Options]] = {
+    "integer": ("integer", NO_OPTIONS),
+    "matmulnbits": ("matmulnbits", NO_OPTIONS),
+    "matmulnbits level 4": ("matmulnbits", {"accuracy_level": 4}),
+    "qdq": ("qdq", NO_OPTIONS),
+    "qdq symmetric": ("qdq", {"symmetric": True}),
+}
+"""Flavours with the options that are worth measuring beside each other."""
+
+
+def variants(scheme: Scheme) -> list[str]:
+    """Those of VARIANTS that can express a scheme."""
+    return [name for name, (flavor, options) in VARIANTS.items() if FLAVORS[flavor](**options).objection(scheme) is None]
+
 
 def suitable_flavor(model: QuantizedModel) -> str:
     """The first flavour that can express the artifact's scheme; `qdq` can express them all."""
@@ -113,10 +128,20 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "method": model.method.name,
         "artifact": artifact,
         "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
+        "schemes": json.dumps(_paths_by_scheme(model)),
         "container_bits": str(chosen.container_bits(model.scheme)),
         "lowest_onnxruntime": chosen.lowest_onnxruntime(model.scheme),
     }
     _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path)
+
+
+def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
+    """The quantized linears by what each of them has got, so that what runs can be held against it."""
+    paths: dict[str, list[str]] = {}
+    for path, linear in quantized_linears(model.module).items():
+        scheme = Scheme(linear.spec, linear.input.spec if linear.input is not None else None)
+        paths.setdefault(str(scheme), []).append(path)
+    return paths
 
 
 def _able(scheme: Scheme) -> list[str]:

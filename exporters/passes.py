@@ -61,6 +61,24 @@ def absorb_scales(graph: ir.Graph) -> None:
         graph.remove(multiply, safe=True)
 
 
+def flatten_patches(graph: ir.Graph) -> None:
+    """[b, rows, columns, c] → Transpose (0, 3, 1, 2) → Reshape [b, c, n] → Transpose (0, 2, 1) becomes one Reshape: as a linear the patch
+    embedding makes tokens from the start."""
+    for first in [node for node in graph if node.op_type == "Transpose" and _perm(node) == (0, 3, 1, 2)]:
+        reshape = _only_consumer(first, "Reshape")
+        last = _only_consumer(reshape, "Transpose")
+        patches = first.inputs[0]
+        if last is None or reshape is None or patches is None or _perm(last) != (0, 2, 1) or len(_shape(last)) != 3:
+            continue
+        _, rows, columns, channels = _dimensions(patches)
+        if list(_shape(last)[1:]) != [rows * columns, channels]:
+            continue
+        shape = add_constant(graph, f"{last.name}_shape", np.array([0, -1, channels]))
+        tokens = ir.node("Reshape", [patches, shape], name=f"{last.name}_tokens")
+        tokens.outputs[0].shape, tokens.outputs[0].type = last.outputs[0].shape, last.outputs[0].type
+        ir.convenience.replace_nodes_and_values(graph, last, [last, reshape, first], [tokens], last.outputs, tokens.outputs)
+
+
 def drop_open_masks(graph: ir.Graph) -> None:
     """An Add of Where(all true, 0, -∞) goes: the mask of a model that hides no token."""
     for node in [node for node in graph if node.op_type == "Where"]:

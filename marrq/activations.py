@@ -1,12 +1,18 @@
-"""Quantization of a linear's input: one grid for the tensor, found in calibration, or one grid per token, found at run time.
+"""Quantization of a linear's input: one grid for the tensor, found in calibration or at run time, or one grid per token, found at run time.
 
 The range is searched, not taken as seen: clipping a few outliers buys a finer grid for the rest. Of a range [c · min, c · max] the factor c
 is chosen that does least harm to the outputs of the linears that read the input,
 
     c = argmin ‖(q_c(x) - x) Wᵀ‖²
 
-over a sample of tokens, so that no layer's inputs are kept. min and max are those of the tensor over all calibration tokens, or, with one
-grid per token, those of the token at hand: then c alone is found in calibration.
+over a sample of tokens, so that no layer's inputs are kept. min and max are
+
+    per-tensor            those of the tensor over all calibration tokens
+    per-tensor-dynamic    those of the tensor at hand
+    per-token             those of the token at hand
+
+and with the last two c alone is found in calibration. The tensor at hand is a whole batch: with `per-tensor-dynamic` what an image becomes
+depends on the images beside it. Calibration sees batches of the pipeline's size, and two runs can be compared on equal batches only.
 """
 
 import torch
@@ -27,7 +33,7 @@ class ActivationQuantizer(nn.Module):
     clip: Tensor
 
     def __init__(self, spec: ActivationSpec, grid: Grid | Tensor) -> None:
-        """grid: the static one; for per-token activations the factor c, a scalar, since their grids are found anew for every x."""
+        """grid: the static one; for dynamic activations the factor c, a scalar, since their grids are found anew for every x."""
         super().__init__()
         self.spec = spec
         if isinstance(grid, Grid):
@@ -37,10 +43,11 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer("clip", grid)
 
     def grid(self, x: Tensor) -> Grid:
-        """The grid for x: static [], or per token [..., 1]."""
-        if self.spec.strategy == "per-token":
-            return grid_from_range(x.amin(-1, keepdim=True) * self.clip, x.amax(-1, keepdim=True) * self.clip, self.spec.code_range)
-        return Grid(self.scale, self.zero_point, *self.spec.code_range)
+        """The grid for x: per tensor [], or per token [..., 1]."""
+        if self.spec.is_static:
+            return Grid(self.scale, self.zero_point, *self.spec.code_range)
+        minimum, maximum = x.aminmax() if self.spec.strategy == "per-tensor-dynamic" else x.aminmax(dim=-1, keepdim=True)
+        return grid_from_range(minimum * self.clip, maximum * self.clip, self.spec.code_range)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., n]."""
@@ -65,15 +72,19 @@ class RangeObserver:
 
     def quantizer(self, spec: ActivationSpec, weight: Tensor) -> ActivationQuantizer:
         """The quantizer with the least error in the outputs. weight: [m, n], of all linears that read the input."""
-        minimum, maximum = torch.stack(self._minimum).amin(), torch.stack(self._maximum).amax()
         sample = torch.cat(self._sample)
+        minimum, maximum = self._ranges(spec, sample)
+        grids = [grid_from_range(minimum * factor, maximum * factor, spec.code_range) for factor in CLIP_FACTORS]
+        errors = torch.stack([((grid.nearest(sample) - sample) @ weight.T).square().sum() for grid in grids])
+        best = int(errors.argmin())
+        return ActivationQuantizer(spec, grids[best] if spec.is_static else sample.new_tensor(CLIP_FACTORS[best]))
 
-        def clipped(factor: float) -> ActivationQuantizer:
-            static = spec.strategy == "per-tensor"
-            return ActivationQuantizer(
-                spec, grid_from_range(minimum * factor, maximum * factor, spec.code_range) if static else minimum.new_tensor(factor)
-            )
-
-        quantizers = [clipped(factor) for factor in CLIP_FACTORS]
-        errors = torch.stack([((quantizer(sample) - sample) @ weight.T).square().sum() for quantizer in quantizers])
-        return quantizers[int(errors.argmin())]
+    def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value that the grid of each token of the sample spans: [], or [tokens, 1]."""
+        if spec.strategy == "per-token":
+            return sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)
+        minimum, maximum = torch.stack(self._minimum), torch.stack(self._maximum)
+        if spec.is_static:
+            return minimum.amin(), maximum.amax()
+        tokens = torch.tensor([len(batch) for batch in self._sample], device=sample.device)
+        return minimum.repeat_interleave(tokens)[:, None], maximum.repeat_interleave(tokens)[:, None]

@@ -4,7 +4,7 @@
     model.safetensors    per linear, as far as it has them, weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale,
                          input_zero_point, input_clip, lowrank_left, lowrank_right and their scales;
                          every other tensor of the model in floating point, under its own name
-    quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds
+    quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds, whether at an edge
     README.md            a model card
 
 Saving is atomic: the folder is written beside its place and renamed, so it is complete or absent. Loading refuses what is damaged
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer
 from marrq.affine import Grid
+from marrq.edges import put_patches
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRank, LowRankSpec, StoredFactor
 from marrq.methods.problem import PID, AlphaSpec, MethodSpec, Step
@@ -38,7 +39,10 @@ from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 
 FORMAT = "marrq.artifact"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLDEST_VERSION = 2
+"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, and nothing else sets them apart."""
+
 OPTIONAL = ("bias", "lowrank_left", "lowrank_right", "lowrank_left_scale", "lowrank_right_scale")
 CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
 
@@ -71,7 +75,8 @@ def load(folder: Path) -> QuantizedModel:
         source = ModelSource(**config["model"])
         scheme = _scheme(config["scheme"])
         method = _method(config["method"])
-        module = _restore(build(source), load_file(folder / TENSORS), scheme)
+        edges = {report.path for report in reports if report.edge}
+        module = _restore(build(source), load_file(folder / TENSORS), scheme, edges)
         preprocessing = Preprocessing.from_json(config["preprocessing"])
         calibration, labels = CalibrationSet(**config["calibration"]), tuple(config["labels"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -91,9 +96,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MarrqError(f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the model again") from error
     if kind != FORMAT or not isinstance(number, int):
         raise MarrqError(f"{str(folder)!r} is no marrq artifact: give a folder that `marrq quantize` wrote")
-    if number != FORMAT_VERSION:
+    if not OLDEST_VERSION <= number <= FORMAT_VERSION:
         advice = "upgrade marrq" if number > FORMAT_VERSION else "quantize the model again"
-        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {FORMAT_VERSION}: {advice}")
+        reads = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
+        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {reads}: {advice}")
     if not (folder / TENSORS).is_file() or _sha256(folder / TENSORS) != expected:
         raise MarrqError(f"artifact {str(folder)!r} is damaged ({TENSORS} is missing or not what was saved): quantize the model again")
     return config
@@ -135,7 +141,7 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     if linear.spec.grid == "asymmetric":
         tensors["weight_zero_point"] = linear.zero_point
     tensors |= {name: tensor for name in OPTIONAL if (tensor := getattr(linear, name)) is not None}
-    if linear.input is not None and linear.input.spec.strategy == "per-tensor":
+    if linear.input is not None and linear.input.spec.is_static:
         tensors["input_scale"] = linear.input.scale
         tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
     elif linear.input is not None:
@@ -143,14 +149,16 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme) -> nn.Module:
-    """Put the quantized linears into an architecture without weights, and the float tensors around them."""
+def _restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme, edges: set[str]) -> nn.Module:
+    """Put the quantized linears into an architecture without weights, and the float tensors around them. edges: paths of linears there."""
     marker = ".weight_packed"
     for path in [name.removesuffix(marker) for name in tensors if name.endswith(marker)]:
         prefix = path + "."
         mine = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, _restored_linear(mine, scheme))
+        parent, _, _ = path.rpartition(".")
+        if isinstance(module.get_submodule(parent), nn.Conv2d):
+            put_patches(module, parent)
+        module.set_submodule(path, _restored_linear(mine, scheme.of_edges if path in edges else scheme))
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     inside = tuple(path + "." for path in quantized_linears(module))
     missing = [name for name in missing if not name.startswith(inside)]
@@ -178,9 +186,9 @@ def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
 
 
 def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> ActivationQuantizer:
-    if spec.strategy == "per-token":
-        return ActivationQuantizer(spec, tensors["input_clip"])
-    return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
+    if spec.is_static:
+        return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
+    return ActivationQuantizer(spec, tensors["input_clip"])
 
 
 def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
@@ -201,7 +209,8 @@ def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
 
 def _scheme(fields: dict[str, Any]) -> Scheme:
     activation = fields["activation"]
-    return Scheme(WeightSpec(**fields["weight"]), None if activation is None else ActivationSpec(**activation))
+    spec = None if activation is None else ActivationSpec(**activation)
+    return Scheme(WeightSpec(**fields["weight"]), spec, fields.get("edges", False))
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:
@@ -215,11 +224,13 @@ def _report(fields: dict[str, Any]) -> ModuleReport:
 
 
 def _card(model: QuantizedModel) -> str:
+    edges = sum(report.edge for report in model.reports)
+    at_edges = f", {edges} at the edges 8-bit ones" if edges else ""
     return f"""# {model.source.name}, {model.scheme.description}
 
 Quantized by marrq with the method `{model.method.name}`, on {model.calibration.samples} images of
-`{model.calibration.data}` (seed {model.calibration.seed}). {len(model.reports)} linear layers have
-{model.scheme.weight.num_bits}-bit weights. Everything else is in floating point.
+`{model.calibration.data}` (seed {model.calibration.seed}). {len(model.reports) - edges} linear layers have
+{model.scheme.weight.num_bits}-bit weights{at_edges}. Everything else is in floating point.
 
     marrq export DIR --format onnx -o model.onnx
     marrq bench DIR --data IMAGES

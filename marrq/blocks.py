@@ -1,9 +1,13 @@
-"""Find the chain of blocks of a vision transformer, and in each block its linears grouped by the input they share.
+"""Find the blocks of a vision transformer, and in each block its linears grouped by the input they share.
 
-Nothing here knows a family by name. Blocks are the innermost repeated modules (`blocks.3`, `encoder.layer.3`, Swin's `downsample`) that
-contain linears. A trial forward must then show that they form a chain: each block's input is the output of the one before. What a block
-is called with besides its input (Swin's resolution, rotary tables) is recorded, and a second trial with other images must show that it
-does not depend on the images. A model for which this fails is refused.
+Nothing here knows a family by name. Blocks are the innermost repeated modules (`blocks.3`, `encoder.layer.3`, MobileViT's `transformer.1`,
+Swin's `downsample`) that contain linears. Two trial forwards, of different images, show the rest:
+
+    a block's input is the output of the one before, or not: then its tokens come from the model (MobileViT convolves in between)
+    a linear's input does not depend on the images: it stays in floating point (Swin v2's relative positions), a constant in the end
+    what a block is called with besides its input (Swin's resolution, rotary tables) is the same for other images
+
+A model for which the last does not hold, or which uses a linear other than by calling it once, is refused.
 """
 
 import copy
@@ -19,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from marrq.errors import MarrqError
 
-BLOCK_NAME = re.compile(r"(.*\.)?((blocks|layers?)\.\d+|downsample)")
+BLOCK_NAME = re.compile(r"(.*\.)?((blocks|layers?|transformer)\.\d+|downsample)")
 
 
 @dataclass(frozen=True)
@@ -27,54 +31,78 @@ class Block:
     """One block: tokens in, tokens out.
 
     path: where it stands in the model; groups: paths of its linears within the block, in order of execution, one tuple for linears
-    that share an input; arguments, keywords: what the model calls it with besides the tokens.
+    that share an input; follows: whether its tokens are the output of the block before it; arguments, keywords: what the model calls it
+    with besides the tokens.
     """
 
     path: str
     module: nn.Module
     groups: tuple[tuple[str, ...], ...]
+    follows: bool
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The block's output tokens."""
-        return _first(self.module(tokens, *self.arguments, **self.keywords))
+        return first_output(self.module(tokens, *self.arguments, **self.keywords))
 
     def linear(self, name: str) -> nn.Linear:
         """The linear at a path within the block."""
         return cast(nn.Linear, self.module.get_submodule(name))
 
+    def path_of(self, linear: str) -> str:
+        """Where a linear stands in the model; linear: its path within the block."""
+        return f"{self.path}.{linear}" if self.path else linear
+
     def copied(self) -> "Block":
         """The same block with parameters of its own."""
         return replace(self, module=copy.deepcopy(self.module))
 
+    def in_float64(self) -> "Block":
+        """A copy in float64, with the tensors that it is called with."""
+
+        def double(value: Any) -> Any:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        keywords = {name: double(value) for name, value in self.keywords.items()}
+        module = copy.deepcopy(self.module).double()
+        return replace(self, module=module, arguments=tuple(map(double, self.arguments)), keywords=keywords)
+
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
         """What the linear (a path within the block) receives when the block gets `tokens`; nothing after it is computed."""
-        with _stop_at(self.module.get_submodule(linear)) as reached:
+        with stop_at(self.module.get_submodule(linear)) as reached:
             self(tokens)
         return reached[0]
 
 
 @torch.no_grad()
 def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
-    """The blocks in order of execution. images: [at least 2, channels, height, width], for the trial. Raises MarrqError when the model
-    has none, when they are no chain, or when a linear is used other than by calling it."""
+    """The blocks in order of execution. images: [at least 2, channels, height, width], for the trials; the first two must differ. Raises
+    MarrqError when the model has none, when one depends on more than its tokens, or when a linear is used other than by calling it."""
+    if torch.equal(images[0], images[1]):
+        raise MarrqError("the first two calibration images are the same: choose another --seed")
     candidates = _candidates(model)
     if not candidates:
         raise MarrqError("the model has no repeated blocks with linear layers: only vision transformers can be quantized")
-    trace = _record(model, candidates, images[:1])
-    blocks = []
-    for path, calls in trace.items():
+    first, second = (_record(model, candidates, images[row : row + 1]) for row in range(2))
+    blocks: list[Block] = []
+    before: Tensor | None = None
+    for path, calls in first.items():
         if len(calls) != 1:
             raise MarrqError(f"block {path!r} runs {len(calls)} times in one forward: only blocks that run once can be quantized")
-        blocks.append(Block(path, candidates[path], _groups(path, candidates[path], calls[0]), *calls[0].rest))
-    _check_chain(model, blocks, images[1:2])
+        [call], [other] = calls, second[path]
+        groups = _groups(path, candidates[path], call, other)
+        block = Block(path, candidates[path], groups, before is not None and _same(before, other.tokens), *call.rest)
+        if not _same(block(other.tokens), other.output):
+            raise MarrqError(f"block {path!r} gives other tokens alone than in the model: what else it reads depends on the images")
+        blocks.append(block)
+        before = other.output
     return blocks
 
 
 def first_input(model: nn.Module, block: Block, images: Tensor) -> Tensor:
-    """The tokens that enter the block when the model gets `images`; nothing after it is computed."""
-    with _stop_at(block.module) as reached:
+    """The tokens that enter the block when the model, or a copy of it, gets `images`; nothing after it is computed."""
+    with stop_at(model.get_submodule(block.path)) as reached:
         model(images)
     return reached[0]
 
@@ -112,7 +140,7 @@ def _record(model: nn.Module, candidates: dict[str, nn.Module], images: Tensor) 
                 raise MarrqError(f"block {path!r} does not take its tokens as first argument: it cannot be quantized")
             inside = set(module.modules())
             mine = [(linear, x) for linear, x in linears if linear in inside]
-            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, _first(output)))
+            trace.setdefault(path, []).append(_Call(arguments[0], (arguments[1:], dict(keywords)), mine, first_output(output)))
 
         return hook
 
@@ -123,34 +151,32 @@ def _record(model: nn.Module, candidates: dict[str, nn.Module], images: Tensor) 
     return trace
 
 
-def _groups(path: str, module: nn.Module, call: _Call) -> tuple[tuple[str, ...], ...]:
-    """The block's linears, grouped by identity of their input."""
-    names: dict[nn.Module, str] = {child: name for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    called = [linear for linear, _ in call.linears]
+def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tuple[str, ...], ...]:
+    """The block's linears, grouped by identity of their input, without those whose input is the same in a call with other images."""
+    fixed = {linear for (linear, x), (_, y) in zip(call.linears, other.linears, strict=True) if torch.equal(x, y)}
+    names = {child: name for name, child in module.named_modules() if isinstance(child, nn.Linear) and child not in fixed}
+    called = [(linear, x) for linear, x in call.linears if linear in names]
     for child, name in names.items():
-        if called.count(child) != 1:
-            raise MarrqError(f"linear {path}.{name} is called {called.count(child)} times in one forward: it cannot be quantized")
-    groups: list[tuple[Tensor, list[str]]] = []
-    for linear, x in call.linears:
-        shared = next((members for seen, members in groups if seen is x), None)
-        if shared is None:
-            groups.append((x, [names[linear]]))
-        else:
-            shared.append(names[linear])
-    return tuple(tuple(members) for _, members in groups)
+        count = sum(linear is child for linear, _ in called)
+        if count != 1:
+            raise MarrqError(f"linear {path}.{name} is called {count} times in one forward: it cannot be quantized")
+    return group_by_input([(names[linear], x) for linear, x in called])
 
 
-def _check_chain(model: nn.Module, blocks: list[Block], images: Tensor) -> None:
-    """Each block, called alone on the output of the one before, gives what it gives inside the model."""
-    trace = _record(model, {block.path: block.module for block in blocks}, images)
-    tokens = trace[blocks[0].path][0].tokens
-    for block in blocks:
-        tokens = block(tokens)
-        if not torch.allclose(tokens, trace[block.path][0].output, rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise MarrqError(f"block {block.path!r} does not follow from the one before it alone: the model is no chain of blocks")
+def group_by_input(calls: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
+    """Names of linears that were called, one tuple for those that were given the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, x in calls:
+        groups.setdefault(id(x), []).append(name)
+    return tuple(tuple(members) for members in groups.values())
 
 
-def _first(output: Any) -> Tensor:
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether they are equal but for rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def first_output(output: Any) -> Tensor:
     """Tokens of a block's output; transformers' blocks may return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -165,14 +191,13 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class _Reached(Exception):
-    pass
-
-
 @contextmanager
-def _stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
+def stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
     """Catch the first argument of the module's first call, and end the forward there."""
     reached: list[Tensor] = []
+
+    class _Reached(Exception):  # one for each call, which may stand within another
+        pass
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         reached.append(arguments[0])

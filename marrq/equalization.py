@@ -3,9 +3,10 @@
     y = W LN(x) = (W diag(s)) (diag(1/s) LN(x)),        1/s is folded into the norm's weight and bias: free at run time
 
 AWQ (arXiv 2306.00978) takes s = rms(x)^a, which protects the weights of strong inputs. With one grid per output channel and a sweep that
-compensates, that was worse than nothing in nearly every linear we measured; what helps is to even out the columns of the weight, s =
-rms(W)^-b, which share each row's range [ours]. So both are candidates, and the least error of the outputs decides, activations quantized as
-they will be:
+compensates, that was worse than nothing in nearly every linear we measured; to even out the columns of the weight, s = rms(W)^-b, which
+share each row's range, helps, and both together help most where activations are coarse: s = √(rms(x) / rms(W)) is what marrq/balance.py
+derives, for channels that cannot be mixed [ours]. So there are candidates, and the least error of the outputs decides, activations
+quantized as they will be:
 
     ‖Q q(x / s) - W x‖²        over a sample of tokens, Q swept with the same tokens
 
@@ -25,7 +26,7 @@ from marrq.methods.gptq import sweep
 from marrq.schemes import Scheme
 from marrq.statistics import factorize
 
-CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.0, 0.25), (0.0, 0.5), (0.0, 0.75))
+CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
 """Exponents (a, b) of s = rms(x)^a · rms(W)^-b; the first leaves all as it is."""
 DAMPING = 0.01
 
@@ -63,7 +64,7 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     return candidates[int(errors.argmin())]
 
 
-def fold(block: Block, norm: str, group: Sequence[str], scale: Tensor) -> None:
+def fold_scale(block: Block, norm: str, group: Sequence[str], scale: Tensor) -> None:
     """Divide the norm's output by s and multiply the linears' inputs with it: the block computes what it did."""
     module = block.module.get_submodule(norm)
     for parameter in (module.weight, getattr(module, "bias", None)):

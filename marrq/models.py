@@ -3,7 +3,9 @@
 demo                              the small ViT that travels inside this package
 vit_small_patch16_224.augreg…     a timm name (weights from the hub)
 hf-hub:… / local-dir:…            a timm checkpoint on the hub / in a folder
-a folder or org/name              a transformers image-classification model
+a folder or org/name              a transformers model of the class that its config.json names; of one of images and text the vision tower
+
+A model without classes, timm's without a head and transformers' without logits, gives features.
 """
 
 import hashlib
@@ -45,9 +47,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class VisionModel:
-    """A model in evaluation mode that maps float32 [batch, channels, height, width] to logits [batch, classes].
+    """A model in evaluation mode that maps float32 [batch, channels, height, width] to logits [batch, classes], or to features [batch, …].
 
-    labels: class names in the order of the logits; "0", "1", … where the model does not tell.
+    labels: class names in the order of the logits; "0", "1", … where the model does not tell; none where it has no classes.
     """
 
     module: nn.Module
@@ -56,16 +58,24 @@ class VisionModel:
     labels: tuple[str, ...]
 
 
-class TransformersLogits(nn.Module):
-    """A transformers classifier as a function from a tensor to a tensor."""
+OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
+"""What a transformers model may give that describes the image, in the order of preference."""
+
+
+class TransformersOutput(nn.Module):
+    """A transformers model as a function from a tensor to a tensor: the first of `OUTPUTS` that it gives."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits of a batch."""
-        return cast(Tensor, self.model(pixel_values=pixels).logits)
+        """Logits or features of a batch."""
+        output = self.model(pixel_values=pixels)
+        name = next((name for name in OUTPUTS if name in output), None)
+        if name is None:
+            raise MarrqError(f"{type(self.model).__name__} gives none of {', '.join(OUTPUTS)}: give a classifier or feature extractor")
+        return cast(Tensor, output[name])
 
 
 def load_model(name: str) -> VisionModel:
@@ -87,9 +97,9 @@ def load_model(name: str) -> VisionModel:
 def build(source: ModelSource) -> nn.Module:
     """The architecture of the source without its weights."""
     if source.library == "timm":
-        return timm.create_model(**source.architecture, pretrained=False).eval()
-    config = transformers.AutoConfig.for_model(**source.architecture)
-    return TransformersLogits(transformers.AutoModelForImageClassification.from_config(config, attn_implementation=ATTENTION)).eval()
+        return with_joined_biases(timm.create_model(**source.architecture, pretrained=False)).eval()
+    config = transformers.AutoConfig.for_model(**source.architecture, attn_implementation=ATTENTION)
+    return TransformersOutput(_transformers_class(config)(config, **_options(config))).eval()
 
 
 def load_source(source: ModelSource) -> VisionModel:
@@ -122,7 +132,7 @@ def _resolve(name: str) -> tuple[Callable[[str], VisionModel], str]:
 
 def _load_timm(name: str) -> VisionModel:
     path = f"local-dir:{DEMO_FOLDER}" if name == "demo" else name
-    module = timm.create_model(path, pretrained=True).float().eval()
+    module = with_joined_biases(timm.create_model(path, pretrained=True)).float().eval()
     scheme, _, location = path.partition(":")
     if scheme == "local-dir":
         config = json.loads((Path(location) / "config.json").read_text())
@@ -137,16 +147,70 @@ def _load_timm(name: str) -> VisionModel:
         {key: data[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
     )
     description = {"model_name": architecture, "num_classes": module.num_classes, **arguments}
-    return _vision_model(module, name, "timm", description, preprocessing, labels)
+    return _vision_model(module, name, "timm", description, preprocessing, labels, classifies=bool(module.num_classes))
+
+
+def with_joined_biases(model: nn.Module) -> nn.Module:
+    """The model, whose linears are all used by calling them: the same function, bit for bit.
+
+    timm's BEiT, EVA and Swin v2 keep biases of q, k and v beside a `qkv` that has none, and pass its weight and the joined biases to
+    F.linear. Where there are no such biases they call `qkv`; so the joined biases become its own.
+    """
+    for module in model.modules():
+        linear, biases = getattr(module, "qkv", None), [getattr(module, f"{part}_bias", None) for part in "qkv"]
+        if isinstance(linear, nn.Linear) and linear.bias is None and all(isinstance(bias, Tensor) for bias in biases):
+            linear.bias = nn.Parameter(torch.cat(cast(list[Tensor], biases)).detach())
+            module.q_bias = module.k_bias = module.v_bias = None
+    return model
 
 
 def _load_transformers(name: str) -> VisionModel:
-    module = transformers.AutoModelForImageClassification.from_pretrained(name, attn_implementation=ATTENTION).float().eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(name)
-    config = module.config.to_dict()
-    names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
+    config = transformers.AutoConfig.from_pretrained(name)
+    kind = _transformers_class(config)
+    module, missing = _with_weights(kind, name, {})
+    if missing and all(key.startswith("pooler.") for key in missing):  # as of DINO's ViT: what it would give is random
+        module, missing = _with_weights(kind, name, {POOLING: False})
+    if missing:
+        raise MarrqError(f"the checkpoint has no {missing[0]}, which a {kind.__name__} needs: name another class in its config.json")
+    processor = from_image_processor(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
+    with torch.no_grad():
+        classifies = "logits" in module(pixel_values=torch.zeros(1, *processor.input_size))
+    config = module.config.to_dict() | {"architectures": [kind.__name__]}
+    names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)] if classifies else []
     labels = None if names == [f"LABEL_{index}" for index in range(len(names))] else names
-    return _vision_model(TransformersLogits(module), name, "transformers", config, from_image_processor(processor.to_dict()), labels)
+    return _vision_model(TransformersOutput(module), name, "transformers", config, processor, labels, classifies)
+
+
+POOLING = "add_pooling_layer"
+"""The argument of transformers' models that leaves their pooling layer out; kept in the architecture where it is off."""
+
+
+def _with_weights(kind: Any, name: str, options: dict[str, bool]) -> tuple[Any, list[str]]:
+    """The model in evaluation mode, and what the checkpoint lacks of its weights, sorted."""
+    module, loaded = kind.from_pretrained(name, attn_implementation=ATTENTION, output_loading_info=True, **options)
+    for option, value in options.items():
+        setattr(module.config, option, value)
+    return module.float().eval(), sorted(loaded["missing_keys"])
+
+
+def _options(config: Any) -> dict[str, bool]:
+    """Arguments of a model that its config does not hold by itself."""
+    return {POOLING: False} if getattr(config, POOLING, True) is False else {}
+
+
+def _transformers_class(config: Any) -> Any:
+    """The class that a checkpoint was saved from; where that takes text too, the one of its vision tower, with projection if it has one.
+    Raises MarrqError where config.json names no class of transformers."""
+    name = config.architectures[0] if config.architectures else ""
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise MarrqError(f"config.json names {name!r} under architectures, no class of transformers {transformers.__version__}: mend it")
+    if kind.main_input_name == "pixel_values":
+        return kind
+    if not hasattr(config, "vision_config"):
+        raise MarrqError(f"{name} takes {kind.main_input_name}: give a model of images")
+    tower: Any = transformers.MODEL_MAPPING[type(config.vision_config)]
+    return getattr(transformers, f"{tower.__name__}WithProjection", tower)
 
 
 def _vision_model(
@@ -156,9 +220,10 @@ def _vision_model(
     architecture: dict[str, Any],
     preprocessing: Preprocessing,
     labels: list[str] | None,
+    classifies: bool,
 ) -> VisionModel:
-    count = _num_classes(module, preprocessing)
-    if labels is None:  # ImageNet-1k's folders are named by WordNet synsets, in the order of its classes
+    count = _num_classes(module, preprocessing) if classifies else 0
+    if labels is None or not classifies:  # ImageNet-1k's folders are named by WordNet synsets, in the order of its classes
         labels = ImageNetInfo().label_names() if count == 1000 else [str(index) for index in range(count)]
     if len(labels) != count:
         raise MarrqError(f"the model has {count} outputs and {len(labels)} class names: mend its config.json")

@@ -4,20 +4,27 @@ Two streams of tokens run through the blocks side by side: one through the origi
 far (x). In each block, group by group of linears that share an input: find the static activation grid, sum the statistics of both
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
-statistics, the rest the second. With `rotation` the model is rotated first (marrq/rotation.py), and that model is the full-precision one.
+statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
+and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), with `balance` each block before it is
+quantized (marrq/balance.py); that model is the full-precision one.
+Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from marrq.activations import ActivationQuantizer, RangeObserver
+from marrq.balance import balancing, find_passage, fold_basis
 from marrq.blocks import Block, find_blocks, first_input
-from marrq.equalization import choose_scale, find_norm, fold
+from marrq.edges import Edge, Stem, with_edges
+from marrq.equalization import choose_scale, find_norm, fold_scale
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
@@ -33,11 +40,12 @@ BATCH_SIZE = 16
 """Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
 
 
-EQUALIZED = 4
-"""Every how many-th batch equalization takes its sample from."""
+SAMPLED = 4
+"""Every how many-th batch equalization and balance take their samples from."""
 EQUALIZING_TOKENS = 1024
+BALANCE_SEED = 0
 
-OBSERVED = {"per-tensor": 1, "per-token": 2}
+OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
 
 
@@ -66,7 +74,7 @@ class ModuleReport:
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
     grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
     see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
-    the norm before.
+    the norm before; edge: whether it belongs to the patch embedding or the head; balanced: whether its inputs were put in another basis.
     """
 
     path: str
@@ -82,11 +90,14 @@ class ModuleReport:
     writes_stream: bool
     equalized: bool
     seconds: float
+    edge: bool = False
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A model with QuantLinear in place of every linear of its blocks, and the record of how it came about.
+    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the scheme says so; and the record of how it
+    came about.
 
     module, preprocessing, labels: as in VisionModel; source: the float model it was made from; reports: one a linear.
     """
@@ -102,15 +113,15 @@ class QuantizedModel:
 
 
 class FullPrecisionTokens:
-    """The tokens behind each block on the full-precision path: computed by the first run, and kept for later ones."""
+    """The tokens that enter each block but the first on the full-precision path: computed by the first run, and kept for later ones."""
 
     def __init__(self) -> None:
         self._behind: list[list[Tensor]] = []
 
-    def behind(self, index: int, untouched: Block, streams: "_Streams", device: torch.device) -> list[Tensor]:
-        """The tokens behind block `index`, by batch; blocks come in order."""
+    def behind(self, index: int, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The tokens for the block after block `index`, by batch; blocks come in order."""
         if index == len(self._behind):
-            self._behind.append(_advance(untouched, streams.original, device))
+            self._behind.append(compute())
         return self._behind[index]
 
 
@@ -132,7 +143,8 @@ def quantize(
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
-    first two. shared: keeps what all runs on these images, and with this rotation, have in common.
+    first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
+    with this rotation, have in common; those with edges have their own.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -141,15 +153,24 @@ def quantize(
     if method.rotation is not None:
         rotate(module, images[:2].to(device), method.rotation)
     blocks = find_blocks(module, images[:2].to(device))
-    run = _Run(scheme, method, device)
-    streams = _start(module, blocks[0], images, device)
+    if scheme.edges:
+        blocks = with_edges(module, blocks, images[:2].to(device))
+    in_blocks, at_edges = _Run(scheme, method, device), _Run(scheme.of_edges, replace(method, lowrank=None), device)
+    source = _Source(module, images, device)
+    original = source if all(block.follows for block in blocks[1:]) else replace(source, module=copy.deepcopy(module))
+    start = source.tokens(blocks[0])
+    streams = _Streams([half for half, _ in source.batches()], start, start)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
-        untouched = block.copied()
+        untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
+        balanced = _balance(block, untouched, streams, run)
         in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
+        in_block = [replace(report, balanced=report.path in balanced) for report in in_block]
         if index + 1 < len(blocks):
-            original = _advance(untouched, streams.original, device) if shared is None else shared.behind(index, untouched, streams, device)
-            streams = _Streams(streams.halves, original, _advance(block, streams.quantized, device))
+            following = blocks[index + 1]
+            compute = partial(_behind, untouched, following, streams.original, original)
+            full_precision = compute() if shared is None else shared.behind(index, compute)
+            streams = _Streams(streams.halves, full_precision, _behind(block, following, streams.quantized, source))
         reports += in_block
         block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
@@ -157,7 +178,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same through one run."""
+    """What stays the same through the blocks, or at the edges, of one run."""
 
     scheme: Scheme
     method: MethodSpec
@@ -173,18 +194,49 @@ class _Streams:
     quantized: list[Tensor]
 
 
-def _start(module: nn.Module, block: Block, images: Images, device: torch.device) -> _Streams:
-    """Both paths at the first block, where they are one."""
-    middle = (len(images) + 1) // 2
-    starts = [(half, start) for half, part in enumerate(((0, middle), (middle, len(images)))) for start in range(*part, BATCH_SIZE)]
-    ends = [start for _, start in starts[1:]] + [len(images)]
-    tokens = [first_input(module, block, images[start:end].to(device)).cpu() for (_, start), end in zip(starts, ends, strict=True)]
-    return _Streams([half for half, _ in starts], tokens, tokens)
+@dataclass(frozen=True)
+class _Source:
+    """A model and the images, from which tokens can be had for any block."""
+
+    module: nn.Module
+    images: Images
+    device: torch.device
+
+    def batches(self) -> list[tuple[int, slice]]:
+        """Half of the calibration set and images of each batch."""
+        count = len(self.images)
+        middle = (count + 1) // 2
+        starts = [(half, start) for half, part in enumerate(((0, middle), (middle, count))) for start in range(*part, BATCH_SIZE)]
+        ends = [start for _, start in starts[1:]] + [count]
+        return [(half, slice(start, end)) for (half, start), end in zip(starts, ends, strict=True)]
+
+    def tokens(self, block: Block) -> list[Tensor]:
+        """What enters a block, by batch, on the CPU: tokens, or before the stem the images."""
+        if isinstance(block, Stem):
+            return [self.images[rows] for _, rows in self.batches()]
+        return [first_input(self.module, block, self.images[rows].to(self.device)).cpu() for _, rows in self.batches()]
 
 
-def _advance(block: Block, tokens: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tokens behind a block, by batch, on the CPU."""
-    return [block(batch.to(device)).cpu() for batch in tokens]
+def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Source) -> list[Tensor]:
+    """The tokens that enter the following block, by batch, on the CPU: those behind this one, or the source's."""
+    return [block(batch.to(source.device)).cpu() for batch in tokens] if following.follows else source.tokens(following)
+
+
+def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> list[str]:
+    """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; paths of the linears
+    that read what was balanced."""
+    if not run.method.balance or isinstance(block, Edge):
+        return []
+    first, generator = streams.original[0].to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
+    found = [find_passage(untouched, group[0], first) for group in block.groups if len(group) == 1]
+    passages = [passage for passage in found if passage is not None]
+    for passage in passages:
+        inputs = [untouched.input_of(passage.target, tokens.to(run.device)) for tokens in streams.original[::SAMPLED]]
+        sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
+        fold_basis(untouched, passage, change)
+        fold_basis(block, passage, change)
+    return [block.path_of(passage.target) for passage in passages]
 
 
 def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
@@ -199,10 +251,11 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
             seconds = time.perf_counter() - start
-            reports.append(_report(f"{block.path}.{name}", linear.weight, solution, problem, equalized, seconds))
+            report = _report(block.path_of(name), linear.weight, solution, problem, equalized, seconds)
+            reports.append(replace(report, edge=isinstance(block, Edge)))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
-        raise MarrqError(f"{block.path}.{group[len(reports)]}: {error}") from error
+        raise MarrqError(f"{block.path_of(group[len(reports)])}: {error}") from error
     return reports
 
 
@@ -211,12 +264,12 @@ def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
     if norm is None:
         return False
-    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::EQUALIZED]]
+    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::SAMPLED]]
     sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
     sample = sample[torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()]
     scale = choose_scale(sample, torch.cat([block.linear(name).weight for name in group]), run.scheme)
-    fold(block, norm, group, scale)
-    fold(untouched, norm, group, scale)
+    fold_scale(block, norm, group, scale)
+    fold_scale(untouched, norm, group, scale)
     return True
 
 

@@ -19,8 +19,8 @@ included, and with RMSNorm as well:
 Only the mean over the channels is not spread, which LayerNorm drops anyway.
 
 So no module changes its class and no tensor its name or shape: the rotated weights load into the architecture they came from. Other
-differences: R is a dense random matrix, not a Hadamard one, for it costs nothing at run time; QuaRot's online Hadamards, inside the heads
-and before the second linear of the MLP, are left out.
+differences: R is a dense random matrix, not a Hadamard one, for it costs nothing at run time; inside the heads marrq/balance.py does more,
+without an operator at run time; QuaRot's online Hadamard before the second linear of the MLP is left out.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from timm.layers.norm import RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.models import TransformersLogits
+from marrq.models import TransformersOutput
 
 TOLERANCE = 1e-4
 """How much logits may differ after the rotation, relative to the largest logit: float32 rounding gives some 1e-6."""
@@ -48,7 +48,7 @@ def rotate(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     Raises MarrqError, with the model as it was, when its stream cannot be rotated exactly; and when the logits of `images` differ after
     the rotation, which then has happened.
     """
-    inner = model.model if isinstance(model, TransformersLogits) else model
+    inner = model.model if isinstance(model, TransformersOutput) else model
     stream = _describe(inner)
     before = model(images)
     rotation = random_rotation(stream.width, torch.Generator().manual_seed(seed))
@@ -63,10 +63,16 @@ def random_rotation(width: int, generator: torch.Generator) -> Tensor:
     frame = torch.eye(width, dtype=torch.float64)
     frame[:, 0] = 1
     basis = torch.linalg.qr(frame).Q  # ±u, then B
-    q, r = torch.linalg.qr(torch.randn(width - 1, width - 1, dtype=torch.float64, generator=generator))
-    inner = q * r.diagonal().sign()  # O: with these signs uniform over the orthogonal matrices
+    inner = random_orthogonal(width - 1, generator)
     rotation: Tensor = basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inner) @ basis.T
     return rotation
+
+
+def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
+    """O: [width, width], float64, uniform over the orthogonal matrices (Haar)."""
+    q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+    orthogonal: Tensor = q * r.diagonal().sign()
+    return orthogonal
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ output channel unless a suffix says otherwise:
     W4A8-sym        zero point 0, as TensorRT wants it; goes with -g128 too: W4A16-g128-sym
     W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two that the block shares
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
+    W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/edges.py); without it they stay in floating point
 
-Activations lie on one grid per tensor, found in calibration (static), or on one grid per token, found at run time (dynamic).
+Activations lie on one grid per tensor, found in calibration (`per-tensor`, static) or at run time (`per-tensor-dynamic`), or on one grid
+per token, found at run time (`per-token`).
 """
 
 import re
@@ -17,15 +19,16 @@ from typing import Literal, get_args
 
 from marrq.errors import MarrqError
 
-ActivationStrategy = Literal["per-tensor", "per-token"]
+ActivationStrategy = Literal["per-tensor", "per-tensor-dynamic", "per-token"]
 WeightGrid = Literal["asymmetric", "symmetric", "mxint"]
 
 WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (3, 4, 8)
 FLOAT_BITS = 16
 MXINT_BLOCK = 32
+EDGE_BITS = 8
 
-SCHEME = re.compile(r"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?")
+SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{EDGE_BITS})?")
 SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
 
 
@@ -74,6 +77,11 @@ class ActivationSpec:
             raise MarrqError(f"activations must be one of {get_args(ActivationStrategy)}: got {self.strategy!r}")
 
     @property
+    def is_static(self) -> bool:
+        """Whether the grid is found in calibration; if not, only how much of its range is clipped."""
+        return self.strategy == "per-tensor"
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
         return 0, 2**self.num_bits - 1
@@ -81,14 +89,25 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weight numbers and activation numbers; `activation` is None where activations stay in floating point."""
+    """Weight numbers and activation numbers of the blocks; `activation` is None where activations stay in floating point.
+
+    edges: whether patch embedding and head are quantized too, as `of_edges` says.
+    """
 
     weight: WeightSpec
     activation: ActivationSpec | None
+    edges: bool = False
 
     def __str__(self) -> str:
         bits = self.activation.num_bits if self.activation else FLOAT_BITS
-        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}"
+        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}{f'-e{EDGE_BITS}' if self.edges else ''}"
+
+    @property
+    def of_edges(self) -> "Scheme":
+        """The numbers of patch embedding and head: a grid per output channel, static activations. Zero points are 0, and activations in
+        floating point, where they are so in the blocks: a flavour that can express the one can express the other."""
+        weight = WeightSpec(EDGE_BITS, grid="asymmetric" if self.weight.grid == "asymmetric" else "symmetric")
+        return Scheme(weight, ActivationSpec(EDGE_BITS) if self.activation else None)
 
     @property
     def description(self) -> str:
@@ -99,10 +118,10 @@ class Scheme:
 def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Scheme:
     """`W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is not one of the offered combinations."""
     match = SCHEME.fullmatch(text)
-    bits, activation_bits, group, suffix = match.groups() if match else ("0", "0", None, None)
+    bits, activation_bits, group, suffix, edges = match.groups() if match else ("0", "0", None, None, None)
     if int(bits) not in WEIGHT_BITS or int(activation_bits) not in (*ACTIVATION_BITS, FLOAT_BITS) or (group and suffix == "mxint"):
-        raise MarrqError(f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}[-gSIZE][-sym] or …-mxint, for example W4A8")
+        raise MarrqError(f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}[-gSIZE][-sym] or …-mxint, [-e8] behind")
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
     weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix])
     activation = ActivationSpec(int(activation_bits), strategy) if int(activation_bits) != FLOAT_BITS else None
-    return Scheme(weight, activation)
+    return Scheme(weight, activation, edges is not None)

@@ -15,7 +15,7 @@ G and c are all that J knows of the wanted output. In general e is what the outp
 G = Σ e xᵀ, c = Σ ‖e‖²: e = W dx where the linear is to repeat its full-precision output; methods/exact.py has another.
 
 A bias that takes up the mean error of the outputs (`output_shift`) leaves the error of centred tokens: the same sums with the means taken
-out, H - k x̄ x̄ᵀ and so on (`centred`). Then a method need not spend codes on what a bias does for nothing.
+out, H - k x̄ x̄ᵀ and so on (`centre_`). Then a method need not spend codes on what a bias does for nothing.
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ class InputDrift:
         _accumulate(self.power, drift, drift)
         self.sum += drift.sum(0, dtype=torch.float64)
 
-    def centred(self, input_sum: Tensor, tokens: int, varies: Tensor) -> "InputDrift":
-        """See ResidualStatistics.centred."""
-        moment = (self.moment - torch.outer(self.sum, input_sum) / tokens) * varies
-        return InputDrift(moment, self.power - torch.outer(self.sum, self.sum) / tokens, self.sum)
+    def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
+        """See ResidualStatistics.centre_."""
+        self.moment.addr_(self.sum, input_sum, alpha=-1 / tokens).mul_(varies)
+        self.power.addr_(self.sum, self.sum, alpha=-1 / tokens)
 
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """The sums of e = W dx for a weight [m, n]."""
@@ -92,10 +92,10 @@ class OutputDrift:
         self.power += drift.double().square().sum(0)
         self.sum += drift.sum(0, dtype=torch.float64)
 
-    def centred(self, input_sum: Tensor, tokens: int, varies: Tensor) -> "OutputDrift":
-        """See ResidualStatistics.centred."""
-        moment = (self.moment - torch.outer(self.sum, input_sum) / tokens) * varies
-        return OutputDrift(moment, self.power - self.sum.square() / tokens, self.sum, self.importance)
+    def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
+        """See ResidualStatistics.centre_."""
+        self.moment.addr_(self.sum, input_sum, alpha=-1 / tokens).mul_(varies)
+        self.power.sub_(self.sum.square() / tokens)
 
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """These sums, whatever the weight."""
@@ -132,16 +132,19 @@ class ResidualStatistics:
         self.drift.add(x, drift)
         self.tokens += len(x)
 
-    def centred(self) -> "ResidualStatistics":
-        """The same over tokens whose means have been taken out; only Σ x, Σ dx and Σ e stay, for the bias that makes up for the means.
+    def centre_(self) -> "ResidualStatistics":
+        """Take the means out, in place: the sums become those of centred tokens. Only Σ x, Σ dx and Σ e stay, for the bias that makes up
+        for the means. In place, since for a wide layer a copy of the sums is what a whole block's weights take. Returns itself.
 
         An input that does not vary is dead in it.
         """
-        hessian = self.hessian - torch.outer(self.input_sum, self.input_sum) / self.tokens
+        power = self.hessian.diagonal().clone()
+        self.hessian.addr_(self.input_sum, self.input_sum, alpha=-1 / self.tokens)
         # Of a constant input this difference leaves noise, by which nothing is to be weighed or divided.
-        varies = (hessian.diagonal() > VARIATION * self.hessian.diagonal()).to(hessian)
-        drift = self.drift.centred(self.input_sum, self.tokens, varies)
-        return ResidualStatistics(hessian.mul_(varies).mul_(varies[:, None]), self.input_sum, drift, self.tokens)
+        varies = (self.hessian.diagonal() > VARIATION * power).to(power)
+        self.hessian.mul_(varies).mul_(varies[:, None])
+        self.drift.centre_(self.input_sum, self.tokens, varies)
+        return self
 
     def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """What has to be added to the bias so that outputs are right in the mean: (Σ e - E Σ x) / k, [m]."""
@@ -153,7 +156,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add Σ left rightᵀ over the tokens of a batch to a float64 sum [p, q]. left: [tokens, p]; right: [tokens, q].
 
     Products are taken in the type of the tokens, without their means; what the means add is put back in float64. In float32 the products of
-    an input whose mean is a thousand times its deviation would lose the deviation, all that `centred` is after.
+    an input whose mean is a thousand times its deviation would lose the deviation, all that `centre_` is after.
     """
     left_mean, right_mean = left.mean(0), right.mean(0)
     total += (left - left_mean).T @ (right - right_mean)

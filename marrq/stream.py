@@ -7,15 +7,15 @@ shape; but in windows their order is another). Of the points of the block for wh
 output) the last is the stream with everything added: any later one lies behind something that is not linear.
 """
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from marrq.blocks import Block, hooked
+from marrq.edges import Edge
 
 TRIAL_SEED = 0
 
@@ -48,8 +48,13 @@ def read_stream(block: Block, writer: Writer, tokens: Tensor, change: Callable[[
 
 @torch.no_grad()
 def find_writer(block: Block, linear: str, tokens: Tensor) -> Writer | None:
-    """How the linear writes to the stream, or None when it does not. tokens: some that enter the block; one image is enough."""
-    block, tokens = _in_float64(block), tokens[:1].double()
+    """How the linear writes to the stream, or None when it does not, as the edges' linears: the one makes the stream, the others end it.
+
+    tokens: some that enter the block; one image is enough.
+    """
+    if isinstance(block, Edge):
+        return None
+    block, tokens = block.in_float64(), tokens[:1].double()
     generator = torch.Generator().manual_seed(TRIAL_SEED)
     changes = torch.randn(2, *tokens.shape, dtype=torch.float64, generator=generator).to(tokens.device)
     still = _points(block, linear, tokens, None)
@@ -86,14 +91,3 @@ def _points(block: Block, linear: str, tokens: Tensor, change: Tensor | None) ->
     with hooked([*handles, block.linear(linear).register_forward_hook(leave)]):
         output = block(tokens)
     return {**points, None: output} if output.shape == tokens.shape else points
-
-
-def _in_float64(block: Block) -> Block:
-    """A copy of the block in float64, with the tensors that it is called with."""
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    keywords = {name: double(value) for name, value in block.keywords.items()}
-    module = copy.deepcopy(block.module).double()
-    return replace(block, module=module, arguments=tuple(map(double, block.arguments)), keywords=keywords)

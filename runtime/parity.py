@@ -7,8 +7,7 @@ Four sets of logits of the same images, each compared with the one before it:
 
 Each stage has a rule of its own by which it *loses*, since each may do another thing to the logits; the first that loses is named.
 
-quantization    may change them. It loses when more of the images that only one of the two gets right are float's than can be chance: the
-                95 % Wilson interval of float's share of those images lies above a half.
+quantization    may change them. It loses when it gets fewer images right than chance explains: by McNemar's exact test at 5 %.
 export          may change them by the rounding of float sums. That is not little for every model: a quantized one carries an activation
                 that falls to the other side between two codes on through all blocks behind. So the judge is twofold.
                 Linear by linear (`LinearsAlone`): what enters a linear in torch goes through that linear's own part of the graph alone,
@@ -30,10 +29,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime.accuracy import wilson_interval
+from runtime.accuracy import hits, paired_drop
 from runtime.errors import BenchError
 from runtime.session import Model, SessionSettings
 
+SIGNIFICANT = 0.05
 LINEAR_TOLERANCE = 1e-3
 PIXEL_TOLERANCE = 1e-4
 LOGITS_TOLERANCE = 1e-4
@@ -127,7 +127,7 @@ class LinearsAlone:
 
 
 def _stage(stage: str, source: str, target: str, before: Array, after: Array, targets: NDArray[np.int64]) -> dict[str, Any]:
-    right = [float((logits.argmax(1) == targets).mean()) for logits in (before, after)]
+    right = [float(hits(logits, targets).mean()) for logits in (before, after)]
     names = {"stage": stage, "source": source, "target": target}
     return {**names, **_closeness(before, after), "top1_source": right[0], "top1_target": right[1]}
 
@@ -139,11 +139,10 @@ def _closeness(before: Array, after: Array) -> dict[str, float]:
 
 
 def _quantization_loss(logits: Logits, targets: NDArray[np.int64]) -> str | None:
-    before, after = (x.argmax(1) == targets for x in (logits.original, logits.simulated))
-    only_before, only_after = int((before & ~after).sum()), int((after & ~before).sum())
-    if not only_before or wilson_interval(only_before, only_before + only_after)[0] <= 0.5:
+    found = paired_drop(hits(logits.original, targets), hits(logits.simulated, targets))
+    if found.drop <= 0 or found.p_value >= SIGNIFICANT:
         return None
-    return f"{only_before} images are right in float only, {only_after} when quantized only: more than chance explains"
+    return f"{found.only_baseline} images are right in float only, {found.only_model} when quantized only: more than chance explains"
 
 
 def _linear_loss(linears: Mapping[str, float]) -> str | None:

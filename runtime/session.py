@@ -2,9 +2,10 @@
 asked for."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,33 +21,73 @@ ONNXRUNTIME_VERSION: str = ort.__version__
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
+WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
+"""Those that build engines of their own: what is in them ONNX Runtime does not tell."""
+
+OPTIMIZATIONS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+"""Levels of graph optimization; none and basic fuse no Q/DQ."""
+
+WRITE_OPTIMIZED = {
+    "session.optimized_model_external_initializers_file_name": "weights",  # the graph itself stays small, and below 2 GB
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.record_ep_graph_assignment_info": "1",
+    "session.disable_prepacking": "1",  # the session is not going to run
+}
+
+DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
+"""Where the memory is of providers that have memory of their own."""
+
+ALLOW_SPINNING = True
+"""Worker threads wait for work in a loop, as is ONNX Runtime's default; therefore only one session at a time is timed."""
+
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core)."""
+    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core); optimization: of the graph,
+    a key of OPTIMIZATIONS."""
 
     provider: str = "cpu"
     threads: int | None = None
+    optimization: str = "all"
+
+
+def available_providers() -> list[str]:
+    """Execution providers of this ONNX Runtime, as it names them."""
+    found: list[str] = ort.get_available_providers()
+    return found
 
 
 class Model:
     """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other session on the machine."""
 
-    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None) -> None:
-        """profile_to: prefix of the file that `end_profiling` writes, None for no profile. Raises BenchError when the file cannot be
+    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None, optimized_to: Path | None = None) -> None:
+        """profile_to: prefix of the file that `end_profiling` writes, None for no profile; optimized_to: where the graph goes as it is
+        going to be executed, with its larger tensors in a file beside it, None for nowhere. Raises BenchError when the file cannot be
         loaded or the provider cannot be had."""
         provider = PROVIDERS.get(settings.provider)
-        if provider not in ort.get_available_providers():
+        if provider not in available_providers():
             raise BenchError(
-                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(ort.get_available_providers())}"
+                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(available_providers())}"
             )
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if settings.optimization not in OPTIMIZATIONS:
+            raise BenchError(f"unknown graph optimization {settings.optimization!r}: choose one of {', '.join(OPTIMIZATIONS)}")
+        options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
         if profile_to is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+        if optimized_to is not None:
+            options.optimized_model_filepath = str(optimized_to)
+            for key, value in WRITE_OPTIMIZED.items():
+                options.add_session_config_entry(key, value)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public
@@ -55,11 +96,32 @@ class Model:
         if self.session.get_providers()[0] != provider:
             raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
         self.input = self.session.get_inputs()[0]
+        self.device = DEVICES.get(settings.provider)
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [batch, classes] of inputs [batch, channels, height, width]."""
         logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
         return logits
+
+    def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
+        """One forward of inputs [batch, channels, height, width], to be timed: a function that returns when the logits are there. Where
+        the provider has memory of its own, inputs are put there beforehand, logits stay there, and the device is waited for."""
+        if self.device is None:
+
+            def forward_on_host() -> None:
+                self.session.run(None, {self.input.name: pixels})
+
+            return forward_on_host
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input(self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0))
+        binding.bind_output(self.session.get_outputs()[0].name, self.device, 0)
+        binding.synchronize_inputs()
+
+        def forward_on_device() -> None:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return forward_on_device
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
@@ -71,15 +133,18 @@ class Model:
         return found
 
 
-def executed_operators(path: Path, settings: SessionSettings, scratch: Path) -> dict[str, int]:
-    """How many nodes of each operator really ran in one forward, from ONNX Runtime's own profile. scratch: a folder for that profile."""
+def executed_operators(
+    path: Path, settings: SessionSettings, scratch: Path, by: Literal["op_name", "provider"] = "op_name"
+) -> dict[str, int]:
+    """How many nodes of each operator, or on each provider, really ran in one forward, from ONNX Runtime's own profile. scratch: a folder
+    for that profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
     model.run(model.random_input(1))
     events: list[dict[str, Any]] = json.loads(Path(model.session.end_profiling()).read_text())
     counts: dict[str, int] = {}
     for event in events:
-        operator = event.get("args", {}).get("op_name")
+        counted = event.get("args", {}).get(by)
         # ONNX Runtime up to 1.20 records a node three times, with the fences around it.
-        if event.get("cat") == "Node" and operator and event["name"].endswith("_kernel_time"):
-            counts[operator] = counts.get(operator, 0) + 1
+        if event.get("cat") == "Node" and counted and event["name"].endswith("_kernel_time"):
+            counts[counted] = counts.get(counted, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -32,6 +32,9 @@ CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W2A8", "exact,lowrank=srr:4", "per-tensor"),
     ("W2A8-mxint", "gptq,lowrank=qera:4:int8", "per-token"),
     ("W4A8", "gptq,rotate=3", "per-tensor"),
+    ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
+    ("W3A16-g16-sym-e8", "gptq,rotate=3", "per-tensor"),
+    ("W4A8-e8", "gptq", "per-tensor-dynamic"),
 ]
 
 
@@ -49,7 +52,8 @@ def test_a_loaded_artifact_is_the_model_that_was_saved(tmp_path: Path, scheme: s
     for name in before:
         assert before[name].dtype == after[name].dtype
         assert torch.equal(before[name], after[name])
-    assert all(linear.spec == model.scheme.weight for linear in quantized_linears(again.module).values())
+    before, after = quantized_linears(model.module), quantized_linears(again.module)
+    assert [linear.spec for linear in before.values()] == [linear.spec for linear in after.values()]
     with torch.no_grad():
         assert torch.equal(again.module(IMAGES), model.module(IMAGES))
     assert (again.source, again.preprocessing, again.labels) == (model.source, model.preprocessing, model.labels)
@@ -72,7 +76,7 @@ SHAPE = ("int64", [2, 4])
 
 
 def test_the_tensors_of_a_linear_are_these_bytes():
-    """Pins format version 2: change this test only together with FORMAT_VERSION."""
+    """Pins format versions 2 and 3: change this test only together with FORMAT_VERSION."""
     spec = ActivationSpec(8)
     quantizer = ActivationQuantizer(spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range))
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1], [2]], dtype=torch.int8)
@@ -89,7 +93,7 @@ def test_the_tensors_of_a_linear_are_these_bytes():
 
 
 def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_bytes():
-    """Pins format version 2."""
+    """Pins format versions 2 and 3."""
     quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.95))
     scale, zero_point = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]], dtype=torch.int8)
     assert stored(QuantLinear(WeightSpec(3, 2), CODES, scale, zero_point, None, quantizer)) == {
@@ -102,7 +106,7 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
 
 
 def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
-    """Pins format version 2."""
+    """Pins format versions 2 and 3."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     symmetric = QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None)
     assert stored(symmetric) == {"weight_packed": PACKED, "weight_scale": ("float32", [[0.125], [2.0]]), "weight_shape": SHAPE}
@@ -111,7 +115,7 @@ def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
 
 
 def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
-    """Pins format version 2."""
+    """Pins format versions 2 and 3."""
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0, 6.0]])
     halves = LowRank(StoredFactor(left.half()), StoredFactor(right.half()))
@@ -140,7 +144,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     keys = {"format", "format_version", "model", "preprocessing", "labels", "scheme", "method", "calibration", "versions", "tensors_sha256"}
     assert set(config) == keys
     reports = json.loads((artifact / "quantization.json").read_text())
@@ -206,11 +210,24 @@ def test_a_flipped_bit_is_noticed(copied: Path):
         load(copied)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (3, "upgrade marrq")])
+@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (4, "upgrade marrq")])
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
-    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2: {advice}"):
+    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2 to 3: {advice}"):
         load(copied)
+
+
+def test_an_artifact_of_version_2_is_one_without_edges(copied: Path):
+    """That version knew nothing of edges, neither in the scheme nor in the reports."""
+    config, reports = (json.loads((copied / f"{name}.json").read_text()) for name in ("config", "quantization"))
+    del config["scheme"]["edges"]
+    edit_config(copied, format_version=2, scheme=config["scheme"])
+    old = [{key: value for key, value in report.items() if key != "edge"} for report in reports]
+    expected = load(copied)
+    (copied / "quantization.json").write_text(json.dumps(old))
+    again = load(copied)
+    assert (again.scheme, again.reports) == (expected.scheme, expected.reports)
+    assert not again.scheme.edges
 
 
 def test_an_existing_output_is_kept_unless_replacing_is_asked_for(tmp_path: Path):

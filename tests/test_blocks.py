@@ -15,7 +15,7 @@ from transformers import (
 
 from marrq.blocks import find_blocks, first_input
 from marrq.errors import MarrqError
-from marrq.models import TransformersLogits
+from marrq.models import TransformersOutput
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
 SEPARATE = (("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("attention.o_proj",), ("mlp.fc1",), ("mlp.fc2",))
@@ -34,7 +34,7 @@ def timm_swin() -> nn.Module:
 
 def transformers_swin() -> nn.Module:
     config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4)
-    return TransformersLogits(SwinForImageClassification(config)).eval()
+    return TransformersOutput(SwinForImageClassification(config)).eval()
 
 
 MODELS = {
@@ -45,12 +45,12 @@ MODELS = {
         FUSED,
     ),
     "vit": (
-        lambda: TransformersLogits(ViTForImageClassification(ViTConfig(**SMALL))).eval(),
+        lambda: TransformersOutput(ViTForImageClassification(ViTConfig(**SMALL))).eval(),
         ["model.vit.layers.0", "model.vit.layers.1"],
         SEPARATE,
     ),
     "dinov2": (
-        lambda: TransformersLogits(Dinov2ForImageClassification(Dinov2Config(**SMALL))).eval(),
+        lambda: TransformersOutput(Dinov2ForImageClassification(Dinov2Config(**SMALL))).eval(),
         ["model.dinov2.encoder.layer.0", "model.dinov2.encoder.layer.1"],
         SEPARATE,
     ),
@@ -137,9 +137,49 @@ class Skipping(nn.Module):
         return self.blocks[1](first + x)
 
 
-def test_blocks_that_are_no_chain_are_refused_by_name():
-    with pytest.raises(MarrqError, match=r"block 'blocks\.1' does not follow"):
-        find_blocks(Skipping(), torch.randn(2, 5, 4))
+def test_a_block_that_does_not_take_what_the_one_before_gave_is_marked():
+    assert [block.follows for block in find_blocks(Skipping(), torch.randn(2, 5, 4))] == [False, False]
+    assert [block.follows for block in find_blocks(MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32))] == [False, True]
+
+
+class Conditioned(nn.Module):
+    """Its block is called with something else that depends on the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].fc = nn.Linear(4, 4)
+        self.blocks[0].forward = lambda x, shift: self.blocks[0].fc(x) + shift  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x, x.mean())
+
+
+def test_a_block_that_reads_more_of_the_images_than_its_tokens_is_refused_by_name():
+    with pytest.raises(MarrqError, match=r"block 'blocks\.0' gives other tokens alone"):
+        find_blocks(Conditioned(), torch.randn(2, 5, 4))
+
+
+def test_two_images_that_are_the_same_cannot_show_what_depends_on_them():
+    with pytest.raises(MarrqError, match="the first two calibration images are the same"):
+        find_blocks(MODELS["timm vit"][0](), torch.ones(2, 3, 32, 32))
+
+
+class WithPositions(nn.Module):
+    """Its block has a linear that does not see the tokens, as Swin v2 has for relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].fc, self.blocks[0].positions = nn.Linear(4, 4), nn.Linear(2, 4)
+        self.blocks[0].forward = lambda x: self.blocks[0].fc(x) + self.blocks[0].positions(torch.ones(5, 2))  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def test_a_linear_whose_input_does_not_depend_on_the_images_is_left_out():
+    assert find_blocks(WithPositions(), torch.randn(2, 5, 4))[0].groups == (("fc",),)
 
 
 class Functional(nn.Module):

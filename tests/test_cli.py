@@ -1,15 +1,19 @@
 """Commands do what the README says, and bad input is one sentence, an exit code, and nothing half-written."""
 
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from marrq.cli import main
+from marrq.cli.bench import bench
+from runtime.accuracy import PairedDrop
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -40,7 +44,8 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
     arguments = ["--data", "demo", "--batch", "1", "--batch", "2", "--rounds", "1", "--seconds", "0", "--json", "b.json"]
     assert main(["bench", str(demo_artifact), *arguments]) == 0
     report = json.loads(Path("b.json").read_text())
-    assert set(report) == {"schema", "environment", "data", "models"}
+    assert set(report) == {"schema", "environment", "data", "models", "gate", "recommendation"}
+    assert report["gate"] is report["recommendation"] is None
     assert set(report["data"]) == {"path", "images", "hash"}
     assert [(model["flavor"], model["role"]) for model in report["models"]] == [
         ("fp16", "baseline"),
@@ -48,13 +53,30 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
         ("integer", "candidate"),
     ]
     for model in report["models"]:
-        keys = {"name", "path", "role", "flavor", "size_bytes", "bits_per_weight", "accuracy", "latency", "executed"}
-        assert set(model) == keys
-        assert set(model["accuracy"]) == {"top1", "top1_low", "top1_high", "top5", "agreement", "images"}
+        about = {"name", "path", "role", "flavor", "scheme", "method", "size_bytes", "bits_per_weight"}
+        speed = {"latency", "load_ms", "peak_memory_mb", "throughput", "executed", "executed_on"}
+        assert set(model) == about | {"accuracy", "audit", "precision", "parity", "quantization"} | speed
+        shares = {"top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement"}
+        assert set(model["accuracy"]) == shares | {"images", "against", "hits"}
         assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]
         for row, batch in zip(model["latency"], (1, 2), strict=True):
-            assert set(row) == {"batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s", "ratio_fp16", "ratio_fp32"}
+            assert set(row) == {"batch", "p50_ms", "p90_ms", "p99_ms", "images_per_s", "rounds_ms", "ratio_fp16", "ratio_fp32"}
             assert row["batch"] == batch
+        assert model["load_ms"] > 0
+        assert model["throughput"] == []
+        assert model["executed_on"] == {"CPUExecutionProvider": sum(model["executed"].values())}
+        against = model["accuracy"]["against"]
+        if model["name"] == "fp32":
+            assert against is None
+        else:
+            assert set(against) == {"baseline", "drop", "drop_low", "drop_high", "only_baseline", "only_model", "p_value"}
+            assert against["baseline"] == "fp32"
+            assert against["drop"] == pytest.approx(report["models"][1]["accuracy"]["top1"] - model["accuracy"]["top1"])
+    assert [model["scheme"] for model in report["models"]] == ["fp16", "fp32", "W4A8"]
+    linears = [row for row in report["models"][2]["audit"] if row["nominal"] == "W4A8"]
+    assert len(linears) == 16
+    assert all(row["integer"] and row["reason"] is None for row in linears)
+    assert [model["precision"]["kernel_weight_bits"] for model in report["models"]] == [32, 32, 8]  # the CPU casts float16
     sizes = {model["flavor"]: model["size_bytes"] for model in report["models"]}
     assert sizes["integer"] < 0.2 * sizes["fp32"]
     assert report["models"][2]["executed"]["MatMulIntegerToFloat"] == 24  # 16 linears, q, k and v apart
@@ -62,6 +84,83 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
     printed = capsys.readouterr()
     assert "fp32" in printed.out
     assert "\x1b" not in printed.err  # no bars where stderr is no terminal
+    assert max(map(len, printed.out.splitlines())) <= 80
+
+
+@pytest.fixture(scope="module")
+def tiny_artifact(tiny: str, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a scheme that two flavours, one of them in two variants, can express."""
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    few = ["--data", str(image_folder), "--samples", "8", "--method", "rtn", "--scheme", "W4A16"]
+    assert main(["quantize", tiny, *few, "-o", str(folder)]) == 0
+    return folder
+
+
+def bench_tiny(artifact: Path, images: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of a quick bench beside fp32 alone."""
+    quick = ["--baseline", "fp32", "--batch", "1", "--rounds", "1", "--seconds", "0", "--data", str(images), "--json", "b.json"]
+    return main(["bench", str(artifact), *quick, *options]), json.loads(Path("b.json").read_text())
+
+
+def example_of(parameter: str) -> list[str]:
+    """The options in the command at the end of an option's help."""
+    text = inspect.signature(bench).parameters[parameter].annotation.__metadata__[0].help
+    return text.partition("marrq bench artifact ")[2].split()
+
+
+def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("throughput"), "--threads", "3", "--batch", "2")
+    assert code == 0
+    for model in report["models"]:
+        assert [(row["batch"], row["threads"]) for row in model["throughput"]] == [(b, t) for t in (1, 2, 3) for b in (1, 2)]
+        assert all(row["images_per_s"] > 0 for row in model["throughput"])
+    assert "images per second" in capsys.readouterr().out
+
+
+def test_a_gate_on_few_images_is_undecided_and_says_how_many_would_tell(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    assert code == 0
+    [verdict] = report["gate"]["models"]
+    assert verdict["verdict"] == "undecided"  # 24 images cannot tell a point
+    assert verdict["images_needed"] > 24
+    printed = capsys.readouterr()
+    assert verdict["sentence"] in printed.out
+    assert "warning: the gate of 1 points is undecided for W4A16 rtn" in printed.err
+
+
+def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    drops = iter([PairedDrop(0.5, 0.3, 0.7, 12, 0, 0.0)])
+    monkeypatch.setattr("runtime.bench.paired_drop", lambda baseline, model: next(drops))
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    assert code == 3
+    assert report["gate"]["models"][0]["verdict"] == "failed"
+    assert capsys.readouterr().err.splitlines()[-1] == "marrq: W4A16 rtn lost more than 1 points against fp32"
+
+
+def test_recommend_measures_every_flavour_that_can_express_the_scheme(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("recommend"))
+    assert code == 0
+    names = [model["name"] for model in report["models"] if model["role"] == "candidate"]
+    assert names == ["W4A16 rtn matmulnbits", "W4A16 rtn matmulnbits level 4", "W4A16 rtn qdq"]
+    assert list(report["recommendation"]) == ["size", "latency", "accuracy"]
+    printed = capsys.readouterr().out
+    for choice in report["recommendation"].values():
+        assert set(choice) == {"name", "flavor", "value", "sentence"}
+        assert choice["name"] in names
+        assert choice["sentence"] in printed
+
+
+def test_recommend_does_not_take_a_flavour(tiny_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", str(tiny_artifact), "--recommend", "--flavor", "qdq"]) == 1
+    assert "leave out --flavor qdq" in capsys.readouterr().err
 
 
 def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, somewhere: Path):

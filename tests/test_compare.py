@@ -8,7 +8,7 @@ import pytest
 from marrq.cli import main
 from marrq.cli.common import peak_memory
 
-RUN = {"scheme", "method", "seed", "top1", "top1_low", "top1_high", "top5", "agreement", "images"} | {
+RUN = {"scheme", "method", "seed", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement", "images"} | {
     "error",
     "relative_error",
     "bits_per_weight",

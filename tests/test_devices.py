@@ -123,7 +123,7 @@ def test_summing_statistics_never_waits_for_the_device(of_outputs: bool):
     with FakeTensorMode():
         sums = ResidualStatistics.zeros(INPUTS, CUDA, torch.rand(OUTPUTS, device=CUDA) if of_outputs else None)
         sums.add(torch.randn(10, INPUTS, device=CUDA), torch.randn(10, OUTPUTS if of_outputs else INPUTS, device=CUDA))
-        centred = (sums + sums).centred()
+        centred = (sums + sums).centre_()
         weight = torch.randn(OUTPUTS, INPUTS, device=CUDA)
         tensors = (centred.hessian, *vars(centred.drift).values(), centred.output_shift(weight, weight))
         assert {tensor.device.type for tensor in tensors} == {"cuda"}

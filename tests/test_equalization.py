@@ -6,7 +6,7 @@ from tiny_models import dinov2, noise, quantized, swin, transformers_vit, vit, v
 from torch import Tensor, nn
 
 from marrq.blocks import find_blocks, first_input
-from marrq.equalization import CANDIDATES, choose_scale, find_norm, fold, output_error
+from marrq.equalization import CANDIDATES, choose_scale, find_norm, fold_scale, output_error
 from marrq.schemes import parse_scheme
 
 FAMILIES = pytest.mark.parametrize("make", [vit, vit_with_layer_scale, dinov2, transformers_vit])
@@ -41,7 +41,7 @@ def test_folding_a_scale_changes_no_output(make):
         norm = find_norm(block, group, tokens)
         scale = torch.rand(tokens.shape[-1]) + 0.5
         weight = block.linear(group[0]).weight.clone()
-        fold(block, norm, group, scale)
+        fold_scale(block, norm, group, scale)
         torch.testing.assert_close(block(tokens), before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(block.linear(group[0]).weight, weight * scale)
 

@@ -1,6 +1,7 @@
 """The scripts in examples/ run as their docstrings say."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +33,22 @@ def test_the_benchmark_prints_the_peak_memory():
     assert report["peak_mb"] > report["stream_mb"] > 0
 
 
-def test_the_parity_of_the_demo_is_float_rounding(demo_artifact: Path, tmp_path: Path):
-    from marrq.cli import main
-
-    file = tmp_path / "model.onnx"
-    assert main(["export", str(demo_artifact), "-o", str(file)]) == 0
-    command = [sys.executable, str(EXAMPLES / "parity.py"), str(demo_artifact), str(file), "--data", "demo", "--images", "100"]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert report["images"] == 100
-    assert report["torch to onnxruntime"]["least_cosine"] >= 0.9999
-    assert report["torch to onnxruntime"]["same_top1"] >= 0.995
+def test_the_comparison_of_tools_has_a_row_for_each_and_says_why_one_has_no_figures(tiny: str, image_folder: Path, tmp_path: Path):
+    (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError(\"No module named 'openvino'\", name='openvino')\n")
+    tools = ("integer", "static", "dynamic", "matmulnbits", "openvino")
+    options = [option for name in tools for option in ("--tool", name)]
+    options += ["--data", str(image_folder), "--samples", "8", "--images", "9", "--rounds", "1", "--seconds", "0"]
+    options += ["--threads", "1", "--method", "rtn", "--json", str(tmp_path / "report.json")]
+    command = [sys.executable, str(EXAMPLES / "compare_tools" / "compare.py"), tiny, *options]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **path}).stdout
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert list(rows) == ["fp32", *tools]
+    assert all(name in printed for name in rows)
+    assert rows["fp32"]["least_cosine"] == pytest.approx(1)
+    assert rows["fp32"]["latency"][0]["ratio_fp32"] == 1
+    for name in tools[:-1]:
+        assert 0 < rows[name]["size_bytes"] < rows["fp32"]["size_bytes"]
+        assert 0.9 < rows[name]["median_cosine"] < 1
+        assert rows[name]["latency"][1]["ratio_fp32"] > 0
+    assert rows["openvino"]["failure"] == "cannot import openvino: pip install -r examples/compare_tools/requirements.txt"

@@ -17,7 +17,7 @@ from exporters.onnx_file import IR_VERSIONS, write, write_baseline
 from marrq.data import find_images
 from marrq.evaluate import predict
 from marrq.methods.problem import MethodSpec
-from marrq.models import ATTENTION, ModelSource, TransformersLogits, VisionModel, load_model
+from marrq.models import ATTENTION, ModelSource, TransformersOutput, VisionModel, load_model
 from marrq.modules import quantized_linears
 from marrq.packing import unpack
 from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
@@ -139,7 +139,7 @@ def test_a_baseline_is_the_float_model_with_a_float32_interface(tmp_path: Path, 
 def transformers_model(module: nn.Module, config: dict) -> VisionModel:
     preprocessing = Preprocessing((3, 32, 32), "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
     module.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-    return VisionModel(TransformersLogits(module).eval(), ModelSource("test", "transformers", config, ""), preprocessing, ("a", "b"))
+    return VisionModel(TransformersOutput(module).eval(), ModelSource("test", "transformers", config, ""), preprocessing, ("a", "b"))
 
 
 def small_vit() -> VisionModel:

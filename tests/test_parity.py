@@ -57,13 +57,15 @@ def wrong(errors: dict[str, float]) -> list[str]:
         ("vit with LayerScale", "qdq", "W4A4", "gptq", "per-tensor"),
         ("vit with LayerScale", "matmulnbits", "W4A16-g32", "gptq,lowrank=lqer:4:int8", "per-tensor"),
         ("dinov2", "integer", "W4A8", "gptq", "per-tensor"),
+        ("vit with LayerScale", "integer", "W4A8-e8", "gptq", "per-tensor"),
+        ("vit", "integer", "W4A8", "gptq", "per-tensor-dynamic"),
         ("swin", "integer", "W3A8", "gptq", "per-token"),
     ],
 )
 def test_each_linear_alone_gives_what_torch_gives_for_the_same_input(
     model: str, flavor: str, scheme: str, method: str, strategy: Any, tmp_path: Path
 ):
-    """LayerScale inside, q, k and v apart, and the last block's tokens dropped, as it comes."""
+    """LayerScale inside, q, k and v apart, the last block's tokens dropped, patches flattened, as it comes."""
     made = quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)
     write(made, "hash", flavor, tmp_path / "m.onnx")
     errors = linear_errors(made, tmp_path / "m.onnx", noise(2, seed=3), SESSION)
@@ -332,4 +334,4 @@ def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
         assert set(stage) == {"stage", "source", "target", "loss", *numbers}
     assert set(section["linears"][0]) == {"linear", "relative_error"}
     printed = capsys.readouterr().out
-    assert "first stage that loses: none" in printed
+    assert "first stage that loses is none" in printed

@@ -6,20 +6,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import timm
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from tiny_models import dinov2, noise, randomized, swin, transformers_vit, vit
+from tiny_models import dinov2, distilled, noise, swin, transformers_vit, vit
 from torch import nn
 
 from exporters.lowering import ATTENTION_OPSET
-from exporters.passes import add_constant, attend_on_tokens, drop_open_masks, drop_unread_tokens, fuse_attention
+from exporters.passes import add_constant, attend_on_tokens, drop_open_masks, drop_unread_tokens, flatten_patches, fuse_attention
 from exporters.trace import INPUT, trace
-
-
-def distilled() -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return randomized(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
+from marrq.edges import put_patches
 
 
 def averaged() -> nn.Module:
@@ -54,6 +49,15 @@ def test_attention_takes_and_gives_tokens_without_a_transpose():
     model = transformers_vit()
     traced = rewritten(model, *FUSED)
     assert [node.attributes["perm"].as_ints() for node in traced.graph if node.op_type == "Transpose"] == [(0, 2, 1)]  # of the patches
+    assert_the_logits_stay(model, traced)
+
+
+@pytest.mark.parametrize(("make", "name"), [(transformers_vit, "vit"), (dinov2, "dinov2")])
+def test_patches_that_a_linear_reads_are_moved_once(make: Callable[[], nn.Module], name: str):
+    model = make()
+    put_patches(model, f"model.{name}.embeddings.patch_embeddings.projection")
+    traced = rewritten(model, *FUSED, flatten_patches)
+    assert [node.attributes["perm"].as_ints() for node in traced.graph if node.op_type == "Transpose"] == [(0, 2, 4, 1, 3, 5)]
     assert_the_logits_stay(model, traced)
 
 

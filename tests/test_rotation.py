@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from marrq.errors import MarrqError
-from marrq.models import TransformersLogits, load_model
+from marrq.models import TransformersOutput, load_model
 from marrq.rotation import random_rotation, rotate
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -40,7 +40,7 @@ def eva(**arguments: object) -> nn.Module:
 
 
 def transformers(model: type[nn.Module], config: type, **arguments: object) -> nn.Module:
-    return randomized(TransformersLogits(model(config(**TRANSFORMERS, **arguments))))
+    return randomized(TransformersOutput(model(config(**TRANSFORMERS, **arguments))))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -11,7 +11,7 @@ from marrq.modules import QuantLinear, bits_per_weight
 from marrq.schemes import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, ActivationSpec, Scheme, WeightSpec, parse_scheme
 from marrq.statistics import ResidualStatistics
 
-SUFFIXES = ["", "-sym", "-g128", "-g64-sym", "-g1", "-mxint"]
+SUFFIXES = ["", "-sym", "-g128", "-g64-sym", "-g1", "-mxint", "-e8", "-g128-e8", "-sym-e8", "-mxint-e8"]
 
 
 @pytest.mark.parametrize("weight", WEIGHT_BITS)
@@ -23,6 +23,7 @@ def test_every_scheme_prints_what_it_was_parsed_from(weight: int, activation: in
     assert str(scheme) == text
     assert scheme.weight.num_bits == weight
     assert (scheme.activation is None) == (activation == FLOAT_BITS)
+    assert scheme.edges == text.endswith("-e8")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def test_every_scheme_prints_what_it_was_parsed_from(weight: int, activation: in
         ("W4A8-sym", Scheme(WeightSpec(4, None, "symmetric"), ActivationSpec(8))),
         ("W4A16-g64-sym", Scheme(WeightSpec(4, 64, "symmetric"), None)),
         ("W4A16-mxint", Scheme(WeightSpec(4, 32, "mxint"), None)),
+        ("W4A8-e8", Scheme(WeightSpec(4), ActivationSpec(8), edges=True)),
     ],
 )
 def test_a_scheme_says_how_the_grids_are_laid(text: str, scheme: Scheme):
@@ -42,7 +44,23 @@ def test_a_scheme_says_how_the_grids_are_laid(text: str, scheme: Scheme):
 
 @pytest.mark.parametrize(
     "text",
-    ["W5A7", "W4", "w4a8", "W4A8 ", "W44A8", "A8W4", "", "W4A8-g0", "W4A8-g", "W4A8-sym-g64", "W4A8-g64-mxint", "W4A8-asym", "W4A8-g-64"],
+    [
+        "W5A7",
+        "W4",
+        "w4a8",
+        "W4A8 ",
+        "W44A8",
+        "A8W4",
+        "",
+        "W4A8-g0",
+        "W4A8-g",
+        "W4A8-sym-g64",
+        "W4A8-g64-mxint",
+        "W4A8-asym",
+        "W4A8-g-64",
+        "W4A8-e4",
+        "W4A8-e8-sym",
+    ],
 )
 def test_an_unknown_scheme_is_refused_by_name(text: str):
     with pytest.raises(MarrqError, match=f"unknown scheme '{text}'"):

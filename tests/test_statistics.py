@@ -72,7 +72,7 @@ def test_centred_sums_are_the_sums_of_centred_tokens_but_for_those_of_the_tokens
     drift = x_float if sums_of is of_inputs else shortfall
     sums, expected = sums_of(x, drift), sums_of(x - x.mean(0), drift - drift.mean(0))
     expected.input_sum, expected.drift.sum = sums.input_sum, sums.drift.sum
-    assert_same(sums.centred(), expected)
+    assert_same(sums.centre_(), expected)
 
 
 @pytest.mark.parametrize("mean", [1.0, 1e2, 1e4])
@@ -80,7 +80,7 @@ def test_centred_sums_of_float32_tokens_survive_a_mean_far_above_the_deviation(m
     x, x_float, shortfall = (tokens.float() for tokens in streams(2000))
     x[:, 3], x_float[:, 3] = x[:, 3] + mean, x_float[:, 3] + 1.5 * mean
     for sums_of, drift in (of_inputs, x_float), (of_outputs, shortfall):
-        exact, sums = sums_of(x.double(), drift.double()).centred(), sums_of(x, drift).centred()
+        exact, sums = sums_of(x.double(), drift.double()).centre_(), sums_of(x, drift).centre_()
         torch.testing.assert_close(sums.hessian, exact.hessian, rtol=1e-3, atol=1e-4 * TOKENS)
         torch.testing.assert_close(sums.drift.moment, exact.drift.moment, rtol=1e-3, atol=1e-3 * TOKENS)
 
@@ -88,7 +88,7 @@ def test_centred_sums_of_float32_tokens_survive_a_mean_far_above_the_deviation(m
 def test_a_constant_input_is_dead_in_centred_sums():
     x, x_float, shortfall = (tokens.float() for tokens in streams())
     x[:, 4] = 3.3
-    for sums in of_inputs(x, x_float).centred(), of_outputs(x, shortfall).centred():
+    for sums in of_inputs(x, x_float).centre_(), of_outputs(x, shortfall).centre_():
         assert not sums.hessian[4].any()
         assert not sums.hessian[:, 4].any()
         assert not sums.drift.moment[:, 4].any()
@@ -124,7 +124,7 @@ def test_j_from_statistics_is_the_square_error_of_the_outputs(centre: bool, with
     sums = of_outputs(x, shortfall) if with_output else of_inputs(x, x_float)
     tokens = (x, x_float, shortfall)
     if centre:
-        sums, tokens = sums.centred(), tuple(part - part.mean(0) for part in tokens)
+        sums, tokens = sums.centre_(), tuple(part - part.mean(0) for part in tokens)
     value, _ = Judge(sums, weight)(quantized)
     assert value == pytest.approx(float(error_of(tokens, weight, quantized, with_output)), rel=1e-9)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 from marrq.methods.settings import parse_method
-from marrq.models import ATTENTION, ModelSource, TransformersLogits, VisionModel
+from marrq.models import ATTENTION, ModelSource, TransformersOutput, VisionModel
 from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
 from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationStrategy, parse_scheme
@@ -52,18 +52,23 @@ def vit_with_layer_scale() -> nn.Module:
     return vit(init_values=1e-5)
 
 
+def distilled() -> nn.Module:
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return randomized(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
+
+
 def swin() -> nn.Module:
     arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
     return randomized(timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **arguments))
 
 
 def transformers_vit() -> nn.Module:
-    return randomized(TransformersLogits(ViTForImageClassification._from_config(ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION)))
+    return randomized(TransformersOutput(ViTForImageClassification._from_config(ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION)))
 
 
 def dinov2() -> nn.Module:
     return randomized(
-        TransformersLogits(Dinov2ForImageClassification._from_config(Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION))
+        TransformersOutput(Dinov2ForImageClassification._from_config(Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION))
     )
 
 

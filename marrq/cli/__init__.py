@@ -27,10 +27,11 @@ for command in (quantize, export, bench, evaluate, inspect, compare, demo):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage. Errors are one sentence on stderr."""
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a gate did not hold. Errors are one sentence
+    on stderr."""
     try:
         _check_packages()
-        from runtime.errors import BenchError
+        from runtime.errors import BenchError, GateError
     except MarrqError as error:
         return _failed(str(error))
     try:
@@ -40,13 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         return finished.code if isinstance(finished.code, int) else 0
     except (MarrqError, BenchError) as error:
         return _failed(str(error))
+    except GateError as error:
+        return _failed(str(error), code=3)
     except OSError as error:
         return _failed(f"{error.strerror or error}: {error.filename}")
 
 
-def _failed(sentence: str) -> int:
+def _failed(sentence: str, code: int = 1) -> int:
     typer.echo(f"marrq: {sentence}", err=True)
-    return 1
+    return code
 
 
 def _check_packages() -> None:

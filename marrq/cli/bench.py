@@ -4,11 +4,22 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from marrq.cli.common import DataOption, JsonOption, ProviderOption, ThreadsOption, data_for, progress_bars, say, stdout, write_json
+from marrq.cli.common import (
+    DataOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    data_for,
+    progress_bars,
+    say,
+    stdout,
+    write_json,
+    write_text,
+)
 from marrq.cli.parity import artifact_of, measure_parity
 from marrq.errors import MarrqError
 
@@ -18,6 +29,14 @@ if TYPE_CHECKING:
     from runtime.session import SessionSettings
 
 IMAGES_AT_ONCE = 8
+
+
+class _File(NamedTuple):
+    """An ONNX file of what the user named, and which of several exports of one artifact it is."""
+
+    path: Path
+    file: Path
+    variant: str = ""
 
 
 def bench(
@@ -37,34 +56,73 @@ def bench(
     ] = False,
     artifact: Annotated[list[Path], typer.Option(help="What an ONNX file was exported from, for --parity; may be repeated.")] = [],  # noqa: B006
     parity_images: Annotated[int, typer.Option(help="Images that --parity compares, drawn at random.", min=1)] = 256,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput", help="Images per second with 1, 2, 4 … threads too, up to --threads: marrq bench artifact --throughput"
+        ),
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of top-1 that may be lost against fp32; exit code 3 where it is surely more: marrq bench artifact --max-drop 1.0",
+            min=0.0,
+        ),
+    ] = None,
+    recommend: Annotated[
+        bool,
+        typer.Option(
+            "--recommend",
+            help="Every flavour that an artifact can have; the best for size, latency and accuracy: marrq bench artifact --recommend",
+        ),
+    ] = False,
     json_file: JsonOption = None,
+    page_file: Annotated[Path | None, typer.Option("--report", help="Also write it here as a page for people, .html.")] = None,
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
     from marrq.data import find_images
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
     from runtime.bench import bench as run_bench
-    from runtime.report import parity_lines, parity_table, table
+    from runtime.environment import usable_cores
+    from runtime.html import check_page, page
+    from runtime.inspection import shortfalls
+    from runtime.latency import Plan, thread_counts
+    from runtime.report import parity_table, sentences, table, throughput_table
     from runtime.session import SessionSettings
 
-    settings = BenchSettings(SessionSettings(provider, threads), tuple(batch), rounds, seconds)
+    if page_file is not None:
+        check_page(page_file)
+    if recommend and flavor is not None:
+        raise MarrqError(f"--recommend measures every flavour: leave out --flavor {flavor}")
+    counts = thread_counts(threads or usable_cores()) if throughput else ()
+    plan = Plan(tuple(batch), rounds, seconds)
+    settings = BenchSettings(SessionSettings(provider, threads), plan, counts, max_drop, recommend)
     artifacts = {str(path): artifact_of(path, artifact, settings.session) for path in paths} if parity else {}
     with tempfile.TemporaryDirectory() as scratch:
-        entries, metadata = _entries(paths, flavor, baseline, Path(scratch), settings.session)
+        files = [item for path in paths for item in _onnx_files(path, flavor, recommend, Path(scratch))]
+        entries, metadata = _entries(files, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
         if parity:
             entries = _with_parity(entries, artifacts, images.draw(min(parity_images, len(images)), 0), settings.session)
         batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
-        with progress_bars(accuracy=len(images), latency=rounds * len(entries)) as [looking, timing]:
+        sessions = rounds * len(entries) * (1 + len(counts))
+        with progress_bars(accuracy=len(images), speed=sessions) as [looking, timing]:
             report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
+    write_json(json_file, report)
+    if page_file is not None:
+        write_text(page_file, page(report))
     stdout.print(table(report))
+    if throughput:
+        stdout.print(throughput_table(report))
     for model in report["models"]:
         if model["parity"] is not None:
             stdout.print(parity_table(model))
-            stdout.print("\n".join(parity_lines(model["parity"])), highlight=False, markup=False)
-    write_json(json_file, report)
+    for sentence in (*shortfalls(report), *sentences(report)):
+        stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    _check_gate(report)
 
 
 def _with_parity(entries: "list[Entry]", artifacts: dict[str, Path], images: "ImageSet", settings: "SessionSettings") -> "list[Entry]":
@@ -75,52 +133,69 @@ def _with_parity(entries: "list[Entry]", artifacts: dict[str, Path], images: "Im
     return [replace(entry, parity=sections.get(entry.name)) for entry in entries]
 
 
-def _entries(
-    paths: list[Path], flavor: str | None, baselines: list[str], scratch: Path, settings: "SessionSettings"
-) -> "tuple[list[Entry], dict[str, str]]":
-    """Baselines and candidates, exported where they have to be, and the metadata that they share: source, preprocessing, labels."""
+def _check_gate(report: dict[str, Any]) -> None:
+    """Raise GateError for candidates that failed; warn of those that the images are too few for."""
+    from runtime.errors import GateError
+
+    gate = report["gate"] or {"models": []}
+    names = {verdict: [model["name"] for model in gate["models"] if model["verdict"] == verdict] for verdict in ("failed", "undecided")}
+    if names["undecided"]:
+        say(f"warning: the gate of {gate['max_drop']:g} points is undecided for {', '.join(names['undecided'])}: too few images")
+    if names["failed"]:
+        raise GateError(f"{', '.join(names['failed'])} lost more than {gate['max_drop']:g} points against {gate['baseline']}")
+
+
+def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
+    """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing, labels."""
     from exporters.onnx_file import write_baseline
+    from marrq.artifact import REPORTS
     from marrq.models import ModelSource, load_source
     from runtime.bench import Entry
     from runtime.session import Model
 
     candidates: list[Entry] = []
     shared: dict[str, str] = {}
-    for path in paths:
-        file = _onnx_file(path, flavor, scratch)
-        metadata = Model(file, settings).metadata()
+    for given in files:
+        metadata = Model(given.file, settings).metadata()
         if "marrq.source" not in metadata:
-            raise MarrqError(f"{str(path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
+            raise MarrqError(f"{str(given.path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
-            raise MarrqError(f"{str(path)!r} comes from another model than {str(paths[0])!r}: bench them apart")
+            raise MarrqError(f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench them apart")
         shared = metadata
-        name = f"{metadata['marrq.scheme']} {metadata['marrq.method']}"
+        flavor, scheme, method = (metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method"))
+        name = " ".join(filter(None, (scheme, method, given.variant)))
         if any(entry.name == name for entry in candidates):
-            name += f" {path.name}"
+            name += f" {given.path.name}"
+        quantization = json.loads((given.path / REPORTS).read_text()) if given.path.is_dir() else None
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, file, str(path), "candidate", metadata["marrq.flavor"], bits))
+        candidates.append(Entry(name, given.file, str(given.path), "candidate", flavor, scheme, method, bits, quantization))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):
         assert model is not None
         say(f"exporting the baseline {name}")
         bits = write_baseline(model, name, scratch / f"{name}.onnx")
-        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, bits))
+        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, name, "none", bits))
     return entries + candidates, shared
 
 
-def _onnx_file(path: Path, flavor: str | None, scratch: Path) -> Path:
-    """The file itself, or the export of an artifact."""
-    from exporters.onnx_file import suitable_flavor, write
+def _onnx_files(path: Path, flavor: str | None, recommend: bool, scratch: Path) -> list[_File]:
+    """The file itself, or the export of an artifact: in the flavour asked for or the most suitable one, or in each that can express it."""
+    from exporters.onnx_file import NO_OPTIONS, VARIANTS, suitable_flavor, variants, write
     from marrq.artifact import artifact_hash, load
 
     if not path.exists():
         raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
     if path.is_file():
-        return path
+        return [_File(path, path)]
     model = load(path)
-    flavor = flavor or suitable_flavor(model)
-    say(f"exporting {path} as {flavor}")
-    file = scratch / f"{artifact_hash(path)}.onnx"
-    write(model, artifact_hash(path), flavor, file)
-    return file
+    if recommend:
+        chosen = {variant: VARIANTS[variant] for variant in variants(model.scheme)}
+    else:
+        chosen = {"": (flavor or suitable_flavor(model), NO_OPTIONS)}
+    files = []
+    for variant, (lowered_as, options) in chosen.items():
+        say(f"exporting {path} as {variant or lowered_as}")
+        files.append(_File(path, scratch / f"{artifact_hash(path)} {variant}.onnx", variant))
+        write(model, artifact_hash(path), lowered_as, files[-1].file, options)
+    return files

@@ -1,7 +1,6 @@
 """What several commands share: options, the progress bar, the device."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,12 +60,17 @@ def say(text: str) -> None:
 
 
 def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    """Write the report where one was asked for, in one step: what was there stays whole."""
+    """Write the report where one was asked for."""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(file)
+        write_text(file, json.dumps(report, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one step: what was there stays whole until then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def data_for(model: str, data: str | None) -> str:
@@ -91,12 +95,9 @@ def choose_device(name: str) -> "torch.device":
 def peak_memory() -> Iterator[Callable[[], float | None]]:
     """Inside: a function that gives the largest resident memory of the process since the start of the block, in MB, or None where the
     system does not tell it (it does on Linux)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    from runtime.memory import resident_peak_mb
 
-    def peak() -> float | None:
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(match[1]) * 1024 / 1e6 if match else None
-
+    reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # proc(5): sets the peak to what is resident now
-    yield peak
+    yield resident_peak_mb

@@ -41,7 +41,9 @@ def compare(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file; runs that it holds already are not done again.")],
     data: DataOption = None,
-    scheme: Annotated[list[str], typer.Option(help="As for quantize, :per-token for dynamic activations; may be repeated.")] = ["W4A8"],  # noqa: B006
+    scheme: Annotated[
+        list[str], typer.Option(help="As for quantize, :per-token or :per-tensor-dynamic for dynamic activations; may be repeated.")
+    ] = ["W4A8"],  # noqa: B006
     method: Annotated[
         list[str], typer.Option(help="NAME[,KEY=VALUE…], e.g. marr-gptaq,alpha=grid; may be repeated; all if left out.")
     ] = [],  # noqa: B006
@@ -78,7 +80,8 @@ def compare(
 
 
 class _Comparison:
-    """The report in its file, and what the runs share: model, images, float logits, the full-precision tokens of a seed and rotation."""
+    """The report in its file, and what the runs share: model, images, float logits, the full-precision tokens of a seed, rotation and
+    kind of edges."""
 
     def __init__(self, model: str, data: str, samples: int, device: "torch.device", file: Path) -> None:
         from marrq.data import find_images
@@ -100,7 +103,7 @@ class _Comparison:
         self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
         if file.exists():
             self.report = _resumed(file, about)
-        self.tokens: dict[tuple[int, int | None], FullPrecisionTokens] = {}
+        self.tokens: dict[tuple[int, int | None, bool], FullPrecisionTokens] = {}
 
     @cached_property
     def targets(self) -> "NDArray[np.int64]":
@@ -138,7 +141,7 @@ class _Comparison:
         from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
 
         images = self.train.draw(self.samples, seed)
-        drawn = (seed, spec.rotation)
+        drawn = (seed, spec.rotation, scheme.edges)
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
         # Equalization leaves the full-precision path as it is but for float rounding: it keeps its own, so that no run depends on another.

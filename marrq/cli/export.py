@@ -34,7 +34,7 @@ def export(
     from exporters.onnx_file import check_flavor, external_data, suitable_flavor, write
     from marrq.artifact import artifact_hash, check_output, load
     from marrq.errors import MarrqError
-    from runtime.files import size_bytes
+    from runtime.graph import size_bytes
 
     if format != "onnx":
         raise MarrqError(f"unknown format {format!r}: choose onnx")

@@ -1,16 +1,65 @@
-"""`marrq inspect`: how each linear of an artifact was quantized."""
+"""`marrq inspect`: what really runs each linear of an ONNX file, with how many bits; or how each linear of an artifact was quantized."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from marrq.cli.common import PlotOption, stdout
+from marrq.cli.common import JsonOption, PlotOption, ProviderOption, stdout, write_json
+from marrq.errors import MarrqError
+
+SCHEMA = "marrq.inspect/1"
 
 
-def inspect(artifact: Annotated[Path, typer.Argument(help="An artifact folder.")], plot: PlotOption = None) -> None:
-    """Show how each linear was quantized, and draw the search of alpha: marrq inspect artifact --plot alpha.svg"""
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An ONNX file, of any tool; or an artifact folder.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Of a file: exit with 3 when a linear runs in float against its scheme.")
+    ] = False,
+    json_file: JsonOption = None,
+    provider: ProviderOption = "cpu",
+    optimization: Annotated[str, typer.Option(help="Graph optimization of ONNX Runtime: none, basic, extended or all.")] = "all",
+    plot: PlotOption = None,
+) -> None:
+    """Show what really runs a file, and why: marrq inspect model.onnx --strict. Or how an artifact was quantized: --plot alpha.svg"""
+    if path.is_file():
+        if plot is not None:
+            raise MarrqError(f"--plot draws the search of alpha, which {str(path)!r} does not hold: give the artifact's folder")
+        _inspect_file(path, strict, json_file, provider, optimization)
+    elif strict or json_file is not None:
+        raise MarrqError(f"--strict and --json are about an ONNX file: export {str(path)!r} with `marrq export`, and inspect that")
+    else:
+        _inspect_artifact(path, plot)
+
+
+def _inspect_file(file: Path, strict: bool, json_file: Path | None, provider: str, optimization: str) -> None:
+    from runtime.audit import audit, demand_integers, examine
+    from runtime.inspection import audit_table, inspection
+    from runtime.precision import measure_precision
+    from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
+
+    examined = examine(file, SessionSettings(provider, optimization=optimization))
+    rows = audit(examined)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "path": str(file),
+        "size_bytes": examined.size_bytes,
+        "onnxruntime": ONNXRUNTIME_VERSION,
+        "provider": provider,
+        "graph_optimization": optimization,
+        "audit": [asdict(row) for row in rows],
+        "precision": asdict(measure_precision(examined)),
+    }
+    write_json(json_file, report)
+    stdout.print(audit_table(report["audit"]))
+    stdout.print(inspection(report))
+    if strict:
+        demand_integers(rows)
+
+
+def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -27,9 +27,13 @@ def quantize(
     model: ModelArgument,
     output: OutputOption,
     scheme: Annotated[
-        str, typer.Option(help="W{2,3,4,8}A{3,4,8,16}: bits of weights and activations; -gSIZE: groups of inputs; -sym, -mxint: grids.")
+        str,
+        typer.Option(
+            help="W{2,3,4,8}A{3,4,8,16}: bits of weights and activations; -gSIZE: groups of inputs; -sym, -mxint: grids; "
+            "-e8: patch embedding and head in 8 bits."
+        ),
     ] = "W4A8",
-    activations: Annotated[str, typer.Option(help="per-tensor (static) or per-token (dynamic).")] = "per-tensor",
+    activations: Annotated[str, typer.Option(help="per-tensor (static), per-tensor-dynamic or per-token (dynamic).")] = "per-tensor",
     method: Annotated[str, typer.Option(help="rtn, gptq, gptaq, rescomp, exact, stream, or marr- before one of the last four.")] = "marr",
     alpha: Annotated[str | None, typer.Option(help="pid, grid or global=VALUE: how the residual strength is found.")] = None,
     feedback: Annotated[str | None, typer.Option(help="held-out or calibration: the images that judge it.")] = None,

@@ -76,7 +76,8 @@ class MethodSpec:
     sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
     or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
     branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: move a
-    scale per channel between linears and the norm before them (marrq/equalization.py).
+    scale per channel between linears and the norm before them (marrq/equalization.py); balance: the values of the heads in another basis
+    (marrq/balance.py).
     """
 
     name: str = "marr-stream"
@@ -89,6 +90,7 @@ class MethodSpec:
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
     equalize: bool = False
+    balance: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,17 @@ class Compensation:
 class Problem:
     """The statistics of both halves of the calibration set, each half and the whole ready to be swept with.
 
-    Where the bias is to take up the mean error, they are the statistics of centred tokens (`ResidualStatistics.centred`).
+    Where the bias is to take up the mean error, they become the statistics of centred tokens (`ResidualStatistics.centre_`): the sums that
+    are given are taken over, not copied.
+
+    whole: all the data; halves: each half by itself, to find α, for which the quick search of the grid is good enough.
     """
 
     def __init__(self, halves: tuple[ResidualStatistics, ResidualStatistics], weights: WeightSpec, spec: MethodSpec) -> None:
+        whole, (first, second) = halves[0] + halves[1], halves
+        if spec.correct_bias:
+            for sums in (whole, first, second):
+                sums.centre_()
         self.weights = weights
-        self._halves, self._spec = halves, spec
-
-    @cached_property
-    def whole(self) -> Compensation:
-        """All the data."""
-        return self._compensation(self._halves[0] + self._halves[1], self._spec.clip)
-
-    @cached_property
-    def halves(self) -> tuple[Compensation, Compensation]:
-        """Each half by itself. They serve to find α, for which the quick search of the grid is good enough."""
-        return self._compensation(self._halves[0], "weights"), self._compensation(self._halves[1], "weights")
-
-    def _compensation(self, statistics: ResidualStatistics, clip: Clip) -> Compensation:
-        return Compensation(statistics.centred() if self._spec.correct_bias else statistics, self._spec, clip)
+        self.whole = Compensation(whole, spec, spec.clip)
+        self.halves = Compensation(first, spec, "weights"), Compensation(second, spec, "weights")

@@ -59,6 +59,7 @@ def _told(spec: MethodSpec) -> dict[str, str]:
         "lowrank": str(spec.lowrank),
         "rotate": str(spec.rotation),
         "equalize": _on_or_off(spec.equalize),
+        "balance": _on_or_off(spec.balance),
         **{f"pid.{gain}": _digits(value) for gain, value in vars(alpha.pid).items()},
     }
 
@@ -124,6 +125,7 @@ SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
     "target-damping": lambda spec, text: replace(spec, target_damping=_number("target-damping", text)),
     "bias-correction": lambda spec, text: replace(spec, correct_bias=_switch("bias-correction", text)),
     "equalize": lambda spec, text: replace(spec, equalize=_switch("equalize", text)),
+    "balance": lambda spec, text: replace(spec, balance=_switch("balance", text)),
     "act-order": lambda spec, text: replace(spec, act_order=_switch("act-order", text)),
     "clip": lambda spec, text: replace(spec, clip=_clip(text)),
     "lowrank": lambda spec, text: replace(spec, lowrank=parse_lowrank(text)),

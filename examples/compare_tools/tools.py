@@ -1,0 +1,142 @@
+"""What makes a smaller or faster file of a float ONNX model, one function a tool, each with the settings that its makers recommend for a
+CPU with VNNI.
+
+    fp32, fp16         the model as it is, and in float16
+    integer            marrq
+    static             onnxruntime quantize_static: Q/DQ, uint8 activations, int8 weights per channel, behind its pre-processing
+    dynamic            onnxruntime quantize_dynamic, behind the same pre-processing
+    matmulnbits        onnxruntime MatMulNBitsQuantizer: 4 bits, blocks of 128, accuracy level 4: activations in int8
+    openvino           OpenVINO, nothing quantized
+    nncf               OpenVINO behind NNCF's post-training quantization for transformers: int8 weights and activations
+
+All that calibrate see the same images.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from exporters.onnx_file import write, write_baseline
+from exporters.trace import INPUT
+from marrq.methods.settings import parse_method
+from marrq.models import VisionModel
+from marrq.pipeline import CalibrationSet, Images, quantize
+from marrq.schemes import parse_scheme
+
+logging.getLogger().setLevel(logging.WARNING)  # the import of MatMulNBitsQuantizer has set it to INFO, for every package
+
+REQUIREMENTS = "examples/compare_tools/requirements.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a tool is given. file: the float32 graph; images: for calibration; scheme, method: of marrq alone."""
+
+    model: VisionModel
+    file: Path
+    images: Images
+    calibration: CalibrationSet
+    scheme: str
+    method: str
+
+    def inputs(self) -> Iterator[NDArray[np.float32]]:
+        """The calibration images one by one: [1, channels, height, width]."""
+        for index in range(len(self.images)):
+            yield self.images[index : index + 1].numpy()
+
+
+class _Reader(CalibrationDataReader):
+    """The images as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, source: Source) -> None:
+        self.inputs = source.inputs()
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        pixels = next(self.inputs, None)
+        return None if pixels is None else {INPUT: pixels}
+
+
+def fp32(source: Source, folder: Path) -> Path:
+    return source.file
+
+
+def fp16(source: Source, folder: Path) -> Path:
+    write_baseline(source.model, "fp16", folder / "fp16.onnx")
+    return folder / "fp16.onnx"
+
+
+def integer(source: Source, folder: Path) -> Path:
+    model = replace(source.model, module=copy.deepcopy(source.model.module))  # quantize works in place
+    scheme, method = parse_scheme(source.scheme), parse_method(source.method)
+    quantized = quantize(model, source.images, source.calibration, scheme, method, torch.device("cpu"))
+    write(quantized, "none", "integer", folder / "integer.onnx")
+    return folder / "integer.onnx"
+
+
+def static(source: Source, folder: Path) -> Path:
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(_preprocessed(source, folder), folder / "static.onnx", _Reader(source), per_channel=True, **types)
+    return folder / "static.onnx"
+
+
+def dynamic(source: Source, folder: Path) -> Path:
+    quantize_dynamic(_preprocessed(source, folder), folder / "dynamic.onnx")
+    return folder / "dynamic.onnx"
+
+
+def matmulnbits(source: Source, folder: Path) -> Path:
+    quantizer = MatMulNBitsQuantizer(str(source.file), bits=4, block_size=128, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(folder / "matmulnbits.onnx"))
+    return folder / "matmulnbits.onnx"
+
+
+def openvino(source: Source, folder: Path) -> Path:
+    import openvino as ov
+
+    ov.save_model(ov.convert_model(source.file), folder / "openvino.xml", compress_to_fp16=False)
+    return folder / "openvino.xml"
+
+
+def nncf(source: Source, folder: Path) -> Path:
+    import nncf
+    import openvino as ov
+
+    quantized = nncf.quantize(
+        ov.convert_model(source.file),
+        nncf.Dataset(list(source.inputs())),  # it goes through them more than once
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(source.images),
+    )
+    ov.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+    return folder / "nncf.xml"
+
+
+TOOLS: dict[str, Callable[[Source, Path], Path]] = {
+    "fp32": fp32,
+    "fp16": fp16,
+    "integer": integer,
+    "static": static,
+    "dynamic": dynamic,
+    "matmulnbits": matmulnbits,
+    "openvino": openvino,
+    "nncf": nncf,
+}
+"""Each writes its files into a folder and returns what is to be opened."""
+
+
+def _preprocessed(source: Source, folder: Path) -> Path:
+    """Shapes inferred and nodes fused, as ONNX Runtime asks for before it quantizes; done once."""
+    file = folder / "preprocessed.onnx"
+    if not file.exists():
+        quant_pre_process(source.file, file)
+    return file

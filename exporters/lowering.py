@@ -12,6 +12,7 @@ ONNX. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes 
 codes clipped to 0 … 7 and 0 … 15.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ WIDENED_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0"}
 WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:weight|lowrank)_\w+")
 """Name of an initializer that belongs to a linear's weight; the group is the linear's path."""
 
+LINEARS = "marrq.linears"
+"""Key of the metadata that says where each linear begins and ends, by which a bench can run it alone (`_described`)."""
 
 ATTENTION_OPSET = 23
 """The opset whose Attention ONNX Runtime has a kernel for; the one of opset 24 and later it takes apart into single operators."""
@@ -205,15 +208,31 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
         drop_unread_tokens(lowered.graph)
     RemoveUnusedNodesPass()(lowered)  # a linear may stand there twice now, once unread
     made: dict[tuple[object, ...], InputCodes | ir.Value] = {}
+    ends: list[tuple[ir.Node, ir.Value, ir.Value]] = []
     for node in placeholders(lowered.graph):
         site = Site(lowered.graph, node, linears[node.attributes["path"].as_string()], made)
         result = lowering(site)
+        ends.append((node, site.x, result))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(lowered.graph, node, [node], site.nodes, [node.outputs[0]], [result])
     del lowered.opset_imports[PLACEHOLDER_DOMAIN]
     if any(node.domain == ONNXRUNTIME_DOMAIN for node in lowered.graph):
         lowered.opset_imports[ONNXRUNTIME_DOMAIN] = 1
+    lowered.metadata_props[LINEARS] = _described(ends)
     return lowered
+
+
+def _described(ends: Sequence[tuple[ir.Node, ir.Value, ir.Value]]) -> str:
+    """Where each linear begins and ends in the graph, as JSON: by path the parts whose rows make up its output, in the order of the rows,
+    each with the names of the value that enters and the value that leaves it, and of the tensor of the model (LayerScale) that the latter
+    is multiplied by, where there is one. ends: placeholder, value that enters, value that leaves."""
+    linears: dict[str, list[dict[str, str | None]]] = {}
+    for node, x, y in sorted(ends, key=lambda end: "part" in end[0].attributes and "qkv".index(end[0].attributes["part"].as_string())):
+        part = {"input": x.name, "output": y.name}
+        if "output_scale" in node.attributes:
+            part["scale"] = node.attributes["output_scale"].as_tensor().name
+        linears.setdefault(node.attributes["path"].as_string(), []).append(part)
+    return json.dumps(linears, separators=(",", ":"))
 
 
 def int8_codes(site: Site, codes: Tensor) -> ir.Value:

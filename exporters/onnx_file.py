@@ -4,7 +4,10 @@ Every file carries what is needed to serve and to judge it, as metadata: `marrq.
 `marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
 `marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized linears, by their scheme), the options of
 the flavour, and `marrq.lowest_onnxruntime`. The opset and IR version are the lowest that the graph needs: servers refuse versions newer
-than they know.
+than they know. `marrq.linears` says where each linear begins and ends in the graph (exporters/lowering.py).
+
+A protobuf ends at 2 GiB. The tensors of a larger model are kept beside it, in one file named like it with `.data` behind, which has to go
+where the model goes.
 """
 
 import json
@@ -33,6 +36,10 @@ from marrq.schemes import Scheme
 
 IR_VERSIONS = {20: 9, 21: 10, 23: 11, 25: 13}
 """IR version that came with each opset."""
+
+
+INLINE_BYTES = 2_000_000_000
+"""Largest size of a model's tensors that stay in the ONNX file itself; what the graph takes besides has the rest of the 2 GiB."""
 
 
 class Flavor(Protocol):
@@ -171,8 +178,25 @@ def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict
     }
     graph.metadata_props.update({f"marrq.{key}": value for key, value in described.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         file = Path(temporary) / path.name
-        ir.save(graph, file)
+        ir.save(graph, file, external_data=external_data(path).name if sum(tensors) > INLINE_BYTES else None)
         onnx.checker.check_model(str(file), full_check=True)
+        _put(file, path)
+
+
+def external_data(path: Path) -> Path:
+    """Where the tensors of a model are that its file is too small for."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _put(file: Path, path: Path) -> None:
+    """Move a file, and its data where it has some, to a place where others may be: at every moment what is there is whole, or absent."""
+    if external_data(file).exists():
+        path.unlink(missing_ok=True)
+        external_data(file).replace(external_data(path))
         file.rename(path)
+    else:
+        file.replace(path)
+        external_data(path).unlink(missing_ok=True)

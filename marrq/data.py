@@ -56,7 +56,7 @@ class ImageSet:
         transform = preprocessing.transform()
         for start in range(0, len(self), batch_size):
             files = self.files[start : start + batch_size]
-            pixels = torch.stack([transform(_read_image(file)) for file in files])
+            pixels = torch.stack([transform(read_image(file)) for file in files])
             yield pixels, torch.tensor(self.targets[start : start + batch_size])
 
     def pixels(self, preprocessing: Preprocessing) -> "Pixels":
@@ -115,7 +115,8 @@ def _is_image(entry: Location) -> bool:
     return entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
 
 
-def _read_image(file: Location) -> Image.Image:
+def read_image(file: Location) -> Image.Image:
+    """The image, with its pixels read. Raises MarrqError when there is none, or a broken one."""
     try:
         with file.open("rb") as stream, Image.open(stream) as image:
             image.load()

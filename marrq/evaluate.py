@@ -1,11 +1,15 @@
-"""Logits of a model in torch, over an image set. What they say about accuracy is computed in one place, runtime/accuracy.py."""
+"""Logits of a model in torch over an image set, and what its quantized linears take and give. What that says about accuracy is computed in
+one place, runtime/accuracy.py, and what it says about an export in another, runtime/parity.py."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from marrq.blocks import hooked
 from marrq.data import ImageSet
+from marrq.modules import quantized_linears
 from marrq.preprocessing import Preprocessing
 
 BATCH_SIZE = 16
@@ -26,3 +30,20 @@ def predict(
         logits.append(module(pixels.to(device)).float().cpu())
         batch_done(len(pixels))
     return torch.cat(logits)
+
+
+@torch.no_grad()
+def watch_linears(module: nn.Module, pixels: Tensor, seen: Callable[[str, Tensor, Tensor], None]) -> None:
+    """Call `seen` with path, input [..., in] and output [..., out] of each quantized linear as a forward of `pixels` comes to it. None of
+    them is kept: all together they may be larger than the model."""
+
+    def leave(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _, arguments, output: seen(path, arguments[0], output)
+
+    with hooked([linear.register_forward_hook(leave(path)) for path, linear in quantized_linears(module).items()]):
+        module(pixels)
+
+
+def nudged(pixels: Tensor, seed: int) -> Tensor:
+    """Every value changed by about a millionth of itself, as another order of float sums may change it."""
+    return pixels * (1 + 1e-6 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)))

@@ -23,7 +23,7 @@ from typing import Literal
 from onnx import NodeProto
 
 from runtime.errors import BenchError, GateError
-from runtime.graph import MOVING, PRODUCTS, Graph, Product, attribute, bits_of_type
+from runtime.graph import MOVING, PRODUCTS, Graph, Product, attribute, bits_of_type, size_bytes
 from runtime.session import ONNXRUNTIME_VERSION, PROVIDERS, WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
 FLOAT = "float"
@@ -110,13 +110,7 @@ def examine(path: Path, settings: SessionSettings) -> Examined:
     linears = tuple(find_linears(file, optimized))
     if not linears:
         raise BenchError(f"{str(path)!r} has no linear: there is nothing to examine")
-    return Examined(file, optimized, settings, assigned, linears, _size_bytes(path, file))
-
-
-def _size_bytes(path: Path, file: Graph) -> int:
-    """Of the file, and of those beside it that hold its tensors."""
-    beside = {entry.value for tensor in file.initializers.values() for entry in tensor.external_data if entry.key == "location"}
-    return sum(place.stat().st_size for place in (path, *map(path.with_name, beside)))
+    return Examined(file, optimized, settings, assigned, linears, size_bytes(path))
 
 
 def find_linears(file: Graph, optimized: Graph) -> list[Linear]:

@@ -14,6 +14,7 @@ from runtime.accuracy import hits, measure_accuracy, paired_drop
 from runtime.audit import audit, examine
 from runtime.environment import describe
 from runtime.gate import judge
+from runtime.graph import size_bytes
 from runtime.latency import Latency, Plan, Speed, measure_latency, measure_throughput
 from runtime.memory import measure_peak_memory
 from runtime.precision import measure_precision
@@ -29,7 +30,7 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 @dataclass(frozen=True)
 class Entry:
     """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says;
-    quantization: how each linear was quantized, where its artifact was at hand."""
+    quantization: how each linear was quantized, where its artifact was at hand; parity: see runtime/parity.py."""
 
     name: str
     file: Path
@@ -40,6 +41,7 @@ class Entry:
     method: str
     bits_per_weight: float
     quantization: list[dict[str, Any]] | None = None
+    parity: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ def _described(entry: Entry) -> dict[str, Any]:
         "flavor": entry.flavor,
         "scheme": entry.scheme,
         "method": entry.method,
-        "size_bytes": entry.file.stat().st_size,
+        "size_bytes": size_bytes(entry.file),
         "bits_per_weight": entry.bits_per_weight,
         "quantization": entry.quantization,
+        "parity": entry.parity,
     }
 
 

@@ -41,16 +41,47 @@ def throughput_table(report: dict[str, Any]) -> Table:
     return result
 
 
+def parity_table(model: dict[str, Any]) -> Table:
+    """What each stage of a model's way to a served file does to its logits."""
+    section = model["parity"]
+    headings = ("cosine\nleast", "\nmedian", "same\ntop-1 %", "top-1 %\nbefore, after")
+    result = _empty_table(f"parity of {model['name']}, {section['images']} images", "\nstage", headings)
+    for stage in section["stages"]:
+        result.add_row(
+            stage["stage"],
+            f"{stage['least_cosine']:.5f}",
+            f"{stage['median_cosine']:.5f}",
+            f"{100 * stage['agreement']:.1f}",
+            f"{100 * stage['top1_source']:.1f}, {100 * stage['top1_target']:.1f}",
+        )
+    return result
+
+
 def sentences(report: dict[str, Any]) -> list[str]:
-    """What is to be read below the table: nodes that fell back to another provider, the gate's verdicts, the recommendation."""
+    """What is to be read below the table: nodes that fell back to another provider, what parity says, the gate's verdicts, the
+    recommendation."""
     fallbacks = [
         f"{model['name']}: {count} of {sum(model['executed_on'].values())} nodes ran on {provider}"
         for model in report["models"]
         if len(model["executed_on"]) > 1
         for provider, count in model["executed_on"].items()
     ]
+    parities = [sentence for model in report["models"] if model["parity"] for sentence in _parity_sentences(model)]
     verdicts = [verdict["sentence"] for verdict in (report["gate"] or {"models": []})["models"]]
-    return fallbacks + verdicts + [choice["sentence"] for choice in (report["recommendation"] or {}).values()]
+    return fallbacks + parities + verdicts + [choice["sentence"] for choice in (report["recommendation"] or {}).values()]
+
+
+def _parity_sentences(model: dict[str, Any]) -> list[str]:
+    """The first stage that loses, why each does, and how far linears and logits may be trusted to tell."""
+    section = model["parity"]
+    worst = max(section["linears"], key=lambda row: float(row["relative_error"]))
+    nudged = section["nudged"]
+    return [
+        f"{model['name']}: the first stage that loses is {section['first_loss'] or 'none'}",
+        *(f"{stage['stage']} loses: {stage['loss']}" for stage in section["stages"] if stage["loss"]),
+        f"the largest relative error of a linear on torch's input is {worst['relative_error']:.1e}, at {worst['linear']}",
+        f"with pixels nudged by a millionth torch is at {nudged['least_cosine']:.5f} (least), {nudged['median_cosine']:.5f} of itself",
+    ]
 
 
 def _empty_table(caption: str, first: str, headings: tuple[str, ...]) -> Table:

@@ -55,7 +55,7 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
     for model in report["models"]:
         about = {"name", "path", "role", "flavor", "scheme", "method", "size_bytes", "bits_per_weight"}
         speed = {"latency", "load_ms", "peak_memory_mb", "throughput", "executed", "executed_on"}
-        assert set(model) == about | {"accuracy", "audit", "precision", "quantization"} | speed
+        assert set(model) == about | {"accuracy", "audit", "precision", "parity", "quantization"} | speed
         shares = {"top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement"}
         assert set(model["accuracy"]) == shares | {"images", "against", "hits"}
         assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -19,9 +20,11 @@ from marrq.cli.common import (
     write_json,
     write_text,
 )
+from marrq.cli.parity import artifact_of, measure_parity
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
+    from marrq.data import ImageSet
     from runtime.bench import Entry
     from runtime.session import SessionSettings
 
@@ -48,6 +51,11 @@ def bench(
     provider: ProviderOption = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Tell what quantization, export and preprocessing lose, and name the first that does.")
+    ] = False,
+    artifact: Annotated[list[Path], typer.Option(help="What an ONNX file was exported from, for --parity; may be repeated.")] = [],  # noqa: B006
+    parity_images: Annotated[int, typer.Option(help="Images that --parity compares, drawn at random.", min=1)] = 256,
     throughput: Annotated[
         bool,
         typer.Option(
@@ -80,7 +88,7 @@ def bench(
     from runtime.html import check_page, page
     from runtime.inspection import shortfalls
     from runtime.latency import Plan, thread_counts
-    from runtime.report import sentences, table, throughput_table
+    from runtime.report import parity_table, sentences, table, throughput_table
     from runtime.session import SessionSettings
 
     if page_file is not None:
@@ -90,12 +98,15 @@ def bench(
     counts = thread_counts(threads or usable_cores()) if throughput else ()
     plan = Plan(tuple(batch), rounds, seconds)
     settings = BenchSettings(SessionSettings(provider, threads), plan, counts, max_drop, recommend)
+    artifacts = {str(path): artifact_of(path, artifact, settings.session) for path in paths} if parity else {}
     with tempfile.TemporaryDirectory() as scratch:
         files = [item for path in paths for item in _onnx_files(path, flavor, recommend, Path(scratch))]
         entries, metadata = _entries(files, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
+        if parity:
+            entries = _with_parity(entries, artifacts, images.draw(min(parity_images, len(images)), 0), settings.session)
         batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
         sessions = rounds * len(entries) * (1 + len(counts))
         with progress_bars(accuracy=len(images), speed=sessions) as [looking, timing]:
@@ -106,9 +117,20 @@ def bench(
     stdout.print(table(report))
     if throughput:
         stdout.print(throughput_table(report))
+    for model in report["models"]:
+        if model["parity"] is not None:
+            stdout.print(parity_table(model))
     for sentence in (*shortfalls(report), *sentences(report)):
         stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
     _check_gate(report)
+
+
+def _with_parity(entries: "list[Entry]", artifacts: dict[str, Path], images: "ImageSet", settings: "SessionSettings") -> "list[Entry]":
+    """The entries, candidates with how they compare with their artifacts. artifacts: by the path that the user gave."""
+    candidates = [entry for entry in entries if entry.role == "candidate"]
+    with progress_bars(parity=len(images) * len(candidates)) as [bar]:
+        sections = {entry.name: measure_parity(artifacts[entry.path], entry.file, images, settings, bar.advance) for entry in candidates}
+    return [replace(entry, parity=sections.get(entry.name)) for entry in entries]
 
 
 def _check_gate(report: dict[str, Any]) -> None:
@@ -140,13 +162,13 @@ def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: 
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
             raise MarrqError(f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench them apart")
         shared = metadata
-        stamped = {key: metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method")}
-        name = " ".join(filter(None, (stamped["scheme"], stamped["method"], given.variant)))
+        flavor, scheme, method = (metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method"))
+        name = " ".join(filter(None, (scheme, method, given.variant)))
         if any(entry.name == name for entry in candidates):
             name += f" {given.path.name}"
-        bits = float(metadata["marrq.bits_per_weight"])
         quantization = json.loads((given.path / REPORTS).read_text()) if given.path.is_dir() else None
-        candidates.append(Entry(name, given.file, str(given.path), "candidate", **stamped, bits_per_weight=bits, quantization=quantization))
+        bits = float(metadata["marrq.bits_per_weight"])
+        candidates.append(Entry(name, given.file, str(given.path), "candidate", flavor, scheme, method, bits, quantization))
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):

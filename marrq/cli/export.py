@@ -31,13 +31,15 @@ def export(
     force: ForceOption = False,
 ) -> None:
     """Export an artifact as an ONNX file: marrq export artifact --format onnx -o model.onnx"""
-    from exporters.onnx_file import check_flavor, suitable_flavor, write
+    from exporters.onnx_file import check_flavor, external_data, suitable_flavor, write
     from marrq.artifact import artifact_hash, check_output, load
     from marrq.errors import MarrqError
+    from runtime.graph import size_bytes
 
     if format != "onnx":
         raise MarrqError(f"unknown format {format!r}: choose onnx")
-    check_output(output, force)
+    for place in (output, external_data(output)):
+        check_output(place, force)
     model = load(artifact)
     flavor = flavor or suitable_flavor(model)
     given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
@@ -45,4 +47,4 @@ def export(
     check_flavor(model, flavor, options)
     say(f"tracing {model.source.name} as {flavor}")
     write(model, artifact_hash(artifact), flavor, output, options)
-    say(f"wrote {output}: {output.stat().st_size / 1e6:.2f} MB")
+    say(f"wrote {output}: {size_bytes(output) / 1e6:.2f} MB")

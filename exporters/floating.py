@@ -30,9 +30,9 @@ class _Half(nn.Module):
 
 def export_float32(model: VisionModel) -> ir.Model:
     """The model as it is."""
-    return trace(model.module, model.preprocessing.input_size, OPSET)
+    return trace(model.module, model.preprocessing.input_size, OPSET, model.output)
 
 
 def export_float16(model: VisionModel) -> ir.Model:
     """Weights and arithmetic in float16."""
-    return trace(_Half(model.module), model.preprocessing.input_size, OPSET)
+    return trace(_Half(model.module), model.preprocessing.input_size, OPSET, model.output)

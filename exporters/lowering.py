@@ -28,6 +28,7 @@ from exporters.passes import (
     absorb_scales,
     add_constant,
     attend_on_tokens,
+    drop_copies,
     drop_open_masks,
     drop_unread_tokens,
     flatten_patches,
@@ -195,7 +196,9 @@ class Site:
 def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value]) -> ir.Model:
     """The graph of a quantized model with each placeholder replaced by what the lowering makes of it."""
     linears = quantized_linears(model.module)
-    lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, opset)
+    lowered = trace(with_placeholders(model.module), model.preprocessing.input_size, OPSET, model.output)
+    lowered.opset_imports[""] = opset  # later ones take more types in what the trace is made of, and change nothing else
+    drop_copies(lowered.graph)
     split_qkv(lowered.graph)
     absorb_scales(lowered.graph)
     flatten_patches(lowered.graph)

@@ -1,5 +1,8 @@
 """Trace a model to a float ONNX graph in which every quantized linear is one placeholder node `marrq::QuantizedLinear` that carries its
-module path. A flavour is a lowering of that node; the graph around it is the same for all."""
+module path. A flavour is a lowering of that node; the graph around it is the same for all.
+
+Whatever does not depend on the images is a constant in it: relative positions that a model makes anew in each forward, rotary tables.
+"""
 
 import copy
 import logging
@@ -12,14 +15,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import opset18
+from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marrq.errors import MarrqError
 from marrq.modules import quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
 PLACEHOLDER = "QuantizedLinear"
-INPUT, OUTPUT = "pixels", "logits"
+INPUT = "pixels"
 
 
 class _Placeholder(nn.Module):
@@ -45,22 +50,26 @@ def with_placeholders(model: nn.Module) -> nn.Module:
     return model
 
 
-def trace(model: nn.Module, input_size: Sequence[int], opset: int) -> ir.Model:
-    """The graph of a model from float32 `pixels` [batch, channels, height, width] to `logits` [batch, classes], batch dynamic."""
+def trace(model: nn.Module, input_size: Sequence[int], opset: int, output: str = "logits") -> ir.Model:
+    """The graph of a model from float32 `pixels` [batch, channels, height, width] to `output` [batch, …], batch dynamic."""
     example = torch.zeros(2, *input_size)
     try:
-        with _quiet():
+        # With another kernel the exporter fails to find the strides again that a masked attention gave (timm's BEiT).
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 model.eval(),
                 (example,),
                 dynamo=True,
                 opset_version=opset,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+                optimize=False,
                 verbose=False,
             )
+            if program is not None:
+                optimize_ir(program.model, should_fold=lambda node: True)  # constants of any size
     except torch.onnx.OnnxExporterError as error:
         raise MarrqError(f"the model cannot be traced to ONNX: {str(error).strip().splitlines()[0]}") from error
     if program is None:
@@ -96,12 +105,14 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's progress and deprecation messages concern its own developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

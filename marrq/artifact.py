@@ -142,10 +142,10 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
         tensors["weight_zero_point"] = linear.zero_point
     tensors |= {name: tensor for name in OPTIONAL if (tensor := getattr(linear, name)) is not None}
     if linear.input is not None and linear.input.spec.is_static:
-        tensors["input_scale"] = linear.input.scale
+        tensors["input_scale"] = linear.input.scale.clone()  # linears that share an input share its quantizer; a file shares nothing
         tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
     elif linear.input is not None:
-        tensors["input_clip"] = linear.input.clip
+        tensors["input_clip"] = linear.input.clip.clone()
     return tensors
 
 

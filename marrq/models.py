@@ -57,6 +57,16 @@ class VisionModel:
     preprocessing: Preprocessing
     labels: tuple[str, ...]
 
+    @property
+    def output(self) -> str:
+        """What the model gives."""
+        return output_name(self.labels)
+
+
+def output_name(labels: tuple[str, ...]) -> str:
+    """What a model with these classes gives."""
+    return "logits" if labels else "features"
+
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
 """What a transformers model may give that describes the image, in the order of preference."""

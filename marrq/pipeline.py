@@ -28,7 +28,7 @@ from marrq.equalization import choose_scale, find_norm, fold_scale
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
-from marrq.models import ModelSource, VisionModel
+from marrq.models import ModelSource, VisionModel, output_name
 from marrq.modules import QuantLinear
 from marrq.preprocessing import Preprocessing
 from marrq.rotation import rotate
@@ -110,6 +110,11 @@ class QuantizedModel:
     method: MethodSpec
     calibration: CalibrationSet
     reports: tuple[ModuleReport, ...]
+
+    @property
+    def output(self) -> str:
+        """What the model gives."""
+        return output_name(self.labels)
 
 
 class FullPrecisionTokens:

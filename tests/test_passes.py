@@ -6,13 +6,22 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from tiny_models import dinov2, distilled, noise, swin, transformers_vit, vit
+from tiny_models import dinov2, distilled, noise, randomized, swin, transformers_vit, vit
 from torch import nn
 
 from exporters.lowering import ATTENTION_OPSET
-from exporters.passes import add_constant, attend_on_tokens, drop_open_masks, drop_unread_tokens, flatten_patches, fuse_attention
+from exporters.passes import (
+    add_constant,
+    attend_on_tokens,
+    drop_copies,
+    drop_open_masks,
+    drop_unread_tokens,
+    flatten_patches,
+    fuse_attention,
+)
 from exporters.trace import INPUT, trace
 from marrq.edges import put_patches
 
@@ -25,16 +34,16 @@ Passes = tuple[Callable[[ir.Graph], None], ...]
 FUSED: Passes = (drop_open_masks, fuse_attention, attend_on_tokens)
 
 
-def rewritten(model: nn.Module, *passes: Callable[[ir.Graph], None]) -> ir.Model:
-    traced = trace(model, (3, 32, 32), ATTENTION_OPSET)
+def rewritten(model: nn.Module, *passes: Callable[[ir.Graph], None], size: int = 32) -> ir.Model:
+    traced = trace(model, (3, size, size), ATTENTION_OPSET)
     for rewrite in passes:
         rewrite(traced.graph)
     RemoveUnusedNodesPass()(traced)
     return traced
 
 
-def assert_the_logits_stay(model: nn.Module, traced: ir.Model) -> None:
-    pixels = noise(3)
+def assert_the_logits_stay(model: nn.Module, traced: ir.Model, size: int = 32) -> None:
+    pixels = noise(3)[..., :size, :size]
     session = ort.InferenceSession(ir.to_proto(traced).SerializeToString(), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         np.testing.assert_allclose(session.run(None, {INPUT: pixels.numpy()})[0], model(pixels).numpy(), rtol=1e-4, atol=1e-4)
@@ -102,3 +111,38 @@ def test_a_mask_that_hides_a_token_stays():
         graph.extend([mask, masked, ir.node("Softmax", masked.outputs)])
         drop_open_masks(graph)
         assert sum(node.op_type == "Add" for node in graph) == left
+
+
+def swin_v2() -> nn.Module:
+    arguments = {"img_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (2,), "num_heads": (2,), "window_size": 4}
+    return randomized(timm.create_model("swinv2_tiny_window8_256", num_classes=5, **arguments))
+
+
+def test_operators_that_only_copy_go():
+    model = swin_v2()
+    before, after = ([node.op_type for node in rewritten(model, *passes, size=16).graph] for passes in ((), (drop_copies,)))
+    assert (before.count("Pad"), before.count("Expand")) == (2, 4)
+    assert (after.count("Pad"), after.count("Expand")) == (0, 0)
+    assert_the_logits_stay(model, rewritten(model, drop_copies, size=16), size=16)
+
+
+def test_a_pad_that_adds_something_stays_and_so_does_an_expand_that_gives_the_shape():
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": ATTENTION_OPSET})
+    row, column, shape = (
+        add_constant(graph, f"given_{index}", array)
+        for index, array in enumerate((np.ones((1, 3), np.float32), np.ones((2, 1), np.float32), np.array([2, 3])))
+    )
+    padded = ir.node("Pad", [row, add_constant(graph, "pads", np.array([0, 0, 1, 0]))])
+    expanded = ir.node("Expand", [row, shape])
+    expanded.outputs[0].shape = ir.Shape([2, 3])
+    graph.extend([padded, expanded, ir.node("Add", [expanded.outputs[0], column])])
+    drop_copies(graph)
+    assert [node.op_type for node in graph] == ["Pad", "Expand", "Add"]
+
+
+def test_what_does_not_depend_on_the_images_is_a_constant_in_the_graph():
+    """Swin v2 makes relative positions by an MLP in every forward: no Relu of it, no gathering, no sigmoid is left."""
+    model = swin_v2()
+    traced = rewritten(model, size=16)
+    assert not {"Relu", "GatherND", "Gather", "Sigmoid"}.intersection(node.op_type for node in traced.graph)
+    assert_the_logits_stay(model, traced, size=16)

@@ -15,6 +15,9 @@ R, which spreads over the channels of a head what stands out in one: that the no
 
 A gated MLP, W (σ(g) ⊙ u), is the same with heads of one channel: T is then diagonal, P = √(M / H), and there is nothing to rotate.
 
+That is for rounding on fixed grids. A sweep that compensates profits from inputs that are correlated, which the new basis undoes: where
+weights are coarse and activations are not, balance does harm (methods/problem.py, `balances`).
+
 Nothing here knows a family by name: a trial forward must show which outputs of which linear are the values, and how wide a head is.
 """
 

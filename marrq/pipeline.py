@@ -5,8 +5,8 @@ far (x). In each block, group by group of linears that share an input: find the 
 streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
 never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
 statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
-and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), with `balance` each block before it is
-quantized (marrq/balance.py); that model is the full-precision one.
+and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), a block that is to be
+balanced before it is quantized (marrq/balance.py); that model is the full-precision one.
 Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
 """
 
@@ -230,7 +230,7 @@ def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Sourc
 def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> list[str]:
     """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; paths of the linears
     that read what was balanced."""
-    if not run.method.balance or isinstance(block, Edge):
+    if isinstance(block, Edge) or not run.method.balances(run.scheme):
         return []
     first, generator = streams.original[0].to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
     found = [find_passage(untouched, group[0], first) for group in block.groups if len(group) == 1]

@@ -113,8 +113,15 @@ def test_a_balanced_model_gives_the_outputs_of_its_own_float_model_and_says_what
     images = noise(6)
     with torch.no_grad():
         expected = vit()(images)
-        model = quantized(vit(), images, "W8A16", "gptq")
+        model = quantized(vit(), images, "W8A16", "gptq,balance=on")
         error = (model.module(images) - expected).norm() / expected.norm()
     assert error < 0.02
     assert [report.path for report in model.reports if report.balanced] == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
-    assert not any(report.balanced for report in quantized(vit(), images, "W8A16", "gptq,balance=off").reports)
+
+
+@pytest.mark.parametrize(("scheme", "balanced"), [("W4A4", True), ("W3A3", True), ("W2A8", False), ("W4A16", False)])
+def test_left_to_itself_it_is_done_where_activations_are_coarse(scheme: str, balanced: bool):
+    images = noise(4)
+    for setting, expected in ("auto", balanced), ("on", True), ("off", False):
+        model = quantized(vit(depth=1), images, scheme, f"rtn,balance={setting}")
+        assert any(report.balanced for report in model.reports) == expected

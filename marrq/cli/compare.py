@@ -141,7 +141,7 @@ class _Comparison:
         from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
 
         images = self.train.draw(self.samples, seed)
-        drawn = (seed, spec.rotation, scheme.edges)
+        drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
         # Equalization leaves the full-precision path as it is but for float rounding: it keeps its own, so that no run depends on another.

@@ -14,12 +14,16 @@ from torch import Tensor
 from marrq.affine import Grid
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRankSpec
-from marrq.schemes import WeightSpec
+from marrq.schemes import Scheme, WeightSpec
 from marrq.statistics import Factor, InputDrift, ResidualStatistics, factorize
 
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
 Clip = Literal["weights", "outputs"]
+Balance = Literal["auto", "on", "off"]
+
+COARSE_BITS = 4
+"""Activations of as many bits or fewer are coarse."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class MethodSpec:
     or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
     branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: move a
     scale per channel between linears and the norm before them (marrq/equalization.py); balance: the values of the heads in another basis
-    (marrq/balance.py).
+    (marrq/balance.py), see `balances`.
     """
 
     name: str = "marr-stream"
@@ -90,7 +94,17 @@ class MethodSpec:
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
     equalize: bool = False
-    balance: bool = True
+    balance: Balance = "auto"
+
+    def balances(self, scheme: Scheme) -> bool:
+        """Whether the values of the heads get another basis: left to `auto`, where activations are coarse.
+
+        On a DINOv2-S it gained 4 points of top-1 at W4A4, and lost 1 at W3A8 and 3 at W2A8: there the weights alone are coarse, and a
+        sweep that compensates makes more of inputs that are correlated.
+        """
+        if self.balance != "auto":
+            return self.balance == "on"
+        return scheme.activation is not None and scheme.activation.num_bits <= COARSE_BITS
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class _Comparison:
         self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
         if file.exists():
             self.report = _resumed(file, about)
-        self.tokens: dict[tuple[int, int | None, bool], FullPrecisionTokens] = {}
+        self.tokens: dict[tuple[int, int | None, bool, bool], FullPrecisionTokens] = {}
 
     @cached_property
     def targets(self) -> "NDArray[np.int64]":

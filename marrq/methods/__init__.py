@@ -39,7 +39,7 @@ STREAM_METHODS = ("stream", "marr-stream")
 """Methods whose wanted outputs are those of the residual stream; the statistics they are given hold the difference."""
 
 ALIASES = {"marr": "marr-stream"}
-"""`marr` is level with `stream` in the README's table and ahead of the others there."""
+"""Of the MARR methods the best; the README says how far `stream`, with one α for all, is from it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Accuracy from logits: top-1 and top-5, how sure they are, how often two models agree, and how much one loses against another.
+"""Accuracy from logits: top-1 and top-5, how sure they are, how often two models agree and how far their answers are apart, and how much
+one loses against another.
+
+Of two models near each other the divergence tells sooner than top-1 which is nearer to the float one: every image counts in it, by all of
+its classes, and not only those whose best class changes.
 
 The images are the same for all models, so a loss is judged on pairs: only images that one model gets right and the other does not say
 anything about it. Of n images, b are right in the baseline alone and c in the model alone. The drop is (b - c) / n; two of its parts:
@@ -28,7 +32,7 @@ BISECTIONS = 60  # 2 / 2^60 is less than a float can tell
 @dataclass(frozen=True)
 class Accuracy:
     """Shares of images, 0 … 1. _low, _high: the 95 % Wilson interval; agreement: share of images with the same top-1 as the float32
-    model, or None without one."""
+    model; divergence: from its answers, see there; both None without that model."""
 
     top1: float
     top1_low: float
@@ -37,6 +41,7 @@ class Accuracy:
     top5_low: float
     top5_high: float
     agreement: float | None
+    divergence: float | None
     images: int
 
 
@@ -68,9 +73,22 @@ def measure_accuracy(logits: NDArray[np.float32], targets: NDArray[np.int64], re
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     fifth = int((best == targets[:, None]).any(1).sum())
     agreement = None if reference is None else float((logits.argmax(1) == reference.argmax(1)).mean())
-    return Accuracy(
-        first / count, *wilson_interval(first, count), fifth / count, *wilson_interval(fifth, count), agreement=agreement, images=count
-    )
+    apart = None if reference is None else divergence(reference, logits)
+    shares = (first / count, *wilson_interval(first, count), fifth / count, *wilson_interval(fifth, count))
+    return Accuracy(*shares, agreement=agreement, divergence=apart, images=count)
+
+
+def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
+    """The Kullback-Leibler divergence Σ p (log p - log q) in nats of a model's classes q from the float32 model's p, mean over images; 0
+    for the same answers. reference, logits: [images, classes]."""
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    logarithms: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return logarithms
 
 
 def wilson_interval(hits: int, count: int, z: float = NORMAL_95) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The comparison of methods and schemes: from the JSON of `marrq compare` (schema marrq.compare/1) to rows, a table and Markdown.
+"""The comparison of methods and schemes: from the JSON of `marrq compare` (schema marrq.compare/2) to rows, a table and Markdown.
 
 A run is one scheme, method and calibration seed; a row is all runs of one scheme and method. Only `summarize` aggregates: the table, the
 Markdown and the plot show its rows. The spread of a top-1 is half the distance between the best and the worst seed. It says how much the
@@ -14,15 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-SCHEMA = "marrq.compare/1"
+SCHEMA = "marrq.compare/2"
+MEANS = ("agreement", "divergence", "error", "relative_error", "bits_per_weight", "seconds")
 
 
 @dataclass(frozen=True)
 class Row:
     """A method at a scheme: means over its seeds, but for the extremes. top1 … agreement: shares of images, 0 … 1.
 
-    top1_worst, top1_best: of the seeds; error: J summed over the modules; relative_error: J over the power of the float outputs, mean over
-    the modules; peak_memory_mb: the largest of the seeds, None where it could not be had; seeds: how many there are.
+    top1_worst, top1_best: of the seeds; divergence: from the float model's answers, in nats (runtime/accuracy.py); error: J summed over the
+    modules; relative_error: J over the power of the float outputs, mean over the modules; peak_memory_mb: the largest of the seeds, None
+    where it could not be had; seeds: how many there are.
     """
 
     scheme: str
@@ -31,6 +33,7 @@ class Row:
     top1_worst: float
     top1_best: float
     agreement: float
+    divergence: float
     error: float
     relative_error: float
     bits_per_weight: float
@@ -54,7 +57,7 @@ def summarize(report: dict[str, Any]) -> list[Row]:
 
 
 def _row(scheme: str, method: str, runs: list[dict[str, Any]]) -> Row:
-    means = {key: fmean(run[key] for run in runs) for key in ("agreement", "error", "relative_error", "bits_per_weight", "seconds")}
+    means = {key: fmean(run[key] for run in runs) for key in MEANS}
     top1 = [run["top1"] for run in runs]
     memory = max((run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None), default=None)
     return Row(scheme, method, fmean(top1), min(top1), max(top1), **means, peak_memory_mb=memory, seeds=len(runs))
@@ -70,10 +73,11 @@ def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
 
 def table(report: dict[str, Any]) -> Table:
     """The report for people: a section for each scheme, its best top-1 in bold; fits 100 columns."""
-    caption = f"{_conditions(report)}\n±: half the spread over the seeds; memory: the peak; ΣJ: summed over the modules"
+    legend = "±: half the spread over the seeds; KL: divergence from full precision, nats; ΣJ: summed over the modules; memory: the peak"
+    caption = f"{_conditions(report)}\n{legend}"
     result = Table(title=escape(report["model"]), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     result.add_column("scheme\n  method", overflow="fold")
-    for heading in ("\ntop-1 %", "agree\n%", "\nΣJ", "relative\nerror", "bits/\nweight", "time\ns", "memory\nMB", "\nseeds"):
+    for heading in ("\ntop-1 %", "agree\n%", "\nKL", "\nΣJ", "relative\nerror", "bits/\nweight", "time\ns", "memory\nMB", "\nseeds"):
         result.add_column(heading, justify="right", no_wrap=True)
     for scheme, rows in by_scheme(summarize(report)).items():
         result.add_section()
@@ -90,6 +94,7 @@ def _cells(row: Row, bold: bool) -> list[str | Text]:
         f"  {row.method}",
         Text(row.top1_percent, style="bold" if bold else ""),
         f"{100 * row.agreement:.1f}",
+        f"{row.divergence:.3f}",
         f"{row.error:.3g}",
         f"{row.relative_error:.3g}",
         f"{row.bits_per_weight:.2f}",

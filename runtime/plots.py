@@ -1,4 +1,4 @@
-"""Plots for people: a comparison of methods (marrq.compare/1) and the search of α that an artifact records in quantization.json.
+"""Plots for people: a comparison of methods (marrq.compare/2) and the search of α that an artifact records in quantization.json.
 
 Drawn with matplotlib, an optional extra, as .png or .svg by the file's suffix: readable at a width of 800 px, in colours that the
 colour-blind can tell apart, and byte for byte the same from the same input and version of matplotlib. The plots of the bench's page

@@ -36,7 +36,7 @@ def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
         quick = {"quantize": few, "bench": ["--rounds", "1", "--seconds", "0"], "compare": [*few, "--seeds", "1"]}.get(words[0], [])
         assert main([*words, *quick]) == 0
     assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/2"
-    assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/1"
+    assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/2"
     assert all((somewhere / name).read_text().startswith("<?xml") for name in ("alpha.svg", "compare.svg"))
 
 
@@ -56,7 +56,7 @@ def test_the_bench_report_has_the_schema_it_names(demo_artifact: Path, somewhere
         about = {"name", "path", "role", "flavor", "scheme", "method", "size_bytes", "bits_per_weight"}
         speed = {"latency", "load_ms", "peak_memory_mb", "throughput", "executed", "executed_on"}
         assert set(model) == about | {"accuracy", "audit", "precision", "parity", "quantization"} | speed
-        shares = {"top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement"}
+        shares = {"top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement", "divergence"}
         assert set(model["accuracy"]) == shares | {"images", "against", "hits"}
         assert model["accuracy"]["top1_low"] < model["accuracy"]["top1"] < model["accuracy"]["top1_high"]
         for row, batch in zip(model["latency"], (1, 2), strict=True):

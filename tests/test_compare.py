@@ -9,6 +9,7 @@ from marrq.cli import main
 from marrq.cli.common import peak_memory
 
 RUN = {"scheme", "method", "seed", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high", "agreement", "images"} | {
+    "divergence",
     "error",
     "relative_error",
     "bits_per_weight",
@@ -29,7 +30,7 @@ def test_every_run_is_in_the_report_once_and_is_not_done_again(arguments: list[s
     few = [*arguments, "--method", "gptq", "--method", "marr-gptaq,alpha=grid", "--seeds", "2"]
     assert main(few) == 0
     first = json.loads((tmp_path / "c.json").read_text())
-    assert first["schema"] == "marrq.compare/1"
+    assert first["schema"] == "marrq.compare/2"
     assert all(set(run) == RUN for run in first["runs"])
     assert len({(run["scheme"], run["method"], run["seed"]) for run in first["runs"]}) == len(first["runs"]) == 8
     printed = capsys.readouterr().out

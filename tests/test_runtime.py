@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime import session
-from runtime.accuracy import measure_accuracy, wilson_interval
+from runtime.accuracy import divergence, measure_accuracy, wilson_interval
 from runtime.environment import FLAGS, describe
 from runtime.errors import BenchError
 from runtime.latency import Latency, Plan, _time, is_warm, measure_latency, measure_throughput, thread_counts
@@ -37,6 +37,19 @@ def test_accuracy_counts_hits_and_agreement():
     assert (accuracy.top5_low, accuracy.top5_high) == wilson_interval(3, 4)
     assert accuracy.agreement == 0.5  # the first image, and the fourth whose best is the middle class
     assert accuracy.images == 4
+
+
+def test_the_divergence_is_that_of_the_classes_shares_by_hand():
+    reference = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    logits = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32)) + np.float32(300)  # a constant more is the same answer
+    by_hand = (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)) / 2
+    assert measure_accuracy(logits, np.array([0, 0]), reference).divergence == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_class_that_is_all_but_impossible_leaves_the_divergence_finite():
+    far = np.array([[0, 1e4]], np.float32)
+    assert divergence(far, -far) == pytest.approx(1e4)
+    assert divergence(far, far) == 0
 
 
 def test_logits_that_are_not_finite_are_an_error():

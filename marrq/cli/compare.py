@@ -1,4 +1,4 @@
-"""`marrq compare`: methods × schemes × seeds on one model, as a table, JSON (schema marrq.compare/1) and a plot."""
+"""`marrq compare`: methods × schemes × seeds on one model, as a table, JSON (schema marrq.compare/2) and a plot."""
 
 import itertools
 import json

@@ -48,7 +48,7 @@ def evaluate(
         interval = f"{100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f}"
         stdout.print(
             f"{title}: top-1 {100 * accuracy['top1']:.2f} % ({interval}), top-5 {100 * accuracy['top5']:.2f} %, "
-            f"agreement {100 * accuracy['agreement']:.2f} %, {accuracy['images']} images",
+            f"agreement {100 * accuracy['agreement']:.2f} %, divergence {accuracy['divergence']:.4f}, {accuracy['images']} images",
             highlight=False,
         )
     write_json(json_file, report)

@@ -6,10 +6,10 @@ A flavour is a function from a `Site` to the value that takes the placeholder's 
     dynamic    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]         of a token or of the tensor, as
                                                                                                   `grid_from_range` has it
 
-the weight's codes, widened to int8 from the narrowest initializer that holds them, and the low-rank branch L (R x). All of it is standard
-ONNX. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21), 8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes
-(marrq/packing.py), unpacked by shifts, masks and ors, which ONNX Runtime folds when it loads the file. 3- and 4-bit activations are uint8
-codes clipped to 0 … 7 and 0 … 15.
+the weight's codes, widened to int8 from the narrowest initializer that holds them, and the low-rank branch L (R x). An input
+that has a smoothing is multiplied by it first. All of it is standard ONNX. 2-bit codes are INT2 (opset 25), 4-bit codes INT4 (opset 21),
+8-bit codes int8. ONNX has no 3-bit type: those are two uint8 planes (marrq/packing.py), unpacked by shifts, masks and ors, which ONNX
+Runtime folds when it loads the file. 3- and 4-bit activations are uint8 codes clipped to 0 … 7 and 0 … 15.
 """
 
 import json
@@ -59,7 +59,7 @@ BLOCK_OPSET = 21
 WIDENED_ONNXRUNTIME = {2: "1.24.1", 3: "1.21.0", 4: "1.23.0", 8: "1.17.0"}
 """First ONNX Runtime that was seen to load a file of that weight width, widened to int8, and to give torch's logits."""
 
-WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:weight|lowrank)_\w+")
+WEIGHT_TENSOR = re.compile(r"(.+?)(?:\.[qkv])?\.(?:(?:weight|lowrank)_\w+|input_smoothing)")
 """Name of an initializer that belongs to a linear's weight; the group is the linear's path."""
 
 LINEARS = "marrq.linears"
@@ -163,7 +163,7 @@ class Site:
     def input_codes(self) -> InputCodes:
         """The input's codes, made once for all linears that quantize it alike."""
         assert self.quantizer is not None
-        key = (self.x, *(float(number) for number in self.quantizer.buffers()))
+        key = (self.x, *(numbers.numpy().tobytes() for numbers in self.quantizer.buffers()))
         if key not in self._made:
             self._made[key] = _static_codes(self) if self.quantizer.spec.is_static else _dynamic_codes(self)
         codes = self._made[key]
@@ -277,8 +277,16 @@ def _static_codes(site: Site) -> InputCodes:
     assert site.quantizer is not None
     scale = site.constant("input_scale", site.quantizer.scale.numpy())
     zero_point = site.constant("input_zero_point", site.quantizer.zero_point.numpy().astype(np.uint8))
-    codes = site.add("QuantizeLinear", [site.x, scale, zero_point])
+    codes = site.add("QuantizeLinear", [_smoothed(site), scale, zero_point])
     return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=False)
+
+
+def _smoothed(site: Site) -> ir.Value:
+    """The input, times its smoothing where it has one."""
+    assert site.quantizer is not None
+    if site.quantizer.smoothing is None:
+        return site.x
+    return site.add("Mul", [site.x, site.constant("input_smoothing", site.quantizer.smoothing.numpy())])
 
 
 def _dynamic_codes(site: Site) -> InputCodes:
@@ -288,11 +296,11 @@ def _dynamic_codes(site: Site) -> InputCodes:
     """
     assert site.quantizer is not None
     _, high = site.quantizer.spec.code_range
-    per_token = site.quantizer.spec.strategy == "per-token"
+    per_token, x = site.quantizer.spec.strategy == "per-token", _smoothed(site)
     zero, clip = site.constant("input_zero", np.array(0, np.float32)), site.constant("input_clip", site.quantizer.clip.numpy())
     axes = [site.constant("input_channels", np.array([-1]))] if per_token else []
     minimum, maximum = (
-        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [site.x, *axes], keepdims=int(per_token)), clip]), zero])
+        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [x, *axes], keepdims=int(per_token)), clip]), zero])
         for extreme, bound in (("Min", "Min"), ("Max", "Max"))
     )
     steps = site.constant("input_steps", np.array(high, np.float32))
@@ -300,7 +308,7 @@ def _dynamic_codes(site: Site) -> InputCodes:
     scale = site.add("Max", [width, site.constant("input_least_scale", np.array(np.finfo(np.float32).tiny))])
     below = site.add("Neg", [site.add("Div", [minimum, scale])])
     zero_point = site.add("Cast", [site.add("Round", [below])], to=int(ir.DataType.UINT8))
-    inputs, channels = [site.x, scale, zero_point], site.rows.codes.shape[1]
+    inputs, channels = [x, scale, zero_point], site.rows.codes.shape[1]
     codes = site.add("QuantizeLinear", inputs, axis=-1, block_size=channels) if per_token else site.add("QuantizeLinear", inputs)
     return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token)
 

@@ -11,8 +11,10 @@ over a sample of tokens, so that no layer's inputs are kept. min and max are
     per-tensor-dynamic    those of the tensor at hand
     per-token             those of the token at hand
 
-and with the last two c alone is found in calibration. The tensor at hand is a whole batch: with `per-tensor-dynamic` what an image becomes
-depends on the images beside it. Calibration sees batches of the pipeline's size, and two runs can be compared on equal batches only.
+and with the last two c alone is found in calibration. Where channels differ much in size and nothing before the linear can even them out,
+x is first multiplied by a number per channel, its smoothing (marrq/equalization.py), and the grid is one for what comes of that. The tensor
+at hand is a whole batch: with `per-tensor-dynamic` what an image becomes depends on the images beside it. Calibration sees batches of the
+pipeline's size, and two runs can be compared on equal batches only.
 """
 
 import torch
@@ -26,16 +28,19 @@ CLIP_FACTORS = tuple(0.95**i for i in range(40))
 
 
 class ActivationQuantizer(nn.Module):
-    """x to the nearest values of its grid, in floating point, as the integer kernel will see them."""
+    """x, smoothed, to the nearest values of its grid, in floating point, as the integer kernel will see them."""
 
     scale: Tensor
     zero_point: Tensor
     clip: Tensor
+    smoothing: Tensor | None
 
-    def __init__(self, spec: ActivationSpec, grid: Grid | Tensor) -> None:
-        """grid: the static one; for dynamic activations the factor c, a scalar, since their grids are found anew for every x."""
+    def __init__(self, spec: ActivationSpec, grid: Grid | Tensor, smoothing: Tensor | None = None) -> None:
+        """grid: the static one; for dynamic activations the factor c, a scalar, since their grids are found anew for every x. smoothing:
+        [n], by which x is multiplied first, or None."""
         super().__init__()
         self.spec = spec
+        self.register_buffer("smoothing", smoothing)
         if isinstance(grid, Grid):
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
@@ -43,7 +48,7 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer("clip", grid)
 
     def grid(self, x: Tensor) -> Grid:
-        """The grid for x: per tensor [], or per token [..., 1]."""
+        """The grid for x, smoothed already: per tensor [], or per token [..., 1]."""
         if self.spec.is_static:
             return Grid(self.scale, self.zero_point, *self.spec.code_range)
         minimum, maximum = x.aminmax() if self.spec.strategy == "per-tensor-dynamic" else x.aminmax(dim=-1, keepdim=True)
@@ -51,33 +56,41 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., n]."""
+        x = smoothed(x, self.smoothing)
         return self.grid(x).nearest(x)
 
 
-class RangeObserver:
-    """Sees a linear's input batch by batch; then gives the quantizer for it."""
+def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
+    """The input with its channels multiplied, where there is something to multiply them by."""
+    return x if smoothing is None else x * smoothing
 
-    def __init__(self) -> None:
+
+class RangeObserver:
+    """Sees a linear's input batch by batch; then gives the quantizer for it. smoothing: see ActivationQuantizer."""
+
+    def __init__(self, smoothing: Tensor | None = None) -> None:
+        self._smoothing = smoothing
         self._minimum: list[Tensor] = []
         self._maximum: list[Tensor] = []
         self._sample: list[Tensor] = []
 
     def observe(self, x: Tensor) -> None:
         """Take the range of a batch and an evenly spaced sample of its tokens. x: [..., n]."""
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])
         self._minimum.append(tokens.amin())
         self._maximum.append(tokens.amax())
         rows = torch.linspace(0, len(tokens) - 1, min(TOKENS_PER_BATCH, len(tokens)), device=x.device).long()
         self._sample.append(tokens[rows])
 
     def quantizer(self, spec: ActivationSpec, weight: Tensor) -> ActivationQuantizer:
-        """The quantizer with the least error in the outputs. weight: [m, n], of all linears that read the input."""
+        """The quantizer with the least error in the outputs. weight: [m, n], of all linears that read the input, for what smoothing makes
+        of it."""
         sample = torch.cat(self._sample)
         minimum, maximum = self._ranges(spec, sample)
         grids = [grid_from_range(minimum * factor, maximum * factor, spec.code_range) for factor in CLIP_FACTORS]
         errors = torch.stack([((grid.nearest(sample) - sample) @ weight.T).square().sum() for grid in grids])
         best = int(errors.argmin())
-        return ActivationQuantizer(spec, grids[best] if spec.is_static else sample.new_tensor(CLIP_FACTORS[best]))
+        return ActivationQuantizer(spec, grids[best] if spec.is_static else sample.new_tensor(CLIP_FACTORS[best]), self._smoothing)
 
     def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value that the grid of each token of the sample spans: [], or [tokens, 1]."""

@@ -102,11 +102,10 @@ def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
 
 
 def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[float]) -> list[Grid]:
-    """The grids of a weight [m, n] with the ranges clipped by each factor, and last the one of `search_weight_grid`; mxint has but one."""
-    searched = search_weight_grid(weight, spec)
+    """The grids of a weight [m, n] with the ranges clipped by each factor; mxint has but one."""
     if spec.grid == "mxint":
-        return [searched]
-    return [*(_clipped(_groups(weight, spec), spec, factor).shaped(len(weight)) for factor in factors), searched]
+        return [_mxint_grid(_groups(weight, spec), spec.code_range).shaped(len(weight))]
+    return [_clipped(_groups(weight, spec), spec, factor).shaped(len(weight)) for factor in factors]
 
 
 def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:

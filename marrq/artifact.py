@@ -2,7 +2,7 @@
 
     config.json          everything needed to rebuild and to repeat: source, preprocessing, labels, scheme, method, calibration, versions
     model.safetensors    per linear, as far as it has them, weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale,
-                         input_zero_point, input_clip, lowrank_left, lowrank_right and their scales;
+                         input_zero_point, input_clip, input_smoothing, lowrank_left, lowrank_right and their scales;
                          every other tensor of the model in floating point, under its own name
     quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds, whether at an edge
     README.md            a model card
@@ -39,9 +39,10 @@ from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 
 FORMAT = "marrq.artifact"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 OLDEST_VERSION = 2
-"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, and nothing else sets them apart."""
+"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, those of versions 2 and 3 no smoothing, and nothing else
+sets them apart."""
 
 OPTIONAL = ("bias", "lowrank_left", "lowrank_right", "lowrank_left_scale", "lowrank_right_scale")
 CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
@@ -146,6 +147,8 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
         tensors["input_zero_point"] = linear.input.zero_point.to(torch.uint8)
     elif linear.input is not None:
         tensors["input_clip"] = linear.input.clip.clone()
+    if linear.input is not None and linear.input.smoothing is not None:
+        tensors["input_smoothing"] = linear.input.smoothing.clone()
     return tensors
 
 
@@ -186,9 +189,8 @@ def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
 
 
 def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> ActivationQuantizer:
-    if spec.is_static:
-        return ActivationQuantizer(spec, Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range))
-    return ActivationQuantizer(spec, tensors["input_clip"])
+    static = Grid(tensors["input_scale"], tensors["input_zero_point"].float(), *spec.code_range) if spec.is_static else None
+    return ActivationQuantizer(spec, static or tensors["input_clip"], tensors.get("input_smoothing"))
 
 
 def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
@@ -214,7 +216,9 @@ def _scheme(fields: dict[str, Any]) -> Scheme:
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:
-    alpha, lowrank = fields["alpha"], fields["lowrank"]
+    alpha, lowrank, equalize = fields["alpha"], fields["lowrank"], fields["equalize"]
+    if isinstance(equalize, bool):  # before version 4
+        fields = {**fields, "equalize": "on" if equalize else "off"}
     settings = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
     return MethodSpec(**{**fields, "alpha": AlphaSpec(**settings), "lowrank": None if lowrank is None else LowRankSpec(**lowrank)})
 

@@ -1,34 +1,78 @@
-"""Equalization: a scale per input channel, moved between a linear and the norm before it, so that rounding does less harm.
+"""Equalization: a scale per input channel of a linear, so that rounding does less harm.
 
-    y = W LN(x) = (W diag(s)) (diag(1/s) LN(x)),        1/s is folded into the norm's weight and bias: free at run time
+    y = W x = (W diag(s)) (diag(1/s) x)
 
-AWQ (arXiv 2306.00978) takes s = rms(x)^a, which protects the weights of strong inputs. With one grid per output channel and a sweep that
-compensates, that was worse than nothing in nearly every linear we measured; to even out the columns of the weight, s = rms(W)^-b, which
-share each row's range, helps, and both together help most where activations are coarse: s = √(rms(x) / rms(W)) is what marrq/balance.py
-derives, for channels that cannot be mixed [ours]. So there are candidates, and the least error of the outputs decides, activations
-quantized as they will be:
+Where the input comes straight from a norm, 1/s goes into the norm's weight and bias: free at run time. Elsewhere the input is multiplied by
+1/s before it is rounded (`smoothing` in marrq/activations.py), which costs a pass over it and is done only where it pays. On a ViT that is
+fc2: what GELU gives differs from channel to channel by an order of magnitude, and no linear before it could take a scale through GELU.
 
-    ‖Q q(x / s) - W x‖²        over a sample of tokens, Q swept with the same tokens
+SmoothQuant (arXiv 2211.10438) takes s = max|x|^a / max|W|^(1-a) before norms, AWQ (arXiv 2306.00978) rms(x)^a. Ours has candidates,
 
-Only linears that read a norm's output directly, and are all that read it, can have it: qkv and fc1 of a pre-norm ViT.
+    s = rms(x)^a · rms(W)^-b
+
+and the least error of the outputs that is to be expected decides, the bits of inputs and weights being what they are:
+
+    Σ_j ω_j v_j  +  Σ_ij e_ij² (d_j / s_j² + v_j)        ω_j = ‖W_:j s_j‖²,   v_j = E (q(x_j / s_j) - x_j / s_j)²
+
+The first term is what rounding x does, the errors of channels taken for independent. The second is what a sweep does to W diag(s): e² is
+Δ² / 12, Δ being the step of the grid, as compensation leaves no weight where it was, and what lies outside of the grid, squared. Of the
+variance of an input it leaves what the inputs that are swept after it do not tell: d_j = 1 / U_jj², the pivots of E[x xᵀ]. They scale as x
+does, so that one factorization serves all candidates and none is swept [ours].
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marrq.activations import RangeObserver
-from marrq.affine import search_weight_grid
+from marrq.activations import ActivationQuantizer
+from marrq.affine import Grid, clipped_weight_grids
 from marrq.blocks import Block, hooked
-from marrq.methods.gptq import sweep
-from marrq.schemes import Scheme
+from marrq.schemes import ActivationSpec, Scheme
 from marrq.statistics import factorize
 
-CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
+CANDIDATES = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)))
 """Exponents (a, b) of s = rms(x)^a · rms(W)^-b; the first leaves all as it is."""
+CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)
 DAMPING = 0.01
+WORTH_A_PASS = 0.7
+"""Share of the error without a scale that must be left at most for one that has to be applied at run time."""
+
+
+@dataclass(frozen=True)
+class Equalized:
+    """s, [n], and the path within the block of the norm that took 1/s in; None where it is applied to the input at run time."""
+
+    scale: Tensor
+    norm: str | None
+
+    @property
+    def smoothing(self) -> Tensor | None:
+        """What the input is multiplied by at run time, [n], or None."""
+        return 1 / self.scale if self.norm is None else None
+
+
+def equalize(block: Block, group: Sequence[str], norm: str | None, sample: Tensor, scheme: Scheme) -> Equalized | None:
+    """Take s into the weights of a group of linears, and 1/s into the norm before them, if there is one: together with the `smoothing`
+    that is left the block computes what it did. None where no scale is worth it; then the block is as it was.
+
+    norm: see find_norm; sample: of the group's input, [tokens, n].
+    """
+    linears = [block.linear(name) for name in group]
+    scale, left = choose_scale(sample, torch.cat([linear.weight for linear in linears]), scheme)
+    if left >= 1 or (norm is None and (left > WORTH_A_PASS or scheme.activation is None)):
+        return None
+    if norm is not None:
+        module = block.module.get_submodule(norm)
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if isinstance(parameter, Tensor):
+                parameter.data = parameter.data / scale
+    for linear in linears:
+        linear.weight.data = linear.weight.data * scale
+    return Equalized(scale, norm)
 
 
 def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
@@ -55,37 +99,46 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
     return next((norm for norm, found in readers.items() if sorted(found) == sorted(group)), None)
 
 
-def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
-    """s, [n], of the candidates the one with the least error. sample: [tokens, n]; weight: of all linears of the group, [m, n]."""
+def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
+    """s, [n], of the candidates the one with the least expected error, and that error as a share of the one without a scale. sample: of the
+    input, [tokens, n]; weight: of all linears of the group, [m, n]."""
     strengths = [values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny) for values in (sample, weight)]
     candidates = [strengths[0] ** a * strengths[1] ** -b for a, b in CANDIDATES]
     candidates = [scale / scale.log().mean().exp() for scale in candidates]
-    errors = torch.stack([output_error(sample / scale, weight * scale, scheme) for scale in candidates])
-    return candidates[int(errors.argmin())]
+    pivots = pivots_of(sample)
+    errors = torch.stack([expected_error(sample / scale, weight * scale, pivots / scale.square(), scheme) for scale in candidates])
+    best = int(errors.argmin())
+    return candidates[best], float(errors[best] / errors[0])
 
 
-def fold_scale(block: Block, norm: str, group: Sequence[str], scale: Tensor) -> None:
-    """Divide the norm's output by s and multiply the linears' inputs with it: the block computes what it did."""
-    module = block.module.get_submodule(norm)
-    for parameter in (module.weight, getattr(module, "bias", None)):
-        if isinstance(parameter, Tensor):
-            parameter.data = parameter.data / scale
-    for name in group:
-        linear = block.linear(name)
-        linear.weight.data = linear.weight.data * scale
+def pivots_of(x: Tensor) -> Tensor:
+    """d, [n]: the variance of each input given those that a sweep comes to after it. x: [tokens, n]."""
+    factor = factorize((x.T @ x).double() / len(x), DAMPING, act_order=True)
+    pivots = torch.empty_like(factor.upper[0])
+    pivots[factor.order] = factor.upper.diagonal() ** -2
+    return pivots.to(x)
 
 
-def output_error(x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
-    """‖Q q(x) - W x‖² for inputs and weight that are scaled already."""
-    quantized = x
-    if scheme.activation is not None:
-        observer = RangeObserver()
-        observer.observe(x)
-        quantized = observer.quantizer(scheme.activation, weight)(x)
-    factor = factorize((quantized.T @ quantized).double(), DAMPING, act_order=True)
-    grid = search_weight_grid(weight, scheme.weight)
-    rounded = grid.spread(weight.shape[1]).dequantize(sweep(weight, grid, factor))
-    return (quantized @ rounded.T - x @ weight.T).square().sum()
+def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) -> Tensor:
+    """Of the outputs, per token, for inputs, weight and pivots that are scaled already."""
+    noise = torch.zeros_like(pivots) if scheme.activation is None else _rounding_noise(x, weight, scheme.activation)
+    grids = (grid.spread(weight.shape[1]) for grid in clipped_weight_grids(weight, scheme.weight, CLIP_FACTORS))
+    of_rows = torch.stack([_sweep_noise(weight, grid) @ (pivots + noise) for grid in grids])
+    return (weight.square().sum(0) * noise).sum() + of_rows.amin(0).sum()
+
+
+def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
+    """e², [m, n]."""
+    lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
+    return grid.scale.square() / 12 + (weight - weight.clamp(lowest, highest)).square()
+
+
+def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
+    """v, [n], with the range clipped as serves the outputs best. A static grid is taken for one of the sample."""
+    per_tensor = ActivationSpec(spec.num_bits, "per-tensor-dynamic") if spec.is_static else spec
+    quantizers = [ActivationQuantizer(per_tensor, x.new_tensor(factor)) for factor in CLIP_FACTORS]
+    noises = torch.stack([(quantizer(x) - x).square().mean(0) for quantizer in quantizers])
+    return noises[int((noises @ weight.square().sum(0)).argmin())]
 
 
 def _is_affine_norm(module: nn.Module) -> bool:

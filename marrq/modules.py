@@ -67,10 +67,12 @@ class QuantLinear(nn.Module):
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the weight in the artifact: codes, scales, zero points where they are not all 0, and the low-rank branch."""
+        """Bits of the weight in the artifact: codes, scales, zero points where they are not all 0, the low-rank branch, and the input's
+        smoothing."""
         per_scale = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}[self.spec.grid]
         branch = 0 if self.lowrank is None else self.lowrank.stored_bits
-        return 8 * packed_size(self.codes.numel(), self.spec.num_bits) + per_scale * self.scale.numel() + branch
+        smoothing = 0 if self.input is None or self.input.smoothing is None else 32 * self.input.smoothing.numel()
+        return 8 * packed_size(self.codes.numel(), self.spec.num_bits) + per_scale * self.scale.numel() + branch + smoothing
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] to [..., out]."""

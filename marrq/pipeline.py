@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from marrq.activations import ActivationQuantizer, RangeObserver
+from marrq.activations import ActivationQuantizer, RangeObserver, smoothed
 from marrq.balance import balancing, find_passage, fold_basis
 from marrq.blocks import Block, find_blocks, first_input
 from marrq.edges import Edge, Stem, with_edges
-from marrq.equalization import choose_scale, find_norm, fold_scale
+from marrq.equalization import Equalized, equalize, find_norm
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
@@ -42,7 +42,7 @@ BATCH_SIZE = 16
 
 SAMPLED = 4
 """Every how many-th batch equalization and balance take their samples from."""
-EQUALIZING_TOKENS = 1024
+EQUALIZING_TOKENS = 2048
 BALANCE_SEED = 0
 
 OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
@@ -73,8 +73,8 @@ class ModuleReport:
 
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
     grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
-    see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether a scale was moved to
-    the norm before; edge: whether it belongs to the patch embedding or the head; balanced: whether its inputs were put in another basis.
+    see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether its input got a scale
+    per channel; edge: whether it belongs to the patch embedding or the head; balanced: whether its inputs were put in another basis.
     """
 
     path: str
@@ -169,8 +169,7 @@ def quantize(
     for index, block in enumerate(blocks):
         untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
         balanced = _balance(block, untouched, streams, run)
-        in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run)]
-        in_block = [replace(report, balanced=report.path in balanced) for report in in_block]
+        in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run, balanced)]
         if index + 1 < len(blocks):
             following = blocks[index + 1]
             compute = partial(_behind, untouched, following, streams.original, original)
@@ -228,7 +227,7 @@ def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Sourc
 
 
 def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> list[str]:
-    """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; paths of the linears
+    """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; names of the linears
     that read what was balanced."""
     if isinstance(block, Edge) or not run.method.balances(run.scheme):
         return []
@@ -243,14 +242,16 @@ def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> li
         change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
         fold_basis(untouched, passage, change)
         fold_basis(block, passage, change)
-    return [block.path_of(passage.target) for passage in passages]
+    return [passage.target for passage in passages]
 
 
-def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> list[ModuleReport]:
-    """Replace the linears of one group, which share an input, in the block."""
-    equalized = run.method.equalize and _equalize(block, untouched, group, streams, run)
-    quantizer = _input_quantizer(block, group, streams, run)
-    problem = Problem(_statistics(block, untouched, group, quantizer, streams, run), run.scheme.weight, run.method)
+def _quantize_group(
+    block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run, balanced: list[str]
+) -> list[ModuleReport]:
+    """Replace the linears of one group, which share an input, in the block. balanced: names of linears whose inputs are so already."""
+    equalized = _equalize(block, group, streams, run) if run.method.equalizes(run.scheme) and group[0] not in balanced else None
+    quantizer = _input_quantizer(block, group, streams, run, equalized)
+    problem = Problem(_statistics(block, untouched, group, quantizer, streams, run, equalized), run.scheme.weight, run.method)
     reports = []
     try:
         for name in group:
@@ -258,43 +259,48 @@ def _quantize_group(block: Block, untouched: Block, group: tuple[str, ...], stre
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
             seconds = time.perf_counter() - start
-            report = _report(block.path_of(name), linear.weight, solution, problem, equalized, seconds)
-            reports.append(replace(report, edge=isinstance(block, Edge)))
+            report = _report(block.path_of(name), linear.weight, solution, problem, equalized is not None, seconds)
+            reports.append(replace(report, edge=isinstance(block, Edge), balanced=name in balanced))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
         raise MarrqError(f"{block.path_of(group[len(reports)])}: {error}") from error
     return reports
 
 
-def _equalize(block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> bool:
-    """Move a scale from the linears of a group to the norm before them, on both paths; False where there is no such norm."""
+def _equalize(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> Equalized | None:
+    """Give the linears of a group scales per channel on the quantized path, where that pays. The full-precision path stays as it is."""
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
-    if norm is None:
-        return False
     inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::SAMPLED]]
     sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
-    sample = sample[torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()]
-    scale = choose_scale(sample, torch.cat([block.linear(name).weight for name in group]), run.scheme)
-    fold_scale(block, norm, group, scale)
-    fold_scale(untouched, norm, group, scale)
-    return True
+    rows = torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()
+    if not sample.isfinite().all():
+        return None  # the statistics will name the layer where that begins
+    return equalize(block, group, norm, sample[rows], run.scheme)
 
 
-def _input_quantizer(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> ActivationQuantizer | None:
+def _input_quantizer(
+    block: Block, group: tuple[str, ...], streams: _Streams, run: _Run, equalized: Equalized | None
+) -> ActivationQuantizer | None:
     """The activation quantizer of a group, from the quantized path, on which it will be used."""
     if run.scheme.activation is None:
         return None
-    observer = RangeObserver()
+    observer = RangeObserver(None if equalized is None else equalized.smoothing)
     for tokens in streams.quantized[:: OBSERVED[run.scheme.activation.strategy]]:
         observer.observe(block.input_of(group[0], tokens.to(run.device)))
     return observer.quantizer(run.scheme.activation, torch.cat([block.linear(name).weight for name in group]))
 
 
 def _statistics(
-    block: Block, untouched: Block, group: tuple[str, ...], quantizer: ActivationQuantizer | None, streams: _Streams, run: _Run
+    block: Block,
+    untouched: Block,
+    group: tuple[str, ...],
+    quantizer: ActivationQuantizer | None,
+    streams: _Streams,
+    run: _Run,
+    equalized: Equalized | None,
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
-    """The sums over the inputs of a group on both paths, for each half of the calibration set; for a writer over the stream too, where the
-    method aims at that."""
+    """The sums over the inputs of a group on both paths, scaled alike, for each half of the calibration set; for a writer over the stream
+    too, where the method aims at that."""
     features = block.linear(group[0]).in_features
     change = quantizer or nn.Identity()
     writer = None
@@ -306,7 +312,7 @@ def _statistics(
         original, quantized = original.to(run.device), quantized.to(run.device)
         if writer is None:
             x = change(block.input_of(group[0], quantized))
-            drift = untouched.input_of(group[0], original) - x
+            drift = smoothed(untouched.input_of(group[0], original), None if equalized is None else 1 / equalized.scale) - x
         else:
             x, drift = _shortfall(block, untouched, writer, change, quantized, original)
         (first, second)[half].add(x.reshape(-1, features), drift.reshape(-1, drift.shape[-1]))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ SHAPE = ("int64", [2, 4])
 
 
 def test_the_tensors_of_a_linear_are_these_bytes():
-    """Pins format versions 2 and 3: change this test only together with FORMAT_VERSION."""
+    """Pins format versions 2 to 4: change this test only together with FORMAT_VERSION."""
     spec = ActivationSpec(8)
     quantizer = ActivationQuantizer(spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range))
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1], [2]], dtype=torch.int8)
@@ -93,7 +94,7 @@ def test_the_tensors_of_a_linear_are_these_bytes():
 
 
 def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_bytes():
-    """Pins format versions 2 and 3."""
+    """Pins format versions 2 to 4."""
     quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.95))
     scale, zero_point = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]], dtype=torch.int8)
     assert stored(QuantLinear(WeightSpec(3, 2), CODES, scale, zero_point, None, quantizer)) == {
@@ -105,8 +106,21 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
     }
 
 
+def test_the_smoothing_of_a_linears_input_is_these_bytes():
+    """Pins format version 4."""
+    quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
+    assert stored(QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, quantizer)) == {
+        "weight_packed": PACKED,
+        "weight_scale": ("float32", [[1.0], [2.0]]),
+        "weight_shape": SHAPE,
+        "input_clip": ("float32", 0.5),
+        "input_smoothing": ("float32", [1.0, 2.0, 3.0, 4.0]),
+    }
+
+
 def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
-    """Pins format versions 2 and 3."""
+    """Pins format versions 2 to 4."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     symmetric = QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None)
     assert stored(symmetric) == {"weight_packed": PACKED, "weight_scale": ("float32", [[0.125], [2.0]]), "weight_shape": SHAPE}
@@ -115,7 +129,7 @@ def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
 
 
 def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
-    """Pins format versions 2 and 3."""
+    """Pins format versions 2 to 4."""
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0, 6.0]])
     halves = LowRank(StoredFactor(left.half()), StoredFactor(right.half()))
@@ -144,7 +158,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
-    assert config["format_version"] == 3
+    assert config["format_version"] == 4
     keys = {"format", "format_version", "model", "preprocessing", "labels", "scheme", "method", "calibration", "versions", "tensors_sha256"}
     assert set(config) == keys
     reports = json.loads((artifact / "quantization.json").read_text())
@@ -210,10 +224,10 @@ def test_a_flipped_bit_is_noticed(copied: Path):
         load(copied)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (4, "upgrade marrq")])
+@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (5, "upgrade marrq")])
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
-    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2 to 3: {advice}"):
+    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2 to 4: {advice}"):
         load(copied)
 
 
@@ -228,6 +242,13 @@ def test_an_artifact_of_version_2_is_one_without_edges(copied: Path):
     again = load(copied)
     assert (again.scheme, again.reports) == (expected.scheme, expected.reports)
     assert not again.scheme.edges
+
+
+@pytest.mark.parametrize(("before", "now"), [(False, "off"), (True, "on")])
+def test_an_artifact_of_version_3_says_of_equalization_whether_it_was_asked_for(copied: Path, before: bool, now: str):
+    method = json.loads((copied / "config.json").read_text())["method"]
+    edit_config(copied, format_version=3, method={**method, "equalize": before})
+    assert load(copied).method == replace(load(copied).method, equalize=now)
 
 
 def test_an_existing_output_is_kept_unless_replacing_is_asked_for(tmp_path: Path):

@@ -106,12 +106,24 @@ def test_a_setting_that_does_not_exist_is_one_sentence(
 def test_all_settings_together_give_an_artifact_that_loads(tiny: str, image_folder: Path, tmp_path: Path):
     from marrq.artifact import load
 
-    settings = ["--alpha", "grid", "--lowrank", "srr:4:int8", "--rotate", "--equalize", "--set", "damping=0.05", "--set", "clip=weights"]
+    settings = [
+        "--alpha",
+        "grid",
+        "--lowrank",
+        "srr:4:int8",
+        "--rotate",
+        "--set",
+        "equalize=on",
+        "--set",
+        "damping=0.05",
+        "--set",
+        "clip=weights",
+    ]
     folder = tmp_path / "a"
     scheme = ["--scheme", "W3A4-g16-sym", "--activations", "per-token"]
     assert main(["quantize", tiny, "--data", str(image_folder), "--samples", "8", "-o", str(folder), *scheme, *settings]) == 0
     method = load(folder).method
-    assert (method.alpha.strategy, str(method.lowrank), method.rotation, method.equalize) == ("grid", "srr:4:int8", 0, True)
+    assert (method.alpha.strategy, str(method.lowrank), method.rotation, method.equalize) == ("grid", "srr:4:int8", 0, "on")
     assert (method.damping, method.clip, method.name) == (0.05, "weights", "marr-stream")
 
 

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from tiny_models import noise, quantized, swin, vit, vit_with_layer_scale
+from tiny_models import noise, quantized, swin, vit, vit_with_layer_scale, vit_with_strong_channels
 
 from exporters.matmulnbits import block_size
 from exporters.onnx_file import FLAVORS, IR_VERSIONS, check_flavor, suitable_flavor, write
@@ -92,6 +92,20 @@ def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_
     products = sum(3 if path.endswith("qkv") and "swin" not in model else 1 for path in quantized_linears(made.module))
     assert executed["MatMulIntegerToFloat"] >= products
     assert ("DequantizeLinear" in executed) == (lowrank is not None)
+
+
+@pytest.mark.parametrize("flavor", ["integer", "qdq"])
+@pytest.mark.parametrize("strategy", ["per-tensor", "per-token", "per-tensor-dynamic"])
+def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(strategy: str, flavor: str, tmp_path: Path):
+    made = quantized(vit_with_strong_channels(), noise(8), "W4A4", "gptq", strategy=strategy)  # type: ignore[arg-type]
+    write(made, "hash", flavor, tmp_path / "m.onnx")
+    assert agree(made, tmp_path / "m.onnx")
+    linears = quantized_linears(made.module)
+    smoothed = {f"{path}.input_smoothing": linear.input.smoothing for path, linear in linears.items() if linear.input.smoothing is not None}
+    stored = {name: array for name, array in initializers(tmp_path / "m.onnx").items() if name.endswith("input_smoothing")}
+    assert set(stored) == set(smoothed) >= {f"blocks.{index}.mlp.fc2.input_smoothing" for index in range(2)}
+    assert all(np.array_equal(stored[name], smoothed[name]) for name in stored)
+    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(bits_per_weight(made.module), abs=0.05)
 
 
 @pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A3"])

@@ -52,6 +52,16 @@ def vit_with_layer_scale() -> nn.Module:
     return vit(init_values=1e-5)
 
 
+@torch.no_grad()
+def vit_with_strong_channels() -> nn.Module:
+    """fc2 gets channels of very different size, as a trained model's GELU gives them."""
+    model = vit()
+    for block in model.blocks:
+        block.mlp.fc1.weight *= torch.logspace(-0.75, 0.75, 128)[:, None]
+        block.mlp.fc2.weight *= torch.logspace(0.75, -0.75, 128)
+    return model
+
+
 def distilled() -> nn.Module:
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
     return randomized(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))

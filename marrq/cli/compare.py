@@ -144,11 +144,9 @@ class _Comparison:
         drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
-        # Equalization leaves the full-precision path as it is but for float rounding: it keeps its own, so that no run depends on another.
-        shared = None if spec.equalize else self.tokens[drawn]
         calibration = CalibrationSet(images.name, self.samples, seed, images.sha256)
         pixels = images.pixels(self.original.preprocessing)
-        return quantize(load_model(self.name), pixels, calibration, scheme, spec, self.device, shared=shared)
+        return quantize(load_model(self.name), pixels, calibration, scheme, spec, self.device, shared=self.tokens[drawn])
 
     def _measured(self, model: "QuantizedModel", reference: "NDArray[np.float32]") -> dict[str, Any]:
         from marrq.modules import bits_per_weight

@@ -41,7 +41,6 @@ def quantize(
         str | None, typer.Option(help="srr:RANK, qera:RANK or lqer:RANK, with :int8 smaller: a branch beside the codes.")
     ] = None,
     rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream first.")] = False,
-    equalize: Annotated[bool, typer.Option("--equalize", help="Move scales between linears and the norms before them.")] = False,
     setting: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, another setting of the method; may be repeated.")] = [],  # noqa: B006
     data: DataOption = None,
     samples: SamplesOption = 256,
@@ -61,7 +60,7 @@ def quantize(
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
     options = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
-    settings = {key: value for key, value in options.items() if value is not None} | ({"equalize": "on"} if equalize else {})
+    settings = {key: value for key, value in options.items() if value is not None}
     spec = with_settings(method, settings | {key: value for key, _, value in (text.partition("=") for text in setting)})
     check_output(output, force)
     target = choose_device(device)
@@ -91,8 +90,8 @@ def _warnings(model: "QuantizedModel") -> list[str]:
 
     reports, method = model.reports, model.method
     found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]
-    if method.equalize and not any(report.equalized for report in reports):
-        found.append("no norm feeds a linear directly: nothing was equalized")
+    if method.equalize == "on" and not any(report.equalized for report in reports):
+        found.append("no scale per channel is better than none: nothing was equalized")
     if method.name in STREAM_METHODS and not any(report.writes_stream for report in reports):
         found.append(f"no linear writes to a residual stream: {method.name} did what {method.name.replace('stream', 'exact')} does")
     return found

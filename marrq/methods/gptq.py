@@ -81,7 +81,7 @@ def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
 
 def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """For each row of a weight, of the clipped grids the one with the least error of its output."""
-    grids = clipped_weight_grids(rows, spec, CLIP_FACTORS)
+    grids = [*clipped_weight_grids(rows, spec, CLIP_FACTORS), search_weight_grid(rows, spec)]
     stacked = stack_grids(grids)
     repeated = rows.repeat(len(grids), 1)
     error = stacked.spread(rows.shape[1]).dequantize(sweep(repeated, stacked, swept.factor)).sub_(repeated)

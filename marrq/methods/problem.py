@@ -20,7 +20,7 @@ from marrq.statistics import Factor, InputDrift, ResidualStatistics, factorize
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
 Clip = Literal["weights", "outputs"]
-Balance = Literal["auto", "on", "off"]
+Switch = Literal["auto", "on", "off"]
 
 COARSE_BITS = 4
 """Activations of as many bits or fewer are coarse."""
@@ -79,9 +79,9 @@ class MethodSpec:
     name: one of METHODS; damping: λ / mean(diag H) of the sweep; target_damping: the same of the solve for the exact target; act_order:
     sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
     or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
-    branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: move a
-    scale per channel between linears and the norm before them (marrq/equalization.py); balance: the values of the heads in another basis
-    (marrq/balance.py), see `balances`.
+    branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: a scale
+    per channel between linears and what they read (marrq/equalization.py), see `equalizes`; balance: the values of the heads in another
+    basis (marrq/balance.py), see `balances`.
     """
 
     name: str = "marr-stream"
@@ -93,8 +93,8 @@ class MethodSpec:
     correct_bias: bool = True
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
-    equalize: bool = False
-    balance: Balance = "auto"
+    equalize: Switch = "auto"
+    balance: Switch = "auto"
 
     def balances(self, scheme: Scheme) -> bool:
         """Whether the values of the heads get another basis: left to `auto`, where activations are coarse.
@@ -102,9 +102,15 @@ class MethodSpec:
         On a DINOv2-S it gained 4 points of top-1 at W4A4, and lost 1 at W3A8 and 3 at W2A8: there the weights alone are coarse, and a
         sweep that compensates makes more of inputs that are correlated.
         """
-        if self.balance != "auto":
-            return self.balance == "on"
-        return scheme.activation is not None and scheme.activation.num_bits <= COARSE_BITS
+        return _has_coarse_activations(scheme) if self.balance == "auto" else self.balance == "on"
+
+    def equalizes(self, scheme: Scheme) -> bool:
+        """Whether channels get scales: left to `auto`, where activations are coarse."""
+        return _has_coarse_activations(scheme) if self.equalize == "auto" else self.equalize == "on"
+
+
+def _has_coarse_activations(scheme: Scheme) -> bool:
+    return scheme.activation is not None and scheme.activation.num_bits <= COARSE_BITS
 
 
 @dataclass(frozen=True)

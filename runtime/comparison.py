@@ -22,7 +22,7 @@ MEANS = ("agreement", "divergence", "error", "relative_error", "bits_per_weight"
 class Row:
     """A method at a scheme: means over its seeds, but for the extremes. top1 … agreement: shares of images, 0 … 1.
 
-    top1_worst, top1_best: of the seeds; divergence: from the float model's answers, in nats (runtime/accuracy.py); error: J summed over the
+    …_worst, …_best: of the seeds; divergence: from the float model's answers, in nats (runtime/accuracy.py); error: J summed over the
     modules; relative_error: J over the power of the float outputs, mean over the modules; peak_memory_mb: the largest of the seeds, None
     where it could not be had; seeds: how many there are.
     """
@@ -34,6 +34,8 @@ class Row:
     top1_best: float
     agreement: float
     divergence: float
+    divergence_worst: float
+    divergence_best: float
     error: float
     relative_error: float
     bits_per_weight: float
@@ -47,6 +49,12 @@ class Row:
         spread = f" ± {50 * (self.top1_best - self.top1_worst):.1f}" if self.seeds > 1 else ""
         return f"{100 * self.top1:.1f}{spread}"
 
+    @property
+    def divergence_nats(self) -> str:
+        """Likewise."""
+        spread = f" ± {(self.divergence_worst - self.divergence_best) / 2:.3f}" if self.seeds > 1 else ""
+        return f"{self.divergence:.3f}{spread}"
+
 
 def summarize(report: dict[str, Any]) -> list[Row]:
     """A row for each scheme and method, in the order in which they first appear."""
@@ -58,9 +66,10 @@ def summarize(report: dict[str, Any]) -> list[Row]:
 
 def _row(scheme: str, method: str, runs: list[dict[str, Any]]) -> Row:
     means = {key: fmean(run[key] for run in runs) for key in MEANS}
-    top1 = [run["top1"] for run in runs]
+    top1, apart = ([run[key] for run in runs] for key in ("top1", "divergence"))
     memory = max((run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None), default=None)
-    return Row(scheme, method, fmean(top1), min(top1), max(top1), **means, peak_memory_mb=memory, seeds=len(runs))
+    ends = {"top1_worst": min(top1), "top1_best": max(top1), "divergence_worst": max(apart), "divergence_best": min(apart)}
+    return Row(scheme, method, fmean(top1), **means, **ends, peak_memory_mb=memory, seeds=len(runs))
 
 
 def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
@@ -105,14 +114,20 @@ def _cells(row: Row, bold: bool) -> list[str | Text]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A row a method, a column a scheme: top-1 as mean ± spread, – where the two were not run together."""
-    cells = {(row.scheme, row.method): row.top1_percent for row in summarize(report)}
+    """A table of top-1 and one of the divergence: a row a method, a column a scheme, mean ± spread, – where there is no run."""
+    rows = summarize(report)
+    top1 = {(row.scheme, row.method): row.top1_percent for row in rows}
+    apart = {(row.scheme, row.method): row.divergence_nats for row in rows}
+    return f"{_crossed('top-1 %', top1)}\n\n{_crossed('KL, nats', apart)}\n\n{_conditions(report)}"
+
+
+def _crossed(corner: str, cells: dict[tuple[str, str], str]) -> str:
+    """A Markdown table of cells by scheme and method."""
     schemes = list(dict.fromkeys(scheme for scheme, _ in cells))
     methods = list(dict.fromkeys(method for _, method in cells))
-    lines = [["top-1 %", *schemes], ["---", *("---:" for _ in schemes)]]
+    lines = [[corner, *schemes], ["---", *("---:" for _ in schemes)]]
     lines += [[method, *(cells.get((scheme, method), "–") for scheme in schemes)] for method in methods]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{rows}\n\n{_conditions(report)}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _conditions(report: dict[str, Any]) -> str:

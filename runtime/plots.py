@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.comparison import Row, by_scheme, summarize
+from runtime.comparison import by_scheme, summarize
 from runtime.errors import BenchError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 WIDTH = 8.0  # inches; at 100 px each the text is readable
-COLUMNS = 3  # most panels of a comparison side by side
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666"]  # Okabe and Ito's, for the colour-blind
 MARKERS = "osD^vPX"
 DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]  # from the first module to the last; of one lightness, so that white and black paper do
@@ -105,33 +104,31 @@ def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], No
 
 
 def plot_comparison(report: dict[str, Any], file: Path) -> None:
-    """Top-1 of each method, a panel a scheme: a dot at the mean over the seeds, a bar from the worst to the best seed."""
+    """Top-1 and divergence of each method, a pair of panels a scheme: dots at the means over the seeds, bars from worst to best seed."""
     schemes = by_scheme(summarize(report))
     methods = list(dict.fromkeys(run["method"] for run in report["runs"]))
-    columns = min(len(schemes), COLUMNS)
-    lines = -(-len(schemes) // columns)
-    with _figure(file, height=0.9 + lines * (0.8 + 0.28 * len(methods))) as figure:
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-        for panel, (scheme, rows) in zip(panels, schemes.items(), strict=False):
-            _draw_methods(panel, rows, methods, report["float"]["top1"])
-            panel.set_title(scheme)
-        for panel in panels[len(schemes) :]:
-            panel.remove()
+    reference = 100 * report["float"]["top1"]
+    with _figure(file, height=0.9 + len(schemes) * (0.8 + 0.28 * len(methods))) as figure:
+        panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
+        for (left, right), (scheme, rows) in zip(panels, schemes.items(), strict=True):
+            _draw_methods(left, methods, {row.method: (100 * row.top1_worst, 100 * row.top1, 100 * row.top1_best) for row in rows})
+            _draw_methods(right, methods, {row.method: (row.divergence_worst, row.divergence, row.divergence_best) for row in rows})
+            left.axvline(reference, color="black", linestyle="--", linewidth=1, label=f"full precision, {reference:.1f} %")
+            left.set(title=scheme, xlabel="top-1 accuracy (%), right is better")
+            right.set(title=scheme, xlabel="divergence from full precision (nats), left is better")
         figure.suptitle(report["model"], fontsize=11)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-def _draw_methods(panel: "Axes", rows: Sequence[Row], methods: list[str], reference: float) -> None:
-    """A panel of plot_comparison, the first method on top."""
-    places = [methods.index(row.method) for row in rows]
-    ends = [100 * row.top1_worst for row in rows], [100 * row.top1_best for row in rows]
-    panel.hlines(places, *ends, color=COLORS[5], linewidth=7, label="worst to best seed")
-    panel.plot([100 * row.top1 for row in rows], places, "o", color=COLORS[0], markersize=4, label="mean over the seeds")
-    panel.axvline(100 * reference, color="black", linestyle="--", linewidth=1, label=f"full precision, {100 * reference:.1f} %")
+def _draw_methods(panel: "Axes", methods: list[str], values: dict[str, tuple[float, float, float]]) -> None:
+    """A panel of plot_comparison, the first method on top. values: by method, worst seed, mean, best seed."""
+    places = [methods.index(method) for method in values]
+    worst, means, best = zip(*values.values(), strict=True)
+    panel.hlines(places, worst, best, color=COLORS[5], linewidth=7, label="worst to best seed")
+    panel.plot(means, places, "o", color=COLORS[0], markersize=4, label="mean over the seeds")
     panel.set_yticks(range(len(methods)), methods)
     panel.set_ylim(len(methods) - 0.5, -0.5)
     panel.locator_params(axis="x", nbins=5)
-    panel.set_xlabel("top-1 accuracy (%)")
 
 
 def plot_alphas(quantization: Sequence[dict[str, Any]], file: Path) -> None:

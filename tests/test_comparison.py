@@ -62,6 +62,8 @@ def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_larg
         top1_best=0.75,
         agreement=0.5,
         divergence=0.5,
+        divergence_worst=0.75,
+        divergence_best=0.25,
         error=2e4,
         relative_error=0.75,
         bits_per_weight=4.125,
@@ -100,6 +102,11 @@ def test_markdown_has_a_dash_where_a_method_was_not_run(report: dict[str, Any]):
         "| gptq | 50.0 | – |",
         "| marr-exact | 62.5 ± 12.5 | 12.5 |",
         "",
+        "| KL, nats | W4A4 per-token | W2A8 |",
+        "| --- | ---: | ---: |",
+        "| gptq | 0.750 | – |",
+        "| marr-exact | 0.500 ± 0.250 | 0.750 |",
+        "",
         "full precision 87.5 % on 64 images of images, 256 calibration images",
     ]
 
@@ -123,7 +130,7 @@ def test_the_same_input_gives_the_same_bytes_of_the_format_that_the_suffix_names
 
 
 def test_the_plot_of_a_comparison_names_methods_schemes_and_full_precision_as_text(report: dict[str, Any], tmp_path: Path):
-    report["runs"] += [run(scheme, "rtn", 0, 0.125) for scheme in ("W3A8", "W4A8")]  # a second line of panels
+    report["runs"] += [run(scheme, "rtn", 0, 0.125) for scheme in ("W3A8", "W4A8")]
     plot_comparison(report, tmp_path / "comparison.svg")
     text = (tmp_path / "comparison.svg").read_text()
     for name in ("gptq", "marr-exact", "rtn", "W4A4 per-token", "W2A8", "W3A8", "W4A8", "full precision, 87.5 %"):

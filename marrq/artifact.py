@@ -216,9 +216,7 @@ def _scheme(fields: dict[str, Any]) -> Scheme:
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:
-    alpha, lowrank, equalize = fields["alpha"], fields["lowrank"], fields["equalize"]
-    if isinstance(equalize, bool):  # before version 4
-        fields = {**fields, "equalize": "on" if equalize else "off"}
+    alpha, lowrank = fields["alpha"], fields["lowrank"]
     settings = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
     return MethodSpec(**{**fields, "alpha": AlphaSpec(**settings), "lowrank": None if lowrank is None else LowRankSpec(**lowrank)})
 

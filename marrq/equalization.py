@@ -3,8 +3,9 @@
     y = W x = (W diag(s)) (diag(1/s) x)
 
 Where the input comes straight from a norm, 1/s goes into the norm's weight and bias: free at run time. Elsewhere the input is multiplied by
-1/s before it is rounded (`smoothing` in marrq/activations.py), which costs a pass over it and is done only where it pays. On a ViT that is
-fc2: what GELU gives differs from channel to channel by an order of magnitude, and no linear before it could take a scale through GELU.
+1/s before it is rounded (`smoothing` in marrq/activations.py). That costs a pass over it and is done only where activations are coarse and
+it pays. On a ViT that is fc2: what GELU gives differs from channel to channel by an order of magnitude, and no linear before it could take
+a scale through GELU.
 
 SmoothQuant (arXiv 2211.10438) takes s = max|x|^a / max|W|^(1-a) before norms, AWQ (arXiv 2306.00978) rms(x)^a. Ours has candidates,
 
@@ -63,7 +64,7 @@ def equalize(block: Block, group: Sequence[str], norm: str | None, sample: Tenso
     """
     linears = [block.linear(name) for name in group]
     scale, left = choose_scale(sample, torch.cat([linear.weight for linear in linears]), scheme)
-    if left >= 1 or (norm is None and (left > WORTH_A_PASS or scheme.activation is None)):
+    if left >= 1 or (norm is None and left > WORTH_A_PASS):
         return None
     if norm is not None:
         module = block.module.get_submodule(norm)

@@ -249,7 +249,7 @@ def _quantize_group(
     block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run, balanced: list[str]
 ) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block. balanced: names of linears whose inputs are so already."""
-    equalized = _equalize(block, group, streams, run) if run.method.equalizes(run.scheme) and group[0] not in balanced else None
+    equalized = _equalize(block, group, streams, run) if run.method.equalize and group[0] not in balanced else None
     quantizer = _input_quantizer(block, group, streams, run, equalized)
     problem = Problem(_statistics(block, untouched, group, quantizer, streams, run, equalized), run.scheme.weight, run.method)
     reports = []
@@ -270,6 +270,8 @@ def _quantize_group(
 def _equalize(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> Equalized | None:
     """Give the linears of a group scales per channel on the quantized path, where that pays. The full-precision path stays as it is."""
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
+    if norm is None and not run.scheme.has_coarse_activations:
+        return None
     inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::SAMPLED]]
     sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
     rows = torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()

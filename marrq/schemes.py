@@ -27,6 +27,7 @@ ACTIVATION_BITS = (3, 4, 8)
 FLOAT_BITS = 16
 MXINT_BLOCK = 32
 EDGE_BITS = 8
+COARSE_BITS = 4
 
 SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{EDGE_BITS})?")
 SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
@@ -108,6 +109,11 @@ class Scheme:
         floating point, where they are so in the blocks: a flavour that can express the one can express the other."""
         weight = WeightSpec(EDGE_BITS, grid="asymmetric" if self.weight.grid == "asymmetric" else "symmetric")
         return Scheme(weight, ActivationSpec(EDGE_BITS) if self.activation else None)
+
+    @property
+    def has_coarse_activations(self) -> bool:
+        """Whether rounding activations costs more than rounding weights, or nearly as much: then they are worth some effort."""
+        return self.activation is not None and self.activation.num_bits <= COARSE_BITS
 
     @property
     def description(self) -> str:

@@ -114,8 +114,8 @@ def plot_comparison(report: dict[str, Any], file: Path) -> None:
             _draw_methods(left, methods, {row.method: (100 * row.top1_worst, 100 * row.top1, 100 * row.top1_best) for row in rows})
             _draw_methods(right, methods, {row.method: (row.divergence_worst, row.divergence, row.divergence_best) for row in rows})
             left.axvline(reference, color="black", linestyle="--", linewidth=1, label=f"full precision, {reference:.1f} %")
-            left.set(title=scheme, xlabel="top-1 accuracy (%), right is better")
-            right.set(title=scheme, xlabel="divergence from full precision (nats), left is better")
+            left.set(title=scheme, xlabel="top-1 accuracy (%)")
+            right.set(title=scheme, xlabel="divergence (nats), left is better")
         figure.suptitle(report["model"], fontsize=11)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,13 +241,6 @@ def test_an_artifact_of_version_2_is_one_without_edges(copied: Path):
     again = load(copied)
     assert (again.scheme, again.reports) == (expected.scheme, expected.reports)
     assert not again.scheme.edges
-
-
-@pytest.mark.parametrize(("before", "now"), [(False, "off"), (True, "on")])
-def test_an_artifact_of_version_3_says_of_equalization_whether_it_was_asked_for(copied: Path, before: bool, now: str):
-    method = json.loads((copied / "config.json").read_text())["method"]
-    edit_config(copied, format_version=3, method={**method, "equalize": before})
-    assert load(copied).method == replace(load(copied).method, equalize=now)
 
 
 def test_an_existing_output_is_kept_unless_replacing_is_asked_for(tmp_path: Path):

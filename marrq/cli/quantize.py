@@ -90,8 +90,6 @@ def _warnings(model: "QuantizedModel") -> list[str]:
 
     reports, method = model.reports, model.method
     found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]
-    if method.equalize == "on" and not any(report.equalized for report in reports):
-        found.append("no scale per channel is better than none: nothing was equalized")
     if method.name in STREAM_METHODS and not any(report.writes_stream for report in reports):
         found.append(f"no linear writes to a residual stream: {method.name} did what {method.name.replace('stream', 'exact')} does")
     return found

@@ -20,10 +20,7 @@ from marrq.statistics import Factor, InputDrift, ResidualStatistics, factorize
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
 Clip = Literal["weights", "outputs"]
-Switch = Literal["auto", "on", "off"]
-
-COARSE_BITS = 4
-"""Activations of as many bits or fewer are coarse."""
+Balance = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ class MethodSpec:
     sweep columns by descending diag H; clip: what the range of a row's grid is searched by, the rounding error of its weights (the papers')
     or the error of its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of the outputs; lowrank: a
     branch in floating point beside the codes, or None; rotation: seed of the rotation of the residual stream, or None; equalize: a scale
-    per channel between linears and what they read (marrq/equalization.py), see `equalizes`; balance: the values of the heads in another
-    basis (marrq/balance.py), see `balances`.
+    per channel between linears and what they read (marrq/equalization.py); balance: the values of the heads in another basis
+    (marrq/balance.py), see `balances`.
     """
 
     name: str = "marr-stream"
@@ -93,8 +90,8 @@ class MethodSpec:
     correct_bias: bool = True
     lowrank: LowRankSpec | None = None
     rotation: int | None = None
-    equalize: Switch = "auto"
-    balance: Switch = "auto"
+    equalize: bool = True
+    balance: Balance = "auto"
 
     def balances(self, scheme: Scheme) -> bool:
         """Whether the values of the heads get another basis: left to `auto`, where activations are coarse.
@@ -102,15 +99,7 @@ class MethodSpec:
         On a DINOv2-S it gained 4 points of top-1 at W4A4, and lost 1 at W3A8 and 3 at W2A8: there the weights alone are coarse, and a
         sweep that compensates makes more of inputs that are correlated.
         """
-        return _has_coarse_activations(scheme) if self.balance == "auto" else self.balance == "on"
-
-    def equalizes(self, scheme: Scheme) -> bool:
-        """Whether channels get scales: left to `auto`, where activations are coarse."""
-        return _has_coarse_activations(scheme) if self.equalize == "auto" else self.equalize == "on"
-
-
-def _has_coarse_activations(scheme: Scheme) -> bool:
-    return scheme.activation is not None and scheme.activation.num_bits <= COARSE_BITS
+        return scheme.has_coarse_activations if self.balance == "auto" else self.balance == "on"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 from marrq.errors import MarrqError
 from marrq.methods import PATHS, method_named
 from marrq.methods.lowrank import parse_lowrank
-from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Clip, Feedback, MethodSpec, Switch
+from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Balance, Clip, Feedback, MethodSpec
 
 SWITCH = {"on": True, "off": False}
 
@@ -58,7 +58,7 @@ def _told(spec: MethodSpec) -> dict[str, str]:
         "bias-correction": _on_or_off(spec.correct_bias),
         "lowrank": str(spec.lowrank),
         "rotate": str(spec.rotation),
-        "equalize": spec.equalize,
+        "equalize": _on_or_off(spec.equalize),
         "balance": spec.balance,
         **{f"pid.{gain}": _digits(value) for gain, value in vars(alpha.pid).items()},
     }
@@ -118,10 +118,10 @@ def _clip(text: str) -> Clip:
     return cast(Clip, text)
 
 
-def _auto_switch(key: str, text: str) -> Switch:
-    if text not in get_args(Switch):
-        raise MarrqError(f"setting {key!r} must be one of {', '.join(get_args(Switch))}: got {text!r}")
-    return cast(Switch, text)
+def _balance(text: str) -> Balance:
+    if text not in get_args(Balance):
+        raise MarrqError(f"setting 'balance' must be one of {', '.join(get_args(Balance))}: got {text!r}")
+    return cast(Balance, text)
 
 
 SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
@@ -130,8 +130,8 @@ SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
     "damping": lambda spec, text: replace(spec, damping=_number("damping", text)),
     "target-damping": lambda spec, text: replace(spec, target_damping=_number("target-damping", text)),
     "bias-correction": lambda spec, text: replace(spec, correct_bias=_switch("bias-correction", text)),
-    "equalize": lambda spec, text: replace(spec, equalize=_auto_switch("equalize", text)),
-    "balance": lambda spec, text: replace(spec, balance=_auto_switch("balance", text)),
+    "equalize": lambda spec, text: replace(spec, equalize=_switch("equalize", text)),
+    "balance": lambda spec, text: replace(spec, balance=_balance(text)),
     "act-order": lambda spec, text: replace(spec, act_order=_switch("act-order", text)),
     "clip": lambda spec, text: replace(spec, clip=_clip(text)),
     "lowrank": lambda spec, text: replace(spec, lowrank=parse_lowrank(text)),

@@ -37,7 +37,10 @@ from marrq.statistics import factorize
 
 CANDIDATES = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)))
 """Exponents (a, b) of s = rms(x)^a · rms(W)^-b; the first leaves all as it is."""
+LEAST_STRENGTH = 1e-3
+"""Of a channel, as a share of the rms of all: one that the sample hardly knows must not become strong when it comes alive."""
 CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)
+"""Ranges of inputs and of weights that the estimate tries; the ranges that are used are searched more finely, afterwards."""
 DAMPING = 0.01
 WORTH_A_PASS = 0.7
 """Share of the error without a scale that must be left at most for one that has to be applied at run time."""
@@ -64,7 +67,7 @@ def equalize(block: Block, group: Sequence[str], norm: str | None, sample: Tenso
     """
     linears = [block.linear(name) for name in group]
     scale, left = choose_scale(sample, torch.cat([linear.weight for linear in linears]), scheme)
-    if left >= 1 or (norm is None and left > WORTH_A_PASS):
+    if not left < (1 if norm is not None else WORTH_A_PASS):
         return None
     if norm is not None:
         module = block.module.get_submodule(norm)
@@ -103,8 +106,8 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
 def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
     """s, [n], of the candidates the one with the least expected error, and that error as a share of the one without a scale. sample: of the
     input, [tokens, n]; weight: of all linears of the group, [m, n]."""
-    strengths = [values.square().mean(0).sqrt().clamp(min=torch.finfo(values.dtype).tiny) for values in (sample, weight)]
-    candidates = [strengths[0] ** a * strengths[1] ** -b for a, b in CANDIDATES]
+    of_inputs, of_weights = _strengths(sample), _strengths(weight)
+    candidates = [of_inputs**a * of_weights**-b for a, b in CANDIDATES]
     candidates = [scale / scale.log().mean().exp() for scale in candidates]
     pivots = pivots_of(sample)
     errors = torch.stack([expected_error(sample / scale, weight * scale, pivots / scale.square(), scheme) for scale in candidates])
@@ -112,12 +115,19 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor
     return candidates[best], float(errors[best] / errors[0])
 
 
+def _strengths(values: Tensor) -> Tensor:
+    """The rms of each column, [n]."""
+    squares = values.square().mean(0)
+    least = LEAST_STRENGTH * squares.mean().sqrt()
+    return squares.sqrt().clamp(min=torch.finfo(values.dtype).tiny).maximum(least)
+
+
 def pivots_of(x: Tensor) -> Tensor:
-    """d, [n]: the variance of each input given those that a sweep comes to after it. x: [tokens, n]."""
+    """d, [n]: the variance of each input given those that a sweep comes to after it; 0 for a dead one. x: [tokens, n]."""
     factor = factorize((x.T @ x).double() / len(x), DAMPING, act_order=True)
     pivots = torch.empty_like(factor.upper[0])
     pivots[factor.order] = factor.upper.diagonal() ** -2
-    return pivots.to(x)
+    return pivots.to(x) * (x.abs().amax(0) > 0)
 
 
 def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) -> Tensor:
@@ -136,8 +146,8 @@ def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
 
 def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
     """v, [n], with the range clipped as serves the outputs best. A static grid is taken for one of the sample."""
-    per_tensor = ActivationSpec(spec.num_bits, "per-tensor-dynamic") if spec.is_static else spec
-    quantizers = [ActivationQuantizer(per_tensor, x.new_tensor(factor)) for factor in CLIP_FACTORS]
+    dynamic = ActivationSpec(spec.num_bits, "per-tensor-dynamic") if spec.is_static else spec
+    quantizers = [ActivationQuantizer(dynamic, x.new_tensor(factor)) for factor in CLIP_FACTORS]
     noises = torch.stack([(quantizer(x) - x).square().mean(0) for quantizer in quantizers])
     return noises[int((noises @ weight.square().sum(0)).argmin())]
 

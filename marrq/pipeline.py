@@ -272,12 +272,24 @@ def _equalize(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run
     norm = find_norm(block, group, streams.quantized[0].to(run.device))
     if norm is None and not run.scheme.has_coarse_activations:
         return None
-    inputs = [block.input_of(group[0], tokens.to(run.device)) for tokens in streams.quantized[::SAMPLED]]
-    sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
-    rows = torch.linspace(0, len(sample) - 1, min(EQUALIZING_TOKENS, len(sample)), device=sample.device).long()
+    sample = _sample(block, group[0], streams, run)
     if not sample.isfinite().all():
         return None  # the statistics will name the layer where that begins
-    return equalize(block, group, norm, sample[rows], run.scheme)
+    return equalize(block, group, norm, sample, run.scheme)
+
+
+def _sample(block: Block, linear: str, streams: _Streams, run: _Run) -> Tensor:
+    """Evenly spaced tokens of a linear's input on the quantized path, [tokens, n]; of the others no more is held than a batch."""
+    batches = streams.quantized[::SAMPLED]
+    inputs = (block.input_of(linear, tokens.to(run.device)).flatten(0, -2) for tokens in batches)
+    first = next(inputs)
+    count = len(first) * sum(map(len, batches)) // len(batches[0])
+    rows = torch.linspace(0, count - 1, min(EQUALIZING_TOKENS, count), device=first.device).long()
+    sample, seen = first[rows.clamp(max=len(first) - 1)], len(first)
+    for x in inputs:
+        sample = torch.where((rows >= seen)[:, None], x[(rows - seen).clamp(0, len(x) - 1)], sample)
+        seen += len(x)
+    return sample
 
 
 def _input_quantizer(

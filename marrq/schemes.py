@@ -28,6 +28,7 @@ FLOAT_BITS = 16
 MXINT_BLOCK = 32
 EDGE_BITS = 8
 COARSE_BITS = 4
+"""Activations of as many bits or fewer are coarse: rounding them costs more than rounding weights, or nearly as much."""
 
 SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{EDGE_BITS})?")
 SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
@@ -112,7 +113,7 @@ class Scheme:
 
     @property
     def has_coarse_activations(self) -> bool:
-        """Whether rounding activations costs more than rounding weights, or nearly as much: then they are worth some effort."""
+        """Whether it is worth some effort, even at run time, to round activations better."""
         return self.activation is not None and self.activation.num_bits <= COARSE_BITS
 
     @property

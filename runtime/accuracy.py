@@ -32,7 +32,7 @@ BISECTIONS = 60  # 2 / 2^60 is less than a float can tell
 @dataclass(frozen=True)
 class Accuracy:
     """Shares of images, 0 … 1. _low, _high: the 95 % Wilson interval; agreement: share of images with the same top-1 as the float32
-    model; divergence: from its answers, see there; both None without that model."""
+    model; divergence: from that model, in nats; both None without it."""
 
     top1: float
     top1_low: float

@@ -51,7 +51,7 @@ class Row:
 
     @property
     def divergence_nats(self) -> str:
-        """Likewise."""
+        """Mean ± spread, likewise, in nats."""
         spread = f" ± {(self.divergence_worst - self.divergence_best) / 2:.3f}" if self.seeds > 1 else ""
         return f"{self.divergence:.3f}{spread}"
 

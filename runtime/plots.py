@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from runtime.comparison import by_scheme, summarize
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 WIDTH = 8.0  # inches; at 100 px each the text is readable
+NAME_WIDTH = 40  # letters of a method's name on a line
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666"]  # Okabe and Ito's, for the colour-blind
 MARKERS = "osD^vPX"
 DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]  # from the first module to the last; of one lightness, so that white and black paper do
@@ -107,15 +109,18 @@ def plot_comparison(report: dict[str, Any], file: Path) -> None:
     """Top-1 and divergence of each method, a pair of panels a scheme: dots at the means over the seeds, bars from worst to best seed."""
     schemes = by_scheme(summarize(report))
     methods = list(dict.fromkeys(run["method"] for run in report["runs"]))
+    labels = ["\n".join(wrap(method.replace(",", ", "), NAME_WIDTH)).replace(", ", ",") for method in methods]
+    lines = max(label.count("\n") + 1 for label in labels)
     reference = 100 * report["float"]["top1"]
-    with _figure(file, height=0.9 + len(schemes) * (0.8 + 0.28 * len(methods))) as figure:
+    with _figure(file, height=0.9 + len(schemes) * (0.8 + len(labels) * (0.12 + 0.16 * lines))) as figure:
         panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
         for (left, right), (scheme, rows) in zip(panels, schemes.items(), strict=True):
             _draw_methods(left, methods, {row.method: (100 * row.top1_worst, 100 * row.top1, 100 * row.top1_best) for row in rows})
             _draw_methods(right, methods, {row.method: (row.divergence_worst, row.divergence, row.divergence_best) for row in rows})
             left.axvline(reference, color="black", linestyle="--", linewidth=1, label=f"full precision, {reference:.1f} %")
             left.set(title=scheme, xlabel="top-1 accuracy (%)")
-            right.set(title=scheme, xlabel="divergence (nats), left is better")
+            left.set_yticks(range(len(labels)), labels)
+            right.set(title=scheme, xlabel="divergence (nats)")
         figure.suptitle(report["model"], fontsize=11)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -126,7 +131,6 @@ def _draw_methods(panel: "Axes", methods: list[str], values: dict[str, tuple[flo
     worst, means, best = zip(*values.values(), strict=True)
     panel.hlines(places, worst, best, color=COLORS[5], linewidth=7, label="worst to best seed")
     panel.plot(means, places, "o", color=COLORS[0], markersize=4, label="mean over the seeds")
-    panel.set_yticks(range(len(methods)), methods)
     panel.set_ylim(len(methods) - 0.5, -0.5)
     panel.locator_params(axis="x", nbins=5)
 

@@ -114,6 +114,14 @@ def test_markdown_has_a_dash_where_a_method_was_not_run(report: dict[str, Any]):
 SIGNATURES = {".png": b"\x89PNG\r\n", ".svg": b"<?xml"}
 
 
+def test_a_long_name_of_a_method_is_broken_at_its_settings(report: dict[str, Any], tmp_path: Path):
+    report["runs"].append(run("W2A8", "marr-gptaq,pid.proportional=0.3,pid.integral=0.05,lowrank=srr:32", 0, 0.25))
+    plot_comparison(report, tmp_path / "comparison.svg")
+    text = (tmp_path / "comparison.svg").read_text()
+    for part in ("marr-gptaq,pid.proportional=0.3,", "pid.integral=0.05,lowrank=srr:32"):
+        assert f">{part}</" in text
+
+
 @pytest.mark.parametrize("suffix", SIGNATURES)
 def test_the_same_input_gives_the_same_bytes_of_the_format_that_the_suffix_names(
     report: dict[str, Any], quantization: list[dict[str, Any]], tmp_path: Path, suffix: str

@@ -120,8 +120,46 @@ def test_the_expected_error_is_that_of_a_sweep_within_a_factor_and_its_choice_is
         assert swept_error(sample / scale, weight * scale, numbers) < nearly * min(found) <= nearly * found[0]
 
 
+def test_a_channel_that_was_all_but_dead_in_calibration_does_not_drown_the_others_when_it_comes_alive():
+    x, weight = with_strong_channels(128, 500), torch.randn(24, 128, generator=torch.Generator().manual_seed(1))
+    x[:, 7] *= 1e-9
+    scale, left = choose_scale(x, weight, COARSE)
+    assert left < 0.7
+    assert scale.median() / scale[7] < 2e3
+
+
+def test_a_dead_channel_leaves_the_choice_for_the_others_as_it_is():
+    x, weight = with_strong_channels(128, 500), torch.randn(24, 128, generator=torch.Generator().manual_seed(1))
+    x[:, 7] = 0
+    rest = torch.arange(128) != 7
+    (scale, left), (alone, left_alone) = choose_scale(x, weight, COARSE), choose_scale(x[:, rest], weight[:, rest], COARSE)
+    torch.testing.assert_close(scale[rest] / scale[rest].mean(), alone / alone.mean(), rtol=1e-5, atol=0)
+    assert left == pytest.approx(left_alone, rel=0.05)
+    assert choose_scale(torch.zeros(40, 128), weight, COARSE)[0].isfinite().all()
+
+
+def test_the_sample_is_of_evenly_spaced_tokens_of_every_fourth_batch(monkeypatch: pytest.MonkeyPatch):
+    images, seen = noise(130), list[Tensor]()  # a batch of one image ends each half, and the first is in the sample
+
+    def spy(block: Block, group: tuple[str, ...], norm: str | None, sample: Tensor, scheme: Scheme) -> None:
+        seen.append(sample)
+
+    monkeypatch.setattr("marrq.pipeline.equalize", spy)
+    monkeypatch.setattr("marrq.pipeline.EQUALIZING_TOKENS", 100)
+    with torch.no_grad():
+        model = vit()
+        first = find_blocks(model, images[:2])[0]
+        starts = [*range(0, 65, 16), *range(65, 130, 16)]  # of the batches, half by half
+        ends = [*starts[1:], 130]
+        batches = [first.input_of("attn.qkv", first_input(model, first, images[a:b])) for a, b in zip(starts, ends, strict=True)][::4]
+        tokens = torch.cat([x.flatten(0, 1) for x in batches])
+        quantized(vit(), images, "W4A8", "rtn")
+    torch.testing.assert_close(seen[0], tokens[torch.linspace(0, len(tokens) - 1, 100).long()])
+
+
 def test_pivots_scale_as_the_inputs_do():
-    sample = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) @ torch.randn(16, 16)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(400, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
     order = sample.square().sum(0)  # so little a change keeps the order of the sweep
     scale = 1 + 1e-3 * torch.linspace(-1, 1, 16)[order.argsort().argsort()].flip(0)
     torch.testing.assert_close(pivots_of(sample / scale), pivots_of(sample) / scale.square(), rtol=2e-2, atol=0)

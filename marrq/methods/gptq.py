@@ -73,7 +73,7 @@ def sweep(
 
 def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a sweep, as `swept.clip` says."""
-    if swept.clip == "weights":
+    if swept.clip == "weights" or spec.grid == "mxint":  # which has but one
         return search_weight_grid(weight, spec)
     rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1))
     return stack_grids([_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)])

@@ -26,6 +26,7 @@ from exporters.floating import export_float16, export_float32
 from exporters.integer import Integer
 from exporters.lowering import weight_bits
 from exporters.matmulnbits import MatMulNBits
+from exporters.pixels import take_images
 from exporters.qdq import Qdq
 from marrq import __version__
 from marrq.errors import MarrqError
@@ -111,14 +112,15 @@ def check_flavor(model: QuantizedModel, flavor: str, options: Options = NO_OPTIO
         raise MarrqError(f"the flavor {flavor} {objection}: the artifact has {model.scheme.description}; use --flavor {able}")
 
 
-def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options: Options = NO_OPTIONS) -> None:
-    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash. Raises MarrqError as `check_flavor`.
+def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options: Options = NO_OPTIONS, takes_images: bool = False) -> None:
+    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash. takes_images: uint8 images, which the
+    graph normalizes, in place of normalized pixels. Raises MarrqError as `check_flavor`.
 
     The float flavours are the model that the artifact was made from, loaded again and checked to have the same weights.
     """
     check_flavor(model, flavor, options)
     if flavor in BASELINES:
-        write_baseline(load_source(model.source), flavor, path)
+        write_baseline(load_source(model.source), flavor, path, takes_images)
         return
     chosen = FLAVORS[flavor](**options)
     graph = chosen.export(model)
@@ -132,7 +134,7 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "container_bits": str(chosen.container_bits(model.scheme)),
         "lowest_onnxruntime": chosen.lowest_onnxruntime(model.scheme),
     }
-    _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path)
+    _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path, takes_images)
 
 
 def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
@@ -149,8 +151,9 @@ def _able(scheme: Scheme) -> list[str]:
     return [name for name, make in FLAVORS.items() if make().objection(scheme) is None]
 
 
-def write_baseline(model: VisionModel, flavor: str, path: Path) -> float:
-    """Write a float flavour, and return the bits of its weights. Raises MarrqError for a flavour that is none."""
+def write_baseline(model: VisionModel, flavor: str, path: Path, takes_images: bool = False) -> float:
+    """Write a float flavour, and return the bits of its weights; takes_images: as in `write`. Raises MarrqError for a flavour that is
+    none."""
     if flavor not in BASELINES:
         raise MarrqError(f"unknown baseline {flavor!r}: choose one of {', '.join(BASELINES)}")
     exporter, bits = BASELINES[flavor]
@@ -161,12 +164,14 @@ def write_baseline(model: VisionModel, flavor: str, path: Path) -> float:
         "bits_per_weight": f"{bits:.4f}",
         "lowest_onnxruntime": BASELINE_ONNXRUNTIME,
     }
-    _write(exporter(model), model, described, path)
+    _write(exporter(model), model, described, path, takes_images)
     return float(bits)
 
 
-def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path) -> None:
+def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path, takes_images: bool) -> None:
     """Stamp the graph, check it, and put the file in its place in one step."""
+    if takes_images:
+        take_images(graph.graph, model.preprocessing)
     RemoveUnusedNodesPass()(graph)  # constants that a rewrite left behind
     opset = graph.opset_imports[""]
     graph.ir_version = IR_VERSIONS[opset]

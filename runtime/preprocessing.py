@@ -65,12 +65,17 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """The model's input of one image: [channels, height, width]."""
-        image = image.convert("L" if self.input_size[0] == 1 else "RGB")
-        width, height = self._resized(*image.size)
-        resized = np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation])).reshape(height, width, -1)
-        x = self._about_the_centre(resized).astype(np.float32) / np.float32(255)
+        x = self.pixels(image).astype(np.float32) / np.float32(255)
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return np.ascontiguousarray(np.divide(x - mean, std, dtype=np.float32).transpose(2, 0, 1))
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """One image resized and cut, not normalized: [height, width, channels]."""
+        image = image.convert("L" if self.input_size[0] == 1 else "RGB")
+        width, height = self._resized(*image.size)
+        return self._about_the_centre(
+            np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation])).reshape(height, width, -1)
+        )
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after resizing."""

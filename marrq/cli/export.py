@@ -1,17 +1,27 @@
-"""`marrq export`: artifact in, ONNX file out."""
+"""`marrq export`: an artifact in; an ONNX file, or a model in a repository of Triton Inference Server, out."""
 
+import json
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from marrq.cli.common import ForceOption, OutputOption, say
+from marrq.errors import MarrqError
+
+if TYPE_CHECKING:
+    from exporters.onnx_file import Options
+    from marrq.pipeline import QuantizedModel
+
+FORMATS = ("onnx", "triton")
+SERVER = "For --format triton"
 
 
 def export(
     artifact: Annotated[Path, typer.Argument(help="A folder that `marrq quantize` wrote.")],
     output: OutputOption,
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx: a file; triton: a model in a repository, which is made or added to.")] = "onnx",
     flavor: Annotated[
         str | None,
         typer.Option(help="integer, matmulnbits, qdq, or a float baseline: fp32, fp16. Left out: what suits the scheme best."),
@@ -28,23 +38,102 @@ def export(
             "--fuse/--no-fuse", help="integer, matmulnbits: attention as one operator (default; ONNX Runtime 1.24.1), or as two products."
         ),
     ] = None,
+    name: Annotated[str, typer.Option(help="Of the model, as clients address it.", rich_help_panel=SERVER)] = "vit",
+    model_version: Annotated[int, typer.Option(help="A server takes the highest.", min=1, rich_help_panel=SERVER)] = 1,
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime; or python, which runs onnxruntime where a server lacks that backend.", rich_help_panel=SERVER)
+    ] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="cpu or gpu.", rich_help_panel=SERVER)] = "cpu",
+    instances: Annotated[int, typer.Option(help="Copies that run at once.", min=1, rich_help_panel=SERVER)] = 1,
+    threads: Annotated[int | None, typer.Option(help="Of one operator; left out: one a core.", min=1, rich_help_panel=SERVER)] = None,
+    max_batch: Annotated[int, typer.Option(help="Images in one run at most.", min=1, rich_help_panel=SERVER)] = 8,
+    queue_delay: Annotated[
+        int, typer.Option(help="Microseconds that a request may wait for others to join it.", min=0, rich_help_panel=SERVER)
+    ] = 0,
+    bench: Annotated[
+        Path | None, typer.Option(help="A JSON of `marrq bench`: its fastest batch sizes are preferred.", rich_help_panel=SERVER)
+    ] = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Take uint8 images, and normalize them in the graph.", rich_help_panel=SERVER)
+    ] = False,
     force: ForceOption = False,
 ) -> None:
-    """Export an artifact as an ONNX file: marrq export artifact --format onnx -o model.onnx"""
-    from exporters.onnx_file import check_flavor, external_data, suitable_flavor, write
-    from marrq.artifact import artifact_hash, check_output, load
-    from marrq.errors import MarrqError
-    from runtime.graph import size_bytes
+    """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o repository --name vit"""
+    from exporters.onnx_file import check_flavor, suitable_flavor
+    from marrq.artifact import artifact_hash, load
 
-    if format != "onnx":
-        raise MarrqError(f"unknown format {format!r}: choose onnx")
-    for place in (output, external_data(output)):
-        check_output(place, force)
+    server = {
+        "name": name,
+        "model_version": model_version,
+        "backend": backend,
+        "device": device,
+        "instances": instances,
+        "threads": threads,
+        "max_batch": max_batch,
+        "queue_delay": queue_delay,
+        "preprocess": preprocess,
+    }
+    _check_format(format, output, force, {**server, "bench": bench})
     model = load(artifact)
     flavor = flavor or suitable_flavor(model)
     given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: Options = {option: value for option, value in given.items() if value is not None}
     check_flavor(model, flavor, options)
     say(f"tracing {model.source.name} as {flavor}")
-    write(model, artifact_hash(artifact), flavor, output, options)
+    if format == "onnx":
+        _export_file(model, artifact_hash(artifact), flavor, output, options)
+    else:
+        _export_to_repository(model, artifact_hash(artifact), flavor, output, options, force, bench, server)
+
+
+def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]) -> None:
+    """Raise MarrqError for an unknown format, for an option that the format does not have, and for a file that is there."""
+    from exporters.onnx_file import external_data
+    from marrq.artifact import check_output
+
+    if format not in FORMATS:
+        raise MarrqError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    if format == "onnx":
+        for option, value in server.items():
+            if value != signature(export).parameters[option].default:
+                raise MarrqError(f"--{option.replace('_', '-')} is about a server: use it with --format triton")
+        for place in (output, external_data(output)):
+            check_output(place, force)
+
+
+def _export_file(model: "QuantizedModel", artifact: str, flavor: str, output: Path, options: "Options") -> None:
+    from exporters.onnx_file import write
+    from runtime.graph import size_bytes
+
+    write(model, artifact, flavor, output, options)
     say(f"wrote {output}: {size_bytes(output) / 1e6:.2f} MB")
+
+
+def _export_to_repository(
+    model: "QuantizedModel",
+    artifact: str,
+    flavor: str,
+    repository: Path,
+    options: "Options",
+    force: bool,
+    bench: Path | None,
+    server: dict[str, Any],
+) -> None:
+    from exporters.triton import Serving, preferred_batches, write_repository
+
+    preferred = preferred_batches(_bench_report(bench), flavor, str(model.scheme), server["max_batch"]) if bench else ()
+    serving = Serving(**server, preferred=preferred)
+    folder = write_repository(model, artifact, flavor, repository, serving, options, force)
+    say(f"wrote {folder / str(serving.model_version)}; serve it with: tritonserver --model-repository {repository}")
+
+
+def _bench_report(file: Path) -> dict[str, Any]:
+    """What a bench wrote. Raises MarrqError for anything else."""
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        known = str(report["schema"]).startswith("marrq.bench/")
+    except (KeyError, TypeError, ValueError) as error:
+        raise MarrqError(f"{str(file)!r} is no bench: give what `marrq bench --json` wrote") from error
+    if not known:
+        raise MarrqError(f"{str(file)!r} has schema {report['schema']!r}: give what `marrq bench --json` wrote")
+    return report

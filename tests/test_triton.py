@@ -1,0 +1,210 @@
+"""A Triton repository says what the file in it says, is never half there, and the check of it finds what a server would refuse."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as protocol
+
+from exporters import onnx_file
+from exporters.triton import preferred_batches
+from marrq.artifact import load
+from marrq.cli import main
+from runtime.repository import examine_repository
+
+SERVE = Path(__file__).parents[1] / "examples" / "serve"
+
+
+def export(artifact: Path, repository: Path, *options: str) -> int:
+    return main(["export", str(artifact), "--format", "triton", "-o", str(repository), *options])
+
+
+@pytest.fixture(scope="module")
+def written(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton") / "repository"
+    assert export(demo_artifact, folder, "--name", "digits", "--threads", "2", "--max-batch", "16", "--queue-delay", "500") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "repository"
+    assert export(demo_artifact, folder, "--name", "digits") == 0
+    return folder
+
+
+@pytest.fixture
+def repository(plain: Path, tmp_path: Path) -> Path:
+    """One that a test may change."""
+    return Path(shutil.copytree(plain, tmp_path / "repository"))
+
+
+def config_of(repository: Path, name: str = "digits") -> protocol.ModelConfig:
+    return text_format.Parse((repository / name / "config.pbtxt").read_text(), protocol.ModelConfig())
+
+
+def test_the_config_for_the_onnxruntime_backend_says_what_the_file_takes_and_gives(written: Path, demo_artifact: Path):
+    config, model = config_of(written), load(demo_artifact)
+    assert (config.name, config.backend, config.max_batch_size) == ("digits", "onnxruntime", 16)
+    [pixels], [logits], [group] = config.input, config.output, config.instance_group
+    assert (pixels.name, pixels.data_type, list(pixels.dims)) == ("pixels", protocol.TYPE_FP32, [1, 28, 28])
+    assert (logits.name, logits.data_type, list(logits.dims), logits.label_filename) == ("logits", protocol.TYPE_FP32, [10], "labels.txt")
+    assert (group.kind, group.count) == (protocol.ModelInstanceGroup.KIND_CPU, 1)
+    assert config.parameters["intra_op_thread_count"].string_value == "2"
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, 16]
+    assert (written / "digits" / "labels.txt").read_text().splitlines() == list(model.labels)
+    assert json.loads(config.parameters["preprocessing"].string_value)["mean"] == list(model.preprocessing.mean)
+    [examined] = examine_repository(written)
+    assert (examined.name, examined.versions, examined.problems) == ("digits", (1,), ())
+
+
+def test_the_page_beside_the_model_tells_a_client_what_to_send(written: Path, demo_artifact: Path, tmp_path: Path):
+    assert export(demo_artifact, tmp_path / "r", "--preprocess") == 0
+    floats, images = (written / "digits" / "README.md").read_text(), (tmp_path / "r" / "vit" / "README.md").read_text()
+    assert "`pixels`, FP32 [1, 28, 28], up to 16 at once" in floats
+    assert "mean [0.1307]" in floats
+    assert "`pixels`, UINT8 [28, 28, 1]" in images
+    assert "mean" not in images
+
+
+def test_the_file_in_a_repository_is_the_export(written: Path, demo_artifact: Path, tmp_path: Path):
+    assert main(["export", str(demo_artifact), "-o", str(tmp_path / "model.onnx")]) == 0
+    assert (written / "digits" / "1" / "model.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
+
+
+def test_the_tensors_of_a_large_model_lie_beside_it(demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onnx_file, "INLINE_BYTES", 1000)
+    assert export(demo_artifact, tmp_path / "repository") == 0
+    assert {file.name for file in (tmp_path / "repository" / "vit" / "1").iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert examine_repository(tmp_path / "repository")[0].problems == ()
+
+
+def test_the_fastest_batches_of_a_bench_are_preferred(demo_artifact: Path, tmp_path: Path):
+    speeds = {1: 100.0, 2: 180.0, 4: 290.0, 8: 300.0, 16: 600.0}
+    rows = [{"batch": batch, "images_per_s": speed} for batch, speed in speeds.items()]
+    report = {"schema": "marrq.bench/2", "models": [{"flavor": "integer", "scheme": "W4A8", "latency": rows}]}
+    assert preferred_batches(report, "integer", "W4A8", 8) == (4, 8)
+    assert preferred_batches(report, "integer", "W4A8", 16) == (16,)
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    assert export(demo_artifact, tmp_path / "repository", "--bench", str(tmp_path / "bench.json")) == 0
+    assert list(config_of(tmp_path / "repository", "vit").dynamic_batching.preferred_batch_size) == [4, 8]
+
+
+def test_images_that_change_each_others_numbers_are_not_run_together(tmp_path: Path):
+    options = ["--samples", "8", "--activations", "per-tensor-dynamic", "--method", "rtn"]
+    assert main(["quantize", "demo", "-o", str(tmp_path / "artifact"), *options]) == 0
+    assert export(tmp_path / "artifact", tmp_path / "repository") == 0
+    assert not config_of(tmp_path / "repository", "vit").HasField("dynamic_batching")
+
+
+def test_a_second_version_stands_beside_the_first_and_shares_its_config(repository: Path, demo_artifact: Path):
+    before = config_of(repository)
+    assert export(demo_artifact, repository, "--name", "digits", "--model-version", "2") == 0
+    assert config_of(repository) == before
+    assert examine_repository(repository)[0].versions == (1, 2)
+    assert not [place for place in (repository / "digits").iterdir() if place.name.startswith(".")]
+
+
+REFUSED = {
+    "a version that is there": (["--name", "digits"], "pass another --model-version, or --force to replace it"),
+    "a config that differs": (["--name", "digits", "--model-version", "2", "--preprocess"], "a config with another input, model_warmup"),
+    "a name that is no address": (["--name", "a/b"], "takes letters, digits"),
+    "an unknown backend": (["--backend", "tensorflow"], "choose one of onnxruntime, python"),
+    "an unknown device": (["--device", "tpu"], "choose one of cpu, gpu"),
+    "CPU kernels on a GPU": (["--device", "gpu"], "the kernels of integer are of ONNX Runtime's CPU provider"),
+    "a flavour that does not fit": (["--flavor", "matmulnbits"], "use --flavor integer or qdq"),
+    "a bench that is none": (["--bench", "config.json"], "is no bench"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_served_is_refused_and_leaves_nothing(
+    case: str, repository: Path, demo_artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(demo_artifact)
+    before = {file: file.read_bytes() for file in repository.parent.rglob("*") if file.is_file()}
+    options, sentence = REFUSED[case]
+    capsys.readouterr()
+    assert export(demo_artifact, repository, *options) == 1
+    assert sentence in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in repository.parent.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("option", [["--backend", "python"], ["--preprocess"], ["--threads", "2"], ["--bench", "b.json"]])
+def test_options_of_servers_are_refused_for_files(option: list[str], demo_artifact: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(demo_artifact), "-o", "never.onnx", *option]) == 1
+    assert f"{option[0]} is about a server: use it with --format triton" in capsys.readouterr().err
+
+
+def test_force_replaces_a_version_and_its_config(repository: Path, demo_artifact: Path):
+    assert export(demo_artifact, repository, "--name", "digits", "--preprocess", "--force") == 0
+    assert config_of(repository).input[0].data_type == protocol.TYPE_UINT8
+    assert examine_repository(repository)[0].problems == ()
+
+
+def edit(old: str, new: str) -> Callable[[Path], None]:
+    """A change of the config's text."""
+
+    def change(model: Path) -> None:
+        text = (model / "config.pbtxt").read_text()
+        assert old in text
+        (model / "config.pbtxt").write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def cut(model: Path) -> None:
+    file = model / "1" / "model.onnx"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def fix_batch(model: Path) -> None:
+    file = onnx.load(model / "1" / "model.onnx")
+    file.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(file, model / "1" / "model.onnx")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda model: edit("max_batch_size", "max_bath_size")(model), 'config.pbtxt cannot be read: .*"max_bath_size"'),
+    "another name": (edit('"digits"', '"numbers"'), "the config names the model 'numbers'"),
+    "an unknown backend": (edit('"onnxruntime"', '"onnx"'), "the backend is 'onnx'"),
+    "another shape": (edit("dims: 28", "dims: 32"), r"'pixels' is \[1, 32, 28\] in the config, \[1, 28, 28\] in the file"),
+    "another type": (edit("TYPE_FP32", "TYPE_UINT8"), "'pixels' is TYPE_UINT8 in the config, FLOAT in the file"),
+    "another output": (edit('"logits"', '"classes"'), "the output 'classes' is only in the config"),
+    "too few labels": (lambda model: (model / "labels.txt").write_text("one\n") and None, "has 1 labels, logits has 10 classes"),
+    "no labels": (lambda model: (model / "labels.txt").unlink(), "should be in labels.txt, which is not there"),
+    "no version": (lambda model: (model / "1").rename(model / "one"), "there is no version"),
+    "no file": (lambda model: (model / "1" / "model.onnx").unlink(), "version 1 has no model.onnx"),
+    "no script": (edit('"onnxruntime"', '"python"'), "version 1 has no model.py"),
+    "a file cut off": (cut, "version 1: model.onnx is no ONNX file, or is cut off"),
+    "a fixed batch": (fix_batch, "whose batch is not free: max_batch_size has to be 0"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_names_what_a_server_would_refuse(fault: str, repository: Path):
+    plant, sentence = FAULTS[fault]
+    assert examine_repository(repository)[0].problems == ()
+    plant(repository / "digits")
+    assert re.search(sentence, "\n".join(examine_repository(repository)[0].problems))
+
+
+def test_the_container_and_the_composition_serve_what_the_exporter_writes():
+    dockerfile = (SERVE / "Dockerfile").read_text()
+    lines = [line for line in dockerfile.splitlines() if line and not line.startswith("#")]
+    assert [line.split()[0] for line in lines] == ["FROM", "RUN", "COPY", "EXPOSE", "HEALTHCHECK", "CMD"]
+    command = json.loads(lines[-1].removeprefix("CMD "))
+    assert "--model-repository=/models" in command
+    [service] = yaml.safe_load((SERVE / "compose.yaml").read_text())["services"].values()
+    assert service["volumes"] == ["./repository:/models:ro"]
+    exports = re.findall(r"^# +(marrq export .*)$", dockerfile + (SERVE / "compose.yaml").read_text(), re.MULTILINE)
+    assert len(exports) == 3
+    assert all("--format triton" in text and "examples/serve/repository" in shlex.split(text) for text in exports)

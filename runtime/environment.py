@@ -2,12 +2,15 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import BenchError
-from runtime.session import ALLOW_SPINNING, ONNXRUNTIME_VERSION, SessionSettings, available_providers
+
+if TYPE_CHECKING:
+    from runtime.session import SessionSettings
 
 FLAGS = (
     *("avx", "avx2", "f16c", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -19,6 +22,9 @@ ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 """Packages that install the same module: of two, the later overwrites files of the other."""
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "numpy", "onnx")
+
+REINSTALL = f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
+"""The way out of a mixed or damaged ONNX Runtime."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -32,9 +38,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe(settings: SessionSettings) -> dict[str, Any]:
+def describe(settings: "SessionSettings") -> dict[str, Any]:
     """The machine, the versions of packages and the session settings, as JSON. threads: None is ONNX Runtime's choice. Raises BenchError
     when two packages of ONNX Runtime are installed."""
+    from runtime.session import ALLOW_SPINNING, ONNXRUNTIME_VERSION, available_providers  # a machine without it can still be described
+
     packages = installed_packages()
     return {
         **describe_machine(),
@@ -50,14 +58,22 @@ def describe(settings: SessionSettings) -> dict[str, Any]:
 
 def installed_packages() -> dict[str, str]:
     """Versions of the packages that matter, of those that are installed. Raises BenchError for two packages of ONNX Runtime."""
-    found = {name: installed for name in PACKAGES if (installed := _version(name)) is not None}
-    rivals = [f"{name} {found[name]}" for name in ONNXRUNTIME_PACKAGES if name in found]
-    if len(rivals) > 1:
-        raise BenchError(
-            f"{' and '.join(rivals)} are both installed and overwrite each other: "
-            f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
-        )
+    found = installed_versions(PACKAGES)
+    conflict = onnxruntime_conflict(found)
+    if conflict is not None:
+        raise BenchError(conflict)
     return found
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    return {name: installed for name in packages if (installed := _version(name)) is not None}
+
+
+def onnxruntime_conflict(found: dict[str, str]) -> str | None:
+    """What is wrong with two packages of ONNX Runtime among the installed ones, and the way out; None where there are not two."""
+    rivals = [f"{name} {found[name]}" for name in ONNXRUNTIME_PACKAGES if name in found]
+    return f"{' and '.join(rivals)} are both installed and overwrite each other: {REINSTALL}" if len(rivals) > 1 else None
 
 
 def usable_cores() -> int:

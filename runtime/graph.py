@@ -193,7 +193,7 @@ def size_bytes(path: Path) -> int:
     """The size of a model: its file, and those beside it that hold its tensors."""
     tensors = Graph.load(path).initializers.values()
     beside = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return sum(place.stat().st_size for place in (path, *map(path.with_name, beside)))
+    return sum(place.stat().st_size for place in (path, *(path.parent / name for name in beside)))
 
 
 def _reached(values: Iterable[str], neighbours: Callable[[str], Iterable[str]]) -> list[str]:

@@ -39,8 +39,8 @@ FREE = -1
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a repository. versions: numbers of its version folders, ascending; files: the ONNX file of each that has one; problems:
-    sentences."""
+    """A model of a repository. versions: numbers of its version folders, ascending; files: the ONNX file of each that has a whole one;
+    problems: sentences."""
 
     name: str
     backend: str
@@ -49,13 +49,10 @@ class ServedModel:
     problems: tuple[str, ...]
 
 
-def is_repository(folder: Path) -> bool:
-    """Whether a folder holds at least one model's folder."""
-    return any(folder.glob(f"*/{CONFIG}"))
-
-
 def examine_repository(folder: Path) -> list[ServedModel]:
-    """Every model of a repository, by name."""
+    """Every model of a repository, by name. Raises BenchError for a folder in which no folder has a config."""
+    if not any(folder.glob(f"*/{CONFIG}")):
+        raise BenchError(f"{str(folder)!r} is no model repository, no folder in it has a {CONFIG}: give what --format triton wrote")
     return [_examine(model) for model in sorted(folder.iterdir()) if model.is_dir()]
 
 
@@ -75,8 +72,13 @@ def _examine(folder: Path) -> ServedModel:
         if not file.is_file():
             problems.append(f"version {version} has no {file.name}")
             continue
+        try:
+            graph = onnx.load(file, load_external_data=False).graph
+        except Exception as error:  # protobuf's classes of errors depend on how it was built
+            problems.append(f"version {version}: {file.name} is no ONNX file, or is cut off: {error}")
+            continue
         files.append(file)
-        problems += [f"version {version}: {problem}" for problem in _differences(config, file)]
+        problems += [f"version {version}: {problem}" for problem in _differences(config, graph)]
     return ServedModel(folder.name, config.backend, versions, tuple(files), tuple(problems))
 
 
@@ -110,12 +112,8 @@ def _onnx_file(config: Any) -> str:
     return config.default_model_filename or ONNX_FILE
 
 
-def _differences(config: Any, file: Path) -> list[str]:
+def _differences(config: Any, graph: onnx.GraphProto) -> list[str]:
     """Where a config and a file disagree about what goes in and what comes out."""
-    try:
-        graph = onnx.load(file, load_external_data=False).graph
-    except Exception as error:  # protobuf's classes of errors depend on how it was built
-        return [f"{file.name} is no ONNX file, or is cut off: {error}"]
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     pairs = (("input", config.input, inputs), ("output", config.output, graph.output))

@@ -95,6 +95,8 @@ class Model:
             raise BenchError(f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}") from error
         if self.session.get_providers()[0] != provider:
             raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
+        if not self.session.get_inputs():
+            raise BenchError(f"{str(path)!r} has no input: give a model of images")
         self.input = self.session.get_inputs()[0]
         self.device = DEVICES.get(settings.provider)
 

@@ -150,6 +150,14 @@ def test_force_replaces_a_version_and_its_config(repository: Path, demo_artifact
     assert examine_repository(repository)[0].problems == ()
 
 
+def test_the_bench_does_not_feed_pixels_to_a_file_that_takes_images(
+    demo_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert export(demo_artifact, tmp_path / "repository", "--preprocess") == 0
+    assert main(["bench", str(tmp_path / "repository" / "vit" / "1" / "model.onnx"), "--data", "demo"]) == 1
+    assert "takes tensor(uint8), not normalized pixels: bench it as exported without --preprocess" in capsys.readouterr().err
+
+
 def edit(old: str, new: str) -> Callable[[Path], None]:
     """A change of the config's text."""
 

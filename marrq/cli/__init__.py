@@ -10,6 +10,7 @@ import typer
 from marrq.cli.bench import bench
 from marrq.cli.compare import compare
 from marrq.cli.demo import demo
+from marrq.cli.doctor import doctor
 from marrq.cli.evaluate import evaluate
 from marrq.cli.export import export
 from marrq.cli.inspect import inspect
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     help="Turn a pretrained vision transformer into a small, fast, accurate low-bit ONNX file, and measure it.",
 )
-for command in (quantize, export, bench, evaluate, inspect, compare, demo):
+for command in (quantize, export, bench, evaluate, inspect, doctor, compare, demo):
     app.command()(command)
 
 

@@ -156,9 +156,14 @@ def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: 
     candidates: list[Entry] = []
     shared: dict[str, str] = {}
     for given in files:
-        metadata = Model(given.file, settings).metadata()
+        opened = Model(given.file, settings)
+        metadata = opened.metadata()
         if "marrq.source" not in metadata:
             raise MarrqError(f"{str(given.path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
+        if opened.input.type != "tensor(float)":
+            raise MarrqError(
+                f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it as exported without --preprocess"
+            )
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
             raise MarrqError(f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench them apart")
         shared = metadata

@@ -19,7 +19,8 @@ from marrq.artifact import load
 from marrq.cli import main
 from runtime.repository import examine_repository
 
-SERVE = Path(__file__).parents[1] / "examples" / "serve"
+ROOT = Path(__file__).parents[1]
+SERVE = ROOT / "examples" / "serve"
 
 
 def export(artifact: Path, repository: Path, *options: str) -> int:
@@ -73,6 +74,20 @@ def test_the_page_beside_the_model_tells_a_client_what_to_send(written: Path, de
     assert "mean [0.1307]" in floats
     assert "`pixels`, UINT8 [28, 28, 1]" in images
     assert "mean" not in images
+
+
+def test_the_commands_of_the_readme_make_a_repository_that_the_doctor_finds_sound(
+    demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"## Into an inference server\n.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    lines = [line.split("#")[0].split() for line in block.group(1).splitlines() if line.startswith("marrq ")]
+    assert [words[1] for words in lines] == ["export", "export", "export", "doctor"]
+    for words in lines:
+        words = [str(demo_artifact) if word in ("artifact", "better") else word for word in words[1:]]
+        assert main(words) == 0
+    assert [(model.name, model.versions) for model in examine_repository(tmp_path / "repository")] == [("pixels", (1,)), ("vit", (1, 2))]
 
 
 def test_the_file_in_a_repository_is_the_export(written: Path, demo_artifact: Path, tmp_path: Path):

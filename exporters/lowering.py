@@ -214,8 +214,9 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
     ends: list[tuple[ir.Node, ir.Value, ir.Value]] = []
     for node in placeholders(lowered.graph):
         site = Site(lowered.graph, node, linears[node.attributes["path"].as_string()], made)
+        entering = site.x  # a lowering may put axes of its own before it
         result = lowering(site)
-        ends.append((node, site.x, result))
+        ends.append((node, entering, result))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(lowered.graph, node, [node], site.nodes, [node.outputs[0]], [result])
     del lowered.opset_imports[PLACEHOLDER_DOMAIN]

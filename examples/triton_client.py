@@ -47,7 +47,7 @@ def main(
     protocol: Annotated[str, typer.Option(help="http or grpc.")] = "http",
     clients: Annotated[int, typer.Option(help="That ask at once, with --requests.", min=1)] = 8,
     requests: Annotated[int, typer.Option(help="Of one image each, by all clients together.", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="Take that many of the images.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Take that many of the images, of all classes alike.", min=1)] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Ask a served model for the classes of a folder of images: python examples/triton_client.py IMAGES --url 127.0.0.1:8000"""
@@ -55,7 +55,8 @@ def main(
         raise typer.BadParameter(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     served = Served(PROTOCOLS[protocol], url, name)
     root = images / "val" if (images / "val").is_dir() else images
-    files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGES)[:limit]
+    files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGES)
+    files = files[:: max(len(files) // limit, 1)][:limit] if limit else files
     if not files:
         raise typer.BadParameter(f"{str(images)!r} has no class folders with images")
     inputs = [served.prepared(file) for file in files]
@@ -118,8 +119,11 @@ class Served:
         return given
 
 
-def top1(served: Served, files: Sequence[Path], inputs: Sequence[NDArray[Any]], answers: NDArray[np.float32]) -> float:
-    """Share of the images whose most likely class is their folder's. The server is asked once for each class that came out."""
+def top1(served: Served, files: Sequence[Path], inputs: Sequence[NDArray[Any]], answers: NDArray[np.float32]) -> float | None:
+    """Share of the images whose most likely class is their folder's; None for a model without classes. The server is asked once for each
+    class that came out."""
+    if not served.output.get("label_filename"):
+        return None
     best = answers.argmax(1)
     names = {index: served.label(inputs[place]) for index, place in zip(*np.unique(best, return_index=True), strict=True)}
     return float(np.mean([names[index] == file.parent.name for index, file in zip(best, files, strict=True)]))
@@ -147,7 +151,7 @@ def load(
         "images_per_s": len(answered) / seconds,
         "latency_ms": percentiles([seconds for _, _, seconds in asked]),
         "other_top1": sum(int(before.argmax() != after.argmax()) for before, after in answered),
-        "largest_difference": max(float(np.abs(before - after).max() / np.abs(before).max()) for before, after in answered),
+        "largest_difference": max((float(np.abs(before - after).max() / np.abs(before).max()) for before, after in answered), default=None),
     }
 
 
@@ -159,7 +163,7 @@ def one_client(
     for place in share:
         try:
             rows.append((place, *ask(inputs[place])))
-        except tritonclient.utils.InferenceServerException:
+        except (OSError, tritonclient.utils.InferenceServerException):
             rows.append((place, None, float("nan")))
     return rows
 

@@ -2,21 +2,23 @@
 
     REPOSITORY/NAME/config.pbtxt            the server's ModelConfig, written from the protobuf that tritonclient ships
     REPOSITORY/NAME/labels.txt              a class a line, for answers by name; not for feature extractors
-    REPOSITORY/NAME/README.md               what a client has to send, and what it gets
     REPOSITORY/NAME/VERSION/model.onnx      model.onnx.data beside it above 2 GB, model.py for the python backend
+    REPOSITORY/NAME/VERSION/README.md       what a client has to send, and what it gets
 
 Input and output are read from the file itself. The onnxruntime backend passes no session keys, so whatever matters is in the graph, as in
 every file that marrq writes; graph optimization is left at the backend's default, which is all of it. The server runs each batch size once
 before it serves: ONNX Runtime allocates in its first run.
 
-A version is put in its place in one step, beside those that are served, so that a server which watches the repository finds it whole. All
-versions of a model share its config: one that would change what clients have to send is refused.
+A new version is put in its place in one step, beside those that are served, so that a server which watches the repository finds it whole,
+and nothing else is touched, for which it would load the others again. It is made outside the repository, whose folders a server takes for
+models. All versions of a model share its config and labels: a version that needs others is refused.
 
 The images of different clients are run together. Schemes in which an image changes the numbers of those beside it (`per-tensor-dynamic`)
 are therefore served without dynamic batching.
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -48,7 +50,10 @@ CPU_FLAVORS = ("integer",)
 """Flavours whose kernels only ONNX Runtime's CPU provider has."""
 
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.UINT8: "TYPE_UINT8"}
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
+FREE = -1
+"""How a server writes an axis of any length."""
+
 NEAR_BEST = 0.95
 """Share of the best throughput from which on a batch size is preferred."""
 
@@ -58,7 +63,7 @@ class Serving:
     """What the user chooses about the server.
 
     name: of the model; model_version: a server takes the highest; backend: a key of BACKEND_FILES; device: a key of DEVICES;
-    instances: copies of the model that run at once; threads: of one operator, None for one a core; max_batch: images in a run;
+    instances: copies of the model that run at once, on each GPU; threads: of one operator, None for one a core; max_batch: images in a run;
     preferred: batch sizes that the server waits for where requests queue; queue_delay: microseconds that a request may wait for others;
     preprocess: take uint8 images in place of normalized pixels.
     """
@@ -76,7 +81,9 @@ class Serving:
 
     def __post_init__(self) -> None:
         if NAME.fullmatch(self.name) is None:
-            raise MarrqError(f"a model's name is part of its address and takes letters, digits, '_', '.' and '-': got {self.name!r}")
+            raise MarrqError(
+                f"a model's name is part of its address: letters, digits and '_', single '.' and '-' between: got {self.name!r}"
+            )
         if self.backend not in BACKEND_FILES:
             raise MarrqError(f"unknown backend {self.backend!r}: choose one of {', '.join(BACKEND_FILES)}")
         if self.device not in DEVICES:
@@ -93,60 +100,107 @@ def write_repository(
     force: bool = False,
 ) -> Path:
     """Add a version of a model to a repository, which is made where there is none, and return the model's folder. artifact: its hash;
-    force: replace a version and a config that are there. Raises MarrqError as `check_flavor`, for a flavour that the device has no
-    kernels for, and for what is there already."""
-    if serving.device == "gpu" and flavor in CPU_FLAVORS:
-        raise MarrqError(f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or another flavor")
+    force: replace the version, and settings of the config that clients do not see. Raises MarrqError as `check_flavor`, for what the
+    device, the scheme or the file system do not allow, and for what is there already."""
     folder = repository / serving.name
     version = folder / str(serving.model_version)
+    _check_serving(model, flavor, serving)
     if version.exists() and not force:
         raise MarrqError(f"{str(version)!r} exists: pass another --model-version, or --force to replace it")
-    repository.mkdir(parents=True, exist_ok=True)
-    # A server takes each folder of the repository for a model, and each folder of a model whose name is a number for a version.
-    with tempfile.TemporaryDirectory(dir=folder if folder.exists() else repository.parent, prefix=".marrq.") as temporary:
+    with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
         made = Path(temporary) / serving.name
-        config = _write_folder(made, model, artifact, flavor, serving, options)
-        if not folder.exists():
+        _write_folder(made, model, artifact, flavor, serving, options)
+        repository.mkdir(exist_ok=True)
+        if folder.exists():
+            _put_version(made, folder, version.name, force)
+        else:
             made.rename(folder)
-            return folder
-        _check_clients(folder, config, force)
-        if version.exists():
-            version.rename(Path(temporary) / "replaced")
-        (made / version.name).rename(version)
-        for file in made.iterdir():
-            file.replace(folder / file.name)
     return folder
 
 
-def _write_folder(made: Path, model: QuantizedModel, artifact: str, flavor: str, serving: Serving, options: Options) -> Any:
-    """A model's folder with one version, and its config."""
+def _check_serving(model: QuantizedModel, flavor: str, serving: Serving) -> None:
+    """Raise MarrqError for a device without kernels for the flavour, and for batching where images would change each other's numbers."""
+    if serving.device == "gpu" and flavor in CPU_FLAVORS:
+        raise MarrqError(f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or another flavor")
+    if (serving.preferred or serving.queue_delay) and not _independent(model, flavor):
+        raise MarrqError(
+            f"{model.scheme.description} is not served with images of several requests in a run, which change each other's ranges: "
+            "leave out --bench and --queue-delay"
+        )
+
+
+def _independent(model: QuantizedModel, flavor: str) -> bool:
+    """Whether an image's answer is the same whatever images are beside it."""
+    activation = model.scheme.activation
+    return flavor in BASELINES or activation is None or activation.strategy != "per-tensor-dynamic"
+
+
+def _beside(repository: Path) -> Path:
+    """A folder that no server looks at, from which a model can be moved into the repository in one step."""
+    parent = repository.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK) or (repository.exists() and repository.stat().st_dev != parent.stat().st_dev):
+        raise MarrqError(
+            f"a model is made in {str(parent)!r} and moved to {str(repository)!r} in one step, but the first is not writable or on another "
+            "file system: export to another repository, and copy the model's folder"
+        )
+    return parent
+
+
+def _put_version(made: Path, folder: Path, version: str, force: bool) -> None:
+    """Move a version to where others are, or in the place of one; it is there again when something fails."""
+    others = sorted(place.name for place in folder.iterdir() if place.name.isdecimal() and place.name != version)
+    if others:
+        _check_clients(made, folder, others, force)
+    there, replaced = folder / version, made.with_name("replaced")
+    if there.exists():
+        there.rename(replaced)
+    try:
+        (made / version).rename(there)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(there)
+        raise
+    for name in (LABELS, CONFIG):
+        if (made / name).exists() and _content(made / name) != _content(folder / name):
+            (made / name).replace(folder / name)
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def _write_folder(made: Path, model: QuantizedModel, artifact: str, flavor: str, serving: Serving, options: Options) -> None:
+    """A model's folder with one version."""
     place = made / str(serving.model_version)
     write(model, artifact, flavor, place / MODEL, options, serving.preprocess)
     script = BACKEND_FILES[serving.backend]
     if script is not None:
         shutil.copyfile(script, place / "model.py")
-    config = config_of(place / MODEL, model, serving)
+    config = config_of(place / MODEL, model, flavor, serving)
     (made / CONFIG).write_text(text_format.MessageToString(config), encoding="utf-8")
-    (made / CARD).write_text(_card(model, flavor, config, serving), encoding="utf-8")
+    (place / CARD).write_text(_card(model, flavor, config, serving), encoding="utf-8")
     if model.labels:
         (made / LABELS).write_text("".join(f"{label}\n" for label in model.labels), encoding="utf-8")
-    return config
 
 
-def config_of(file: Path, model: QuantizedModel, serving: Serving) -> Any:
+def config_of(file: Path, model: QuantizedModel, flavor: str, serving: Serving) -> Any:
     """The ModelConfig of an ONNX file with one input and one output, both with a free batch in front."""
     graph = onnx.load(file, load_external_data=False).graph
     config = protocol.ModelConfig(name=serving.name, backend=serving.backend, max_batch_size=serving.max_batch)
     for values, described in ((graph.input, config.input), (graph.output, config.output)):
         for value in values:
             tensor = value.type.tensor_type
-            dims = [axis.dim_value for axis in tensor.shape.dim[1:]]
+            dims = [axis.dim_value or FREE for axis in tensor.shape.dim[1:]]
             described.add(name=value.name, data_type=protocol.DataType.Value(TYPES[tensor.elem_type]), dims=dims)
     if model.labels:
         config.output[0].label_filename = LABELS
     group = config.instance_group.add(count=serving.instances)
     group.kind = protocol.ModelInstanceGroup.Kind.Value(DEVICES[serving.device])
-    _put_batching(config, model, serving)
+    if _independent(model, flavor):  # requests are run together
+        config.dynamic_batching.preferred_batch_size.extend(serving.preferred)
+        config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
+        config.dynamic_batching.SetInParent()
     parameters = {"preprocessing": json.dumps(asdict(model.preprocessing)), "onnx_file": MODEL}
     if serving.threads is not None:
         parameters["intra_op_thread_count"] = str(serving.threads)
@@ -160,42 +214,39 @@ def config_of(file: Path, model: QuantizedModel, serving: Serving) -> Any:
     return config
 
 
-def _put_batching(config: Any, model: QuantizedModel, serving: Serving) -> None:
-    """Have the server run requests together, where that leaves their answers as they are."""
-    activation = model.scheme.activation
-    if activation is not None and activation.strategy == "per-tensor-dynamic":
-        return
-    config.dynamic_batching.SetInParent()
-    config.dynamic_batching.preferred_batch_size.extend(serving.preferred)
-    config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
-
-
 def preferred_batches(report: dict[str, Any], flavor: str, scheme: str, max_batch: int) -> tuple[int, ...]:
     """Batch sizes above 1 whose throughput is within 5 % of the best one's, of a bench (schema marrq.bench/2) of that flavour and scheme.
-    Raises MarrqError where the bench holds no such model."""
-    rows = [model["latency"] for model in report["models"] if (model["flavor"], model["scheme"]) in ((flavor, scheme), (flavor, flavor))]
-    if not rows:
+    Raises MarrqError where the bench does not hold exactly one such model, or no batch size that fits."""
+    scheme = flavor if flavor in BASELINES else scheme
+    found = [model["latency"] for model in report["models"] if (model["flavor"], model["scheme"]) == (flavor, scheme)]
+    if len(found) != 1:
         had = ", ".join(f"{model['scheme']} {model['flavor']}" for model in report["models"])
-        raise MarrqError(f"the bench holds no {scheme} as {flavor}, but {had}: give the bench of this artifact and flavor")
-    speeds = {row["batch"]: row["images_per_s"] for row in rows[0] if row["batch"] <= max_batch}
+        raise MarrqError(f"the bench holds {len(found)} of {scheme} {flavor}, among {had}: give a bench of this artifact and flavor alone")
+    speeds = {row["batch"]: row["images_per_s"] for row in found[0] if row["batch"] <= max_batch}
+    if not speeds:
+        raise MarrqError(f"the bench has no batch size up to {max_batch}: pass a larger --max-batch")
     return tuple(batch for batch, speed in sorted(speeds.items()) if batch > 1 and speed >= NEAR_BEST * max(speeds.values()))
 
 
-def _check_clients(folder: Path, config: Any, force: bool) -> None:
-    """Raise MarrqError when other versions are there under a config that is not this one."""
-    if force or not (folder / CONFIG).is_file():
-        return
-    there = protocol.ModelConfig()
-    try:
-        text_format.Parse((folder / CONFIG).read_text(encoding="utf-8"), there)
-    except text_format.ParseError as error:
-        raise MarrqError(f"{str(folder / CONFIG)!r} is no config of Triton ({error}): mend it, or pass --force to replace it") from error
-    if there != config:
-        different = [field.name for field in config.DESCRIPTOR.fields if getattr(there, field.name) != getattr(config, field.name)]
+def _check_clients(made: Path, folder: Path, others: list[str], force: bool) -> None:
+    """Raise MarrqError when other versions are there whose config or labels are not those made: always where clients would see it."""
+    new, old = _read_config(made / CONFIG), _read_config(folder / CONFIG)
+    different = [field.name for field in new.DESCRIPTOR.fields if getattr(new, field.name) != getattr(old, field.name)]
+    different += ["labels"] if _content(made / LABELS) != _content(folder / LABELS) else []
+    seen = not {"input", "output", "labels"}.isdisjoint(different)
+    if different and (seen or not force):
+        way = "" if seen else ", or pass --force to replace it for all of them"
         raise MarrqError(
-            f"{str(folder)!r} serves other versions under a config with another {', '.join(different)}: choose another --name, or pass "
-            "--force to replace the config for all of them"
+            f"{str(folder)!r} has {'versions' if len(others) > 1 else 'version'} {', '.join(others)} under a config with another "
+            f"{', '.join(different)}: choose another --name{way}"
         )
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        return text_format.Parse(file.read_text(encoding="utf-8"), protocol.ModelConfig())
+    except (OSError, ValueError, text_format.ParseError) as error:
+        raise MarrqError(f"{str(file)!r} is no config of Triton ({error}): mend it, or remove the model's folder") from error
 
 
 def _card(model: QuantizedModel, flavor: str, config: Any, serving: Serving) -> str:

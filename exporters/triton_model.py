@@ -32,7 +32,8 @@ class TritonPythonModel:
         device = [{"device_id": args["model_instance_device_id"]}] if provider == "CUDAExecutionProvider" else [{}]
         self.session = onnxruntime.InferenceSession(file, options, providers=[provider], provider_options=device)
         if self.session.get_providers()[0] != provider:
-            raise RuntimeError(f"{provider} is not available: onnxruntime has {', '.join(onnxruntime.get_available_providers())}")
+            had = ", ".join(onnxruntime.get_available_providers())
+            raise RuntimeError(f"{provider} is not available, onnxruntime has {had}: for a GPU install onnxruntime-gpu in its place")
         self.input, self.output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -226,7 +226,7 @@ def diagnose(
     """Facts and verdicts, as JSON. version: of the ONNX Runtime that a server is to load the files with, None where none was asked about;
     models: of the repository that the files are in."""
     found = [_about_machine(machine), *map(_about_file, files)]
-    found += [Findings([f"{model.name}: {problem}" for problem in model.problems], []) for model in models]
+    found += [_about_model(model) for model in models]
     loads = {} if version is None else {file.path: loads_under(version, file.lowest_onnxruntime) for file in files}
     found += [_about_server(file, str(version), loads[file.path]) for file in files if file.path in loads]
     return {
@@ -254,6 +254,10 @@ def _about_file(file: FileFacts) -> Findings:
         "a server's ONNX Runtime may lack them, so try it there"
     )
     return Findings([] if fault is None else [fault], [unknown] if file.other_domains and not file.stated else [])
+
+
+def _about_model(model: "ServedModel") -> Findings:
+    return Findings(*([f"{model.name}: {sentence}" for sentence in sentences] for sentences in (model.problems, model.warnings)))
 
 
 def _about_server(file: FileFacts, onnxruntime: str, loads: bool | None) -> Findings:

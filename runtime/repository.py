@@ -2,7 +2,8 @@
 
 Each model's config.pbtxt is read by the protobuf that tritonclient ships, and held against the ONNX files that it is about: names, types
 and shapes of input and output, the free batch in front of them, the file of each version, and the labels. It is written anew, and not
-taken from the exporter, so that it can tell when the two differ; and it takes repositories that others wrote.
+taken from the exporter, so that it can tell when the two differ. Of models that marrq did not write only the config is read: a server
+completes what theirs leave out.
 """
 
 from dataclasses import dataclass
@@ -22,31 +23,29 @@ except ImportError as error:
     ) from error
 
 CONFIG = "config.pbtxt"
-ONNX_FILE = "model.onnx"
 SCRIPTS = {"python": "model.py"}
 """What a version has to hold for a backend that runs a script; others run the ONNX file itself."""
 
 BACKENDS = ("onnxruntime", "python")
-TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.UINT8: "TYPE_UINT8",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
+TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.FLOAT16: "TYPE_FP16", onnx.TensorProto.UINT8: "TYPE_UINT8"}
 FREE = -1
 """How the server writes an axis of any length."""
+
+OURS = "onnx_file"
+"""A parameter of every config that marrq writes: the name of the ONNX file."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a repository. versions: numbers of its version folders, ascending; files: the ONNX file of each that has a whole one;
-    problems: sentences."""
+    """A model of a repository. versions: numbers of its version folders, ascending; files: the ONNX file of each that has a whole one, of
+    models that marrq wrote; problems, warnings: sentences."""
 
     name: str
     backend: str
     versions: tuple[int, ...]
-    files: tuple[Path, ...]
-    problems: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def examine_repository(folder: Path) -> list[ServedModel]:
@@ -61,11 +60,14 @@ def _examine(folder: Path) -> ServedModel:
     try:
         config = text_format.Parse((folder / CONFIG).read_text(encoding="utf-8"), protocol.ModelConfig())
     except (OSError, ValueError, text_format.ParseError) as error:
-        return ServedModel(folder.name, "unknown", versions, (), (f"{CONFIG} cannot be read: {error}",))
+        return ServedModel(folder.name, "unknown", versions, problems=(f"{CONFIG} cannot be read: {error}",))
+    if OURS not in config.parameters:
+        warning = "marrq did not write it: its config can be read, and nothing else was examined"
+        return ServedModel(folder.name, config.backend or config.platform, versions, warnings=(warning,))
     problems = _own_problems(folder, config, versions)
     files = []
     for version in versions:
-        file = folder / str(version) / _onnx_file(config)
+        file = folder / str(version) / config.parameters[OURS].string_value
         script = SCRIPTS.get(config.backend)
         if script is not None and not file.with_name(script).is_file():
             problems.append(f"version {version} has no {script}, which the backend {config.backend} runs")
@@ -89,6 +91,9 @@ def _own_problems(folder: Path, config: Any, versions: tuple[int, ...]) -> list[
         problems.append(f"the config names the model {config.name!r}, its folder is {folder.name!r}: a server refuses that")
     if config.backend not in BACKENDS:
         problems.append(f"the backend is {config.backend!r}: known are {' and '.join(BACKENDS)}")
+    largest = max(config.dynamic_batching.preferred_batch_size, default=0)
+    if largest > config.max_batch_size:
+        problems.append(f"batches of {largest} images are preferred, of which at most {config.max_batch_size} are allowed")
     if not versions:
         problems.append("there is no version: a folder whose name is a number")
     for output in config.output:
@@ -102,14 +107,6 @@ def _label_problems(file: Path, output: Any) -> list[str]:
         return [f"the labels of {output.name} should be in {file.name}, which is not there"]
     labels, classes = len(file.read_text(encoding="utf-8").splitlines()), output.dims[-1]
     return [] if labels == classes else [f"{file.name} has {labels} labels, {output.name} has {classes} classes"]
-
-
-def _onnx_file(config: Any) -> str:
-    """The ONNX file's name in each version's folder."""
-    if config.backend in SCRIPTS:
-        named: str = config.parameters["onnx_file"].string_value if "onnx_file" in config.parameters else ONNX_FILE
-        return named
-    return config.default_model_filename or ONNX_FILE
 
 
 def _differences(config: Any, graph: onnx.GraphProto) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def doctor(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="FILE|REPOSITORY", help="An ONNX file, or a Triton repository, of any tool; left out: the machine alone."),
+        typer.Argument(metavar="FILE|REPOSITORY", help="An ONNX file of any tool, or a Triton repository; left out: the machine alone."),
     ] = None,
     server: Annotated[str | None, typer.Option("--ort", metavar="VERSION", help="ONNX Runtime of the server that is to load it.")] = None,
     json_file: JsonOption = None,

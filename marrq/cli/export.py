@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "triton")
 SERVER = "For --format triton"
+BENCH_SCHEMA = "marrq.bench/2"
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
         str, typer.Option(help="onnxruntime; or python, which runs onnxruntime where a server lacks that backend.", rich_help_panel=SERVER)
     ] = "onnxruntime",
     device: Annotated[str, typer.Option(help="cpu or gpu.", rich_help_panel=SERVER)] = "cpu",
-    instances: Annotated[int, typer.Option(help="Copies that run at once.", min=1, rich_help_panel=SERVER)] = 1,
+    instances: Annotated[int, typer.Option(help="Copies that run at once; on each GPU.", min=1, rich_help_panel=SERVER)] = 1,
     threads: Annotated[int | None, typer.Option(help="Of one operator; left out: one a core.", min=1, rich_help_panel=SERVER)] = None,
     max_batch: Annotated[int, typer.Option(help="Images in one run at most.", min=1, rich_help_panel=SERVER)] = 8,
     queue_delay: Annotated[
@@ -131,9 +132,9 @@ def _bench_report(file: Path) -> dict[str, Any]:
     """What a bench wrote. Raises MarrqError for anything else."""
     try:
         report: dict[str, Any] = json.loads(file.read_text())
-        known = str(report["schema"]).startswith("marrq.bench/")
+        schema = report["schema"]
     except (KeyError, TypeError, ValueError) as error:
         raise MarrqError(f"{str(file)!r} is no bench: give what `marrq bench --json` wrote") from error
-    if not known:
-        raise MarrqError(f"{str(file)!r} has schema {report['schema']!r}: give what `marrq bench --json` wrote")
+    if schema != BENCH_SCHEMA:
+        raise MarrqError(f"{str(file)!r} has schema {schema!r}, not {BENCH_SCHEMA!r}: give what `marrq bench --json` wrote")
     return report

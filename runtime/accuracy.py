@@ -113,7 +113,11 @@ def drop_score(only_baseline: int, only_model: int, count: int, drop: float) -> 
     proportion it grows with the root of their size."""
     root_b = (2 * count - only_baseline + only_model) * drop - only_baseline - only_model
     root_c = -only_model * drop * (1 - drop)
-    likeliest = (math.sqrt(max(0.0, root_b * root_b - 8 * count * root_c)) - root_b) / (4 * count)
+    if root_c <= 0:  # by hypot, since the square of a tiny drop is 0
+        distance_of_roots = math.hypot(root_b, math.sqrt(-8 * count * root_c))
+    else:
+        distance_of_roots = math.sqrt(max(0.0, root_b * root_b - 8 * count * root_c))
+    likeliest = (distance_of_roots - root_b) / (4 * count)
     variance = count * (2 * likeliest + drop * (1 - drop))
     distance = only_baseline - only_model - count * drop
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0

@@ -6,8 +6,8 @@
     REPOSITORY/NAME/VERSION/README.md       what a client has to send, and what it gets
 
 Input and output are read from the file itself. The onnxruntime backend passes no session keys, so whatever matters is in the graph, as in
-every file that marrq writes; graph optimization is left at the backend's default, which is all of it. The server runs each batch size once
-before it serves: ONNX Runtime allocates in its first run.
+every file that marrq writes; graph optimization is left at the backend's default, which is all of it. The server runs the smallest, the
+preferred and the largest batch once before it serves: ONNX Runtime allocates in its first run.
 
 A new version is put in its place in one step, beside those that are served, so that a server which watches the repository finds it whole,
 and nothing else is touched, for which it would load the others again. It is made outside the repository, whose folders a server takes for
@@ -271,7 +271,7 @@ def _card(model: QuantizedModel, flavor: str, config: Any, serving: Serving) -> 
     table = "\n".join(f"| {heading} | {text} |" for heading, text in rows)
     quantized = f"quantized to {model.scheme.description} by {model.method.name}, as `{flavor}`"
     what = f"not quantized, as `{flavor}`" if flavor in BASELINES else quantized
-    classes = f"\nClass i is line i + 1 of `{LABELS}`; ask for `class_count` to get classes by name.\n" if model.labels else ""
+    classes = f"\nClass i is line i + 1 of `../{LABELS}`; ask for `class_count` to get classes by name.\n" if model.labels else ""
     return f"""# {serving.name}
 
 {model.source.name}, {what}. Made by marrq {__version__}.
@@ -281,7 +281,7 @@ def _card(model: QuantizedModel, flavor: str, config: Any, serving: Serving) -> 
 {table}
 {classes}
 Of an image in {"grey" if channels == 1 else "RGB"}: {ways[terms.crop_mode]} (Pillow, {terms.interpolation}), then {sends}.
-The same, for programs, is in the config's parameter `preprocessing`. Serve with
+The same, for programs, is in the config's parameter `preprocessing`. Serve the repository that holds the folder `{serving.name}` with
 
-    tritonserver --model-repository FOLDER_ABOVE_THIS_ONE
+    tritonserver --model-repository REPOSITORY
 """

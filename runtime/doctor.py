@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from google.protobuf import message
 from onnx.external_data_helper import uses_external_data
 from rich.markup import escape
 from rich.table import Table
@@ -161,7 +160,7 @@ def _session() -> ModuleType:
 
 def examine_file(path: Path) -> FileFacts:
     """Look an ONNX file through and open it. Raises BenchError for a file that is none."""
-    graph = _load(path)
+    graph = Graph.load(path)
     model = graph.model
     opsets = {STANDARD: 1} | {_domain(entry.domain): entry.version for entry in model.opset_import}
     operators = Counter(_domain(node.domain) for body in (model.graph, *model.functions) for node in _nodes(body.node))
@@ -178,17 +177,6 @@ def examine_file(path: Path) -> FileFacts:
         external_data={name: (path.parent / name).is_file() for name in _external_data(graph)},
         load_error=_load_error(path),
     )
-
-
-def _load(path: Path) -> Graph:
-    """The graph without its tensors beside it."""
-    try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except message.DecodeError:
-        model = onnx.ModelProto()
-    if not model.HasField("graph"):  # as protobuf reads an empty file
-        raise BenchError(f"{str(path)!r} is no ONNX file, or not the whole of one: export or copy it again")
-    return Graph(model)
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf import message
 from onnx import NodeProto, TensorProto, helper
+
+from runtime.errors import BenchError
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,14 @@ class Graph:
 
     @classmethod
     def load(cls, file: Path) -> "Graph":
-        """From a file; weights in files beside it stay there."""
-        return cls(onnx.load(file, load_external_data=False))
+        """From a file; weights in files beside it stay there. Raises BenchError for a file that is none."""
+        try:
+            model = onnx.load(file, format="protobuf", load_external_data=False)
+        except message.DecodeError:
+            model = onnx.ModelProto()
+        if not model.HasField("graph"):  # as protobuf reads an empty file
+            raise BenchError(f"{str(file)!r} is no ONNX file, or not the whole of one: export or copy it again")
+        return cls(model)
 
     @cached_property
     def producers(self) -> dict[str, NodeProto]:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from runtime.errors import BenchError
+from runtime.graph import Graph
 
 try:
     from google.protobuf import text_format
@@ -75,12 +76,12 @@ def _examine(folder: Path) -> ServedModel:
             problems.append(f"version {version} has no {file.name}")
             continue
         try:
-            graph = onnx.load(file, load_external_data=False).graph
-        except Exception as error:  # protobuf's classes of errors depend on how it was built
-            problems.append(f"version {version}: {file.name} is no ONNX file, or is cut off: {error}")
+            graph = Graph.load(file)
+        except BenchError as error:
+            problems.append(f"version {version}: {error}")
             continue
         files.append(file)
-        problems += [f"version {version}: {problem}" for problem in _differences(config, graph)]
+        problems += [f"version {version}: {problem}" for problem in _differences(config, graph.model.graph)]
     return ServedModel(folder.name, config.backend, versions, tuple(files), tuple(problems))
 
 

@@ -1,6 +1,7 @@
 """The doctor names what keeps a file from being loaded, here or on a server, and what would help; what may be worse only warns."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_of_a_repository_every_model_and_every_version_is_examined(demo_artifact
     file.write_bytes(file.read_bytes()[:1000])
     code, report = doctored(tmp_path / "r", folder=tmp_path)
     assert (code, len(report["files"])) == (3, 2)
-    assert any(problem.startswith("a: version 1: model.onnx is no ONNX file") for problem in report["problems"])
+    assert any(re.match("a: version 1: '.*model.onnx' is no ONNX file", problem) for problem in report["problems"])
     assert "b: version 2: the output 'logits' is [11] in the config, [10] in the file" in report["problems"]
 
 
@@ -235,6 +236,14 @@ def test_a_file_that_this_onnx_runtime_refuses_is_a_problem_with_its_reason(tmp_
     assert f"ONNX Runtime {ort.__version__} cannot load" in sentence
     assert "NoSuch" in sentence
     assert ["loads", "here", "no"] in [line.split() for line in printed.out.splitlines()]
+
+
+def test_a_file_that_takes_nothing_is_a_problem(tmp_path: Path):
+    graph = helper.make_graph([helper.make_node("RandomNormal", [], ["y"], shape=[4, 4])], "g", [], [value("y", 4, 4)])
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "m.onnx")
+    code, report = doctored(tmp_path / "m.onnx", folder=tmp_path)
+    assert code == 3
+    assert [problem.rpartition("'")[2] for problem in report["problems"]] == [" has no input: give a model of images"]
 
 
 def test_where_onnx_runtime_was_built_does_not_stand_in_its_reason(tmp_path: Path):

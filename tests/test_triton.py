@@ -290,7 +290,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no version": (lambda model: (model / "1").rename(model / "one"), "there is no version"),
     "no file": (lambda model: (model / "1" / "model.onnx").unlink(), "version 1 has no model.onnx"),
     "no script": (edit('"onnxruntime"', '"python"'), "version 1 has no model.py"),
-    "a file cut off": (cut, "version 1: model.onnx is no ONNX file, or is cut off"),
+    "a file cut off": (cut, "version 1: '.*model.onnx' is no ONNX file, or not the whole of one"),
+    "an empty file": (lambda model: (model / "1" / "model.onnx").write_bytes(b"") and None, "version 1: '.*model.onnx' is no ONNX file"),
     "a fixed batch": (fix_batch, "whose batch is not free: max_batch_size has to be 0"),
 }
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from marrq.affine import Grid, grid_from_range
 from marrq.schemes import ActivationSpec
+from marrq.team import ALONE, Team
 
 TOKENS_PER_BATCH = 64
 CLIP_FACTORS = tuple(0.95**i for i in range(40))
@@ -66,10 +67,11 @@ def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
 
 
 class RangeObserver:
-    """Sees a linear's input batch by batch; then gives the quantizer for it. smoothing: see ActivationQuantizer."""
+    """Sees a linear's input batch by batch; then gives the quantizer for it. smoothing: see ActivationQuantizer; team: the processes that
+    see consecutive batches each."""
 
-    def __init__(self, smoothing: Tensor | None = None) -> None:
-        self._smoothing = smoothing
+    def __init__(self, smoothing: Tensor | None = None, team: Team = ALONE) -> None:
+        self._smoothing, self._team = smoothing, team
         self._minimum: list[Tensor] = []
         self._maximum: list[Tensor] = []
         self._sample: list[Tensor] = []
@@ -85,10 +87,10 @@ class RangeObserver:
     def quantizer(self, spec: ActivationSpec, weight: Tensor) -> ActivationQuantizer:
         """The quantizer with the least error in the outputs. weight: [m, n], of all linears that read the input, for what smoothing makes
         of it."""
-        sample = torch.cat(self._sample)
+        sample = self._team.gather(torch.cat([weight.new_zeros(0, weight.shape[1]), *self._sample]))
         minimum, maximum = self._ranges(spec, sample)
         grids = [grid_from_range(minimum * factor, maximum * factor, spec.code_range) for factor in CLIP_FACTORS]
-        errors = torch.stack([((grid.nearest(sample) - sample) @ weight.T).square().sum() for grid in grids])
+        errors = torch.stack([((grid.nearest(sample) - sample) @ weight.T).square().sum(1).sum() for grid in grids])
         best = int(errors.argmin())
         return ActivationQuantizer(spec, grids[best] if spec.is_static else sample.new_tensor(CLIP_FACTORS[best]), self._smoothing)
 
@@ -96,8 +98,11 @@ class RangeObserver:
         """Smallest and largest value that the grid of each token of the sample spans: [], or [tokens, 1]."""
         if spec.strategy == "per-token":
             return sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)
-        minimum, maximum = torch.stack(self._minimum), torch.stack(self._maximum)
+        lengths = [len(batch) for batch in self._sample]
+        seen = zip(self._minimum, self._maximum, strict=True)
+        ranges = self._team.gather(torch.stack([sample.new_zeros(2), *map(torch.stack, seen)])[1:])
+        minimum, maximum = ranges.unbind(1)
         if spec.is_static:
             return minimum.amin(), maximum.amax()
-        tokens = torch.tensor([len(batch) for batch in self._sample], device=sample.device)
+        tokens = self._team.gather(torch.tensor(lengths, dtype=torch.int64, device=sample.device))
         return minimum.repeat_interleave(tokens)[:, None], maximum.repeat_interleave(tokens)[:, None]

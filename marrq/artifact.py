@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -31,7 +31,7 @@ from marrq.edges import put_patches
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRank, LowRankSpec, StoredFactor
 from marrq.methods.problem import PID, AlphaSpec, MethodSpec, Step
-from marrq.models import ModelSource, build
+from marrq.models import ModelSource, VisionModel, build
 from marrq.modules import QuantLinear, quantized_linears
 from marrq.packing import pack, unpack
 from marrq.pipeline import CalibrationSet, ModuleReport, QuantizedModel
@@ -193,20 +193,24 @@ def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> Act
     return ActivationQuantizer(spec, static or tensors["input_clip"], tensors.get("input_smoothing"))
 
 
-def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
+def description(model: QuantizedModel | VisionModel, scheme: Scheme, method: MethodSpec, calibration: CalibrationSet) -> dict[str, Any]:
+    """What an artifact is a function of, as its config.json has it."""
     packages = ("marrq", "torch", "timm", "transformers")
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+    fields = {
         "model": asdict(model.source),
         "preprocessing": asdict(model.preprocessing),
         "labels": list(model.labels),
-        "scheme": asdict(model.scheme),
-        "method": asdict(model.method),
-        "calibration": asdict(model.calibration),
+        "scheme": asdict(scheme),
+        "method": asdict(method),
+        "calibration": asdict(calibration),
         "versions": {name: version(name) for name in packages},
-        "tensors_sha256": tensors_sha256,
     }
+    return cast(dict[str, Any], json.loads(json.dumps(fields)))
+
+
+def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
+    about = description(model, model.scheme, model.method, model.calibration)
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **about, "tensors_sha256": tensors_sha256}
 
 
 def _scheme(fields: dict[str, Any]) -> Scheme:

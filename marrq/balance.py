@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from marrq.blocks import Block
 from marrq.rotation import random_orthogonal
+from marrq.threads import one_thread
 
 DAMPING = 0.01
 """What is added to H and M of each head, as a share of their mean diagonal: directions that the sample hardly knows stay as they are."""
@@ -81,6 +82,7 @@ def balancing(inputs: Tensor, weight: Tensor, width: int, generator: torch.Gener
     return cast(Tensor, torch.block_diag(*blocks))
 
 
+@one_thread()
 def fold_basis(block: Block, passage: Passage, change: Tensor) -> None:
     """Take T into the source and T⁻¹ into the target, in place: the block computes what it did."""
     _change_rows(block.linear(passage.source), passage.start, change)
@@ -117,6 +119,7 @@ def _geometric_mean(inputs: Tensor, weights: Tensor) -> Tensor:
     return inverse @ _power(half @ weights @ half, 0.5) @ inverse
 
 
+@one_thread()
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from marrq.blocks import hooked
 from marrq.data import ImageSet
+from marrq.errors import MarrqError
 from marrq.modules import quantized_linears
 from marrq.preprocessing import Preprocessing
+from marrq.team import ALONE, Team
 
 BATCH_SIZE = 16
 
@@ -22,14 +24,20 @@ def predict(
     preprocessing: Preprocessing,
     device: torch.device,
     batch_done: Callable[[int], None] = lambda count: None,
+    team: Team = ALONE,
 ) -> Tensor:
-    """Logits float32 [images, classes] on the CPU; `batch_done` is called with the number of images of each batch."""
+    """Logits float32 [images, classes] on the CPU; `batch_done` is called with the number of images of each batch. Each process of the team
+    computes some of the batches, and has all logits in the end. Raises MarrqError where a process would have none."""
     module = module.to(device)
-    logits = []
-    for pixels, _ in images.batches(preprocessing, BATCH_SIZE):
+    starts = range(0, len(images), BATCH_SIZE)
+    if team.size > len(starts):
+        raise MarrqError(f"{team.size} processes for {len(starts)} batches of images: start fewer")
+    mine = team.share(starts)
+    rows, logits = slice(mine[0], mine[-1] + BATCH_SIZE), []
+    for pixels, _ in ImageSet(images.name, images.files[rows], images.targets[rows]).batches(preprocessing, BATCH_SIZE):
         logits.append(module(pixels.to(device)).float().cpu())
-        batch_done(len(pixels))
-    return torch.cat(logits)
+        batch_done(len(pixels) * team.size)
+    return team.gather(torch.cat(logits))
 
 
 @torch.no_grad()

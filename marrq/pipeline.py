@@ -8,13 +8,16 @@ statistics, the rest the second. Where a block does not take what the one before
 and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), a block that is to be
 balanced before it is quantized (marrq/balance.py); that model is the full-precision one.
 Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
+
+Processes may share the work (marrq/team.py). A checkpoint takes what a block has become: when a run goes on, the blocks that are done are
+put in place, and their tokens computed again.
 """
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -28,17 +31,18 @@ from marrq.equalization import Equalized, equalize, find_norm
 from marrq.errors import MarrqError
 from marrq.methods import STREAM_METHODS, Solution, method_named, solve
 from marrq.methods.problem import MethodSpec, Problem, Step
-from marrq.models import ModelSource, VisionModel, output_name
+from marrq.models import ModelSource, VisionModel, output_name, weights_sha256
 from marrq.modules import QuantLinear
 from marrq.preprocessing import Preprocessing
 from marrq.rotation import rotate
 from marrq.schemes import Scheme
-from marrq.statistics import OutputDrift, ResidualStatistics
+from marrq.statistics import OutputDrift, ResidualStatistics, Units
 from marrq.stream import Writer, find_writer, read_stream
+from marrq.team import ALONE, Team
+from marrq.tokens import Batch, Keep, Streams, cut, in_memory, share_of
 
 BATCH_SIZE = 16
 """Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
-
 
 SAMPLED = 4
 """Every how many-th batch equalization and balance take their samples from."""
@@ -59,12 +63,13 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Which images calibrated: enough to draw them again."""
+    """Which images calibrated: enough to draw them again. batch_size: images at once, which the last bits of the sums depend on."""
 
     data: str
     samples: int
     seed: int
     files_sha256: str
+    batch_size: int = BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ class ModuleReport:
     """How one linear was quantized.
 
     error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
-    grid; seconds: the method's time, without the statistics; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping:
-    see methods.Solution; writes_stream: whether the wanted output was that of the residual stream; equalized: whether its input got a scale
-    per channel; edge: whether it belongs to the patch embedding or the head; balanced: whether its inputs were put in another basis.
+    grid; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping: see methods.Solution; writes_stream: whether the
+    wanted output was that of the residual stream; equalized: whether its input got a scale per channel; edge: whether it belongs to the
+    patch embedding or the head; balanced: whether its inputs were put in another basis.
     """
 
     path: str
@@ -89,7 +94,6 @@ class ModuleReport:
     fallback: str | None
     writes_stream: bool
     equalized: bool
-    seconds: float
     edge: bool = False
     balanced: bool = False
 
@@ -121,9 +125,9 @@ class FullPrecisionTokens:
     """The tokens that enter each block but the first on the full-precision path: computed by the first run, and kept for later ones."""
 
     def __init__(self) -> None:
-        self._behind: list[list[Tensor]] = []
+        self._behind: list[Sequence[Tensor]] = []
 
-    def behind(self, index: int, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def behind(self, index: int, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         """The tokens for the block after block `index`, by batch; blocks come in order."""
         if index == len(self._behind):
             self._behind.append(compute())
@@ -132,6 +136,18 @@ class FullPrecisionTokens:
 
 BlockDone = Callable[[int, int, Sequence[ModuleReport]], None]
 """Called after each block with blocks done, blocks in all, and the block's reports."""
+
+
+class Checkpoint(Protocol):
+    """Keeps what blocks have become, so that a run can go on (marrq/checkpoint.py)."""
+
+    def restore(self, index: int, block: Block) -> list[ModuleReport] | None:
+        """Put the quantized linears of a block in place as they were left, and give their reports; None where it was not done."""
+        ...
+
+    def keep(self, index: int, block: Block, reports: list[ModuleReport]) -> None:
+        """Take what a block has become, for good."""
+        ...
 
 
 @torch.no_grad()
@@ -144,12 +160,16 @@ def quantize(
     device: torch.device,
     block_done: BlockDone = lambda done, count, reports: None,
     shared: FullPrecisionTokens | None = None,
+    team: Team = ALONE,
+    keep: Keep = in_memory,
+    checkpoint: Checkpoint | None = None,
 ) -> QuantizedModel:
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
     first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
-    with this rotation, have in common; those with edges have their own.
+    with this rotation, have in common; those with edges have their own. team: the processes that do this together, each with the same
+    arguments; keep: where tokens are kept.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -160,21 +180,28 @@ def quantize(
     blocks = find_blocks(module, images[:2].to(device))
     if scheme.edges:
         blocks = with_edges(module, blocks, images[:2].to(device))
-    in_blocks, at_edges = _Run(scheme, method, device), _Run(scheme.of_edges, replace(method, lowrank=None), device)
-    source = _Source(module, images, device)
+    in_blocks, at_edges = _Run(scheme, method, device, team), _Run(scheme.of_edges, replace(method, lowrank=None), device, team)
+    batches = cut(len(images), calibration.batch_size)
+    source = _Source(module, images, device, share_of(batches, team), keep)
     original = source if all(block.follows for block in blocks[1:]) else replace(source, module=copy.deepcopy(module))
     start = source.tokens(blocks[0])
-    streams = _Streams([half for half, _ in source.batches()], start, start)
+    streams = Streams.of(batches, start, start, team)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
         untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
         balanced = _balance(block, untouched, streams, run)
-        in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run, balanced)]
+        in_block = None if checkpoint is None else checkpoint.restore(index, block)
+        if in_block is None:
+            in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run, balanced)]
+            if team.size > 1:
+                team.check_agreement(weights_sha256(block.module), f"block {block.path!r}")
+            if checkpoint is not None:
+                checkpoint.keep(index, block, in_block)
         if index + 1 < len(blocks):
             following = blocks[index + 1]
             compute = partial(_behind, untouched, following, streams.original, original)
             full_precision = compute() if shared is None else shared.behind(index, compute)
-            streams = _Streams(streams.halves, full_precision, _behind(block, following, streams.quantized, source))
+            streams = Streams.of(batches, full_precision, _behind(block, following, streams.quantized, source), team)
         reports += in_block
         block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
@@ -187,56 +214,47 @@ class _Run:
     scheme: Scheme
     method: MethodSpec
     device: torch.device
-
-
-@dataclass(frozen=True)
-class _Streams:
-    """The tokens that enter a block on both paths, by batch, on the CPU; halves: the half of the calibration set each batch belongs to."""
-
-    halves: list[int]
-    original: list[Tensor]
-    quantized: list[Tensor]
+    team: Team
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model and the images, from which tokens can be had for any block."""
+    """A model and the images, from which tokens can be had for any block; batches: of this process; keep: where tokens are kept."""
 
     module: nn.Module
     images: Images
     device: torch.device
+    batches: list[Batch]
+    keep: Keep
 
-    def batches(self) -> list[tuple[int, slice]]:
-        """Half of the calibration set and images of each batch."""
-        count = len(self.images)
-        middle = (count + 1) // 2
-        starts = [(half, start) for half, part in enumerate(((0, middle), (middle, count))) for start in range(*part, BATCH_SIZE)]
-        ends = [start for _, start in starts[1:]] + [count]
-        return [(half, slice(start, end)) for (half, start), end in zip(starts, ends, strict=True)]
-
-    def tokens(self, block: Block) -> list[Tensor]:
-        """What enters a block, by batch, on the CPU: tokens, or before the stem the images."""
+    def tokens(self, block: Block) -> Sequence[Tensor]:
+        """What enters a block, by batch: tokens, or before the stem the images."""
+        images = (self.images[batch.rows] for batch in self.batches)
         if isinstance(block, Stem):
-            return [self.images[rows] for _, rows in self.batches()]
-        return [first_input(self.module, block, self.images[rows].to(self.device)).cpu() for _, rows in self.batches()]
+            return self.keep(images)
+        return self.keep(first_input(self.module, block, pixels.to(self.device)) for pixels in images)
 
 
-def _behind(block: Block, following: Block, tokens: list[Tensor], source: _Source) -> list[Tensor]:
-    """The tokens that enter the following block, by batch, on the CPU: those behind this one, or the source's."""
-    return [block(batch.to(source.device)).cpu() for batch in tokens] if following.follows else source.tokens(following)
+def _behind(block: Block, following: Block, tokens: Sequence[Tensor], source: _Source) -> Sequence[Tensor]:
+    """The tokens that enter the following block, by batch: those behind this one, or the source's."""
+    if not following.follows:
+        return source.tokens(following)
+    return source.keep(block(batch.to(source.device, non_blocking=True)) for batch in tokens)
 
 
-def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> list[str]:
+def _balance(block: Block, untouched: Block, streams: Streams, run: _Run) -> list[str]:
     """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; names of the linears
     that read what was balanced."""
     if isinstance(block, Edge) or not run.method.balances(run.scheme):
         return []
-    first, generator = streams.original[0].to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
+    first, generator = streams.first_original.to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
     found = [find_passage(untouched, group[0], first) for group in block.groups if len(group) == 1]
     passages = [passage for passage in found if passage is not None]
     for passage in passages:
-        inputs = [untouched.input_of(passage.target, tokens.to(run.device)) for tokens in streams.original[::SAMPLED]]
-        sample = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        sampled = streams.every(SAMPLED, streams.original)
+        inputs = [untouched.input_of(passage.target, tokens.to(run.device)).flatten(0, -2) for _, tokens in sampled]
+        features = untouched.linear(passage.target).in_features
+        sample = run.team.gather(torch.cat([first.new_zeros(0, features), *inputs]))
         if not sample.isfinite().all():
             return []  # the statistics will name the layer where that begins
         change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
@@ -246,20 +264,19 @@ def _balance(block: Block, untouched: Block, streams: _Streams, run: _Run) -> li
 
 
 def _quantize_group(
-    block: Block, untouched: Block, group: tuple[str, ...], streams: _Streams, run: _Run, balanced: list[str]
+    block: Block, untouched: Block, group: tuple[str, ...], streams: Streams, run: _Run, balanced: list[str]
 ) -> list[ModuleReport]:
     """Replace the linears of one group, which share an input, in the block. balanced: names of linears whose inputs are so already."""
     equalized = _equalize(block, group, streams, run) if run.method.equalize and group[0] not in balanced else None
     quantizer = _input_quantizer(block, group, streams, run, equalized)
-    problem = Problem(_statistics(block, untouched, group, quantizer, streams, run, equalized), run.scheme.weight, run.method)
+    halves = _statistics(block, untouched, group, quantizer, streams, run, equalized)
+    problem = Problem.of(halves, run.scheme.weight, run.method, run.team)
     reports = []
     try:
         for name in group:
-            start = time.perf_counter()
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
-            seconds = time.perf_counter() - start
-            report = _report(block.path_of(name), linear.weight, solution, problem, equalized is not None, seconds)
+            report = _report(block.path_of(name), linear.weight, solution, problem, equalized is not None)
             reports.append(replace(report, edge=isinstance(block, Edge), balanced=name in balanced))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
@@ -267,9 +284,9 @@ def _quantize_group(
     return reports
 
 
-def _equalize(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run) -> Equalized | None:
+def _equalize(block: Block, group: tuple[str, ...], streams: Streams, run: _Run) -> Equalized | None:
     """Give the linears of a group scales per channel on the quantized path, where that pays. The full-precision path stays as it is."""
-    norm = find_norm(block, group, streams.quantized[0].to(run.device))
+    norm = find_norm(block, group, streams.first_quantized.to(run.device))
     if norm is None and not run.scheme.has_coarse_activations:
         return None
     sample = _sample(block, group[0], streams, run)
@@ -278,28 +295,31 @@ def _equalize(block: Block, group: tuple[str, ...], streams: _Streams, run: _Run
     return equalize(block, group, norm, sample, run.scheme)
 
 
-def _sample(block: Block, linear: str, streams: _Streams, run: _Run) -> Tensor:
+def _sample(block: Block, linear: str, streams: Streams, run: _Run) -> Tensor:
     """Evenly spaced tokens of a linear's input on the quantized path, [tokens, n]; of the others no more is held than a batch."""
-    batches = streams.quantized[::SAMPLED]
-    inputs = (block.input_of(linear, tokens.to(run.device)).flatten(0, -2) for tokens in batches)
-    first = next(inputs)
-    count = len(first) * sum(map(len, batches)) // len(batches[0])
+    first = block.input_of(linear, streams.first_quantized.to(run.device)).flatten(0, -2)
+    per_image = len(first) // len(streams.first_quantized)
+    sampled = [batch for batch in streams.cut if batch.index % SAMPLED == 0]
+    starts = dict(zip((batch.index for batch in sampled), accumulate(map(len, sampled), initial=0), strict=False))
+    count = per_image * sum(map(len, sampled))
     rows = torch.linspace(0, count - 1, min(EQUALIZING_TOKENS, count), device=first.device).long()
-    sample, seen = first[rows.clamp(max=len(first) - 1)], len(first)
-    for x in inputs:
-        sample = torch.where((rows >= seen)[:, None], x[(rows - seen).clamp(0, len(x) - 1)], sample)
-        seen += len(x)
+    sample = first.new_zeros(len(rows), first.shape[1])
+    for batch, tokens in streams.every(SAMPLED, streams.quantized):
+        x = block.input_of(linear, tokens.to(run.device)).flatten(0, -2)
+        place = rows - per_image * starts[batch.index]
+        sample = torch.where(((place >= 0) & (place < len(x)))[:, None], x[place.clamp(0, len(x) - 1)], sample)
+    run.team.add_up(sample)  # each token comes from one process, the others have zeros there
     return sample
 
 
 def _input_quantizer(
-    block: Block, group: tuple[str, ...], streams: _Streams, run: _Run, equalized: Equalized | None
+    block: Block, group: tuple[str, ...], streams: Streams, run: _Run, equalized: Equalized | None
 ) -> ActivationQuantizer | None:
     """The activation quantizer of a group, from the quantized path, on which it will be used."""
     if run.scheme.activation is None:
         return None
-    observer = RangeObserver(None if equalized is None else equalized.smoothing)
-    for tokens in streams.quantized[:: OBSERVED[run.scheme.activation.strategy]]:
+    observer = RangeObserver(None if equalized is None else equalized.smoothing, run.team)
+    for _, tokens in streams.every(OBSERVED[run.scheme.activation.strategy], streams.quantized):
         observer.observe(block.input_of(group[0], tokens.to(run.device)))
     return observer.quantizer(run.scheme.activation, torch.cat([block.linear(name).weight for name in group]))
 
@@ -309,27 +329,33 @@ def _statistics(
     untouched: Block,
     group: tuple[str, ...],
     quantizer: ActivationQuantizer | None,
-    streams: _Streams,
+    streams: Streams,
     run: _Run,
     equalized: Equalized | None,
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
     """The sums over the inputs of a group on both paths, scaled alike, for each half of the calibration set; for a writer over the stream
-    too, where the method aims at that."""
+    too, where the method aims at that. All processes sum in the units of the first batch, and have the sums of all batches in the end."""
     features = block.linear(group[0]).in_features
     change = quantizer or nn.Identity()
     writer = None
     if run.method.name in STREAM_METHODS and len(group) == 1:
-        writer = find_writer(block, group[0], streams.quantized[0].to(run.device))
+        writer = find_writer(block, group[0], streams.first_quantized.to(run.device))
     importance = None if writer is None else writer.gain.square()
-    first, second = (ResidualStatistics.zeros(features, run.device, importance) for _ in range(2))
-    for half, original, quantized in zip(streams.halves, streams.original, streams.quantized, strict=True):
-        original, quantized = original.to(run.device), quantized.to(run.device)
+    halves: list[ResidualStatistics] = []
+    for batch, original, quantized in zip(streams.batches, streams.original, streams.quantized, strict=True):
+        original, quantized = (tokens.to(run.device, non_blocking=True) for tokens in (original, quantized))
         if writer is None:
             x = change(block.input_of(group[0], quantized))
             drift = smoothed(untouched.input_of(group[0], original), None if equalized is None else 1 / equalized.scale) - x
         else:
             x, drift = _shortfall(block, untouched, writer, change, quantized, original)
-        (first, second)[half].add(x.reshape(-1, features), drift.reshape(-1, drift.shape[-1]))
+        x, drift = x.reshape(-1, features), drift.reshape(-1, drift.shape[-1])
+        if not halves:
+            own = Units.of(x, drift, len(x) // len(batch) * sum(map(len, streams.cut)))
+            units = replace(own, inputs=run.team.from_first(own.inputs), drift=run.team.from_first(own.drift))
+            halves = [ResidualStatistics.zeros(features, run.device, importance, units) for _ in range(2)]
+        halves[batch.half].add(x, drift)
+    first, second = (half.pooled_(run.team) for half in halves)
     return first, second
 
 
@@ -342,7 +368,7 @@ def _shortfall(
     return x, torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
 
 
-def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool, seconds: float) -> ModuleReport:
+def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool) -> ModuleReport:
     rounding = solution.rounding
     grid = rounding.grid.spread(weight.shape[1])
     lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
@@ -362,7 +388,6 @@ def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equ
         rounding.fallback,
         isinstance(statistics.drift, OutputDrift),
         equalized,
-        seconds,
     )
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from marrq.errors import MarrqError
 from marrq.models import TransformersOutput
+from marrq.threads import one_thread
 
 TOLERANCE = 1e-4
 """How much logits may differ after the rotation, relative to the largest logit: float32 rounding gives some 1e-6."""
@@ -58,6 +59,7 @@ def rotate(model: nn.Module, images: Tensor, seed: int = 0) -> None:
         raise _refusal(inner, f"its logits changed by {difference:.1e} of the largest, more than {TOLERANCE:.0e}")
 
 
+@one_thread()
 def random_rotation(width: int, generator: torch.Generator) -> Tensor:
     """R: [width, width], float64, orthogonal, with R 1 = 1."""
     frame = torch.eye(width, dtype=torch.float64)
@@ -68,6 +70,7 @@ def random_rotation(width: int, generator: torch.Generator) -> Tensor:
     return rotation
 
 
+@one_thread()
 def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
     """O: [width, width], float64, uniform over the orthogonal matrices (Haar)."""
     q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))

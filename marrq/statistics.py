@@ -4,7 +4,12 @@ For one linear with input x on the quantized path (earlier modules quantized) an
 
     H = Σ x xᵀ        D = Σ dx xᵀ (not symmetric)        S = Σ dx dxᵀ        Σ x        Σ dx
 
-They add over batches, over halves of the calibration set, and over processes. From them comes the module reconstruction error
+They add over batches, over halves of the calibration set, and over processes, and exactly so: what a batch adds is rounded to a multiple
+that leaves all sums to come within the 53 bits of float64 (`Units`), far below what float32 products resolve. So no sum is rounded, and its
+order and the number of processes leave no trace [ours, after the pre-rounded sums of Demmel and Nguyen, 10.1109/ARITH.2013.9]. A channel
+that becomes 16 times as strong, in the mean, as in the first batch is summed as float64 does; nothing else is lost.
+
+From them comes the module reconstruction error
 
     J(Q) = ‖Q X - W X̃‖² = ⟨E, E H⟩ - 2 ⟨E, G⟩ + c,        E = Q - W,   G = W D,   c = ⟨W S, W⟩
 
@@ -18,16 +23,72 @@ A bias that takes up the mean error of the outputs (`output_shift`) leaves the e
 out, H - k x̄ x̄ᵀ and so on (`centre_`). Then a method need not spend codes on what a bias does for nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
+from marrq.team import Team
+from marrq.threads import one_thread
 
 MAX_DAMPING_STEPS = 12
+UNIT_FLOOR = 1 / 128
+"""Smallest unit, in shares of the rms over all channels: a channel that is dead in the first batch may come alive."""
+HEADROOM = 2**8
+"""By how much sums may exceed what the first batch promises: channels 16 times as strong, both of them."""
 VARIATION = 1e-12
 """Variance, in shares of the mean square, below which an input is a constant: float32 tokens resolve no less."""
+
+
+Total = Callable[[Tensor], float]
+"""The sum of one number [m] for each row of a weight, over all processes."""
+
+
+def of_one_process(rows: Tensor) -> float:
+    """The total where one process has all rows."""
+    return float(rows.sum())
+
+
+@dataclass(frozen=True)
+class Units:
+    """What sums are rounded by before they are added: with t the number of tokens rounded up to a power of two,
+
+        (c + R) - R,    R = ¾ · HEADROOM · t · uᵢ uⱼ        rounds c in float64 to a multiple of 2⁻⁵³ · HEADROOM · t · uᵢ uⱼ
+
+    inputs, drift: u, the size of the channels of x [n] and of dx or e, as powers of two, in float64; tokens: t.
+    """
+
+    inputs: Tensor
+    drift: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, x: Tensor, drift: Tensor, tokens: int) -> "Units":
+        """The units that a batch gives. x: [batch tokens, n]; drift: [batch tokens, n or m]; tokens: how many there will be in all."""
+        return cls(_sizes(x), _sizes(drift), 1 << (tokens - 1).bit_length())
+
+    @property
+    def shift(self) -> float:
+        """R / uᵢ uⱼ."""
+        return 0.75 * HEADROOM * self.tokens
+
+    def round_outer_(self, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Sums of products [p, q], in place; left, right: the sizes of their factors."""
+        return sums.addr_(left, right, alpha=self.shift).addr_(left, right, alpha=-self.shift)
+
+    def round(self, sums: Tensor, sizes: Tensor) -> Tensor:
+        """Sums [p] of tokens, or of their squares."""
+        return sums.add(sizes, alpha=self.shift).sub_(sizes, alpha=self.shift)
+
+
+def _sizes(tokens: Tensor) -> Tensor:
+    """The rms of each channel, rounded up to a power of two; 1 where there is none."""
+    squares = tokens.double().square().mean(0)
+    rms = torch.maximum(squares, UNIT_FLOOR**2 * squares.mean()).sqrt()
+    _, exponent = torch.frexp(rms)
+    return torch.where((rms > 0) & rms.isfinite(), torch.ldexp(torch.ones_like(rms), exponent), 1)
 
 
 @dataclass
@@ -47,16 +108,20 @@ class InputDrift:
     def __add__(self, other: "InputDrift") -> "InputDrift":
         return InputDrift(self.moment + other.moment, self.power + other.power, self.sum + other.sum)
 
-    def add(self, x: Tensor, drift: Tensor) -> None:
+    def add(self, x: Tensor, drift: Tensor, units: Units) -> None:
         """Take in a batch. x: [tokens, n]; drift: dx, [tokens, n]."""
-        _accumulate(self.moment, drift, x)
-        _accumulate(self.power, drift, drift)
-        self.sum += drift.sum(0, dtype=torch.float64)
+        self.moment += units.round_outer_(_products(drift, x), units.drift, units.inputs)
+        self.power += units.round_outer_(_products(drift, drift), units.drift, units.drift)
+        self.sum += units.round(drift.sum(0, dtype=torch.float64), units.drift)
 
     def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
         """See ResidualStatistics.centre_."""
         self.moment.addr_(self.sum, input_sum, alpha=-1 / tokens).mul_(varies)
         self.power.addr_(self.sum, self.sum, alpha=-1 / tokens)
+
+    def of_rows(self, rows: slice) -> "InputDrift":
+        """These sums, whatever the rows."""
+        return self
 
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """The sums of e = W dx for a weight [m, n]."""
@@ -86,16 +151,20 @@ class OutputDrift:
     def __add__(self, other: "OutputDrift") -> "OutputDrift":
         return OutputDrift(self.moment + other.moment, self.power + other.power, self.sum + other.sum, self.importance)
 
-    def add(self, x: Tensor, drift: Tensor) -> None:
+    def add(self, x: Tensor, drift: Tensor, units: Units) -> None:
         """Take in a batch. x: [tokens, n]; drift: e, [tokens, m]."""
-        _accumulate(self.moment, drift, x)
-        self.power += drift.double().square().sum(0)
-        self.sum += drift.sum(0, dtype=torch.float64)
+        self.moment += units.round_outer_(_products(drift, x), units.drift, units.inputs)
+        self.power += units.round(drift.double().square().sum(0), units.drift.square())
+        self.sum += units.round(drift.sum(0, dtype=torch.float64), units.drift)
 
     def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
         """See ResidualStatistics.centre_."""
         self.moment.addr_(self.sum, input_sum, alpha=-1 / tokens).mul_(varies)
         self.power.sub_(self.sum.square() / tokens)
+
+    def of_rows(self, rows: slice) -> "OutputDrift":
+        """The sums for some outputs."""
+        return OutputDrift(self.moment[rows], self.power[rows], self.sum[rows], self.importance[rows])
 
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """These sums, whatever the weight."""
@@ -104,33 +173,53 @@ class OutputDrift:
 
 @dataclass
 class ResidualStatistics:
-    """H [n, n] and Σ x [n], as float64, the number of tokens summed, and the sums of the drift: dx, or e where it is not W dx."""
+    """H [n, n] and Σ x [n], as float64, the number of tokens summed, and the sums of the drift: dx, or e where it is not W dx.
+
+    units: those of the first batch, unless others are given. Sums add exactly where they have the same.
+    """
 
     hessian: Tensor
     input_sum: Tensor
     drift: InputDrift | OutputDrift
     tokens: int = 0
+    units: Units | None = None
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device, importance: Tensor | None = None) -> "ResidualStatistics":
+    def zeros(
+        cls, in_features: int, device: torch.device, importance: Tensor | None = None, units: Units | None = None
+    ) -> "ResidualStatistics":
         """The empty sums; importance: of the outputs, [m], where e is summed and not dx."""
         drift = InputDrift.zeros(in_features, device) if importance is None else OutputDrift.zeros(in_features, importance)
         hessian = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        return cls(hessian, hessian.new_zeros(in_features), drift)
+        return cls(hessian, hessian.new_zeros(in_features), drift, units=units)
 
     def __add__(self, other: "ResidualStatistics") -> "ResidualStatistics":
         drift = self.drift + other.drift  # type: ignore[operator]  # of one kind, as the importance is given to both or to none
-        return ResidualStatistics(self.hessian + other.hessian, self.input_sum + other.input_sum, drift, self.tokens + other.tokens)
+        hessian, input_sum = self.hessian + other.hessian, self.input_sum + other.input_sum
+        return ResidualStatistics(hessian, input_sum, drift, self.tokens + other.tokens, self.units)
 
     def add(self, x: Tensor, drift: Tensor) -> None:
         """Take in a batch. x: [tokens, n]; drift: dx = x̃ - x, [tokens, n], or e, [tokens, m].
 
         The caller forms the difference before any product: it is a small one of large numbers.
         """
-        _accumulate(self.hessian, x, x)
-        self.input_sum += x.sum(0, dtype=torch.float64)
-        self.drift.add(x, drift)
+        if self.units is None:
+            self.units = Units.of(x, drift, len(x))
+        self.hessian += self.units.round_outer_(_products(x, x), self.units.inputs, self.units.inputs)
+        self.input_sum += self.units.round(x.sum(0, dtype=torch.float64), self.units.inputs)
+        self.drift.add(x, drift, self.units)
         self.tokens += len(x)
+
+    def pooled_(self, team: Team) -> "ResidualStatistics":
+        """The sums of all processes, in place. Returns itself."""
+        tokens = torch.tensor(self.tokens)
+        team.add_up(self.hessian, self.input_sum, self.drift.moment, self.drift.power, self.drift.sum, tokens)
+        self.tokens = int(tokens)
+        return self
+
+    def of_rows(self, rows: slice) -> "ResidualStatistics":
+        """The sums that belong to some rows of the weight; none is copied."""
+        return replace(self, drift=self.drift.of_rows(rows))
 
     def centre_(self) -> "ResidualStatistics":
         """Take the means out, in place: the sums become those of centred tokens. Only Σ x, Σ dx and Σ e stay, for the bias that makes up
@@ -152,51 +241,52 @@ class ResidualStatistics:
         return (self.drift.of_outputs(weight).sum - error @ self.input_sum) / self.tokens
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add Σ left rightᵀ over the tokens of a batch to a float64 sum [p, q]. left: [tokens, p]; right: [tokens, q].
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ left rightᵀ over the tokens of a batch: float64 [p, q]. left: [tokens, p]; right: [tokens, q].
 
     Products are taken in the type of the tokens, without their means; what the means add is put back in float64. In float32 the products of
     an input whose mean is a thousand times its deviation would lose the deviation, all that `centre_` is after.
     """
     left_mean, right_mean = left.mean(0), right.mean(0)
-    total += (left - left_mean).T @ (right - right_mean)
+    sums = ((left - left_mean).T @ (right - right_mean)).double()
     # Σ (l - a) (r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ
     left_sum, right_sum = (tokens.sum(0, dtype=torch.float64) for tokens in (left, right))
     left_mean, right_mean = left_mean.double(), right_mean.double()
-    total.addmm_(torch.stack([left_mean, left_sum], 1), torch.stack([right_sum - len(right) * right_mean, right_mean]))
+    return sums.addmm_(torch.stack([left_mean, left_sum], 1), torch.stack([right_sum - len(right) * right_mean, right_mean]))
 
 
 class Judge:
     """J and its gradient for one weight [m, n] on given statistics; G and c are computed once. All in float64.
 
-    Where outputs differ in importance, the terms of J and the rows of its gradient are weighted by it.
+    Where outputs differ in importance, the terms of J and the rows of its gradient are weighted by it. Where the rows of the weight are
+    shared out to processes, each has some of them in weight and statistics, and J is that of all rows.
     """
 
-    def __init__(self, statistics: ResidualStatistics, weight: Tensor) -> None:
+    def __init__(self, statistics: ResidualStatistics, weight: Tensor, total: Total = of_one_process) -> None:
         self.statistics, self.weight = statistics, weight
-        self._wanted = statistics.drift.of_outputs(weight)
+        self._wanted, self._total = statistics.drift.of_outputs(weight), total
         self._importance = self._wanted.importance[:, None]
-        self._constant = float((self._wanted.power * self._wanted.importance).sum())
+        self._constant = total(self._wanted.power * self._wanted.importance)
 
     def __call__(self, quantized: Tensor) -> tuple[float, Tensor]:
         """J of quantized [m, n], the square error of the outputs summed over tokens and outputs; and E H - G, half its gradient."""
         error = quantized.double() - self.weight.double()
         pull = error @ self.statistics.hessian
-        value = float((self._importance * error * (pull - 2 * self._wanted.moment)).sum()) + self._constant
+        value = self._total((self._importance * error * (pull - 2 * self._wanted.moment)).sum(1)) + self._constant
         return value, self._importance * (pull - self._wanted.moment)
 
     def newton_step(self, gradient: Tensor, direction: Tensor) -> float:
         """How far J falls along a direction T [m, n]: ⟨-gradient, T⟩ / ⟨T H, T⟩; 0 where the direction changes no output."""
         direction = direction.double()
-        slope = (gradient * direction).sum()
-        curvature = (self._importance * (direction @ self.statistics.hessian) * direction).sum()
-        return -float(slope / curvature) if curvature > 0 else 0.0
+        slope = self._total((gradient * direction).sum(1))
+        curvature = self._total((self._importance * (direction @ self.statistics.hessian) * direction).sum(1))
+        return -slope / curvature if curvature > 0 else 0.0
 
     @property
     def output_power(self) -> float:
         """‖W X + e‖², the power of the wanted outputs, by which J can be compared between modules."""
         w = self.weight.double()
-        return float((self._importance * (w @ self.statistics.hessian + 2 * self._wanted.moment) * w).sum()) + self._constant
+        return self._total((self._importance * (w @ self.statistics.hessian + 2 * self._wanted.moment) * w).sum(1)) + self._constant
 
 
 @dataclass(frozen=True)
@@ -228,9 +318,10 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     for _ in range(MAX_DAMPING_STEPS):
         damped = filled + damping * mean * torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
         # H = R Rᵀ with R upper is the Cholesky factorization of H with rows and columns reversed; then U = R⁻¹.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
-            return Factor(order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damping)
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if not failed:
+                identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+                return Factor(order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damping)
         damping = max(damping * 10, 1e-8)
     raise MarrqError(f"the layer's Hessian cannot be factored even with damping {damping:g}: use other calibration images")

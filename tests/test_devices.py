@@ -139,7 +139,7 @@ def test_a_method_leaves_everything_on_the_device(name: str, settings: str):
         halves = [ResidualStatistics.zeros(INPUTS, CUDA) for _ in range(2)]
         for sums in halves:
             sums.add(torch.randn(10, INPUTS, device=CUDA), torch.randn(10, INPUTS, device=CUDA))
-        solution = solve(torch.randn(OUTPUTS, INPUTS, device=CUDA), Problem((halves[0], halves[1]), WeightSpec(3, 4), spec), spec)
+        solution = solve(torch.randn(OUTPUTS, INPUTS, device=CUDA), Problem.of((halves[0], halves[1]), WeightSpec(3, 4), spec), spec)
         rounding, branch = solution.rounding, solution.lowrank
         tensors = [rounding.codes, rounding.grid.scale, rounding.grid.zero_point, rounding.quantized]
         tensors += [] if solution.bias_shift is None else [solution.bias_shift]

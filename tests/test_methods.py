@@ -48,7 +48,7 @@ class Case:
 
     def problem(self, spec: MethodSpec, weights: WeightSpec = THREE_BITS) -> Problem:
         half = len(self.x) // 2
-        return Problem((self.statistics(slice(half)), self.statistics(slice(half, None))), weights, spec)
+        return Problem.of((self.statistics(slice(half)), self.statistics(slice(half, None))), weights, spec)
 
     def moments(self, centre: bool) -> reference.Moments:
         return reference.Moments.of(self.x.numpy(), self.x_float.numpy(), centre)
@@ -377,7 +377,7 @@ def test_a_residual_that_overflows_falls_back_to_alpha_0_and_says_so(name: str):
 def test_q_k_and_v_share_what_depends_on_their_input_alone():
     swept = make_case(0).problem(MethodSpec()).whole
     for name in ("factor", "drift_residual", "error_residual", "target_factor"):
-        assert getattr(swept, name) is getattr(swept, name)
+        assert getattr(swept.inputs, name) is getattr(swept.inputs, name)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():

@@ -28,7 +28,7 @@ def problem_of(x: Tensor, x_float: Tensor, spec: MethodSpec, num_bits: int = 3) 
     for part, part_float in zip(x.tensor_split(2), x_float.tensor_split(2), strict=True):
         halves.append(ResidualStatistics.zeros(x.shape[1], x.device))
         halves[-1].add(part, part_float - part)
-    return Problem((halves[0], halves[1]), WeightSpec(num_bits), spec)
+    return Problem.of((halves[0], halves[1]), WeightSpec(num_bits), spec)
 
 
 def solved(method: str, x: Tensor, x_float: Tensor | None = None, num_bits: int = 3) -> Solution:

@@ -1,13 +1,17 @@
 """Tiny models of several families with random weights that nothing was trained for, and a short way to quantize them."""
 
+import hashlib
+from typing import Any
+
 import timm
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
+from marrq.artifact import tensors_of
 from marrq.methods.settings import parse_method
 from marrq.models import ATTENTION, ModelSource, TransformersOutput, VisionModel
-from marrq.pipeline import CalibrationSet, QuantizedModel, quantize
+from marrq.pipeline import BATCH_SIZE, CalibrationSet, QuantizedModel, quantize
 from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationStrategy, parse_scheme
 
@@ -94,9 +98,24 @@ def vision_model(module: nn.Module) -> VisionModel:
 
 
 def quantized(
-    module: nn.Module, images: Tensor, scheme: str, method: str, device: str = "cpu", strategy: ActivationStrategy = "per-tensor"
+    module: nn.Module,
+    images: Tensor,
+    scheme: str,
+    method: str,
+    device: str = "cpu",
+    strategy: ActivationStrategy = "per-tensor",
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
 ) -> QuantizedModel:
-    """The module quantized in place; method as `parse_method` takes it."""
-    calibration = CalibrationSet("noise", len(images), 0, "")
+    """The module quantized in place; method as `parse_method` takes it, options as the pipeline does."""
+    calibration = CalibrationSet("noise", len(images), 0, "", batch_size)
     spec, numbers = parse_method(method), parse_scheme(scheme, strategy)
-    return quantize(vision_model(module), images, calibration, numbers, spec, torch.device(device))
+    return quantize(vision_model(module), images, calibration, numbers, spec, torch.device(device), **options)
+
+
+def hashed(model: QuantizedModel) -> str:
+    """A hash of all tensors and reports."""
+    digest = hashlib.sha256(repr(model.reports).encode())
+    for name, tensor in sorted(tensors_of(model.module).items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except GateError as error:
         return _failed(str(error), code=3)
     except OSError as error:
-        return _failed(f"{error.strerror or error}: {error.filename}")
+        return _failed(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
 
 
 def _failed(sentence: str, code: int = 1) -> int:

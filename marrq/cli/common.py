@@ -47,10 +47,10 @@ class Bar:
 
 
 @contextmanager
-def progress_bars(**totals: int | None) -> Iterator[list[Bar]]:
+def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar]]:
     """A bar for each name and total, with time elapsed and left; nothing is drawn where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr, disable=not stderr.is_terminal) as progress:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr, disable=not (shown and stderr.is_terminal)) as progress:
         yield [Bar(progress, text, total) for text, total in totals.items()]
 
 

@@ -25,9 +25,10 @@ def evaluate(
     from marrq.data import find_images
     from marrq.evaluate import predict
     from marrq.models import VisionModel, load_source
+    from marrq.team import joined, local_device
     from runtime.accuracy import measure_accuracy
 
-    target = choose_device(device)
+    target = local_device(choose_device(device))
     loaded = _load(model)
     name = loaded.source.name
     images = find_images(data_for(name, data), "val", loaded.labels)
@@ -37,12 +38,14 @@ def evaluate(
     else:
         candidates = {"float": load_source(loaded.source), f"{loaded.scheme.description} {loaded.method.name}": loaded}
     results = {}
-    with progress_bars(images=len(images) * len(candidates)) as [bar]:
+    with joined(target) as team, progress_bars(team.leads, images=len(images) * len(candidates)) as [bar]:
         reference = None
         for title, candidate in candidates.items():
-            logits = predict(candidate.module, images, loaded.preprocessing, target, bar.advance).numpy()
+            logits = predict(candidate.module, images, loaded.preprocessing, target, bar.advance, team).numpy()
             reference = logits if reference is None else reference
             results[title] = asdict(measure_accuracy(logits, np.array(images.targets), reference))
+    if not team.leads:
+        return
     report = {"schema": "marrq.evaluate/1", "model": name, "data": images.description(), "models": results}
     for title, accuracy in results.items():
         interval = f"{100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f}"

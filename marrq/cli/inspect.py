@@ -69,7 +69,7 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
     reports: list[dict[str, Any]] = json.loads((artifact / REPORTS).read_text())
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("linear", no_wrap=True)
-    for heading in ("α", "steps", "relative error", "clipped %", "damping", "seconds"):
+    for heading in ("α", "steps", "relative error", "clipped %", "damping"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
         table.add_row(
@@ -79,7 +79,6 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
             f"{report['relative_error']:.2e}",
             f"{100 * report['clipped']:.1f}",
             f"{report['damping']:g}",
-            f"{report['seconds']:.2f}",
         )
     if plot is not None:
         from runtime.plots import plot_alphas

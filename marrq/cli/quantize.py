@@ -1,7 +1,9 @@
 """`marrq quantize`: model and calibration images in, artifact out."""
 
+import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,8 +19,12 @@ from marrq.cli.common import (
     progress_bars,
     say,
 )
+from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from marrq.data import Pixels
     from marrq.pipeline import ModuleReport, QuantizedModel
     from marrq.schemes import ActivationStrategy
 
@@ -46,42 +52,101 @@ def quantize(
     samples: SamplesOption = 256,
     seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
     device: DeviceOption = "auto",
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for calibration tokens, in memory-mapped files, and for the checkpoint.", file_okay=False)
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="For example 6GB: choose the batch size by it, and refuse what does not fit.", metavar="SIZE")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; do nothing where it is complete.")] = False,
     force: ForceOption = False,
 ) -> None:
-    """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o artifact"""
-    from marrq.artifact import check_output, save
+    """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o artifact
+
+    torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same artifact.
+    """
+    from marrq.artifact import check_output, description, save
+    from marrq.checkpoint import FolderCheckpoint
     from marrq.data import find_images
     from marrq.methods.settings import with_settings
     from marrq.models import load_model
-    from marrq.pipeline import CalibrationSet
+    from marrq.pipeline import BATCH_SIZE, CalibrationSet
     from marrq.pipeline import quantize as run_pipeline
     from marrq.schemes import parse_scheme
+    from marrq.team import joined, local_device
+    from marrq.tokens import in_files, in_memory
 
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
     options = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
     settings = {key: value for key, value in options.items() if value is not None}
     spec = with_settings(method, settings | {key: value for key, _, value in (text.partition("=") for text in setting)})
-    check_output(output, force)
-    target = choose_device(device)
+    work = output.with_name(f".{output.name}.checkpoint") if work_dir is None else work_dir
+    if not resume:
+        check_output(output, force)
+        _check_checkpoint(work, force)
+    target = local_device(choose_device(device))
     name = data_for(model, data)
     loaded = load_model(model)
     images = find_images(name, "train", loaded.labels).draw(samples, seed)
     pixels = images.pixels(loaded.preprocessing)
-    with progress_bars(quantizing=None) as [bar]:
+    batch = BATCH_SIZE if max_memory is None else _fitting_batch(loaded.module, pixels, max_memory, work_dir is not None)
+    calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
+    about = description(loaded, numbers, spec, calibration)
+    if resume and _is_complete(output, about, force):
+        return
+    with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
+        checkpoint = FolderCheckpoint(work, about | {"device": target.type}, numbers, team)
         quantized = run_pipeline(
             loaded,
             pixels,
-            CalibrationSet(images.name, samples, seed, images.sha256),
+            calibration,
             numbers,
             spec,
             target,
             lambda done, count, reports: bar.show(done, count, _alphas(reports)),
+            team=team,
+            keep=in_memory if work_dir is None else in_files(work),
+            checkpoint=checkpoint,
         )
-    for warning in _warnings(quantized):
-        say(f"warning: {warning}")
-    save(quantized, output, overwrite=force)
-    say(f"wrote {output}")
+        if not team.leads:
+            return
+        for warning in _warnings(quantized):
+            say(f"warning: {warning}")
+        save(quantized, output, overwrite=force)
+        checkpoint.remove()
+        say(f"wrote {output}")
+
+
+def _fitting_batch(module: "nn.Module", pixels: "Pixels", max_memory: str, in_files: bool) -> int:
+    """The batch size that memory allows."""
+    from marrq.memory import fitting_batch, need, parse_size
+    from marrq.pipeline import BATCH_SIZE
+    from runtime.memory import resident_peak_mb
+
+    resident = int(1e6 * (resident_peak_mb() or 0))
+    return fitting_batch(need(module, pixels[:1], len(pixels), resident, in_files), parse_size(max_memory), BATCH_SIZE)
+
+
+def _check_checkpoint(folder: Path, overwrite: bool) -> None:
+    """Raise MarrqError where an unfinished run would be lost; with `overwrite` remove it."""
+    from marrq.checkpoint import is_checkpoint
+
+    if is_checkpoint(folder):
+        if not overwrite:
+            raise MarrqError(f"an unfinished run is in {str(folder)!r}: pass --resume to go on with it, or --force to begin again")
+        shutil.rmtree(folder)
+
+
+def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the output is what this run would write. Raises MarrqError where it is something else and may not be replaced."""
+    from marrq.artifact import check_output, is_artifact, read_config
+
+    if is_artifact(output) and about.items() <= read_config(output).items():
+        say(f"{output} is complete")
+        return True
+    check_output(output, overwrite)
+    return False
 
 
 def _warnings(model: "QuantizedModel") -> list[str]:

@@ -6,7 +6,7 @@ marr-gptaq, marr-rescomp, marr-exact, …     MARR: each module's own α
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +22,6 @@ from marrq.methods.path import Path, with_constant
 from marrq.methods.problem import MethodSpec, Problem, Rounding
 from marrq.methods.rescomp import RescompPath
 from marrq.methods.rtn import rtn
-from marrq.statistics import Judge
 
 Method = Callable[[Tensor, Problem, MethodSpec], Rounding]
 
@@ -75,12 +74,15 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     scaling = None if spec.lowrank is None else input_scaling(problem.whole.statistics, spec.lowrank.kind)
     rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
-    judge = Judge(problem.whole.statistics, weight)
-    error, _ = judge(quantized)
+    rows = problem.team.rows(len(weight))
+    part = problem.of_rows(rows, len(weight))
+    judge = part.judge(part.whole, weight[rows])
+    error, _ = judge(quantized[rows])
     shift = problem.whole.statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     power = judge.output_power
     relative = error / power if power > 0 else 0.0
-    return Solution(rounding, shift, branch, error, relative, problem.whole.factor.damping, None if scaling is None else scaling.damping)
+    damping = problem.whole.inputs.factor.damping
+    return Solution(rounding, shift, branch, error, relative, damping, None if scaling is None else scaling.damping)
 
 
 def _round(weight: Tensor, problem: Problem, spec: MethodSpec, scaling: Scaling | None) -> tuple[Rounding, LowRank | None]:
@@ -88,10 +90,18 @@ def _round(weight: Tensor, problem: Problem, spec: MethodSpec, scaling: Scaling 
 
     Fitted to W a branch would take back what the method has put into the codes.
     """
-    method = METHODS[spec.name]
     if spec.lowrank is None or scaling is None:
-        return method(weight, problem, spec), None
+        return _by_rows(weight, problem, spec), None
     kept, _ = preserved(weight, scaling, spec.lowrank)
-    rounding = method(weight - kept, problem, spec)
+    rounding = _by_rows(weight - kept, problem, spec)
     target = weight if rounding.alpha is None else weight + rounding.alpha * correction(weight, problem.whole)
     return rounding, refit(target - rounding.quantized, scaling, spec.lowrank)
+
+
+def _by_rows(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
+    """The rounding of a weight [m, n], each process doing its share of the rows: they know nothing of each other, α and J apart."""
+    team, count = problem.team, len(weight)
+    rows = team.rows(count)
+    part = METHODS[spec.name](weight[rows], problem.of_rows(rows, count), spec)
+    codes, scale, zero_point = (team.gather_rows(tensor, count) for tensor in (part.codes, part.grid.scale, part.grid.zero_point))
+    return replace(part, codes=codes, grid=replace(part.grid, scale=scale, zero_point=zero_point))

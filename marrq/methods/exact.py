@@ -31,7 +31,7 @@ from marrq.schemes import WeightSpec
 
 def correction(weight: Tensor, swept: Compensation) -> Tensor:
     """Δ [m, n] for a weight [m, n], in its type."""
-    upper = swept.target_factor.upper
+    upper = swept.inputs.target_factor.upper
     return (swept.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
 
 
@@ -51,7 +51,7 @@ class ExactPath:
         if self.grid is None or not self.grid.scale.isfinite().all():  # an α that overflowed leaves none
             self.grid = choose_grid(targets[0], self.swept, self.weights)
         grid = stack_grids([self.grid] * len(alphas))
-        return Rounding(sweep(torch.cat(targets), grid, self.swept.factor), grid)
+        return Rounding(sweep(torch.cat(targets), grid, self.swept.inputs.factor), grid)
 
     def direction(self, alpha: float) -> Tensor:
         """T = Δ, at every α."""

@@ -25,12 +25,12 @@ class GptaqPath:
     constant: ClassVar[float] = 0.25
 
     def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
-        self.weight, self.factor = weight, swept.factor
+        self.weight, self.factor = weight, swept.inputs.factor
         self.grid = choose_grid(weight, swept, weights)
         self.residuals = self._residuals(swept)
 
     def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:
-        return (swept.drift_residual,)
+        return (swept.inputs.drift_residual,)
 
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep at each α."""

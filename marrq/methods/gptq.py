@@ -25,6 +25,7 @@ from marrq.affine import Grid, clipped_weight_grids, search_weight_grid, select_
 from marrq.methods.problem import Compensation, MethodSpec, Problem, Rounding
 from marrq.schemes import WeightSpec
 from marrq.statistics import Factor
+from marrq.team import ROW_TILE
 
 BLOCK_SIZE = 128
 STACKED_ROWS = 4096
@@ -75,7 +76,7 @@ def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a sweep, as `swept.clip` says."""
     if swept.clip == "weights" or spec.grid == "mxint":  # which has but one
         return search_weight_grid(weight, spec)
-    rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1))
+    rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1) // ROW_TILE) * ROW_TILE
     return stack_grids([_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)])
 
 
@@ -84,7 +85,7 @@ def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> 
     grids = [*clipped_weight_grids(rows, spec, CLIP_FACTORS), search_weight_grid(rows, spec)]
     stacked = stack_grids(grids)
     repeated = rows.repeat(len(grids), 1)
-    error = stacked.spread(rows.shape[1]).dequantize(sweep(repeated, stacked, swept.factor)).sub_(repeated)
+    error = stacked.spread(rows.shape[1]).dequantize(sweep(repeated, stacked, swept.inputs.factor)).sub_(repeated)
     outputs = (error @ swept.statistics.hessian.to(rows)).mul_(error).sum(1).view(len(grids), -1)
     return select_rows(grids, outputs.argmin(0))
 
@@ -92,4 +93,4 @@ def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> 
 def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     """The sweep with no residual term: exact inputs are taken for granted."""
     grid = choose_grid(weight, problem.whole, problem.weights)
-    return Rounding(sweep(weight, grid, problem.whole.factor), grid)
+    return Rounding(sweep(weight, grid, problem.whole.inputs.factor), grid)

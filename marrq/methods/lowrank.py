@@ -30,6 +30,7 @@ from torch import Tensor
 from marrq.affine import Grid
 from marrq.errors import MarrqError
 from marrq.statistics import ResidualStatistics
+from marrq.threads import one_thread
 
 LowRankKind = Literal["srr", "qera", "lqer"]
 
@@ -125,6 +126,7 @@ def input_scaling(statistics: ResidualStatistics, kind: LowRankKind) -> Scaling:
     return _exact_scaling(hessian)
 
 
+@one_thread()
 def _exact_scaling(hessian: Tensor) -> Scaling:
     """The Cholesky factor of H + λI with the least damping that works: H is often singular, and its products are float32 sums."""
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
@@ -173,7 +175,8 @@ def split(weight: Tensor, scaling: Scaling, rank: int) -> int:
 
 def _unexplained(matrix: Tensor, rank: int) -> Tensor:
     """ρ_0 … ρ_rank of a matrix, [rank + 1]; zeros for a matrix of zeros. Summed from the smallest, which 1 - Σ would lose."""
-    energies = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)  # σ², ascending
+    with one_thread():
+        energies = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)  # σ², ascending
     tails = torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
     return tails[: rank + 1] / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)
 
@@ -185,9 +188,10 @@ def _project(matrix: Tensor, scaling: Scaling, rank: int) -> tuple[Tensor, Tenso
     singular vectors they give a basis of the same outputs, which QR makes orthonormal even if the matrix has not that rank.
     """
     scaled = matrix @ scaling.transposed
-    _, vectors = torch.linalg.eigh(_small_gram(scaled))
-    leading = vectors[:, -rank:].flip(1)
-    left = leading if len(leading) == len(scaled) else torch.linalg.qr(scaled @ leading).Q
+    with one_thread():
+        _, vectors = torch.linalg.eigh(_small_gram(scaled))
+        leading = vectors[:, -rank:].flip(1)
+        left = leading if len(leading) == len(scaled) else torch.linalg.qr(scaled @ leading).Q
     return left, left.T @ matrix
 
 

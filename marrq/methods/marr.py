@@ -75,13 +75,14 @@ def marr(path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSp
     if spec.alpha.strategy == "global":
         return with_constant(path_type, weight, problem, spec)
     searches = [
-        SEARCHES[spec.alpha.strategy](path_type(weight, swept, problem.weights), Judge(judge.statistics, weight), spec.alpha, half)
+        SEARCHES[spec.alpha.strategy](path_type(weight, swept, problem.weights), problem.judge(judge, weight), spec.alpha, half)
         for swept, judge, half in _rounds(problem, spec)
     ]
     alpha = sum(best(steps).alpha for steps in searches) / len(searches)
     if spec.alpha.feedback == "held-out":
         alpha = 2 * alpha / (1 + alpha)
-    return final(path_type(weight, problem.whole, problem.weights), weight, alpha, tuple(step for steps in searches for step in steps))
+    steps = tuple(step for steps in searches for step in steps)
+    return final(path_type(weight, problem.whole, problem.weights), weight, problem.team, alpha, steps)
 
 
 def _rounds(problem: Problem, spec: MethodSpec) -> list[tuple[Compensation, Compensation, int | None]]:

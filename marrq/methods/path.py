@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marrq.methods.problem import Compensation, MethodSpec, Problem, Rounding, Step
 from marrq.schemes import WeightSpec
+from marrq.team import Team
 
 
 class Path(Protocol):
@@ -29,14 +30,15 @@ class Path(Protocol):
         ...
 
 
-def final(path: Path, weight: Tensor, alpha: float, trajectory: tuple[Step, ...] = ()) -> Rounding:
+def final(path: Path, weight: Tensor, team: Team, alpha: float, trajectory: tuple[Step, ...] = ()) -> Rounding:
     """The rounding at α.
 
-    A residual term feeds the compensated columns back into themselves and can overflow on a coarse grid; then α = 0 is used, and said.
+    A residual term feeds the compensated columns back into themselves and can overflow on a coarse grid; then α = 0 is used, and said: for
+    all rows, whichever process of the team has them.
     """
     fallback = None
     rounding = path.round_at(weight.new_tensor([alpha]))
-    if not torch.isfinite(rounding.codes).all():
+    if not team.everywhere(bool(torch.isfinite(rounding.codes).all())):
         fallback = f"alpha {alpha:g} gave non-finite weights, alpha 0 was used"
         alpha = 0.0
         rounding = path.round_at(weight.new_tensor([alpha]))
@@ -46,4 +48,4 @@ def final(path: Path, weight: Tensor, alpha: float, trajectory: tuple[Step, ...]
 def with_constant(path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     """The method with one residual strength for every module."""
     alpha = path_type.constant if spec.alpha.value is None else spec.alpha.value
-    return final(path_type(weight, problem.whole, problem.weights), weight, alpha)
+    return final(path_type(weight, problem.whole, problem.weights), weight, problem.team, alpha)

@@ -4,7 +4,7 @@ A method is a function (weight [m, n], Problem, MethodSpec) -> Rounding. The Pro
 (q, k and v, where they are separate): what depends on the input alone is computed once for the group, when first asked for.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -15,7 +15,8 @@ from marrq.affine import Grid
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRankSpec
 from marrq.schemes import Scheme, WeightSpec
-from marrq.statistics import Factor, InputDrift, ResidualStatistics, factorize
+from marrq.statistics import Factor, InputDrift, Judge, ResidualStatistics, factorize
+from marrq.team import ALONE, Team
 
 AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
@@ -130,20 +131,16 @@ class Rounding:
         return self.grid.spread(self.codes.shape[1]).dequantize(self.codes)
 
 
-class Compensation:
-    """Statistics with what a sweep over their inputs needs: the factor U and the residual matrices, all in sweep order.
+class Inputs:
+    """What a sweep needs of the inputs, whatever the rows of the weight: the factor U and the residual matrices, all in sweep order."""
 
-    clip: see MethodSpec.
-    """
-
-    def __init__(self, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> None:
-        self.statistics, self.clip = statistics, clip
-        self._spec = spec
+    def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
+        self._statistics, self._spec = statistics, spec
 
     @cached_property
     def factor(self) -> Factor:
         """U of the damped inverse Hessian."""
-        return factorize(self.statistics.hessian, self._spec.damping, self._spec.act_order)
+        return factorize(self._statistics.hessian, self._spec.damping, self._spec.act_order)
 
     @cached_property
     def drift_residual(self) -> Tensor:
@@ -153,16 +150,16 @@ class Compensation:
     @cached_property
     def error_residual(self) -> Tensor:
         """P2 = ((C L) ∘ M) Lᵀ of ResComp, C = H + D: [n, n] float64, strictly upper triangular."""
-        return self._residual(self.statistics.hessian + self._input_moment)
+        return self._residual(self._statistics.hessian + self._input_moment)
 
     @cached_property
     def target_factor(self) -> Factor:
         """U of the exact target's solve, which has a damping of its own; inputs in their order."""
-        return factorize(self.statistics.hessian, self._spec.target_damping, act_order=False)
+        return factorize(self._statistics.hessian, self._spec.target_damping, act_order=False)
 
     @property
     def _input_moment(self) -> Tensor:
-        drift = self.statistics.drift
+        drift = self._statistics.drift
         assert isinstance(drift, InputDrift)  # the methods that ask are none of STREAM_METHODS
         return drift.moment
 
@@ -171,20 +168,58 @@ class Compensation:
         return torch.triu((torch.triu(moment[order][:, order] @ lower, 1)) @ lower.T, 1)
 
 
+@dataclass(frozen=True)
+class Compensation:
+    """Statistics, with what a sweep over their inputs needs. clip: see MethodSpec."""
+
+    statistics: ResidualStatistics
+    clip: Clip
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> "Compensation":
+        """With nothing computed yet."""
+        return cls(statistics, clip, Inputs(statistics, spec))
+
+    def of_rows(self, rows: slice) -> "Compensation":
+        """For some rows of the weight; what belongs to the inputs is shared."""
+        return replace(self, statistics=self.statistics.of_rows(rows))
+
+
+@dataclass(frozen=True)
 class Problem:
     """The statistics of both halves of the calibration set, each half and the whole ready to be swept with.
 
     Where the bias is to take up the mean error, they become the statistics of centred tokens (`ResidualStatistics.centre_`): the sums that
     are given are taken over, not copied.
 
-    whole: all the data; halves: each half by itself, to find α, for which the quick search of the grid is good enough.
+    whole: all the data; halves: each half by itself, to find α, for which the quick search of the grid is good enough; team: the processes
+    that share the rows of the weight; count: rows in all, or None where this is the problem of all rows.
     """
 
-    def __init__(self, halves: tuple[ResidualStatistics, ResidualStatistics], weights: WeightSpec, spec: MethodSpec) -> None:
+    whole: Compensation
+    halves: tuple[Compensation, Compensation]
+    weights: WeightSpec
+    team: Team = ALONE
+    count: int | None = None
+
+    @classmethod
+    def of(
+        cls, halves: tuple[ResidualStatistics, ResidualStatistics], weights: WeightSpec, spec: MethodSpec, team: Team = ALONE
+    ) -> "Problem":
+        """The problem of a group of linears."""
         whole, (first, second) = halves[0] + halves[1], halves
         if spec.correct_bias:
             for sums in (whole, first, second):
                 sums.centre_()
-        self.weights = weights
-        self.whole = Compensation(whole, spec, spec.clip)
-        self.halves = Compensation(first, spec, "weights"), Compensation(second, spec, "weights")
+        by_halves = Compensation.of(first, spec, "weights"), Compensation.of(second, spec, "weights")
+        return cls(Compensation.of(whole, spec, spec.clip), by_halves, weights, team)
+
+    def of_rows(self, rows: slice, count: int) -> "Problem":
+        """The part that this process has of a weight with so many rows in all."""
+        first, second = (half.of_rows(rows) for half in self.halves)
+        return replace(self, whole=self.whole.of_rows(rows), halves=(first, second), count=count)
+
+    def judge(self, data: Compensation, weight: Tensor) -> Judge:
+        """J on some of the data, of all rows; weight: [m, n], the rows that this process has."""
+        return Judge(data.statistics, weight, lambda rows: self.team.total(rows, self.count or len(rows)))

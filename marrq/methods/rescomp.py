@@ -18,7 +18,7 @@ class RescompPath(GptaqPath):
     """w̃(α) = W (I + αP2) (I - α(P1 - P2))⁻¹ without rounding."""
 
     def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:
-        return (swept.drift_residual, swept.error_residual)
+        return (swept.inputs.drift_residual, swept.inputs.error_residual)
 
     def direction(self, alpha: float) -> Tensor:
         """T = (W P2 + w̃ (P1 - P2)) (I - α(P1 - P2))⁻¹."""

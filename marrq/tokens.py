@@ -1,0 +1,129 @@
+"""The calibration tokens: which images make a batch, which process has it, and where the tokens of a batch are kept.
+
+Images are cut into batches, never across the middle of the set: the first half fills the first half of the statistics, the rest the second.
+The cut depends on the number of images and the size of a batch alone, so that N processes see the batches that one sees. Tokens are kept in
+memory, or in memory-mapped files, of which a batch is mapped while it is used.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marrq.errors import MarrqError
+from marrq.team import Team
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive images. index: its place among all batches; half: of the calibration set."""
+
+    index: int
+    half: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+def cut(images: int, size: int) -> list[Batch]:
+    """The batches of that many images."""
+    middle = (images + 1) // 2
+    halves = ((0, 0, middle), (1, middle, images))
+    parts = [(half, slice(start, min(start + size, end))) for half, begin, end in halves for start in range(begin, end, size)]
+    return [Batch(index, half, rows) for index, (half, rows) in enumerate(parts)]
+
+
+def share_of(batches: list[Batch], team: Team) -> list[Batch]:
+    """The batches of this process. Raises MarrqError where one would have none."""
+    if team.size > len(batches):
+        raise MarrqError(f"{team.size} processes for {len(batches)} batches of calibration images: raise --samples, or start fewer")
+    return list(team.share(batches))
+
+
+Keep = Callable[[Iterable[Tensor]], Sequence[Tensor]]
+"""Takes the tokens of batches as they are computed, and keeps them on the CPU."""
+
+
+def in_memory(tokens: Iterable[Tensor]) -> Sequence[Tensor]:
+    """Where a GPU computes, in memory that it can copy from without the CPU."""
+    return [batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu() for batch in tokens]
+
+
+def in_files(folder: Path) -> Keep:
+    """In a file within the folder. It has no name there: whatever ends the process, nothing is left behind."""
+
+    def keep(tokens: Iterable[Tensor]) -> Sequence[Tensor]:
+        try:
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
+            places = []
+            for values in (batch.cpu().contiguous().numpy() for batch in tokens):
+                places.append((file.tell(), values.dtype, values.shape))
+                _write(file, values)
+        except OSError as error:
+            raise MarrqError(f"cannot keep tokens in {str(folder)!r}: {error.strerror}; make room, or choose another --work-dir") from error
+        return _Mapped(file, places)
+
+    return keep
+
+
+def _write(file: Any, values: np.ndarray[Any, Any]) -> None:
+    """All bytes: an unbuffered file may take fewer at once."""
+    left = values.reshape(-1).view(np.uint8)
+    while len(left):
+        left = left[file.write(left.data) :]
+
+
+class _Mapped(Sequence[Tensor]):
+    """Batches in a file. places: offset, type and shape of each."""
+
+    def __init__(self, file: Any, places: list[tuple[int, np.dtype[Any], tuple[int, ...]]]) -> None:
+        self._file, self._places = file, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> "Tensor | Sequence[Tensor]":
+        """A batch, mapped as long as its tensor lives; copied where it is written to."""
+        if isinstance(index, slice):
+            return _Mapped(self._file, self._places[index])
+        offset, kind, shape = self._places[index]
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
+        return torch.from_numpy(np.memmap(self._file, kind, mode="c", offset=offset, shape=shape))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The tokens that enter a block on both paths, by batch, on the CPU. cut: all batches; batches: those of this process; first_original,
+    first_quantized: of the first batch of all, in every process."""
+
+    cut: list[Batch]
+    batches: list[Batch]
+    original: Sequence[Tensor]
+    quantized: Sequence[Tensor]
+    first_original: Tensor
+    first_quantized: Tensor
+
+    @classmethod
+    def of(cls, batches: list[Batch], original: Sequence[Tensor], quantized: Sequence[Tensor], team: Team) -> "Streams":
+        """The streams, with the first batch told to all. batches: all; original, quantized: the tokens of this process's."""
+        mine = share_of(batches, team)
+        return cls(batches, mine, original, quantized, team.from_first(original[0]), team.from_first(quantized[0]))
+
+    def every(self, step: int, tokens: Sequence[Tensor]) -> Iterator[tuple[Batch, Tensor]]:
+        """Every step-th batch of all, as far as this process has it, with its tokens of one of the paths."""
+        return ((batch, tokens[place]) for place, batch in enumerate(self.batches) if batch.index % step == 0)

@@ -1,0 +1,33 @@
+"""Run by torchrun: quantizes small models together, and prints from the first process what came out, as JSON."""
+
+import json
+import sys
+
+import torch
+from tiny_models import hashed, noise, quantized, swin, vit
+
+from marrq.team import ALONE, Team, joined
+
+CASES = {
+    "marr": (vit, "W4A8", "marr", "per-tensor"),
+    "balanced, per token": (vit, "W4A4", "marr", "per-token"),
+    "per batch, groups": (vit, "W3A8-g16", "exact", "per-tensor-dynamic"),
+    "edges": (vit, "W4A8-e8", "stream", "per-tensor"),
+    "search by grid, branch": (vit, "W2A16", "marr-rescomp,alpha=grid,lowrank=srr:4", "per-tensor"),
+    "rotated": (vit, "W4A8", "marr-gptaq,rotate=0", "per-tensor"),
+    "windows": (swin, "W4A8", "gptq", "per-tensor"),
+}
+
+
+def results(team: Team = ALONE) -> dict[str, str]:
+    return {
+        name: hashed(quantized(build(), noise(13), scheme, method, strategy=strategy, batch_size=2, team=team))
+        for name, (build, scheme, method, strategy) in CASES.items()
+    }
+
+
+if __name__ == "__main__":
+    with joined(torch.device("cpu")) as joined_team:
+        found = results(joined_team)
+        if joined_team.leads:
+            json.dump(found, sys.stdout)

@@ -2,7 +2,8 @@
 
     resident now                              libraries, the model, what loading it took
     4 × the largest block                     its untouched copy, and a trial in float64
-    21 n² + 10 m n in float64                 sums of both halves and of all, six factors, and what making one takes; n inputs, m outputs
+    21 n² + 10 m n in float64                 sums of both halves and of all, six factors, and what making one takes; n inputs, m outputs;
+    15 n² + 13 m n                            where the linear writes to the stream, and the method aims at that; the largest counts
     24 n · 4096 bytes                         rows swept at once in the search of grids (methods/gptq.py)
     2 × batch × the peak of one forward       both paths; measured on one image
     4 × images × tokens                       both streams, and those behind the block; nothing where they are in files
@@ -13,6 +14,7 @@ The terms are upper bounds that need not come together. Where blocks do not foll
 import re
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from marrq.blocks import find_blocks, first_input
+from marrq.blocks import Block, find_blocks, first_input
 from marrq.errors import MarrqError
+from marrq.methods import STREAM_METHODS
 from marrq.methods.gptq import STACKED_ROWS
+from marrq.stream import find_writer
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
@@ -49,20 +53,41 @@ class Need:
 
 
 @torch.no_grad()
-def need(model: nn.Module, image: Tensor, images: int, resident: int, in_files: bool) -> Need:
-    """What a model takes. image: [1, channels, height, width], for a trial; images: calibration images; resident: bytes now; in_files:
+def need(model: nn.Module, image: Tensor, images: int, method: str, in_files: bool) -> Need:
+    """What a model takes. image: [1, channels, height, width], for a trial; images: calibration images; method: its full name; in_files:
     whether tokens are kept there."""
     blocks = find_blocks(model, image)
-    linears = [block.linear(name) for block in blocks for group in block.groups for name in group]
-    squares = max(21 * x.in_features**2 + 10 * x.in_features * x.out_features for x in linears)
+    sums = _sums(model, image, blocks, method in STREAM_METHODS)
     largest = max(sum(tensor.nbytes for tensor in block.module.parameters()) for block in blocks)
-    rows = 24 * STACKED_ROWS * max(x.in_features for x in linears)
+    rows = 24 * STACKED_ROWS * max(inputs for inputs, _ in sums)
     copied = 0 if all(block.follows for block in blocks[1:]) else sum(tensor.nbytes for tensor in model.parameters())
     tokens = max(first_input(model, block, image).nbytes for block in blocks)
     with _Live() as live:
         model(image)
-    fixed = resident + 4 * largest + 8 * squares + rows + copied
+    fixed = resident() + 4 * largest + 8 * max(sums.values()) + rows + copied
     return Need(fixed, 2 * live.peak, 0 if in_files else 4 * images * tokens)
+
+
+def _sums(model: nn.Module, image: Tensor, blocks: list[Block], at_stream: bool) -> dict[tuple[int, int], int]:
+    """Numbers in float64 that a linear takes, by inputs and outputs; linears of one shape are taken to do the same."""
+    found: dict[tuple[int, int], int] = {}
+    for block in blocks:
+        for group in block.groups:
+            shapes = {(block.linear(name).in_features, block.linear(name).out_features) for name in group}
+            for inputs, outputs in shapes - found.keys():
+                writes = at_stream and len(group) == 1 and find_writer(block, group[0], first_input(model, block, image)) is not None
+                squares, products = (15, 13) if writes else (21, 10)
+                found[inputs, outputs] = squares * inputs**2 + products * inputs * outputs
+    return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now. Raises MarrqError where the system does not tell it; Linux does."""
+    status = Path("/proc/self/status")
+    match = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if match is None:
+        raise MarrqError("this system does not tell how much memory a process takes: leave --max-memory out")
+    return int(match[1]) * 1024
 
 
 def fitting_batch(found: Need, limit: int, largest: int) -> int:

@@ -39,7 +39,7 @@ from marrq.schemes import Scheme
 from marrq.statistics import OutputDrift, ResidualStatistics, Units
 from marrq.stream import Writer, find_writer, read_stream
 from marrq.team import ALONE, Team
-from marrq.tokens import Batch, Keep, Streams, cut, in_memory, share_of
+from marrq.tokens import Batch, Keep, Streams, Tokens, cut, in_memory, share_of
 
 BATCH_SIZE = 16
 """Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
@@ -125,9 +125,9 @@ class FullPrecisionTokens:
     """The tokens that enter each block but the first on the full-precision path: computed by the first run, and kept for later ones."""
 
     def __init__(self) -> None:
-        self._behind: list[Sequence[Tensor]] = []
+        self._behind: list[Tokens] = []
 
-    def behind(self, index: int, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    def behind(self, index: int, compute: Callable[[], Tokens]) -> Tokens:
         """The tokens for the block after block `index`, by batch; blocks come in order."""
         if index == len(self._behind):
             self._behind.append(compute())
@@ -227,7 +227,7 @@ class _Source:
     batches: list[Batch]
     keep: Keep
 
-    def tokens(self, block: Block) -> Sequence[Tensor]:
+    def tokens(self, block: Block) -> Tokens:
         """What enters a block, by batch: tokens, or before the stem the images."""
         images = (self.images[batch.rows] for batch in self.batches)
         if isinstance(block, Stem):
@@ -235,7 +235,7 @@ class _Source:
         return self.keep(first_input(self.module, block, pixels.to(self.device)) for pixels in images)
 
 
-def _behind(block: Block, following: Block, tokens: Sequence[Tensor], source: _Source) -> Sequence[Tensor]:
+def _behind(block: Block, following: Block, tokens: Tokens, source: _Source) -> Tokens:
     """The tokens that enter the following block, by batch: those behind this one, or the source's."""
     if not following.follows:
         return source.tokens(following)

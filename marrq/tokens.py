@@ -7,10 +7,11 @@ memory, or in memory-mapped files, of which a batch is mapped while it is used.
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,11 +48,19 @@ def share_of(batches: list[Batch], team: Team) -> list[Batch]:
     return list(team.share(batches))
 
 
-Keep = Callable[[Iterable[Tensor]], Sequence[Tensor]]
+class Tokens(Protocol):
+    """The tokens of batches, on the CPU: a list of tensors, or what gives them one by one."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+Keep = Callable[[Iterable[Tensor]], Tokens]
 """Takes the tokens of batches as they are computed, and keeps them on the CPU."""
 
 
-def in_memory(tokens: Iterable[Tensor]) -> Sequence[Tensor]:
+def in_memory(tokens: Iterable[Tensor]) -> Tokens:
     """Where a GPU computes, in memory that it can copy from without the CPU."""
     return [batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu() for batch in tokens]
 
@@ -59,7 +68,7 @@ def in_memory(tokens: Iterable[Tensor]) -> Sequence[Tensor]:
 def in_files(folder: Path) -> Keep:
     """In a file within the folder. It has no name there: whatever ends the process, nothing is left behind."""
 
-    def keep(tokens: Iterable[Tensor]) -> Sequence[Tensor]:
+    def keep(tokens: Iterable[Tensor]) -> Tokens:
         try:
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
             places = []
@@ -68,7 +77,9 @@ def in_files(folder: Path) -> Keep:
                 _write(file, values)
         except OSError as error:
             raise MarrqError(f"cannot keep tokens in {str(folder)!r}: {error.strerror}; make room, or choose another --work-dir") from error
-        return _Mapped(file, places)
+        kept = _Mapped(file, places)
+        weakref.finalize(kept, file.close)
+        return kept
 
     return keep
 
@@ -80,30 +91,21 @@ def _write(file: Any, values: np.ndarray[Any, Any]) -> None:
         left = left[file.write(left.data) :]
 
 
-class _Mapped(Sequence[Tensor]):
+class _Mapped:
     """Batches in a file. places: offset, type and shape of each."""
 
     def __init__(self, file: Any, places: list[tuple[int, np.dtype[Any], tuple[int, ...]]]) -> None:
         self._file, self._places = file, places
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> "Tensor | Sequence[Tensor]":
+    def __getitem__(self, index: int) -> Tensor:
         """A batch, mapped as long as its tensor lives; copied where it is written to."""
-        if isinstance(index, slice):
-            return _Mapped(self._file, self._places[index])
         offset, kind, shape = self._places[index]
         if not math.prod(shape):
             return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
         return torch.from_numpy(np.memmap(self._file, kind, mode="c", offset=offset, shape=shape))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
+        return (self[index] for index in range(len(self._places)))
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,17 @@ class Streams:
 
     cut: list[Batch]
     batches: list[Batch]
-    original: Sequence[Tensor]
-    quantized: Sequence[Tensor]
+    original: Tokens
+    quantized: Tokens
     first_original: Tensor
     first_quantized: Tensor
 
     @classmethod
-    def of(cls, batches: list[Batch], original: Sequence[Tensor], quantized: Sequence[Tensor], team: Team) -> "Streams":
+    def of(cls, batches: list[Batch], original: Tokens, quantized: Tokens, team: Team) -> "Streams":
         """The streams, with the first batch told to all. batches: all; original, quantized: the tokens of this process's."""
         mine = share_of(batches, team)
         return cls(batches, mine, original, quantized, team.from_first(original[0]), team.from_first(quantized[0]))
 
-    def every(self, step: int, tokens: Sequence[Tensor]) -> Iterator[tuple[Batch, Tensor]]:
+    def every(self, step: int, tokens: Tokens) -> Iterator[tuple[Batch, Tensor]]:
         """Every step-th batch of all, as far as this process has it, with its tokens of one of the paths."""
         return ((batch, tokens[place]) for place, batch in enumerate(self.batches) if batch.index % step == 0)

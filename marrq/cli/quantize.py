@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from marrq.data import Pixels
+    from marrq.methods.problem import MethodSpec
     from marrq.pipeline import ModuleReport, QuantizedModel
     from marrq.schemes import ActivationStrategy
 
@@ -90,7 +91,7 @@ def quantize(
     loaded = load_model(model)
     images = find_images(name, "train", loaded.labels).draw(samples, seed)
     pixels = images.pixels(loaded.preprocessing)
-    batch = BATCH_SIZE if max_memory is None else _fitting_batch(loaded.module, pixels, max_memory, work_dir is not None)
+    batch = BATCH_SIZE if max_memory is None else _fitting_batch(loaded.module, pixels, spec, max_memory, work_dir is not None)
     calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
     about = description(loaded, numbers, spec, calibration)
     if resume and _is_complete(output, about, force):
@@ -118,14 +119,13 @@ def quantize(
         say(f"wrote {output}")
 
 
-def _fitting_batch(module: "nn.Module", pixels: "Pixels", max_memory: str, in_files: bool) -> int:
+def _fitting_batch(module: "nn.Module", pixels: "Pixels", spec: "MethodSpec", max_memory: str, in_files: bool) -> int:
     """The batch size that memory allows."""
     from marrq.memory import fitting_batch, need, parse_size
     from marrq.pipeline import BATCH_SIZE
-    from runtime.memory import resident_peak_mb
 
-    resident = int(1e6 * (resident_peak_mb() or 0))
-    return fitting_batch(need(module, pixels[:1], len(pixels), resident, in_files), parse_size(max_memory), BATCH_SIZE)
+    limit = parse_size(max_memory)
+    return fitting_batch(need(module, pixels[:1], len(pixels), spec.name, in_files), limit, BATCH_SIZE)
 
 
 def _check_checkpoint(folder: Path, overwrite: bool) -> None:

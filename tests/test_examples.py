@@ -52,3 +52,14 @@ def test_the_comparison_of_tools_has_a_row_for_each_and_says_why_one_has_no_figu
         assert 0.9 < rows[name]["median_cosine"] < 1
         assert rows[name]["latency"][1]["ratio_fp32"] > 0
     assert rows["openvino"]["failure"] == "cannot import openvino: pip install -r examples/compare_tools/requirements.txt"
+
+
+def test_the_scaling_model_gives_less_time_to_more_processes_but_for_what_each_does_itself():
+    command = [sys.executable, str(EXAMPLES / "scaling_model.py"), "--model", "ViT-L"]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    one, eight, many = report["seconds"]
+    assert [row["processes"] for row in report["seconds"]] == [1, 8, 64]
+    assert eight["passes"] == pytest.approx(one["passes"] / 8) == pytest.approx(8 * many["passes"])
+    assert one["column loop"] == many["column loop"]
+    assert one["communication"] == 0 < eight["communication"]
+    assert one["all"] == pytest.approx(sum(value for name, value in one.items() if name not in ("model", "processes", "all")))

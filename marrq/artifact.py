@@ -4,17 +4,18 @@
     model.safetensors    per linear, as far as it has them, weight_packed, weight_scale, weight_zero_point, weight_shape, bias, input_scale,
                          input_zero_point, input_clip, input_smoothing, lowrank_left, lowrank_right and their scales;
                          every other tensor of the model in floating point, under its own name
-    quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, seconds, whether at an edge
+    quantization.json    per linear how it was quantized: alpha, J, the search's steps, damping, clipped share, whether at an edge
     README.md            a model card
 
-Saving is atomic: the folder is written beside its place and renamed, so it is complete or absent. Loading refuses what is damaged
-(hash of the tensors) or of a later version. No pickle is ever read.
+All of it is a function of model, images, settings and versions. Saving is atomic: the folder is written beside its place, flushed and
+renamed, so it is complete or absent. Loading refuses what is damaged (hash of the tensors), of a later version, or what a stranger put
+there to do harm (marrq/untrusted.py). No pickle is ever read.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -37,12 +38,15 @@ from marrq.packing import pack, unpack
 from marrq.pipeline import CalibrationSet, ModuleReport, QuantizedModel
 from marrq.preprocessing import Preprocessing
 from marrq.schemes import ActivationSpec, Scheme, WeightSpec
+from marrq.untrusted import check_architecture, check_fit, check_linear, check_preprocessing, read_json, real_file
 
 FORMAT = "marrq.artifact"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 OLDEST_VERSION = 2
-"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, those of versions 2 and 3 no smoothing, and nothing else
-sets them apart."""
+"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, those of versions 2 and 3 no smoothing, those
+of versions 2 to 4 seconds in their reports and no size of batches, which was 16; nothing else sets them apart."""
+
+PACKED = ".weight_packed"
 
 OPTIONAL = ("bias", "lowrank_left", "lowrank_right", "lowrank_left_scale", "lowrank_right_scale")
 CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantization.json", "README.md"
@@ -51,36 +55,62 @@ CONFIG, TENSORS, REPORTS, CARD = "config.json", "model.safetensors", "quantizati
 def save(model: QuantizedModel, folder: Path, overwrite: bool = False) -> None:
     """Write the artifact. Raises MarrqError when the folder exists and `overwrite` is off."""
     check_output(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        place = Path(temporary) / "artifact"
-        place.mkdir()
-        save_file(tensors_of(model.module), place / TENSORS)
-        config = _config(model, _sha256(place / TENSORS))
-        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (place / REPORTS).write_text(json.dumps([asdict(report) for report in model.reports], indent=2) + "\n")
-        (place / CARD).write_text(_card(model))
-        (place / TENSORS).chmod((place / CONFIG).stat().st_mode)  # safetensors makes it private, whatever the umask
-        for file in place.iterdir():
-            _flush(file)
+    stage, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear(stage, replaced, folder)  # of a process that was killed
+        _write(model, stage)
         if folder.exists():
-            folder.rename(Path(temporary) / "replaced")
-        place.rename(folder)
+            folder.rename(replaced)
+        stage.rename(folder)
+        _flush(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise MarrqError(f"cannot write artifact {str(folder)!r}: {reason}; make room, or choose another place") from error
+    finally:
+        _clear(stage, replaced, folder)
+
+
+def _clear(stage: Path, replaced: Path, folder: Path) -> None:
+    """Remove what was not finished, and what has been replaced; what has not, goes back to its place."""
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    for path in (stage, replaced):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(model: QuantizedModel, place: Path) -> None:
+    """All files of the artifact, durably; config.json, by which an artifact is known, comes last."""
+    place.mkdir()
+    save_file(tensors_of(model.module), place / TENSORS)
+    (place / REPORTS).write_text(json.dumps([asdict(report) for report in model.reports], indent=2) + "\n")
+    (place / CARD).write_text(_card(model))
+    (place / TENSORS).chmod((place / CARD).stat().st_mode)  # safetensors makes it private, whatever the umask
+    (place / CONFIG).write_text(json.dumps(_config(model, _sha256(place / TENSORS)), indent=2) + "\n")
+    for path in (*place.iterdir(), place):
+        _flush(path)
 
 
 def load(folder: Path) -> QuantizedModel:
-    """The quantized model of an artifact, on the CPU. Raises MarrqError when it is missing, damaged or of a later version."""
+    """The quantized model of an artifact, on the CPU. Raises MarrqError when it is missing, damaged, of a later version, or has what no
+    artifact has (marrq/untrusted.py)."""
     config = read_config(folder)
     try:
-        reports = tuple(_report(fields) for fields in json.loads((folder / REPORTS).read_text()))
+        reports = tuple(report_of(fields) for fields in read_json(folder, REPORTS))
         source = ModelSource(**config["model"])
-        scheme = _scheme(config["scheme"])
-        method = _method(config["method"])
+        check_architecture(source.library, source.architecture)
+        scheme, method = _scheme(config["scheme"]), _method(config["method"])
         edges = {report.path for report in reports if report.edge}
-        module = _restore(build(source), load_file(folder / TENSORS), scheme, edges)
+        tensors = load_file(real_file(folder, TENSORS))
+        linears = {path: check_linear(parts, _spec_of(path, scheme, edges)) for path, parts in _linears_in(tensors).items()}
+        inside = tuple(path + "." for path in linears)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(inside)}
+        check_fit(lambda: build(source), shapes, linears)
+        module = restore(build(source), tensors, scheme, edges)
         preprocessing = Preprocessing.from_json(config["preprocessing"])
-        calibration, labels = CalibrationSet(**config["calibration"]), tuple(config["labels"])
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
+        check_preprocessing(preprocessing)
+        calibration, labels = CalibrationSet(**config["calibration"]), tuple(map(_text, config["labels"]))
+    except Exception as error:  # the libraries raise a dozen kinds for an architecture that is none
         reason = str(error).strip().splitlines()
         raise MarrqError(f"artifact {str(folder)!r} is damaged ({reason[0] if reason else error!r}): quantize the model again") from error
     return QuantizedModel(module, source, preprocessing, labels, scheme, method, calibration, reports)
@@ -91,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise MarrqError(f"{str(folder)!r} is no artifact, it has no {CONFIG}: give a folder that `marrq quantize` wrote")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        config: dict[str, Any] = read_json(folder, CONFIG)
         kind, number, expected = config["format"], config["format_version"], config["tensors_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise MarrqError(f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the model again") from error
@@ -152,17 +182,31 @@ def _linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme, edges: set[str]) -> nn.Module:
+def _linears_in(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The parts of each quantized linear, by its path."""
+    paths = {name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)}
+    found: dict[str, dict[str, Tensor]] = {path: {} for path in sorted(paths)}
+    for name, tensor in tensors.items():
+        path, _, part = name.rpartition(".")
+        if path in paths:
+            found[path][part] = tensor
+    return found
+
+
+def _spec_of(path: str, scheme: Scheme, edges: set[str]) -> WeightSpec:
+    return scheme.of_edges.weight if path in edges else scheme.weight
+
+
+def restore(module: nn.Module, tensors: dict[str, Tensor], scheme: Scheme, edges: set[str]) -> nn.Module:
     """Put the quantized linears into an architecture without weights, and the float tensors around them. edges: paths of linears there."""
-    marker = ".weight_packed"
-    for path in [name.removesuffix(marker) for name in tensors if name.endswith(marker)]:
-        prefix = path + "."
-        mine = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+    linears = _linears_in(tensors)
+    for path, parts in linears.items():
         parent, _, _ = path.rpartition(".")
         if isinstance(module.get_submodule(parent), nn.Conv2d):
             put_patches(module, parent)
-        module.set_submodule(path, _restored_linear(mine, scheme.of_edges if path in edges else scheme))
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+        module.set_submodule(path, _restored_linear(parts, scheme.of_edges if path in edges else scheme))
+    around = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(path + "." for path in linears))}
+    missing, unexpected = module.load_state_dict(around, strict=False)
     inside = tuple(path + "." for path in quantized_linears(module))
     missing = [name for name in missing if not name.startswith(inside)]
     if missing or unexpected:
@@ -225,8 +269,16 @@ def _method(fields: dict[str, Any]) -> MethodSpec:
     return MethodSpec(**{**fields, "alpha": AlphaSpec(**settings), "lowrank": None if lowrank is None else LowRankSpec(**lowrank)})
 
 
-def _report(fields: dict[str, Any]) -> ModuleReport:
-    return ModuleReport(**{**fields, "trajectory": tuple(Step(**step) for step in fields["trajectory"])})
+def report_of(fields: dict[str, Any]) -> ModuleReport:
+    """A report from what JSON has of it; older artifacts also have the seconds that it took."""
+    plain = {name: value for name, value in fields.items() if name != "seconds"}
+    return ModuleReport(**{**plain, "trajectory": tuple(Step(**step) for step in fields["trajectory"])})
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"label {value!r} is no text")
+    return value
 
 
 def _card(model: QuantizedModel) -> str:
@@ -251,6 +303,7 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

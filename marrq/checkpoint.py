@@ -20,9 +20,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marrq.artifact import _report as report_of
-from marrq.artifact import _restore as restore
-from marrq.artifact import tensors_of
+from marrq.artifact import PACKED, report_of, restore, tensors_of
 from marrq.blocks import Block
 from marrq.edges import Edge
 from marrq.errors import MarrqError
@@ -31,7 +29,6 @@ from marrq.schemes import Scheme
 from marrq.team import Team
 
 SETTINGS = "settings.json"
-PACKED = ".weight_packed"
 
 
 class FolderCheckpoint:
@@ -67,7 +64,7 @@ class FolderCheckpoint:
     def remove(self) -> None:
         """Remove the folder: the run is done."""
         if self._team.leads:
-            shutil.rmtree(self._folder)
+            remove_checkpoint(self._folder)
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:04}.safetensors"
@@ -94,6 +91,11 @@ def _is_other(tensor: str, block: Block) -> bool:
 def is_checkpoint(folder: Path) -> bool:
     """Whether an unfinished run lies there."""
     return (folder / SETTINGS).exists()
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what lies there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:

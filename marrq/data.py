@@ -5,6 +5,7 @@ Calibration images are a seeded random draw; their file list is hashed into the 
 
 import hashlib
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from marrq.models import DEMO_FOLDER
 from marrq.preprocessing import Preprocessing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_ASPECT = 256
+"""Of the longer side of an image to the shorter, which resizing brings to the size of the model's input."""
 
 Location = Path | zipfile.Path
 
@@ -116,10 +119,15 @@ def _is_image(entry: Location) -> bool:
 
 
 def read_image(file: Location) -> Image.Image:
-    """The image, with its pixels read. Raises MarrqError when there is none, or a broken one."""
+    """The image, with its pixels read. Raises MarrqError when there is none, a broken one, or one that a small file blows up to fill the
+    memory: more pixels than Pillow warns of, or so long and thin that resizing makes as many."""
     try:
-        with file.open("rb") as stream, Image.open(stream) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with file.open("rb") as stream, Image.open(stream) as image:
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise ValueError(f"its sides are as {image.width} to {image.height}")
+                image.load()
+                return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MarrqError(f"cannot read image {str(file)!r}: {error}; remove or replace it") from error

@@ -28,6 +28,9 @@ from marrq.preprocessing import Preprocessing, from_image_processor
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
+NO_CODE = {"trust_remote_code": False}
+"""No code of a checkpoint is run, and nobody is asked whether it may."""
+
 ATTENTION = "eager"
 """How transformers models compute attention: as plain products, which every family can be traced with."""
 
@@ -175,14 +178,14 @@ def with_joined_biases(model: nn.Module) -> nn.Module:
 
 
 def _load_transformers(name: str) -> VisionModel:
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, **NO_CODE)
     kind = _transformers_class(config)
     module, missing = _with_weights(kind, name, {})
     if missing and all(key.startswith("pooler.") for key in missing):  # as of DINO's ViT: what it would give is random
         module, missing = _with_weights(kind, name, {POOLING: False})
     if missing:
         raise MarrqError(f"the checkpoint has no {missing[0]}, which a {kind.__name__} needs: name another class in its config.json")
-    processor = from_image_processor(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
+    processor = from_image_processor(transformers.AutoImageProcessor.from_pretrained(name, **NO_CODE).to_dict())
     with torch.no_grad():
         classifies = "logits" in module(pixel_values=torch.zeros(1, *processor.input_size))
     config = module.config.to_dict() | {"architectures": [kind.__name__]}
@@ -213,7 +216,7 @@ def _transformers_class(config: Any) -> Any:
     Raises MarrqError where config.json names no class of transformers."""
     name = config.architectures[0] if config.architectures else ""
     kind = getattr(transformers, name, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise MarrqError(f"config.json names {name!r} under architectures, no class of transformers {transformers.__version__}: mend it")
     if kind.main_input_name == "pixel_values":
         return kind

@@ -157,7 +157,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
-    assert config["format_version"] == 4
+    assert config["format_version"] == 5
     keys = {"format", "format_version", "model", "preprocessing", "labels", "scheme", "method", "calibration", "versions", "tensors_sha256"}
     assert set(config) == keys
     reports = json.loads((artifact / "quantization.json").read_text())
@@ -223,10 +223,10 @@ def test_a_flipped_bit_is_noticed(copied: Path):
         load(copied)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (5, "upgrade marrq")])
+@pytest.mark.parametrize(("version", "advice"), [(1, "quantize the model again"), (6, "upgrade marrq")])
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
-    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2 to 4: {advice}"):
+    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 2 to 5: {advice}"):
         load(copied)
 
 
@@ -260,9 +260,41 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("marrq.artifact._flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MarrqError, match=r"cannot write artifact .*No space left on device; make room"):
         save(tiny("W4A8"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tiny("W4A8"), tmp_path / "a")
+    before = artifact_hash(tmp_path / "a")
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == ".a.unfinished":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(MarrqError, match="Input/output error"):
+        save(tiny("W3A8"), tmp_path / "a", overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert artifact_hash(tmp_path / "a") == before
+    (tmp_path / "a").rename(tmp_path / ".a.replaced")  # as a kill at that moment leaves it
+    (tmp_path / ".a.unfinished").mkdir()
+    monkeypatch.setattr("marrq.artifact._write", lambda model, place: fails(Path(".a.unfinished"), place))
+    with pytest.raises(MarrqError, match="Input/output error"):
+        save(tiny("W3A8"), tmp_path / "a", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_older_artifact_has_seconds_and_no_batch_size(copied: Path):
+    reports, config = (json.loads((copied / name).read_text()) for name in ("quantization.json", "config.json"))
+    (copied / "quantization.json").write_text(json.dumps([{**report, "seconds": 1.5} for report in reports]))
+    del config["calibration"]["batch_size"]
+    edit_config(copied, format_version=4, calibration=config["calibration"])
+    assert load(copied).calibration.batch_size == 16
 
 
 def test_the_same_run_gives_the_same_hash(tmp_path: Path):

@@ -40,9 +40,7 @@ def test_the_estimate_is_no_less_than_what_is_taken_and_not_far_above(method: st
 def test_the_batch_is_halved_until_it_fits():
     found = Need(fixed=1000, per_image=100, streams=50)
     assert [fitting_batch(found, limit, 16) for limit in (2650, 2649, 1450, 1249, 1150)] == [16, 8, 4, 1, 1]
-    with pytest.raises(
-        MarrqError, match=r"are too few: 0\.00 GB are needed with one image at a time .* lower --samples"
-    ):
+    with pytest.raises(MarrqError, match=r"are too few: 0\.00 GB are needed with one image at a time .* lower --samples"):
         fitting_batch(found, 1149, 16)
 
 

@@ -1,6 +1,5 @@
 """`marrq quantize`: model and calibration images in, artifact out."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -67,7 +66,7 @@ def quantize(
     torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same artifact.
     """
     from marrq.artifact import check_output, description, save
-    from marrq.checkpoint import FolderCheckpoint
+    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint
     from marrq.data import find_images
     from marrq.methods.settings import with_settings
     from marrq.models import load_model
@@ -82,7 +81,7 @@ def quantize(
     options = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
     settings = {key: value for key, value in options.items() if value is not None}
     spec = with_settings(method, settings | {key: value for key, _, value in (text.partition("=") for text in setting)})
-    work = output.with_name(f".{output.name}.checkpoint") if work_dir is None else work_dir
+    work = (output.parent if work_dir is None else work_dir) / f".{output.name}.checkpoint"
     if not resume:
         check_output(output, force)
         _check_checkpoint(work, force)
@@ -95,6 +94,7 @@ def quantize(
     calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
     about = description(loaded, numbers, spec, calibration)
     if resume and _is_complete(output, about, force):
+        remove_checkpoint(work)
         return
     with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
         checkpoint = FolderCheckpoint(work, about | {"device": target.type}, numbers, team)
@@ -107,7 +107,7 @@ def quantize(
             target,
             lambda done, count, reports: bar.show(done, count, _alphas(reports)),
             team=team,
-            keep=in_memory if work_dir is None else in_files(work),
+            keep=in_memory if work_dir is None else in_files(work_dir),
             checkpoint=checkpoint,
         )
         if not team.leads:
@@ -130,12 +130,12 @@ def _fitting_batch(module: "nn.Module", pixels: "Pixels", spec: "MethodSpec", ma
 
 def _check_checkpoint(folder: Path, overwrite: bool) -> None:
     """Raise MarrqError where an unfinished run would be lost; with `overwrite` remove it."""
-    from marrq.checkpoint import is_checkpoint
+    from marrq.checkpoint import is_checkpoint, remove_checkpoint
 
     if is_checkpoint(folder):
         if not overwrite:
             raise MarrqError(f"an unfinished run is in {str(folder)!r}: pass --resume to go on with it, or --force to begin again")
-        shutil.rmtree(folder)
+        remove_checkpoint(folder)
 
 
 def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:

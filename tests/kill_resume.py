@@ -42,7 +42,10 @@ def ended(child: int) -> int | None:
 
 def being_written(output: Path) -> set[str]:
     """Names under which something unfinished lies beside the output."""
-    return {path.name for path in output.parent.rglob(".*") if path.name != f".{output.name}.checkpoint"}
+    try:
+        return {path.name for path in output.parent.rglob(".*") if path.name != f".{output.name}.checkpoint"}
+    except FileNotFoundError:  # a folder was removed meanwhile
+        return set()
 
 
 def killed(child: int, output: Path, chance: random.Random, seconds: float) -> str | None:

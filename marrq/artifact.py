@@ -105,10 +105,10 @@ def load(folder: Path) -> QuantizedModel:
         linears = {path: check_linear(parts, _spec_of(path, scheme, edges)) for path, parts in _linears_in(tensors).items()}
         inside = tuple(path + "." for path in linears)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(inside)}
-        check_fit(lambda: build(source), shapes, linears)
-        module = restore(build(source), tensors, scheme, edges)
         preprocessing = Preprocessing.from_json(config["preprocessing"])
         check_preprocessing(preprocessing)
+        check_fit(lambda: build(source), shapes, linears, preprocessing.input_size)
+        module = restore(build(source), tensors, scheme, edges)
         calibration, labels = CalibrationSet(**config["calibration"]), tuple(map(_text, config["labels"]))
     except Exception as error:  # the libraries raise a dozen kinds for an architecture that is none
         reason = str(error).strip().splitlines()

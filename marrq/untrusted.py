@@ -106,10 +106,12 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, key) if isinstance(inner, dict | list) else [(key, inner)]
 
 
-def check_fit(build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError where the module that is built has other tensors than those given, before it takes memory.
+def check_fit(
+    build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, tuple[int, int]], size: tuple[int, ...]
+) -> None:
+    """Raise ValueError where the module that is built has other tensors than those given, or takes no image, before it takes memory.
 
-    shapes: of the tensors that stay in floating point; linears: outputs and inputs of those that are quantized, by path.
+    shapes: of the tensors that stay in floating point; linears: outputs and inputs of those that are quantized, by path; size: of an image.
     """
     with _at_most_modules(50 + 4 * (len(shapes) + len(linears))), torch.device("meta"):
         module = build()
@@ -125,6 +127,8 @@ def check_fit(build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ..
         raise ValueError(f"tensor {differing[0]!r} does not fit the model")
     if sum(buffer.numel() for buffer in module.buffers()) > MAX_BUFFERS:
         raise ValueError("its architecture takes tables that are larger than any model's")
+    with torch.no_grad():
+        module(torch.empty(1, *size, device="meta"))
 
 
 def check_preprocessing(preprocessing: Preprocessing) -> None:

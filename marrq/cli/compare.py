@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ from marrq.cli.common import (
     stdout,
     write_json,
 )
+from marrq.cli.on_ray import runs_on_ray
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
     from marrq.methods.problem import MethodSpec
@@ -51,6 +51,10 @@ def compare(
     samples: SamplesOption = 256,
     device: DeviceOption = "auto",
     plot: PlotOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Do the runs on Ray, one to a CPU or GPU: local, or the address of a cluster that has marrq, model and images."),
+    ] = None,
 ) -> None:
     """Compare methods over calibration seeds: marrq compare demo --scheme W4A4:per-token --method gptq --method marr -o compare.json"""
     from marrq.methods import METHODS
@@ -65,13 +69,15 @@ def compare(
         from runtime.plots import check_plot, plot_comparison
 
         check_plot(plot)
-    comparison = _Comparison(model, data_for(model, data), samples, choose_device(device), output)
-    combinations = list(itertools.product(range(seeds), numbers, methods))
-    with progress_bars(runs=len(combinations)) as [bar]:
-        for done, (seed, quantized_to, spec) in enumerate(combinations):
-            bar.show(done, len(combinations), f"{quantized_to.description} {text_of(spec)}, seed {seed}")
-            comparison.run(quantized_to, spec, seed)
-        bar.show(len(combinations), len(combinations), "")
+    task = Task(model, data_for(model, data), samples, choose_device(device).type)
+    runner = Runner(task)
+    comparison = _Comparison(runner, output, list(itertools.product(range(seeds), numbers, methods)))
+    missing = comparison.missing()
+    with progress_bars(runs=len(comparison.combinations)) as [bar]:
+        bar.advance(len(comparison.combinations) - len(missing))
+        for run in map(runner.run, missing) if ray is None else runs_on_ray(ray, task, missing):
+            comparison.add(run)
+            bar.advance()
     report = comparison.selected({(one.description, text_of(spec)) for one in numbers for spec in methods}, seeds)
     stdout.print(table(report))
     stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
@@ -79,74 +85,76 @@ def compare(
         plot_comparison(report, plot)
 
 
-class _Comparison:
-    """The report in its file, and what the runs share: model, images, float logits, the full-precision tokens of a seed, rotation and
-    kind of edges."""
+Combination = tuple[int, "Scheme", "MethodSpec"]
+"""Seed, scheme and method of a run."""
 
-    def __init__(self, model: str, data: str, samples: int, device: "torch.device", file: Path) -> None:
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs have in common. device: cpu or cuda."""
+
+    model: str
+    data: str
+    samples: int
+    device: str
+
+
+class Runner:
+    """Does runs one after the other, in this process. They share model, images, float logits, and the full-precision tokens of a seed,
+    rotation and kind of edges."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+
         from marrq.data import find_images
         from marrq.models import load_model
-        from runtime.comparison import SCHEMA
-        from runtime.environment import describe_machine
 
-        self.name, self.samples, self.device, self.file = model, samples, device, file
-        self.original = load_model(model)
-        self.train = find_images(data, "train", self.original.labels)
-        self.held_out = find_images(data, "val", self.original.labels)
-        about: dict[str, Any] = {
-            "schema": SCHEMA,
-            "model": model,
-            "weights": self.original.source.weights_sha256,
-            "data": self.held_out.description(),
-            "samples": samples,
-        }
-        self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
-        if file.exists():
-            self.report = _resumed(file, about)
+        self.task, self.device = task, torch.device(task.device)
+        self.original = load_model(task.model)
+        self.train = find_images(task.data, "train", self.original.labels)
+        self.held_out = find_images(task.data, "val", self.original.labels)
         self.tokens: dict[tuple[int, int | None, bool, bool], FullPrecisionTokens] = {}
+
+    def run(self, combination: Combination) -> dict[str, Any]:
+        """Quantize and measure: what the report has of a run, and as `float` the accuracy of the model in full precision."""
+        seed, scheme, spec = combination
+        reference = self.reference
+        start = time.perf_counter()
+        with peak_memory() as peak:
+            model = self._quantized(scheme, spec, seed)
+        seconds = time.perf_counter() - start
+        measured = {**_key(combination), **self._measured(model, reference), "seconds": seconds, "peak_memory_mb": peak()}
+        return {**measured, "float": self._float(reference)}
 
     @cached_property
     def targets(self) -> "NDArray[np.int64]":
+        """Classes of the held-out images."""
         import numpy as np
 
         return np.array(self.held_out.targets)
 
     @cached_property
     def reference(self) -> "NDArray[np.float32]":
-        """Logits of the float model; needed by the first run that is not there yet."""
+        """Logits of the float model."""
+        return self._logits(self.original)
+
+    def _float(self, logits: "NDArray[np.float32]") -> dict[str, Any]:
         from runtime.accuracy import measure_accuracy
 
-        logits = self._logits(self.original)
         accuracy = measure_accuracy(logits, self.targets)
-        self.report["float"] = {"top1": accuracy.top1, "images": accuracy.images}
-        return logits
-
-    def run(self, scheme: "Scheme", spec: "MethodSpec", seed: int) -> None:
-        """Quantize and measure, unless the file has it already."""
-        from marrq.methods.settings import text_of
-
-        key = {"scheme": scheme.description, "method": text_of(spec), "seed": seed}
-        if any(key.items() <= run.items() for run in self.report["runs"]):
-            return
-        reference = self.reference
-        start = time.perf_counter()
-        with peak_memory() as peak:
-            model = self._quantized(scheme, spec, seed)
-        seconds = time.perf_counter() - start
-        self.report["runs"].append({**key, **self._measured(model, reference), "seconds": seconds, "peak_memory_mb": peak()})
-        write_json(self.file, self.report)
+        return {"top1": accuracy.top1, "images": accuracy.images}
 
     def _quantized(self, scheme: "Scheme", spec: "MethodSpec", seed: int) -> "QuantizedModel":
         from marrq.models import load_model
         from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
 
-        images = self.train.draw(self.samples, seed)
+        images = self.train.draw(self.task.samples, seed)
         drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
         if drawn not in self.tokens:
             self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
-        calibration = CalibrationSet(images.name, self.samples, seed, images.sha256)
+        calibration = CalibrationSet(images.name, self.task.samples, seed, images.sha256)
         pixels = images.pixels(self.original.preprocessing)
-        return quantize(load_model(self.name), pixels, calibration, scheme, spec, self.device, shared=self.tokens[drawn])
+        return quantize(load_model(self.task.model), pixels, calibration, scheme, spec, self.device, shared=self.tokens[drawn])
 
     def _measured(self, model: "QuantizedModel", reference: "NDArray[np.float32]") -> dict[str, Any]:
         from marrq.modules import bits_per_weight
@@ -168,9 +176,49 @@ class _Comparison:
         logits: NDArray[np.float32] = predict(model.module, self.held_out, self.original.preprocessing, self.device).numpy()
         return logits
 
+
+def _key(combination: Combination) -> dict[str, Any]:
+    """What tells a run from the others of a report."""
+    from marrq.methods.settings import text_of
+
+    seed, scheme, spec = combination
+    return {"scheme": scheme.description, "method": text_of(spec), "seed": seed}
+
+
+class _Comparison:
+    """The report in its file, and which runs it is to have."""
+
+    def __init__(self, runner: Runner, file: Path, combinations: list[Combination]) -> None:
+        from runtime.comparison import SCHEMA
+        from runtime.environment import describe_machine
+
+        self.file, self.combinations = file, combinations
+        self.added: list[dict[str, Any]] = []
+        about: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": runner.task.model,
+            "weights": runner.original.source.weights_sha256,
+            "data": runner.held_out.description(),
+            "samples": runner.task.samples,
+        }
+        self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
+        if file.exists():
+            self.report = _resumed(file, about)
+
+    def missing(self) -> list[Combination]:
+        """What the file does not hold yet."""
+        return [one for one in self.combinations if not any(_key(one).items() <= run.items() for run in self.report["runs"])]
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Take a run into the file, behind those that it had; new ones stand in the order of the combinations, whichever was done first."""
+        self.report["float"] = run.pop("float")
+        self.added.append(run)
+        self.added.sort(key=lambda run: next(place for place, one in enumerate(self.combinations) if _key(one).items() <= run.items()))
+        write_json(self.file, {**self.report, "runs": self.report["runs"] + self.added})
+
     def selected(self, wanted: set[tuple[str, str]], seeds: int) -> dict[str, Any]:
         """The report with the runs that were asked for, whatever else the file holds."""
-        runs = [run for run in self.report["runs"] if (run["scheme"], run["method"]) in wanted and run["seed"] < seeds]
+        runs = [run for run in self.report["runs"] + self.added if (run["scheme"], run["method"]) in wanted and run["seed"] < seeds]
         return {**self.report, "runs": runs}
 
 

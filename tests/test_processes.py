@@ -1,7 +1,9 @@
 """Several processes and threads find what one finds, to the last bit, and fail together."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,13 @@ from marrq.tokens import cut, share_of
 FOLDER = Path(__file__).parent
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+
+
 def torchrun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment())
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +134,26 @@ def test_processes_that_disagree_are_told_apart(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Team, "told_by_first", lambda self, value: "another")
     with pytest.raises(MarrqError, match=r"different results in block 'blocks\.0': run them on machines of one kind"):
         Team().check_agreement(weights_sha256(vit()), "block 'blocks.0'")
+
+
+def test_the_commands_of_the_readme_run_on_the_demo(tmp_path: Path):
+    """The block under "Big models"; each quantizes anew, so each has a folder of its own, but for the evaluation of what is there."""
+    block = re.search(r"## Big models.*?\n.*?```sh\n(.*?)```", (FOLDER.parent / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    lines = [line.split("#")[0].split() for line in block.group(1).splitlines()]
+    assert [words[0] for words in lines] == ["torchrun", "torchrun", "marrq", "marrq", "marrq"]
+    place = tmp_path
+    for number, words in enumerate(lines):
+        words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words]
+        words += {"quantize": ["--samples", "32"], "compare": ["--samples", "32", "--seeds", "1", "--method", "rtn"]}.get(
+            next(word for word in words if word in ("quantize", "evaluate", "compare")), []
+        )
+        if "evaluate" not in words:
+            place = tmp_path / str(number)
+            place.mkdir()
+        launcher = [sys.executable, "-m", *({"torchrun": ["torch.distributed.run", "--standalone"], "marrq": ["marrq"]}[words[0]])]
+        done = subprocess.run([*launcher, *words[1:]], capture_output=True, text=True, check=False, cwd=place, env=environment())
+        assert done.returncode == 0, done.stderr
+    hashes = [hashlib.sha256((tmp_path / str(number) / "artifact" / "model.safetensors").read_bytes()).hexdigest() for number in (0, 2, 3)]
+    assert len(set(hashes)) == 1
+    assert len(json.loads((tmp_path / "4" / "compare.json").read_text())["runs"]) == 1

@@ -93,6 +93,11 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SETTINGS).exists()
 
 
+def saved_batch_size(folder: Path) -> int | None:
+    """Images at once of the run that lies there, or None."""
+    return int(_settings(folder)["calibration"]["batch_size"]) if is_checkpoint(folder) else None
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove what lies there."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -104,13 +109,21 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / SETTINGS, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
         return
-    try:
-        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
-        differing = [key for key in settings if found[key] != settings[key]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again") from error
+    found = _settings(folder)
+    differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         raise MarrqError(f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, or repeat that run's options")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the run that lies there is."""
+    try:
+        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+        if isinstance(found["calibration"]["batch_size"], int):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
 
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:

@@ -70,6 +70,7 @@ def in_files(folder: Path) -> Keep:
 
     def keep(tokens: Iterable[Tensor]) -> Tokens:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
             places = []
             for values in (batch.cpu().contiguous().numpy() for batch in tokens):

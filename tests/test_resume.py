@@ -1,5 +1,6 @@
 """A run that is killed loses nothing: what it goes on to write is, byte for byte, what it would have written."""
 
+import json
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ from marrq.schemes import parse_scheme
 from marrq.team import ALONE
 from marrq.tokens import in_files
 
-SETTINGS = {"model": {"name": "tiny"}, "scheme": 4}
+SETTINGS = {"model": {"name": "tiny"}, "scheme": 4, "calibration": {"batch_size": 4}}
 
 
 def mobilevit() -> nn.Module:
@@ -155,6 +156,19 @@ def test_resume_begins_where_nothing_is_there_and_leaves_alone_what_is_complete(
     assert contents(output) == before
     assert main(command(tiny, image_folder, output, "--resume", "--method", "rtn")) == 1
     assert "exists: choose another, or pass --force" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_batch_it_began_with(tiny: str, image_folder: Path, tmp_path: Path):
+    output, work = tmp_path / "artifact", tmp_path / ".artifact.checkpoint"
+    whole = command(tiny, image_folder, output)
+    assert main([*whole, "--resume"]) == 0
+    about = json.loads((output / "config.json").read_text())
+    settings = {key: about[key] for key in ("model", "preprocessing", "labels", "scheme", "method", "calibration", "versions")}
+    settings["calibration"]["batch_size"] = 4
+    work.mkdir()
+    (work / "settings.json").write_text(json.dumps({**settings, "device": "cpu"}))
+    assert main([*whole, "--resume", "--force", "--max-memory", "64GB"]) == 0
+    assert json.loads((output / "config.json").read_text())["calibration"]["batch_size"] == 4
 
 
 def test_an_unfinished_run_is_not_lost_by_beginning_again(

@@ -69,7 +69,9 @@ def compare(
         from runtime.plots import check_plot, plot_comparison
 
         check_plot(plot)
-    task = Task(model, data_for(model, data), samples, choose_device(device).type)
+    # A cluster may have GPUs where this process has none.
+    kind = device if ray is not None and device in ("cpu", "cuda") else choose_device(device).type
+    task = Task(model, data_for(model, data), samples, kind)
     runner = Runner(task)
     comparison = _Comparison(runner, output, list(itertools.product(range(seeds), numbers, methods)))
     missing = comparison.missing()

@@ -1,6 +1,7 @@
 """`marrq quantize`: model and calibration images in, artifact out."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -66,7 +67,7 @@ def quantize(
     torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same artifact.
     """
     from marrq.artifact import check_output, description, save
-    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint
+    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint, saved_batch_size
     from marrq.data import find_images
     from marrq.methods.settings import with_settings
     from marrq.models import load_model
@@ -90,13 +91,16 @@ def quantize(
     loaded = load_model(model)
     images = find_images(name, "train", loaded.labels).draw(samples, seed)
     pixels = images.pixels(loaded.preprocessing)
-    batch = BATCH_SIZE if max_memory is None else _fitting_batch(loaded.module, pixels, spec, max_memory, work_dir is not None)
-    calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
-    about = description(loaded, numbers, spec, calibration)
-    if resume and _is_complete(output, about, force):
-        remove_checkpoint(work)
-        return
+    if max_memory is not None and target.type != "cpu":
+        raise MarrqError(f"--max-memory estimates runs on the CPU: leave it out on device {target.type!r}, or pass --device cpu")
     with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
+        fits = partial(_fitting_batch, loaded.module, pixels, spec, max_memory, work_dir is not None, saved_batch_size(work))
+        batch = team.told_by_first(fits() if team.leads else BATCH_SIZE)
+        calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
+        about = description(loaded, numbers, spec, calibration)
+        if resume and _is_complete(output, about, force):
+            remove_checkpoint(work)
+            return
         checkpoint = FolderCheckpoint(work, about | {"device": target.type}, numbers, team)
         quantized = run_pipeline(
             loaded,
@@ -119,13 +123,17 @@ def quantize(
         say(f"wrote {output}")
 
 
-def _fitting_batch(module: "nn.Module", pixels: "Pixels", spec: "MethodSpec", max_memory: str, in_files: bool) -> int:
-    """The batch size that memory allows."""
+def _fitting_batch(
+    module: "nn.Module", pixels: "Pixels", spec: "MethodSpec", max_memory: str | None, in_files: bool, saved: int | None
+) -> int:
+    """The batch size that memory allows; of a run that goes on, no more than it began with."""
     from marrq.memory import fitting_batch, need, parse_size
     from marrq.pipeline import BATCH_SIZE
 
+    if max_memory is None:
+        return saved or BATCH_SIZE
     limit = parse_size(max_memory)
-    return fitting_batch(need(module, pixels[:1], len(pixels), spec.name, in_files), limit, BATCH_SIZE)
+    return fitting_batch(need(module, pixels[:1], len(pixels), spec.name, in_files), limit, saved or BATCH_SIZE)
 
 
 def _check_checkpoint(folder: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ The hash of the tensors in config.json tells damage; it protects from nobody who
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,23 +43,11 @@ TYPES = {
 }
 """Of the parts of a quantized linear; the others are float32, and those of a branch see `_check_branch`."""
 
-REFUSED = (
-    "pretrained",
-    "checkpoint_path",
-    "cache_dir",
-    "scriptable",
-    "exportable",
-    "features_only",
-    "feature_cfg",
-    "pruned",
-    "auto_map",
-    "backbone",
-    "use_timm_backbone",
-    "quantization_config",
-    "attn_implementation",
-    "trust_remote_code",
+REFUSED = re.compile(
+    r"pretrained|pretrained_(cfg|cfg_overlay|strict|filter_fn)|checkpoint_path|cache_dir|scriptable|exportable|features_only|feature_cfg|"
+    r"pruned|auto_map|trust_remote_code|quantization_config|.*backbone.*|.*attn_implementation.*"
 )
-"""What timm and transformers would read, download or import something for; also with more before or behind."""
+"""Keys for which timm and transformers would read, download or import something."""
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -89,7 +78,7 @@ def check_architecture(library: str, architecture: Any) -> None:
     if not isinstance(name, str) or not known(name):
         raise ValueError(f"{library} has no model {name!r}")
     for key, value in _leaves(architecture):
-        if value and any(word in key for word in REFUSED):
+        if value and REFUSED.fullmatch(key):
             raise ValueError(f"its architecture sets {key!r}")
         if isinstance(value, int | float) and not abs(value) <= MAX_INTEGER:
             raise ValueError(f"its architecture has {key} {value!r}, a number beyond {MAX_INTEGER}")

@@ -21,6 +21,8 @@ from marrq.models import DEMO_FOLDER
 from marrq.preprocessing import Preprocessing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What a file is read as, whatever its suffix: Pillow would hand PostScript to an interpreter."""
 MAX_ASPECT = 256
 """Of the longer side of an image to the shorter, which resizing brings to the size of the model's input."""
 
@@ -124,10 +126,10 @@ def read_image(file: Location) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with file.open("rb") as stream, Image.open(stream) as image:
+            with file.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ValueError(f"its sides are as {image.width} to {image.height}")
                 image.load()
                 return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for a broken file
         raise MarrqError(f"cannot read image {str(file)!r}: {error}; remove or replace it") from error

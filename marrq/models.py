@@ -93,14 +93,16 @@ class TransformersOutput(nn.Module):
 
 def load_model(name: str) -> VisionModel:
     """The float model of that name, on the CPU. Raises MarrqError when it is unknown or cannot be loaded."""
-    loader, argument = _resolve(name)
     try:
+        loader, argument = _resolve(name)
         model = loader(argument)
     except MarrqError:
         raise
     except Exception as error:  # timm, transformers and the hub raise a dozen kinds; the user needs one sentence
-        reason = str(error).strip().splitlines()
-        raise MarrqError(f"cannot load model {name!r}: {reason[0] if reason else type(error).__name__}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # what torch and timm say here invites to run it
+            reason = "its weights are a pickle of more than tensors, which could run code; give it as safetensors"
+        raise MarrqError(f"cannot load model {name!r}: {reason}") from error
     broken = [key for key, tensor in model.module.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise MarrqError(f"model {name!r} has NaN or infinite values in {broken[0]}: load other weights")
@@ -134,7 +136,10 @@ def _resolve(name: str) -> tuple[Callable[[str], VisionModel], str]:
     if scheme == "local-dir" or folder.is_dir():
         if not (folder / "config.json").is_file():
             raise MarrqError(f"model folder {str(folder)!r} has no config.json: give a timm or transformers checkpoint folder")
-        is_timm = "architecture" in json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise MarrqError(f"config.json of model folder {str(folder)!r} is no table: give a timm or transformers checkpoint folder")
+        is_timm = "architecture" in config
         return (_load_timm, f"local-dir:{folder.resolve()}") if is_timm else (_load_transformers, str(folder.resolve()))
     if timm.is_model(name.partition(".")[0]):
         return _load_timm, name

@@ -78,6 +78,8 @@ def check_architecture(library: str, architecture: Any) -> None:
     if not isinstance(name, str) or not known(name):
         raise ValueError(f"{library} has no model {name!r}")
     for key, value in _leaves(architecture):
+        if key == "architecture" and not (isinstance(value, str) and timm.is_model(value)):  # transformers hands it to timm
+            raise ValueError(f"timm has no model {value!r}")
         if value and REFUSED.fullmatch(key):
             raise ValueError(f"its architecture sets {key!r}")
         if isinstance(value, int | float) and not abs(value) <= MAX_INTEGER:

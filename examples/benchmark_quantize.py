@@ -2,7 +2,8 @@
 
     python examples/benchmark_quantize.py sweep                          the column sweep against its matrix products alone, 1536 × 1536
     python examples/benchmark_quantize.py methods MODEL --data IMAGES    each method's time against gptq's, in interleaved rounds
-    python examples/benchmark_quantize.py memory --samples 1024          peak memory: a DeiT-B of random weights, noise as images
+    python examples/benchmark_quantize.py memory --samples 1024          peak memory: a DeiT-B of random weights, noise as images; and the
+                                                                         time, with --device cuda of a GPU (the memory is the host's)
 
 Threads are torch's: set OMP_NUM_THREADS to choose.
 """
@@ -80,7 +81,7 @@ def methods(
 
 
 @app.command()
-def memory(model: str = "deit_base_patch16_224", samples: int = 1024, depth: int = 12, method: str = "marr") -> None:
+def memory(model: str = "deit_base_patch16_224", samples: int = 1024, depth: int = 12, method: str = "marr", device: str = "cpu") -> None:
     """Peak resident memory over the whole run. Fewer blocks take less time and, but for their weights, as much."""
     import timm
 
@@ -93,7 +94,7 @@ def memory(model: str = "deit_base_patch16_224", samples: int = 1024, depth: int
     images = _Noise(samples)
     begin = time.perf_counter()
     with peak_memory() as peak:
-        quantize(loaded, images, CalibrationSet("noise", samples, 0, ""), parse_scheme("W4A8"), parse_method(method), CPU)
+        quantize(loaded, images, CalibrationSet("noise", samples, 0, ""), parse_scheme("W4A8"), parse_method(method), torch.device(device))
     tokens = samples * 197 * module.embed_dim * 4
     sizes = {"peak_mb": peak(), "stream_mb": tokens / 1e6}
     show({"model": model, "depth": depth, "samples": samples, "method": method, **sizes, "seconds": time.perf_counter() - begin})

@@ -63,7 +63,7 @@ def save(model: QuantizedModel, folder: Path, overwrite: bool = False) -> None:
         if folder.exists():
             folder.rename(replaced)
         stage.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise MarrqError(f"cannot write artifact {str(folder)!r}: {reason}; make room, or choose another place") from error
@@ -88,7 +88,7 @@ def _write(model: QuantizedModel, place: Path) -> None:
     (place / TENSORS).chmod((place / CARD).stat().st_mode)  # safetensors makes it private, whatever the umask
     (place / CONFIG).write_text(json.dumps(_config(model, _sha256(place / TENSORS)), indent=2) + "\n")
     for path in (*place.iterdir(), place):
-        _flush(path)
+        flush(path)
 
 
 def load(folder: Path) -> QuantizedModel:
@@ -131,7 +131,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         advice = "upgrade marrq" if number > FORMAT_VERSION else "quantize the model again"
         reads = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
         raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {reads}: {advice}")
-    if not (folder / TENSORS).is_file() or _sha256(folder / TENSORS) != expected:
+    try:
+        intact = _sha256(real_file(folder, TENSORS)) == expected
+    except ValueError:
+        intact = False
+    if not intact:
         raise MarrqError(f"artifact {str(folder)!r} is damaged ({TENSORS} is missing or not what was saved): quantize the model again")
     return config
 
@@ -303,7 +307,8 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

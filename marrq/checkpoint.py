@@ -9,7 +9,6 @@ so the artifact of a run that was killed is that of one that was not, byte for b
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marrq.artifact import PACKED, report_of, restore, tensors_of
+from marrq.artifact import PACKED, flush, report_of, restore, tensors_of
 from marrq.blocks import Block
 from marrq.edges import Edge
 from marrq.errors import MarrqError
@@ -131,15 +130,9 @@ def _write(file: Path, write: Callable[[Path], object]) -> None:
     unfinished = file.with_name(f".{file.name}")
     try:
         write(unfinished)
-        _flush(unfinished)
+        flush(unfinished)
         unfinished.replace(file)
-        _flush(file.parent)
+        flush(file.parent)
     except (OSError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise MarrqError(f"cannot write checkpoint {str(file)!r}: {reason}; blocks before it are kept, for --resume") from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -169,7 +169,7 @@ def quantize(
     images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
     first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
     with this rotation, have in common; those with edges have their own. team: the processes that do this together, each with the same
-    arguments; keep: where tokens are kept.
+    arguments; keep: where tokens are kept; checkpoint: what has blocks that are done, and takes those that will be.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")

@@ -52,8 +52,14 @@ KEYS = (
 )
 
 
-class TooLong(Exception):
-    pass
+class TooLong(BaseException):
+    """No Exception: `load` takes every one of those for damage."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory was wanted that there was not: torch says so by a RuntimeError, and `load` makes a MarrqError of it."""
+    cause = error.__cause__ or error
+    return isinstance(cause, MemoryError) or "allocate memory" in str(cause)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -150,7 +156,7 @@ def outcome(place: Path) -> str:
         model.module(torch.zeros(1, *size) if tuple(size) == (3, 32, 32) else torch.zeros(1, 3, 32, 32))
         return "loaded"
     except MarrqError as error:
-        return "refused" if "\n" not in str(error) and "Memory" not in str(error.__cause__.__class__) else f"failed: {error!r}"
+        return "refused" if "\n" not in str(error) and not ran_out(error) else f"failed: {error!r}"[:300]
     except TooLong:
         return "failed: too long"
     except BaseException as error:

@@ -259,7 +259,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("marrq.artifact._flush", full)
+    monkeypatch.setattr("marrq.artifact.flush", full)
     with pytest.raises(MarrqError, match=r"cannot write artifact .*No space left on device; make room"):
         save(tiny("W4A8"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

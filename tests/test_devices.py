@@ -87,6 +87,12 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys.modules[f"marrq.{module}"], "CLIP_FACTORS", (1.0, 0.9))
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one, a kernel and pinned memory would be asked for, and neither takes a tensor without values."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @contextmanager
 def without_values(monkeypatch: pytest.MonkeyPatch, number: float = 1.0) -> Iterator[None]:
     monkeypatch.setattr("marrq.blocks.copy", SimpleNamespace(deepcopy=copied))

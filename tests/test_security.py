@@ -95,7 +95,7 @@ def test_a_huge_architecture_is_refused_before_it_takes_memory_or_time(artifact:
     try:
         with pytest.raises(MarrqError, match="is damaged") as refused:
             load(configured(artifact, "model", "architecture", key, value=value))
-        assert not isinstance(refused.value.__cause__, MemoryError)
+        assert not fuzz_artifact.ran_out(refused.value)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
@@ -177,6 +177,18 @@ def test_an_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(siz
     Image.new("1", size).save(tmp_path / "bomb.png")
     with pytest.raises(MarrqError, match=r"cannot read image .*bomb\.png"):
         read_image(tmp_path / "bomb.png")
+
+
+def test_the_fuzzer_notices_a_hang_and_memory_that_is_not_there(whole: Path, monkeypatch: pytest.MonkeyPatch):
+    def hangs(source: object) -> None:
+        raise fuzz_artifact.TooLong  # as the alarm does
+
+    def asks_for_too_much(source: object) -> None:
+        torch.empty(2**60, device="cpu")
+
+    for build, expected in ((hangs, "failed: too long"), (asks_for_too_much, "failed: MarrqError")):
+        monkeypatch.setattr("marrq.artifact.build", build)
+        assert fuzz_artifact.outcome(whole).startswith(expected)
 
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path):

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a gate did not hold. Errors are one sentence
     on stderr."""
     try:
-        _check_packages()
+        check_packages()
         from runtime.errors import BenchError, GateError
     except MarrqError as error:
         return _failed(str(error))
@@ -53,7 +53,7 @@ def _failed(sentence: str, code: int = 1) -> int:
     return code
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     """`exporters` and `runtime` are common names: another package of that name, found first, must not be taken for ours."""
     for name in ("exporters", "runtime"):
         ours = Path(__file__).parents[2] / name / "__init__.py"

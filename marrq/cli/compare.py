@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -74,12 +75,19 @@ def compare(
     task = Task(model, data_for(model, data), samples, kind)
     runner = Runner(task)
     comparison = _Comparison(runner, output, list(itertools.product(range(seeds), numbers, methods)))
-    missing = comparison.missing()
-    with progress_bars(runs=len(comparison.combinations)) as [bar]:
-        bar.advance(len(comparison.combinations) - len(missing))
-        for run in map(runner.run, missing) if ray is None else runs_on_ray(ray, task, missing):
+    missing, count = comparison.missing(), len(comparison.combinations)
+    with progress_bars(runs=count) as [bar]:
+
+        def told() -> Iterator[Combination]:
+            for done, (seed, quantized_to, spec) in enumerate(missing, count - len(missing)):
+                bar.show(done, count, f"{quantized_to.description} {text_of(spec)}, seed {seed}")
+                yield seed, quantized_to, spec
+
+        bar.advance(count - len(missing))
+        for run in map(runner.run, told()) if ray is None else runs_on_ray(ray, task, missing):
             comparison.add(run)
             bar.advance()
+        bar.show(count, count, "")
     report = comparison.selected({(one.description, text_of(spec)) for one in numbers for spec in methods}, seeds)
     stdout.print(table(report))
     stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
@@ -126,7 +134,7 @@ class Runner:
             model = self._quantized(scheme, spec, seed)
         seconds = time.perf_counter() - start
         measured = {**_key(combination), **self._measured(model, reference), "seconds": seconds, "peak_memory_mb": peak()}
-        return {**measured, "float": self._float(reference)}
+        return {**measured, "float": self.accuracy}
 
     @cached_property
     def targets(self) -> "NDArray[np.int64]":
@@ -140,10 +148,12 @@ class Runner:
         """Logits of the float model."""
         return self._logits(self.original)
 
-    def _float(self, logits: "NDArray[np.float32]") -> dict[str, Any]:
+    @cached_property
+    def accuracy(self) -> dict[str, Any]:
+        """Of the float model, as the report has it."""
         from runtime.accuracy import measure_accuracy
 
-        accuracy = measure_accuracy(logits, self.targets)
+        accuracy = measure_accuracy(self.reference, self.targets)
         return {"top1": accuracy.top1, "images": accuracy.images}
 
     def _quantized(self, scheme: "Scheme", spec: "MethodSpec", seed: int) -> "QuantizedModel":

@@ -1,7 +1,6 @@
 """`marrq quantize`: model and calibration images in, artifact out."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -94,8 +93,8 @@ def quantize(
     if max_memory is not None and target.type != "cpu":
         raise MarrqError(f"--max-memory estimates runs on the CPU: leave it out on device {target.type!r}, or pass --device cpu")
     with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
-        fits = partial(_fitting_batch, loaded.module, pixels, spec, max_memory, work_dir is not None, saved_batch_size(work))
-        batch = team.told_by_first(fits() if team.leads else BATCH_SIZE)
+        saved, in_folder = saved_batch_size(work), work_dir is not None
+        batch = team.told_by_first(_fitting_batch(loaded.module, pixels, spec, max_memory, in_folder, saved) if team.leads else BATCH_SIZE)
         calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
         about = description(loaded, numbers, spec, calibration)
         if resume and _is_complete(output, about, force):

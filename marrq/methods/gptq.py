@@ -47,8 +47,8 @@ def sweep(
     """Codes [m, n] of weight [m, n], in weight's type and on its device.
 
     residuals: none, (P1,) or (P1, P2), each [n, n] in sweep order, strictly upper triangular; alpha: one, or [m], one a row. The result
-    does not depend on `block_size`, except that sums are taken in another order. On CUDA, where the package triton is installed, the
-    columns of a block are one kernel (methods/sweep_kernel.py); else they are a loop.
+    does not depend on `block_size`, except that sums are taken in another order. Where the weight is float32 on CUDA and the package
+    triton is installed, the columns of a block are one kernel (methods/sweep_kernel.py); else they are a loop.
     """
     order, upper = factor.order, factor.upper.to(weight)
     w = weight.T.contiguous().index_select(0, order)  # [n, m]: a column of the weight is a contiguous row here
@@ -56,7 +56,7 @@ def sweep(
     grids = grid.columns(order)
     kernels = [upper.div(upper.diagonal()[:, None]).neg_(), *(residual.to(w) for residual in residuals)]  # of e · U_jj = w - q
     steps = torch.empty_like(w)
-    round_block = block_rounding(w.device)
+    round_block = block_rounding(w)
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
         terms = w.new_empty(end - start, len(kernels), w.shape[1])  # [width, terms, m]: what multiplies the kernels
@@ -85,9 +85,9 @@ def round_columns(
         w[j + 1 :].addmm_(row[j + 1 :], term)
 
 
-def block_rounding(device: torch.device) -> Callable[..., None]:
-    """What rounds the columns of a block: on CUDA with the package triton one kernel, else the loop in torch."""
-    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
+def block_rounding(w: Tensor) -> Callable[..., None]:
+    """What rounds the columns of a block: for float32 on CUDA with the package triton one kernel, else the loop in torch."""
+    if w.device.type != "cuda" or w.dtype != torch.float32 or not torch.cuda.is_available() or find_spec("triton") is None:
         return round_columns
     from marrq.methods.sweep_kernel import sweep_columns
 
@@ -98,6 +98,7 @@ def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a sweep, as `swept.clip` says."""
     if swept.clip == "weights" or spec.grid == "mxint":  # which has but one
         return search_weight_grid(weight, spec)
+    # In tiles: products then come out the same for a row, whichever rows are beside it (marrq/team.py).
     rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1) // ROW_TILE) * ROW_TILE
     return stack_grids([_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)])
 

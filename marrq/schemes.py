@@ -38,12 +38,16 @@ SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric"
 class WeightSpec:
     """Signed codes of `num_bits` bits.
 
-    group_size: inputs of an output channel that share a scale and zero point; None: all of them. grid: how they are laid.
+    group_size: inputs of an output channel that share a scale and zero point; None: all of them. grid: how they are laid. reduce_range:
+    8-bit codes lie in -64 … 63, half their range (the name is ONNX Runtime's). Kernels on x86 processors without VNNI add two products of
+    a uint8 activation and an int8 weight in 16 bits, and saturate: 2 · 255 · 127 is more than 2¹⁵ - 1, 2 · 255 · 64 is not. Codes of fewer
+    bits cannot saturate.
     """
 
     num_bits: int
     group_size: int | None = None
     grid: WeightGrid = "asymmetric"
+    reduce_range: bool = False
 
     def __post_init__(self) -> None:
         if self.num_bits not in WEIGHT_BITS:
@@ -52,6 +56,8 @@ class WeightSpec:
             raise MarrqError(f"a weight grid must be one of {get_args(WeightGrid)}: got {self.grid!r}")
         if self.grid == "mxint" and self.group_size != MXINT_BLOCK:
             raise MarrqError(f"mxint has blocks of {MXINT_BLOCK} inputs: got group size {self.group_size}")
+        if self.reduce_range and self.num_bits != 8:
+            raise MarrqError(f"only 8-bit codes have a range to reduce: got {self.num_bits} bits")
 
     @property
     def suffix(self) -> str:
@@ -62,7 +68,8 @@ class WeightSpec:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code; codes are signed since integer kernels run signed weights twice as fast."""
-        return -(2 ** (self.num_bits - 1)), 2 ** (self.num_bits - 1) - 1
+        half = 2 ** (self.num_bits - 1 - self.reduce_range)
+        return -half, half - 1
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,9 @@ class Scheme:
     def of_edges(self) -> "Scheme":
         """The numbers of patch embedding and head: a grid per output channel, static activations. Zero points are 0, and activations in
         floating point, where they are so in the blocks: a flavour that can express the one can express the other."""
-        weight = WeightSpec(EDGE_BITS, grid="asymmetric" if self.weight.grid == "asymmetric" else "symmetric")
-        return Scheme(weight, ActivationSpec(EDGE_BITS) if self.activation else None)
+        grid: WeightGrid = "asymmetric" if self.weight.grid == "asymmetric" else "symmetric"
+        activation = ActivationSpec(EDGE_BITS) if self.activation else None
+        return Scheme(WeightSpec(EDGE_BITS, grid=grid, reduce_range=activation is not None), activation)
 
     @property
     def has_coarse_activations(self) -> bool:
@@ -129,6 +137,6 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
     if int(bits) not in WEIGHT_BITS or int(activation_bits) not in (*ACTIVATION_BITS, FLOAT_BITS) or (group and suffix == "mxint"):
         raise MarrqError(f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}[-gSIZE][-sym] or …-mxint, [-e8] behind")
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
-    weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix])
     activation = ActivationSpec(int(activation_bits), strategy) if int(activation_bits) != FLOAT_BITS else None
+    weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix], reduce_range=int(bits) == 8 and activation is not None)
     return Scheme(weight, activation, edges is not None)

@@ -41,7 +41,8 @@ DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 SATURATES = (
     "this processor has no dot product of int8 (VNNI): ONNX Runtime adds two products of uint8 and int8 into 16 bits, which saturate with "
-    "8-bit weights and cannot with 4 bits or fewer; use those, or set session.x64quantprecision to 1"
+    "weight codes beyond -64 … 63; files that marrq writes hold none beside quantized activations, those of other tools may: for these set "
+    "session.x64quantprecision to 1"
 )
 
 TRIED = {

@@ -104,7 +104,7 @@ def test_edges_have_eight_bits_a_grid_per_channel_and_no_branch(scheme: str, gri
     assert list(linears) == ["patch_embed.proj.linear", *quantized_linears(quantized(vit(), IMAGES, scheme, "rtn").module), "head"]
     for path in ("patch_embed.proj.linear", "head"):
         linear = linears.pop(path)
-        assert linear.spec == WeightSpec(8, grid=grid)  # type: ignore[arg-type]
+        assert linear.spec == WeightSpec(8, grid=grid, reduce_range=activation is not None)  # type: ignore[arg-type]
         assert linear.lowrank is None
         assert (None if linear.input is None else linear.input.spec) == (None if activation is None else ActivationSpec(activation))
     assert all(linear.spec == parse_scheme(scheme).weight and linear.lowrank is not None for linear in linears.values())

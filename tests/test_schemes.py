@@ -71,8 +71,25 @@ def test_code_ranges_are_those_of_the_onnx_types():
     assert WeightSpec(2).code_range == (-2, 1)
     assert WeightSpec(4).code_range == (-8, 7)
     assert WeightSpec(8).code_range == (-128, 127)
+    assert WeightSpec(8, reduce_range=True).code_range == (-64, 63)
     assert ActivationSpec(4).code_range == (0, 15)
     assert ActivationSpec(8).code_range == (0, 255)
+
+
+@pytest.mark.parametrize("text", ["W2A4", "W3A8", "W4A8", "W8A8", "W8A3", "W8A8-g64-sym", "W8A8-mxint"])
+def test_no_two_products_of_a_scheme_s_codes_leave_sixteen_bits(text: str):
+    scheme = parse_scheme(text)
+    assert scheme.activation is not None
+    for numbers in (scheme, scheme.of_edges):
+        largest = max(map(abs, numbers.weight.code_range))
+        assert 2 * 255 * largest <= 2**15 - 1
+
+
+def test_weights_keep_all_eight_bits_where_activations_are_float():
+    assert parse_scheme("W8A16-e8").weight.code_range == (-128, 127)
+    assert parse_scheme("W4A16-e8").of_edges.weight.code_range == (-128, 127)
+    with pytest.raises(MarrqError, match="only 8-bit codes have a range to reduce: got 4 bits"):
+        WeightSpec(4, reduce_range=True)
 
 
 def test_an_unknown_activation_strategy_is_refused():

@@ -10,10 +10,6 @@ model is loaded, and the graph names the kernel itself, with the bias in it, so 
 The kernel is in ONNX Runtime's own domain `com.microsoft`; the operators around it are standard. Written as DequantizeLinear → MatMul → Add
 it would run too, but with the bias as a pass of its own: at batch 1 that costs a tenth of the whole forward of a ViT-S.
 
-A grid of the whole tensor that is found at run time takes the place of the constants there, for 1.03 times the static linear's time (384 →
-1536, ONNX Runtime 1.32.0). DynamicQuantizeMatMul, a kernel that finds the range itself, takes 1.01, but clips nothing, and q, k and v would
-each look for their range.
-
 With per-token activations no kernel takes the scale s and the zero point z of each row. So the kernel multiplies the codes q by the weight
 W alone, and one small float product adds what z and the bias b come to:
 

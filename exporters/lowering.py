@@ -3,7 +3,7 @@
 A flavour is a function from a `Site` to the value that takes the placeholder's output's place. Common to them are the input's codes,
 
     static     x → QuantizeLinear(scale, zero point) [→ Clip]                                     one grid, found in calibration
-    dynamic    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]         of a token or of the tensor, as
+    dynamic    x → ReduceMin, ReduceMax → scale, zero point;  x → QuantizeLinear [→ Clip]         one for each token, as
                                                                                                   `grid_from_range` has it
 
 the weight's codes, widened to int8 from the narrowest initializer that holds them, and the low-rank branch L (R x). An input
@@ -74,7 +74,7 @@ FUSED_ONNXRUNTIME = "1.24.1"
 
 def opset_of(scheme: Scheme) -> int:
     """The lowest opset for the codes of weights and activations."""
-    per_token = scheme.activation is not None and scheme.activation.strategy == "per-token"
+    per_token = scheme.activation is not None and not scheme.activation.is_static
     return max(WEIGHT_OPSETS[scheme.weight.num_bits], BLOCK_OPSET if per_token else OPSET)
 
 
@@ -165,7 +165,7 @@ class Site:
         assert self.quantizer is not None
         key = (self.x, *(numbers.numpy().tobytes() for numbers in self.quantizer.buffers()))
         if key not in self._made:
-            self._made[key] = _static_codes(self) if self.quantizer.spec.is_static else _dynamic_codes(self)
+            self._made[key] = _static_codes(self) if self.quantizer.spec.is_static else _token_codes(self)
         codes = self._made[key]
         assert isinstance(codes, InputCodes)
         return codes
@@ -206,9 +206,7 @@ def lower(model: QuantizedModel, opset: int, lowering: Callable[[Site], ir.Value
     if opset == ATTENTION_OPSET:
         fuse_attention(lowered.graph)
         attend_on_tokens(lowered.graph)
-    activation = model.scheme.activation
-    if activation is None or activation.strategy != "per-tensor-dynamic":  # the range of the tensor is that of all its tokens
-        drop_unread_tokens(lowered.graph)
+    drop_unread_tokens(lowered.graph)
     RemoveUnusedNodesPass()(lowered)  # a linear may stand there twice now, once unread
     made: dict[tuple[object, ...], InputCodes | ir.Value] = {}
     ends: list[tuple[ir.Node, ir.Value, ir.Value]] = []
@@ -290,18 +288,17 @@ def _smoothed(site: Site) -> ir.Value:
     return site.add("Mul", [site.x, site.constant("input_smoothing", site.quantizer.smoothing.numpy())])
 
 
-def _dynamic_codes(site: Site) -> InputCodes:
-    """The grid of each token, or of the tensor, spans its clipped range and 0; all channels of a token are one block of the operators.
+def _token_codes(site: Site) -> InputCodes:
+    """The grid of each token spans its clipped range and 0; all its channels are one block of the operators.
 
     torch gives a range of zeros the scale 1; here it is the least normal number, and codes and zero point are 0 with either.
     """
     assert site.quantizer is not None
     _, high = site.quantizer.spec.code_range
-    per_token, x = site.quantizer.spec.strategy == "per-token", _smoothed(site)
+    x, channels = _smoothed(site), site.constant("input_channels", np.array([-1]))
     zero, clip = site.constant("input_zero", np.array(0, np.float32)), site.constant("input_clip", site.quantizer.clip.numpy())
-    axes = [site.constant("input_channels", np.array([-1]))] if per_token else []
     minimum, maximum = (
-        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [x, *axes], keepdims=int(per_token)), clip]), zero])
+        site.add(bound, [site.add("Mul", [site.add(f"Reduce{extreme}", [x, channels], keepdims=1), clip]), zero])
         for extreme, bound in (("Min", "Min"), ("Max", "Max"))
     )
     steps = site.constant("input_steps", np.array(high, np.float32))
@@ -309,9 +306,8 @@ def _dynamic_codes(site: Site) -> InputCodes:
     scale = site.add("Max", [width, site.constant("input_least_scale", np.array(np.finfo(np.float32).tiny))])
     below = site.add("Neg", [site.add("Div", [minimum, scale])])
     zero_point = site.add("Cast", [site.add("Round", [below])], to=int(ir.DataType.UINT8))
-    inputs, channels = [x, scale, zero_point], site.rows.codes.shape[1]
-    codes = site.add("QuantizeLinear", inputs, axis=-1, block_size=channels) if per_token else site.add("QuantizeLinear", inputs)
-    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token)
+    codes = site.add("QuantizeLinear", [x, scale, zero_point], axis=-1, block_size=site.rows.codes.shape[1])
+    return InputCodes(_clipped(site, codes, site.quantizer), scale, zero_point, per_token=True)
 
 
 def _dequantized(site: Site, x: InputCodes) -> ir.Value:

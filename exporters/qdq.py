@@ -7,17 +7,11 @@ It expresses every scheme. What ONNX Runtime makes of it depends on the form of 
 
     static activations, a scale per channel    [in, out], as above          an integer kernel, at rank 3; without the Cast, and at
                                                                             rank 2, where Gemm comes first, it computes in float
-    dynamic ones per tensor, the same          [in, out], as below          an integer kernel
     anything else, group scales included       [out, in], then Transpose    float; the weight is dequantized at every run
 
 The last form has a scale for each block of inputs (opset 21), a block being all of them where there are no groups, and a Transpose
 behind. Without those two ONNX Runtime fuses weight and product to its MatMulNBits with `accuracy_level` 4, which quantizes float
 activations to int8: a model whose scheme says A16 would be run, and measured, as A8.
-
-A DequantizeLinear whose scale is found at run time is fused with nothing, so with dynamic activations per tensor the product is written on
-the codes:
-
-    codes of x, codes of the weight → MatMulInteger → Cast(float) → Mul(scale of x · scales of the weight) → Add(bias)
 
 `symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4 and INT8, zero points 0, a scale per
 channel, or with INT4 per block of inputs):
@@ -76,8 +70,8 @@ class Qdq:
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
-    """Whether an integer kernel can multiply: activations with a grid per tensor, and a scale per channel."""
-    return scheme.weight.group_size is None and scheme.activation is not None and scheme.activation.strategy != "per-token"
+    """Whether an integer kernel can multiply: static activations, and a scale per channel."""
+    return scheme.weight.group_size is None and scheme.activation is not None and scheme.activation.is_static
 
 
 def _product(site: Site, weight: ir.Value) -> ir.Value:
@@ -87,9 +81,8 @@ def _product(site: Site, weight: ir.Value) -> ir.Value:
 
 def _standard(site: Site) -> ir.Value:
     """Each linear by its own numbers: the edges of a model may have an integer kernel where its blocks have none."""
-    if site.quantizer is None or site.quantizer.spec.strategy == "per-token" or site.rows.scale.shape[1] > 1:
-        return _per_block(site)
-    return _per_channel(site) if site.quantizer.spec.is_static else _on_codes(site)
+    fits = site.quantizer is not None and site.quantizer.spec.is_static and site.rows.scale.shape[1] == 1
+    return _per_channel(site) if fits else _per_block(site)
 
 
 def _per_channel(site: Site) -> ir.Value:
@@ -102,15 +95,6 @@ def _per_channel(site: Site) -> ir.Value:
     scale = site.constant("weight_scale", site.rows.scale[:, 0].numpy())
     zero_point = site.constant("weight_zero_point", site.rows.zero_point[:, 0].contiguous().numpy())
     return _product(site, site.add("DequantizeLinear", [codes, scale, zero_point], axis=1))
-
-
-def _on_codes(site: Site) -> ir.Value:
-    x, weight = site.input_codes(), int8_codes(site, site.rows.codes.T.contiguous())
-    zero_point = site.constant("weight_zero_point", site.rows.zero_point[:, 0].contiguous().numpy())
-    sums = site.add("MatMulInteger", [x.codes, weight, x.zero_point, zero_point])
-    scale = site.add("Mul", [x.scale, site.constant("weight_scale", site.rows.scale[:, 0].numpy())])
-    y = site.add("Mul", [site.add("Cast", [sums], to=int(ir.DataType.FLOAT)), scale])
-    return with_bias(site, with_lowrank(site, y))
 
 
 def _per_block(site: Site) -> ir.Value:

@@ -13,8 +13,7 @@ A new version is put in its place in one step, beside those that are served, so 
 and nothing else is touched, for which it would load the others again. It is made outside the repository, whose folders a server takes for
 models. All versions of a model share its config and labels: a version that needs others is refused.
 
-The images of different clients are run together. Schemes in which an image changes the numbers of those beside it (`per-tensor-dynamic`)
-are therefore served without dynamic batching.
+The images of different clients are run together: in no scheme does an image change the numbers of those beside it.
 """
 
 import json
@@ -104,7 +103,7 @@ def write_repository(
     device, the scheme or the file system do not allow, and for what is there already."""
     folder = repository / serving.name
     version = folder / str(serving.model_version)
-    _check_serving(model, flavor, serving)
+    _check_serving(flavor, serving)
     if version.exists() and not force:
         raise MarrqError(f"{str(version)!r} exists: pass another --model-version, or --force to replace it")
     with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
@@ -118,21 +117,10 @@ def write_repository(
     return folder
 
 
-def _check_serving(model: QuantizedModel, flavor: str, serving: Serving) -> None:
-    """Raise MarrqError for a device without kernels for the flavour, and for batching where images would change each other's numbers."""
+def _check_serving(flavor: str, serving: Serving) -> None:
+    """Raise MarrqError for a device without kernels for the flavour."""
     if serving.device == "gpu" and flavor in CPU_FLAVORS:
         raise MarrqError(f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or another flavor")
-    if (serving.preferred or serving.queue_delay) and not _independent(model, flavor):
-        raise MarrqError(
-            f"{model.scheme.description} is not served with images of several requests in a run, which change each other's ranges: "
-            "leave out --bench and --queue-delay"
-        )
-
-
-def _independent(model: QuantizedModel, flavor: str) -> bool:
-    """Whether an image's answer is the same whatever images are beside it."""
-    activation = model.scheme.activation
-    return flavor in BASELINES or activation is None or activation.strategy != "per-tensor-dynamic"
 
 
 def _beside(repository: Path) -> Path:
@@ -177,14 +165,14 @@ def _write_folder(made: Path, model: QuantizedModel, artifact: str, flavor: str,
     script = BACKEND_FILES[serving.backend]
     if script is not None:
         shutil.copyfile(script, place / "model.py")
-    config = config_of(place / MODEL, model, flavor, serving)
+    config = config_of(place / MODEL, model, serving)
     (made / CONFIG).write_text(text_format.MessageToString(config), encoding="utf-8")
     (place / CARD).write_text(_card(model, flavor, config, serving), encoding="utf-8")
     if model.labels:
         (made / LABELS).write_text("".join(f"{label}\n" for label in model.labels), encoding="utf-8")
 
 
-def config_of(file: Path, model: QuantizedModel, flavor: str, serving: Serving) -> Any:
+def config_of(file: Path, model: QuantizedModel, serving: Serving) -> Any:
     """The ModelConfig of an ONNX file with one input and one output, both with a free batch in front."""
     graph = onnx.load(file, load_external_data=False).graph
     config = protocol.ModelConfig(name=serving.name, backend=serving.backend, max_batch_size=serving.max_batch)
@@ -197,10 +185,9 @@ def config_of(file: Path, model: QuantizedModel, flavor: str, serving: Serving) 
         config.output[0].label_filename = LABELS
     group = config.instance_group.add(count=serving.instances)
     group.kind = protocol.ModelInstanceGroup.Kind.Value(DEVICES[serving.device])
-    if _independent(model, flavor):  # requests are run together
-        config.dynamic_batching.preferred_batch_size.extend(serving.preferred)
-        config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
-        config.dynamic_batching.SetInParent()
+    config.dynamic_batching.preferred_batch_size.extend(serving.preferred)
+    config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
+    config.dynamic_batching.SetInParent()  # requests are run together, with both left at 0 too
     parameters = {"preprocessing": json.dumps(asdict(model.preprocessing)), "onnx_file": MODEL}
     if serving.threads is not None:
         parameters["intra_op_thread_count"] = str(serving.threads)

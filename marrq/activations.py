@@ -1,4 +1,4 @@
-"""Quantization of a linear's input: one grid for the tensor, found in calibration or at run time, or one grid per token, found at run time.
+"""Quantization of a linear's input: one grid for the tensor, found in calibration, or one grid per token, found at run time.
 
 The range is searched, not taken as seen: clipping a few outliers buys a finer grid for the rest. Of a range [c · min, c · max] the factor c
 is chosen that does least harm to the outputs of the linears that read the input,
@@ -7,14 +7,11 @@ is chosen that does least harm to the outputs of the linears that read the input
 
 over a sample of tokens, so that no layer's inputs are kept. min and max are
 
-    per-tensor            those of the tensor over all calibration tokens
-    per-tensor-dynamic    those of the tensor at hand
-    per-token             those of the token at hand
+    per-tensor    those of the tensor over all calibration tokens
+    per-token     those of the token at hand
 
-and with the last two c alone is found in calibration. Where channels differ much in size and nothing before the linear can even them out,
-x is first multiplied by a number per channel, its smoothing (marrq/equalization.py), and the grid is one for what comes of that. The tensor
-at hand is a whole batch: with `per-tensor-dynamic` what an image becomes depends on the images beside it. Calibration sees batches of the
-pipeline's size, and two runs can be compared on equal batches only.
+and with the latter c alone is found in calibration. Where channels differ much in size and nothing before the linear can even them out,
+x is first multiplied by a number per channel, its smoothing (marrq/equalization.py), and the grid is one for what comes of that.
 """
 
 import torch
@@ -52,7 +49,7 @@ class ActivationQuantizer(nn.Module):
         """The grid for x, smoothed already: per tensor [], or per token [..., 1]."""
         if self.spec.is_static:
             return Grid(self.scale, self.zero_point, *self.spec.code_range)
-        minimum, maximum = x.aminmax() if self.spec.strategy == "per-tensor-dynamic" else x.aminmax(dim=-1, keepdim=True)
+        minimum, maximum = x.aminmax(dim=-1, keepdim=True)
         return grid_from_range(minimum * self.clip, maximum * self.clip, self.spec.code_range)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,13 +93,8 @@ class RangeObserver:
 
     def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value that the grid of each token of the sample spans: [], or [tokens, 1]."""
-        if spec.strategy == "per-token":
+        if not spec.is_static:
             return sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)
-        lengths = [len(batch) for batch in self._sample]
         seen = zip(self._minimum, self._maximum, strict=True)
         ranges = self._team.gather(torch.stack([sample.new_zeros(2), *map(torch.stack, seen)])[1:])
-        minimum, maximum = ranges.unbind(1)
-        if spec.is_static:
-            return minimum.amin(), maximum.amax()
-        tokens = self._team.gather(torch.tensor(lengths, dtype=torch.int64, device=sample.device))
-        return minimum.repeat_interleave(tokens)[:, None], maximum.repeat_interleave(tokens)[:, None]
+        return ranges[:, 0].amin(), ranges[:, 1].amax()

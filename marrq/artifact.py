@@ -8,7 +8,7 @@
     README.md            a model card
 
 All of it is a function of model, images, settings and versions. Saving is atomic: the folder is written beside its place, flushed and
-renamed, so it is complete or absent. Loading refuses what is damaged (hash of the tensors), of a later version, or what a stranger put
+renamed, so it is complete or absent. Loading refuses what is damaged (hash of the tensors), of another version, or what a stranger put
 there to do harm (marrq/untrusted.py). No pickle is ever read.
 """
 
@@ -41,10 +41,8 @@ from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 from marrq.untrusted import check_architecture, check_fit, check_linear, check_preprocessing, read_json, real_file
 
 FORMAT = "marrq.artifact"
-FORMAT_VERSION = 5
-OLDEST_VERSION = 2
-"""Artifacts of version 2 have no quantized edges and no dynamic grids per tensor, those of versions 2 and 3 no smoothing, those
-of versions 2 to 4 seconds in their reports and no size of batches, which was 16; nothing else sets them apart."""
+FORMAT_VERSION = 6
+"""The only one that is read: another marrq may have meant other numbers by the same names."""
 
 PACKED = ".weight_packed"
 
@@ -92,7 +90,7 @@ def _write(model: QuantizedModel, place: Path) -> None:
 
 
 def load(folder: Path) -> QuantizedModel:
-    """The quantized model of an artifact, on the CPU. Raises MarrqError when it is missing, damaged, of a later version, or has what no
+    """The quantized model of an artifact, on the CPU. Raises MarrqError when it is missing, damaged, of another version, or has what no
     artifact has (marrq/untrusted.py)."""
     config = read_config(folder)
     try:
@@ -127,10 +125,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MarrqError(f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the model again") from error
     if kind != FORMAT or not isinstance(number, int):
         raise MarrqError(f"{str(folder)!r} is no marrq artifact: give a folder that `marrq quantize` wrote")
-    if not OLDEST_VERSION <= number <= FORMAT_VERSION:
+    if number != FORMAT_VERSION:
         advice = "upgrade marrq" if number > FORMAT_VERSION else "quantize the model again"
-        reads = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
-        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {reads}: {advice}")
+        raise MarrqError(f"artifact {str(folder)!r} has format version {number}, this marrq reads {FORMAT_VERSION}: {advice}")
     try:
         intact = _sha256(real_file(folder, TENSORS)) == expected
     except ValueError:
@@ -264,7 +261,7 @@ def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
 def _scheme(fields: dict[str, Any]) -> Scheme:
     activation = fields["activation"]
     spec = None if activation is None else ActivationSpec(**activation)
-    return Scheme(WeightSpec(**fields["weight"]), spec, fields.get("edges", False))
+    return Scheme(WeightSpec(**fields["weight"]), spec, fields["edges"])
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:
@@ -274,9 +271,8 @@ def _method(fields: dict[str, Any]) -> MethodSpec:
 
 
 def report_of(fields: dict[str, Any]) -> ModuleReport:
-    """A report from what JSON has of it; older artifacts also have the seconds that it took."""
-    plain = {name: value for name, value in fields.items() if name != "seconds"}
-    return ModuleReport(**{**plain, "trajectory": tuple(Step(**step) for step in fields["trajectory"])})
+    """A report from what JSON has of it."""
+    return ModuleReport(**{**fields, "trajectory": tuple(Step(**step) for step in fields["trajectory"])})
 
 
 def _text(value: object) -> str:

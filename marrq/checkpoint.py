@@ -92,11 +92,6 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SETTINGS).exists()
 
 
-def saved_batch_size(folder: Path) -> int | None:
-    """Images at once of the run that lies there, or None."""
-    return int(_settings(folder)["calibration"]["batch_size"]) if is_checkpoint(folder) else None
-
-
 def remove_checkpoint(folder: Path) -> None:
     """Remove what lies there."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,11 +113,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     """What the run that lies there is."""
     try:
         found: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
-        if isinstance(found["calibration"]["batch_size"], int):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or not found:
+        raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
+    return found
 
 
 def _write(file: Path, write: Callable[[Path], object]) -> None:

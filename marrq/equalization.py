@@ -29,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marrq.activations import ActivationQuantizer
-from marrq.affine import Grid, clipped_weight_grids
+from marrq.affine import Grid, clipped_weight_grids, grid_from_range
 from marrq.blocks import Block, hooked
 from marrq.schemes import ActivationSpec, Scheme
 from marrq.statistics import factorize
@@ -146,9 +145,9 @@ def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
 
 def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
     """v, [n], with the range clipped as serves the outputs best. A static grid is taken for one of the sample."""
-    dynamic = ActivationSpec(spec.num_bits, "per-tensor-dynamic") if spec.is_static else spec
-    quantizers = [ActivationQuantizer(dynamic, x.new_tensor(factor)) for factor in CLIP_FACTORS]
-    noises = torch.stack([(quantizer(x) - x).square().mean(0) for quantizer in quantizers])
+    minimum, maximum = x.aminmax() if spec.is_static else x.aminmax(dim=1, keepdim=True)
+    grids = [grid_from_range(minimum * factor, maximum * factor, spec.code_range) for factor in CLIP_FACTORS]
+    noises = torch.stack([(grid.nearest(x) - x).square().mean(0) for grid in grids])
     return noises[int((noises @ weight.square().sum(0)).argmin())]
 
 

@@ -49,7 +49,7 @@ SAMPLED = 4
 EQUALIZING_TOKENS = 2048
 BALANCE_SEED = 0
 
-OBSERVED = {"per-tensor": 1, "per-tensor-dynamic": 2, "per-token": 2}
+OBSERVED = {"per-tensor": 1, "per-token": 2}
 """Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
 
 

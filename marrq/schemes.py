@@ -9,8 +9,8 @@ output channel unless a suffix says otherwise:
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
     W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/edges.py); without it they stay in floating point
 
-Activations lie on one grid per tensor, found in calibration (`per-tensor`, static) or at run time (`per-tensor-dynamic`), or on one grid
-per token, found at run time (`per-token`).
+Activations lie on one grid per tensor, found in calibration (`per-tensor`, static), or on one grid per token, found at run time
+(`per-token`, dynamic).
 """
 
 import re
@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from marrq.errors import MarrqError
 
-ActivationStrategy = Literal["per-tensor", "per-tensor-dynamic", "per-token"]
+ActivationStrategy = Literal["per-tensor", "per-token"]
 WeightGrid = Literal["asymmetric", "symmetric", "mxint"]
 
 WEIGHT_BITS = (2, 3, 4, 8)

@@ -11,7 +11,7 @@ from marrq.team import ALONE, Team, joined
 CASES = {
     "marr": (vit, "W4A8", "marr", "per-tensor"),
     "balanced, per token": (vit, "W4A4", "marr", "per-token"),
-    "per batch, groups": (vit, "W3A8-g16", "exact", "per-tensor-dynamic"),
+    "groups": (vit, "W3A8-g16", "exact", "per-tensor"),
     "edges": (vit, "W4A8-e8", "stream", "per-tensor"),
     "search by grid, branch": (vit, "W2A16", "marr-rescomp,alpha=grid,lowrank=srr:4", "per-tensor"),
     "rotated": (vit, "W4A8", "marr-gptaq,rotate=0", "per-tensor"),

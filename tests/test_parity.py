@@ -60,8 +60,6 @@ def wrong(errors: dict[str, float]) -> list[str]:
         ("vit with LayerScale", "integer", "W4A8-e8", "gptq", "per-tensor"),
         ("vit with LayerScale", "qdq", "W4A8-e8", "gptq", "per-tensor"),
         ("vit with LayerScale", "matmulnbits", "W4A16-e8", "gptq", "per-tensor"),
-        ("vit", "qdq", "W4A8", "gptq", "per-tensor-dynamic"),
-        ("vit", "integer", "W4A8", "gptq", "per-tensor-dynamic"),
         ("swin", "integer", "W3A8", "gptq", "per-token"),
     ],
 )

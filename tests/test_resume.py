@@ -24,7 +24,7 @@ from marrq.schemes import parse_scheme
 from marrq.team import ALONE
 from marrq.tokens import in_files
 
-SETTINGS = {"model": {"name": "tiny"}, "scheme": 4, "calibration": {"batch_size": 4}}
+SETTINGS = {"model": {"name": "tiny"}, "scheme": 4}
 
 
 def mobilevit() -> nn.Module:
@@ -158,19 +158,6 @@ def test_resume_begins_where_nothing_is_there_and_leaves_alone_what_is_complete(
     assert "exists: choose another, or pass --force" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_batch_it_began_with(tiny: str, image_folder: Path, tmp_path: Path):
-    output, work = tmp_path / "artifact", tmp_path / ".artifact.checkpoint"
-    whole = command(tiny, image_folder, output)
-    assert main([*whole, "--resume"]) == 0
-    about = json.loads((output / "config.json").read_text())
-    settings = {key: about[key] for key in ("model", "preprocessing", "labels", "scheme", "method", "calibration", "versions")}
-    settings["calibration"]["batch_size"] = 4
-    work.mkdir()
-    (work / "settings.json").write_text(json.dumps({**settings, "device": "cpu"}))
-    assert main([*whole, "--resume", "--force", "--max-memory", "64GB"]) == 0
-    assert json.loads((output / "config.json").read_text())["calibration"]["batch_size"] == 4
-
-
 def test_an_unfinished_run_is_not_lost_by_beginning_again(
     tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -206,13 +193,3 @@ def test_a_folder_that_is_removed_while_running_ends_the_run_with_a_sentence(tmp
 
     with pytest.raises(MarrqError, match=r"cannot write checkpoint .*: No such file or directory"):
         quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=checkpoint(tmp_path, "W4A8"), block_done=remove)
-
-
-def test_memory_that_cannot_suffice_is_refused_up_front_with_an_estimate(
-    tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main(command(tiny, image_folder, tmp_path / "a", "--max-memory", "100MB")) == 1
-    assert "0.10 GB of memory are too few:" in capsys.readouterr().err
-    assert main(command(tiny, image_folder, tmp_path / "a", "--max-memory", "much")) == 1
-    assert "a size is a number with MB, GB, MiB, GiB, for example 6GB: got 'much'" in capsys.readouterr().err
-    assert main(command(tiny, image_folder, tmp_path / "a", "--max-memory", "64GB", "--work-dir", str(tmp_path / "work"))) == 0

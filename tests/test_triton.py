@@ -130,17 +130,6 @@ def test_the_fastest_batches_of_a_bench_are_preferred(demo_artifact: Path, tmp_p
     assert list(config_of(tmp_path / "repository", "vit").dynamic_batching.preferred_batch_size) == [4, 8]
 
 
-def test_images_that_change_each_others_numbers_are_not_run_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--samples", "8", "--activations", "per-tensor-dynamic", "--method", "rtn"]
-    assert main(["quantize", "demo", "-o", str(tmp_path / "artifact"), *options]) == 0
-    assert export(tmp_path / "artifact", tmp_path / "repository") == 0
-    assert not config_of(tmp_path / "repository", "vit").HasField("dynamic_batching")
-    assert export(tmp_path / "artifact", tmp_path / "repository", "--name", "float", "--flavor", "fp32", "--queue-delay", "9") == 0
-    assert config_of(tmp_path / "repository", "float").dynamic_batching.max_queue_delay_microseconds == 9
-    assert export(tmp_path / "artifact", tmp_path / "repository", "--name", "never", "--queue-delay", "9") == 1
-    assert "leave out --bench and --queue-delay" in capsys.readouterr().err
-
-
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     """Every file with the time of its last change."""
     return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}

@@ -42,9 +42,7 @@ def compare(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file; runs that it holds already are not done again.")],
     data: DataOption = None,
-    scheme: Annotated[
-        list[str], typer.Option(help="As for quantize, :per-token or :per-tensor-dynamic for dynamic activations; may be repeated.")
-    ] = ["W4A8"],  # noqa: B006
+    scheme: Annotated[list[str], typer.Option(help="As for quantize, :per-token for dynamic activations; may be repeated.")] = ["W4A8"],  # noqa: B006
     method: Annotated[
         list[str], typer.Option(help="NAME[,KEY=VALUE…], e.g. marr-gptaq,alpha=grid; may be repeated; all if left out.")
     ] = [],  # noqa: B006

@@ -21,10 +21,6 @@ from marrq.cli.common import (
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from marrq.data import Pixels
-    from marrq.methods.problem import MethodSpec
     from marrq.pipeline import ModuleReport, QuantizedModel
     from marrq.schemes import ActivationStrategy
 
@@ -39,7 +35,7 @@ def quantize(
             "-e8: patch embedding and head in 8 bits."
         ),
     ] = "W4A8",
-    activations: Annotated[str, typer.Option(help="per-tensor (static), per-tensor-dynamic or per-token (dynamic).")] = "per-tensor",
+    activations: Annotated[str, typer.Option(help="per-tensor (static) or per-token (dynamic).")] = "per-tensor",
     method: Annotated[str, typer.Option(help="rtn, gptq, gptaq, rescomp, exact, stream, or marr- before one of the last four.")] = "marr",
     alpha: Annotated[str | None, typer.Option(help="pid, grid or global=VALUE: how the residual strength is found.")] = None,
     feedback: Annotated[str | None, typer.Option(help="held-out or calibration: the images that judge it.")] = None,
@@ -55,9 +51,6 @@ def quantize(
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for calibration tokens, in memory-mapped files, and for the checkpoint.", file_okay=False)
     ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="For example 6GB: choose the batch size by it, and refuse what does not fit.", metavar="SIZE")
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; do nothing where it is complete.")] = False,
     force: ForceOption = False,
 ) -> None:
@@ -66,11 +59,11 @@ def quantize(
     torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same artifact.
     """
     from marrq.artifact import check_output, description, save
-    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint, saved_batch_size
+    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint
     from marrq.data import find_images
     from marrq.methods.settings import with_settings
     from marrq.models import load_model
-    from marrq.pipeline import BATCH_SIZE, CalibrationSet
+    from marrq.pipeline import CalibrationSet
     from marrq.pipeline import quantize as run_pipeline
     from marrq.schemes import parse_scheme
     from marrq.team import joined, local_device
@@ -90,12 +83,8 @@ def quantize(
     loaded = load_model(model)
     images = find_images(name, "train", loaded.labels).draw(samples, seed)
     pixels = images.pixels(loaded.preprocessing)
-    if max_memory is not None and target.type != "cpu":
-        raise MarrqError(f"--max-memory estimates runs on the CPU: leave it out on device {target.type!r}, or pass --device cpu")
     with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
-        saved, in_folder = saved_batch_size(work), work_dir is not None
-        batch = team.told_by_first(_fitting_batch(loaded.module, pixels, spec, max_memory, in_folder, saved) if team.leads else BATCH_SIZE)
-        calibration = CalibrationSet(images.name, samples, seed, images.sha256, batch)
+        calibration = CalibrationSet(images.name, samples, seed, images.sha256)
         about = description(loaded, numbers, spec, calibration)
         if resume and _is_complete(output, about, force):
             remove_checkpoint(work)
@@ -120,19 +109,6 @@ def quantize(
         save(quantized, output, overwrite=force)
         checkpoint.remove()
         say(f"wrote {output}")
-
-
-def _fitting_batch(
-    module: "nn.Module", pixels: "Pixels", spec: "MethodSpec", max_memory: str | None, in_files: bool, saved: int | None
-) -> int:
-    """The batch size that memory allows; of a run that goes on, no more than it began with."""
-    from marrq.memory import fitting_batch, need, parse_size
-    from marrq.pipeline import BATCH_SIZE
-
-    if max_memory is None:
-        return saved or BATCH_SIZE
-    limit = parse_size(max_memory)
-    return fitting_batch(need(module, pixels[:1], len(pixels), spec.name, in_files), limit, saved or BATCH_SIZE)
 
 
 def _check_checkpoint(folder: Path, overwrite: bool) -> None:

@@ -32,7 +32,8 @@ app = typer.Typer(add_completion=False)
 
 @app.command(name="sweep")
 def sweep_time(size: int = 1536, rounds: int = 5) -> None:
-    """The sweep with no residual, and the products in it: the rank-1 updates within a block and the one behind it."""
+    """The sweep with no residual, and the products in it: the rank-1 updates within a block and the
+    one behind it."""
     inputs = torch.randn(2 * size, size)
     factor = factorize((inputs.T @ inputs).double(), 0.01, act_order=True)
     weight, upper = torch.randn(size, size), factor.upper.float()
@@ -53,51 +54,116 @@ def sweep_time(size: int = 1536, rounds: int = 5) -> None:
             run()
             seconds[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ratios = [one / other for one, other in zip(seconds["sweep"][1:], seconds["products"][1:], strict=True)]
-    show({"size": size, "threads": torch.get_num_threads(), "seconds": medians, "ratio": statistics.median(ratios)})
+    ratios = [
+        one / other
+        for one, other in zip(seconds["sweep"][1:], seconds["products"][1:], strict=True)
+    ]
+    show(
+        {
+            "size": size,
+            "threads": torch.get_num_threads(),
+            "seconds": medians,
+            "ratio": statistics.median(ratios),
+        }
+    )
 
 
 @app.command()
 def methods(
     model: str,
     data: Annotated[str, typer.Option()],
-    method: Annotated[list[str], typer.Option()] = ["marr-gptaq", "marr-rescomp", "marr-exact", "marr-stream"],  # noqa: B006
+    method: Annotated[list[str], typer.Option()] = [
+        "marr-gptaq",
+        "marr-rescomp",
+        "marr-exact",
+        "marr-stream",
+    ],
     scheme: str = "W4A8",
     samples: int = 256,
     rounds: int = 1,
 ) -> None:
-    """Seconds of the whole quantization by each method, and the median over rounds of the ratio to gptq in the same round."""
+    """Seconds of the whole quantization by each method, and the median over rounds of the ratio to
+    gptq in the same round."""
     original = load_model(model)
-    images = find_images(data, "train", original.labels).draw(samples, 0).pixels(original.preprocessing)[:]
+    images = (
+        find_images(data, "train", original.labels)
+        .draw(samples, 0)
+        .pixels(original.preprocessing)[:]
+    )
     seconds: dict[str, list[float]] = {name: [] for name in ("gptq", *method)}
     for _ in range(rounds):
         for name in seconds:
             loaded = load_model(model)
             begin = time.perf_counter()
-            quantize(loaded, images, CalibrationSet(data, samples, 0, ""), parse_scheme(scheme), parse_method(name), CPU)
+            quantize(
+                loaded,
+                images,
+                CalibrationSet(data, samples, 0, ""),
+                parse_scheme(scheme),
+                parse_method(name),
+                CPU,
+            )
             seconds[name].append(time.perf_counter() - begin)
-    ratios = {name: statistics.median(a / b for a, b in zip(times, seconds["gptq"], strict=True)) for name, times in seconds.items()}
-    show({"threads": torch.get_num_threads(), "scheme": scheme, "samples": samples, "seconds": seconds, "ratio": ratios})
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times, seconds["gptq"], strict=True))
+        for name, times in seconds.items()
+    }
+    show(
+        {
+            "threads": torch.get_num_threads(),
+            "scheme": scheme,
+            "samples": samples,
+            "seconds": seconds,
+            "ratio": ratios,
+        }
+    )
 
 
 @app.command()
-def memory(model: str = "deit_base_patch16_224", samples: int = 1024, depth: int = 12, method: str = "marr", device: str = "cpu") -> None:
-    """Peak resident memory over the whole run. Fewer blocks take less time and, but for their weights, as much."""
+def memory(
+    model: str = "deit_base_patch16_224",
+    samples: int = 1024,
+    depth: int = 12,
+    method: str = "marr",
+    device: str = "cpu",
+) -> None:
+    """Peak resident memory over the whole run. Fewer blocks take less time and, but for their
+    weights, as much."""
     import timm
 
     from marrq.models import ModelSource, VisionModel
     from marrq.preprocessing import Preprocessing
 
     module = timm.create_model(model, num_classes=10, depth=depth).eval()
-    preprocessing = Preprocessing((3, 224, 224), "bicubic", 0.9, "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    loaded = VisionModel(module, ModelSource(model, "timm", {}, ""), preprocessing, tuple("0123456789"))
+    preprocessing = Preprocessing(
+        (3, 224, 224), "bicubic", 0.9, "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    )
+    loaded = VisionModel(
+        module, ModelSource(model, "timm", {}, ""), preprocessing, tuple("0123456789")
+    )
     images = _Noise(samples)
     begin = time.perf_counter()
     with peak_memory() as peak:
-        quantize(loaded, images, CalibrationSet("noise", samples, 0, ""), parse_scheme("W4A8"), parse_method(method), torch.device(device))
+        quantize(
+            loaded,
+            images,
+            CalibrationSet("noise", samples, 0, ""),
+            parse_scheme("W4A8"),
+            parse_method(method),
+            torch.device(device),
+        )
     tokens = samples * 197 * module.embed_dim * 4
     sizes = {"peak_mb": peak(), "stream_mb": tokens / 1e6}
-    show({"model": model, "depth": depth, "samples": samples, "method": method, **sizes, "seconds": time.perf_counter() - begin})
+    show(
+        {
+            "model": model,
+            "depth": depth,
+            "samples": samples,
+            "method": method,
+            **sizes,
+            "seconds": time.perf_counter() - begin,
+        }
+    )
 
 
 class _Noise:
@@ -111,7 +177,9 @@ class _Noise:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         start, stop, _ = rows.indices(self.count)
-        return torch.randn(stop - start, 3, 224, 224, generator=torch.Generator().manual_seed(start))
+        return torch.randn(
+            stop - start, 3, 224, 224, generator=torch.Generator().manual_seed(start)
+        )
 
 
 def show(result: dict[str, object]) -> None:

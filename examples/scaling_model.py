@@ -1,8 +1,10 @@
-"""How long `marrq quantize` takes for a ViT on N GPUs, on paper: counts of operations and bytes, and rates that the reader can change.
+"""How long `marrq quantize` takes for a ViT on N GPUs, on paper: counts of operations and bytes,
+and rates that the reader can change.
 
     python examples/scaling_model.py [--model ViT-L] [--images 512] [--check]
 
-Per block of width d, hidden width h = 4 d, T tokens on a process, t tokens an image, with the default method (marr):
+Per block of width d, hidden width h = 4 d, T tokens on a process, t tokens an image, with the
+default method (marr):
 
     forward        24 d² T + 4 t d T                                     once through the block
     passes         7.5 forwards        ranges, sampling, statistics on both paths, the tokens behind the block
@@ -12,9 +14,9 @@ Per block of width d, hidden width h = 4 d, T tokens on a process, t tokens an i
     column loop    168 d operations one after the other   7 d columns, 12 sweeps of two operations each, in every process
     communication  448 d² bytes summed over all processes, both halves
 
-`--here` takes the rates of products and of a small operation from this machine, so that the model can be set beside a run on it; it leaves
-out all that is no product (norms, softmax, GELU, rounding).
-"""
+`--here` takes the rates of products and of a small operation from this machine, so that the model
+can be set beside a run on it; it leaves out all that is no product (norms, softmax, GELU,
+rounding)."""
 
 import argparse
 import json
@@ -30,7 +32,8 @@ MODELS = {"DINOv2-S, 112 px": (384, 12, 65), "ViT-L": (1024, 24, 197), "ViT-g": 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second in float32 and float64, seconds of an operation that is small, bytes per second between processes."""
+    """Operations per second in float32 and float64, seconds of an operation that is small, bytes
+    per second between processes."""
 
     float32: float
     float64: float
@@ -39,10 +42,13 @@ class Rates:
 
 
 GPU = Rates(float32=40e12, float64=30e12, small=6e-6, network=40e9)
-"""What may be expected of an H100, float32 without tensor cores, launched from Python, 400 Gbit/s between machines. Not measured."""
+"""What may be expected of an H100, float32 without tensor cores, launched from Python, 400 Gbit/s
+between machines. Not measured."""
 
 
-def seconds(width: int, blocks: int, tokens: int, images: int, processes: int, rates: Rates) -> dict[str, float]:
+def seconds(
+    width: int, blocks: int, tokens: int, images: int, processes: int, rates: Rates
+) -> dict[str, float]:
     """Seconds of each part, for the whole model."""
     share, square, cube = tokens * images / processes, width**2, width**3
     forward = (24 * square + 4 * tokens * width) * share
@@ -79,19 +85,33 @@ def best_of(count: int, run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; all if left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, action="append", help="may be repeated; all if left out"
+    )
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--processes", type=int, action="append", help="may be repeated; 1, 8 and 64 if left out")
-    parser.add_argument("--here", action="store_true", help="rates of this machine in place of a GPU's")
+    parser.add_argument(
+        "--processes", type=int, action="append", help="may be repeated; 1, 8 and 64 if left out"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="rates of this machine in place of a GPU's"
+    )
     arguments = parser.parse_args()
     rates = rates_here() if arguments.here else GPU
     rows = [
-        {"model": name, "processes": count, **seconds(*MODELS[name], arguments.images, count, rates)}
+        {
+            "model": name,
+            "processes": count,
+            **seconds(*MODELS[name], arguments.images, count, rates),
+        }
         for name in arguments.model or MODELS
         for count in arguments.processes or (1, 8, 64)
     ]
-    print(json.dumps({"images": arguments.images, "rates": asdict(rates), "seconds": rows}, indent=2))
+    print(
+        json.dumps({"images": arguments.images, "rates": asdict(rates), "seconds": rows}, indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""A client of a model that `marrq export --format triton` wrote: an image folder in, top-1, latency and throughput out.
+"""A client of a model that `marrq export --format triton` wrote: an image folder in, top-1, latency
+and throughput out.
 
     pip install 'marrq[serve]'
     python examples/triton_client.py IMAGES --url 127.0.0.1:8000 --name vit
     python examples/triton_client.py IMAGES --url 127.0.0.1:8001 --protocol grpc --name vit --clients 8 --requests 2000 --json load.json
 
-IMAGES is root/class/*.png|jpg|webp, or root/val/class/… where that exists; classes are named as the model names them. Resizing, and
-normalization where the model does not do it itself, follow the config on the server.
+IMAGES is root/class/*.png|jpg|webp, or root/val/class/… where that exists; classes are named as the
+model names them. Resizing, and normalization where the model does not do it itself, follow the
+config on the server.
 
-Each image is first asked for alone: top-1 and latency come from that. With --requests the images are asked for again by
-several clients at once, in turn: the server runs together what queues up, and each answer is compared with the one that its image got
-alone. Preparing the images is not timed. The JSON (schema marrq.triton_client/1) holds the logits too.
-"""
+Each image is first asked for alone: top-1 and latency come from that. With --requests the images
+are asked for again by several clients at once, in turn: the server runs together what queues up,
+and each answer is compared with the one that its image got alone. Preparing the images is not
+timed. The JSON (schema marrq.triton_client/1) holds the logits too."""
 
 import json
 import time
@@ -43,16 +45,25 @@ Answer = NDArray[np.float32]
 def main(
     images: Path,
     name: Annotated[str, typer.Option(help="Of the model.")] = "vit",
-    url: Annotated[str, typer.Option(help="HOST:PORT; Triton's own are 8000 for http, 8001 for grpc.")] = "127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option(help="HOST:PORT; Triton's own are 8000 for http, 8001 for grpc.")
+    ] = "127.0.0.1:8000",
     protocol: Annotated[str, typer.Option(help="http or grpc.")] = "http",
     clients: Annotated[int, typer.Option(help="That ask at once, with --requests.", min=1)] = 8,
-    requests: Annotated[int, typer.Option(help="Of one image each, by all clients together.", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="Take that many of the images, of all classes alike.", min=1)] = None,
+    requests: Annotated[
+        int, typer.Option(help="Of one image each, by all clients together.", min=0)
+    ] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Take that many of the images, of all classes alike.", min=1)
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Ask a served model for the classes of a folder of images: python examples/triton_client.py IMAGES --url 127.0.0.1:8000"""
+    """Ask a served model for the classes of a folder of images: python examples/triton_client.py
+    IMAGES --url 127.0.0.1:8000"""
     if protocol not in PROTOCOLS:
-        raise typer.BadParameter(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+        raise typer.BadParameter(
+            f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}"
+        )
     served = Served(PROTOCOLS[protocol], url, name)
     root = images / "val" if (images / "val").is_dir() else images
     files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGES)
@@ -63,7 +74,9 @@ def main(
     with progress_bars(alone=len(files), at_once=requests) as [alone, at_once]:
         asked = list(map(timed(served.connected(), alone.advance), inputs))
         answers = np.stack([answer for answer, _ in asked])
-        together = load(served, inputs, answers, clients, requests, at_once.advance) if requests else None
+        together = (
+            load(served, inputs, answers, clients, requests, at_once.advance) if requests else None
+        )
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "model": name,
@@ -74,7 +87,11 @@ def main(
         "together": together,
     }
     stdout.print(json.dumps(report, indent=2), highlight=False)
-    detail = {"machine": describe_machine(), "files": [str(file.relative_to(root)) for file in files], "logits": answers.tolist()}
+    detail = {
+        "machine": describe_machine(),
+        "files": [str(file.relative_to(root)) for file in files],
+        "logits": answers.tolist(),
+    }
     write_json(json_file, report | detail)
 
 
@@ -85,48 +102,75 @@ class Served:
         self.module, self.url, self.name = module, url, name
         client = module.InferenceServerClient(url)
         try:
-            config = client.get_model_config(name) if module is tritonclient.http else client.get_model_config(name, as_json=True)["config"]
+            config = (
+                client.get_model_config(name)
+                if module is tritonclient.http
+                else client.get_model_config(name, as_json=True)["config"]
+            )
         except (OSError, tritonclient.utils.InferenceServerException) as error:
             raise typer.BadParameter(f"no model {name!r} at {url}: {error}") from error
-        self.preprocessing = Preprocessing.read(config["parameters"]["preprocessing"]["string_value"])
+        self.preprocessing = Preprocessing.read(
+            config["parameters"]["preprocessing"]["string_value"]
+        )
         [self.input], [self.output] = config["input"], config["output"]
 
     def prepared(self, file: Path) -> NDArray[Any]:
         """The model's input of an image: [1, …]."""
         image = Image.open(file)
-        return (self.preprocessing.pixels(image) if self.input["data_type"] == "TYPE_UINT8" else self.preprocessing(image))[None]
+        return (
+            self.preprocessing.pixels(image)
+            if self.input["data_type"] == "TYPE_UINT8"
+            else self.preprocessing(image)
+        )[None]
 
     def connected(self) -> Callable[[NDArray[Any]], Answer]:
         """A client of its own, as a function from one input to its answer."""
         client = self.module.InferenceServerClient(self.url)
 
         def ask(pixels: NDArray[Any]) -> Answer:
-            answer: Answer = client.infer(self.name, [self._given(pixels)]).as_numpy(self.output["name"])[0]
+            answer: Answer = client.infer(self.name, [self._given(pixels)]).as_numpy(
+                self.output["name"]
+            )[0]
             return answer
 
         return ask
 
     def label(self, pixels: NDArray[Any]) -> str:
-        """The name of the most likely class: the server has the names, and answers with score:index:name."""
+        """The name of the most likely class: the server has the names, and answers with
+        score:index:name."""
         wanted = self.module.InferRequestedOutput(self.output["name"], class_count=1)
-        result = self.module.InferenceServerClient(self.url).infer(self.name, [self._given(pixels)], outputs=[wanted])
+        result = self.module.InferenceServerClient(self.url).infer(
+            self.name, [self._given(pixels)], outputs=[wanted]
+        )
         best: bytes = result.as_numpy(self.output["name"]).flat[0]
         return best.decode().split(":", 2)[2]
 
     def _given(self, pixels: NDArray[Any]) -> Any:
-        given = self.module.InferInput(self.input["name"], list(pixels.shape), self.input["data_type"].removeprefix("TYPE_"))
+        given = self.module.InferInput(
+            self.input["name"], list(pixels.shape), self.input["data_type"].removeprefix("TYPE_")
+        )
         given.set_data_from_numpy(pixels)
         return given
 
 
-def top1(served: Served, files: Sequence[Path], inputs: Sequence[NDArray[Any]], answers: NDArray[np.float32]) -> float | None:
-    """Share of the images whose most likely class is their folder's; None for a model without classes. The server is asked once for each
-    class that came out."""
+def top1(
+    served: Served,
+    files: Sequence[Path],
+    inputs: Sequence[NDArray[Any]],
+    answers: NDArray[np.float32],
+) -> float | None:
+    """Share of the images whose most likely class is their folder's; None for a model without
+    classes. The server is asked once for each class that came out."""
     if not served.output.get("label_filename"):
         return None
     best = answers.argmax(1)
-    names = {index: served.label(inputs[place]) for index, place in zip(*np.unique(best, return_index=True), strict=True)}
-    return float(np.mean([names[index] == file.parent.name for index, file in zip(best, files, strict=True)]))
+    names = {
+        index: served.label(inputs[place])
+        for index, place in zip(*np.unique(best, return_index=True), strict=True)
+    }
+    return float(
+        np.mean([names[index] == file.parent.name for index, file in zip(best, files, strict=True)])
+    )
 
 
 def load(
@@ -138,10 +182,17 @@ def load(
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """What several clients get at once, beside the answers that the images got alone."""
-    shares = [list(islice(cycle(range(len(inputs))), start, requests, clients)) for start in range(clients)]
+    shares = [
+        list(islice(cycle(range(len(inputs))), start, requests, clients))
+        for start in range(clients)
+    ]
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        asked = [row for rows in pool.map(lambda share: one_client(served, inputs, share, advance), shares) for row in rows]
+        asked = [
+            row
+            for rows in pool.map(lambda share: one_client(served, inputs, share, advance), shares)
+            for row in rows
+        ]
     seconds = time.perf_counter() - started
     answered = [(alone[place], answer) for place, answer, _ in asked if answer is not None]
     return {
@@ -151,12 +202,21 @@ def load(
         "images_per_s": len(answered) / seconds,
         "latency_ms": percentiles([seconds for _, _, seconds in asked]),
         "other_top1": sum(int(before.argmax() != after.argmax()) for before, after in answered),
-        "largest_difference": max((float(np.abs(before - after).max() / np.abs(before).max()) for before, after in answered), default=None),
+        "largest_difference": max(
+            (
+                float(np.abs(before - after).max() / np.abs(before).max())
+                for before, after in answered
+            ),
+            default=None,
+        ),
     }
 
 
 def one_client(
-    served: Served, inputs: Sequence[NDArray[Any]], share: Sequence[int], advance: Callable[[], None]
+    served: Served,
+    inputs: Sequence[NDArray[Any]],
+    share: Sequence[int],
+    advance: Callable[[], None],
 ) -> list[tuple[int, Answer | None, float]]:
     """Image, answer and seconds of each request; None for a request that failed."""
     ask, rows = timed(served.connected(), advance), []
@@ -168,7 +228,9 @@ def one_client(
     return rows
 
 
-def timed(ask: Callable[[NDArray[Any]], Answer], advance: Callable[[], None]) -> Callable[[NDArray[Any]], tuple[Answer, float]]:
+def timed(
+    ask: Callable[[NDArray[Any]], Answer], advance: Callable[[], None]
+) -> Callable[[NDArray[Any]], tuple[Answer, float]]:
     """The same function, with the seconds that it takes."""
 
     def ask_and_time(pixels: NDArray[Any]) -> tuple[Answer, float]:

@@ -1,8 +1,9 @@
-"""The float baselines: the model an artifact was made from, in float32 or in float16, traced like the quantized one.
+"""The float baselines: the model an artifact was made from, in float32 or in float16, traced like
+the quantized one.
 
-The float16 graph takes and gives float32, so that every graph of a model is fed and read alike. On the CPU provider, which has few
-float16 kernels, ONNX Runtime runs it as a graph of casts: compare with float32 too.
-"""
+The float16 graph takes and gives float32, so that every graph of a model is fed and read alike. On
+the CPU provider, which has few float16 kernels, ONNX Runtime runs it as a graph of casts: compare
+with float32 too."""
 
 import copy
 from typing import cast

@@ -1,14 +1,15 @@
 """One artifact, several ONNX files: choose a flavour, write the graph, stamp it, check it.
 
-Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`, `marrq.scheme`, `marrq.method`,
-`marrq.artifact` (hash), `marrq.source` (the float model), `marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
-`marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized linears, by their scheme), the options of
-the flavour, and `marrq.lowest_onnxruntime`. The opset and IR version are the lowest that the graph needs: servers refuse versions newer
-than they know. `marrq.linears` says where each linear begins and ends in the graph (exporters/lowering.py).
+Every file carries what is needed to serve and to judge it, as metadata: `marrq.flavor`,
+`marrq.scheme`, `marrq.method`, `marrq.artifact` (hash), `marrq.source` (the float model),
+`marrq.preprocessing`, `marrq.labels`, `marrq.bits_per_weight` (in this file),
+`marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized
+linears, by their scheme), the options of the flavour, and `marrq.lowest_onnxruntime`. The opset and
+IR version are the lowest that the graph needs: servers refuse versions newer than they know.
+`marrq.linears` says where each linear begins and ends in the graph (exporters/lowering.py).
 
-A protobuf ends at 2 GiB. The tensors of a larger model are kept beside it, in one file named like it with `.data` behind, which has to go
-where the model goes.
-"""
+A protobuf ends at 2 GiB. The tensors of a larger model are kept beside it, in one file named like
+it with `.data` behind, which has to go where the model goes."""
 
 import json
 import tempfile
@@ -40,7 +41,8 @@ IR_VERSIONS = {20: 9, 21: 10, 23: 11, 25: 13}
 
 
 INLINE_BYTES = 2_000_000_000
-"""Largest size of a model's tensors that stay in the ONNX file itself; what the graph takes besides has the rest of the 2 GiB."""
+"""Largest size of a model's tensors that stay in the ONNX file itself; what the graph takes besides
+has the rest of the 2 GiB."""
 
 
 class Flavor(Protocol):
@@ -53,16 +55,25 @@ class Flavor(Protocol):
         """Bits that a weight code takes in the file."""
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
-        """First ONNX Runtime that was seen to run such a file, of 1.17.0, 1.18.0 and so on to 1.23.0, and 1.24.1."""
+        """First ONNX Runtime that was seen to run such a file, of 1.17.0, 1.18.0 and so on to
+        1.23.0, and 1.24.1."""
 
     def export(self, model: QuantizedModel) -> ir.Model:
         """The graph, unstamped."""
 
 
-FLAVORS: dict[str, Callable[..., Flavor]] = {"integer": Integer, "matmulnbits": MatMulNBits, "qdq": Qdq}
-"""Flavours of a quantized model; the first that can express its scheme suits it best under ONNX Runtime."""
+FLAVORS: dict[str, Callable[..., Flavor]] = {
+    "integer": Integer,
+    "matmulnbits": MatMulNBits,
+    "qdq": Qdq,
+}
+"""Flavours of a quantized model; the first that can express its scheme suits it best under ONNX
+Runtime."""
 
-BASELINES: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {"fp32": (export_float32, 32), "fp16": (export_float16, 16)}
+BASELINES: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {
+    "fp32": (export_float32, 32),
+    "fp16": (export_float16, 16),
+}
 """Float flavours: exporter and bits of a weight."""
 
 BASELINE_ONNXRUNTIME = "1.17.0"
@@ -73,7 +84,11 @@ Options = Mapping[str, bool | int]
 """Options of a flavour, by the names of its fields, that are not to have their defaults."""
 
 NO_OPTIONS: Options = MappingProxyType({})
-OPTIONS = {"symmetric": ("qdq",), "accuracy_level": ("matmulnbits",), "fuse": ("integer", "matmulnbits")}
+OPTIONS = {
+    "symmetric": ("qdq",),
+    "accuracy_level": ("matmulnbits",),
+    "fuse": ("integer", "matmulnbits"),
+}
 """The flavours that take each option."""
 
 VARIANTS: dict[str, tuple[str, Options]] = {
@@ -88,7 +103,11 @@ VARIANTS: dict[str, tuple[str, Options]] = {
 
 def variants(scheme: Scheme) -> list[str]:
     """Those of VARIANTS that can express a scheme."""
-    return [name for name, (flavor, options) in VARIANTS.items() if FLAVORS[flavor](**options).objection(scheme) is None]
+    return [
+        name
+        for name, (flavor, options) in VARIANTS.items()
+        if FLAVORS[flavor](**options).objection(scheme) is None
+    ]
 
 
 def suitable_flavor(model: QuantizedModel) -> str:
@@ -97,27 +116,44 @@ def suitable_flavor(model: QuantizedModel) -> str:
 
 
 def check_flavor(model: QuantizedModel, flavor: str, options: Options = NO_OPTIONS) -> None:
-    """Raise MarrqError when there is no such flavour, it has no such option, or it cannot express the artifact's scheme."""
+    """Raise MarrqError when there is no such flavour, it has no such option, or it cannot express
+    the artifact's scheme."""
     for option in options:
         if flavor not in OPTIONS[option]:
             flag = "--no-fuse" if option == "fuse" else f"--{option.replace('_', '-')}"
-            raise MarrqError(f"{flag} is no option of {flavor!r}: use it with --flavor {' or '.join(OPTIONS[option])}")
+            raise MarrqError(
+                f"{flag} is no option of {flavor!r}: use it with --flavor "
+                f"{' or '.join(OPTIONS[option])}"
+            )
     if flavor in BASELINES:
         return
     if flavor not in FLAVORS:
-        raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join((*FLAVORS, *BASELINES))}")
+        raise MarrqError(
+            f"unknown flavor {flavor!r}: choose one of {', '.join((*FLAVORS, *BASELINES))}"
+        )
     objection = FLAVORS[flavor](**options).objection(model.scheme)
     if objection is not None:
         able = " or ".join(_able(model.scheme))
-        raise MarrqError(f"the flavor {flavor} {objection}: the artifact has {model.scheme.description}; use --flavor {able}")
+        raise MarrqError(
+            f"the flavor {flavor} {objection}: the artifact has {model.scheme.description}; use "
+            f"--flavor {able}"
+        )
 
 
-def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options: Options = NO_OPTIONS, takes_images: bool = False) -> None:
-    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash. takes_images: uint8 images, which the
-    graph normalizes, in place of normalized pixels. Raises MarrqError as `check_flavor`.
+def write(
+    model: QuantizedModel,
+    artifact: str,
+    flavor: str,
+    path: Path,
+    options: Options = NO_OPTIONS,
+    takes_images: bool = False,
+) -> None:
+    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash.
+    takes_images: uint8 images, which the graph normalizes, in place of normalized pixels. Raises
+    MarrqError as `check_flavor`.
 
-    The float flavours are the model that the artifact was made from, loaded again and checked to have the same weights.
-    """
+    The float flavours are the model that the artifact was made from, loaded again and checked to
+    have the same weights."""
     check_flavor(model, flavor, options)
     if flavor in BASELINES:
         write_baseline(load_source(model.source), flavor, path, takes_images)
@@ -134,11 +170,18 @@ def write(model: QuantizedModel, artifact: str, flavor: str, path: Path, options
         "container_bits": str(chosen.container_bits(model.scheme)),
         "lowest_onnxruntime": chosen.lowest_onnxruntime(model.scheme),
     }
-    _write(graph, model, described | {name: str(value) for name, value in vars(chosen).items()}, path, takes_images)
+    _write(
+        graph,
+        model,
+        described | {name: str(value) for name, value in vars(chosen).items()},
+        path,
+        takes_images,
+    )
 
 
 def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
-    """The quantized linears by what each of them has got, so that what runs can be held against it."""
+    """The quantized linears by what each of them has got, so that what runs can be held against
+    it."""
     paths: dict[str, list[str]] = {}
     for path, linear in quantized_linears(model.module).items():
         scheme = Scheme(linear.spec, linear.input.spec if linear.input is not None else None)
@@ -151,9 +194,11 @@ def _able(scheme: Scheme) -> list[str]:
     return [name for name, make in FLAVORS.items() if make().objection(scheme) is None]
 
 
-def write_baseline(model: VisionModel, flavor: str, path: Path, takes_images: bool = False) -> float:
-    """Write a float flavour, and return the bits of its weights; takes_images: as in `write`. Raises MarrqError for a flavour that is
-    none."""
+def write_baseline(
+    model: VisionModel, flavor: str, path: Path, takes_images: bool = False
+) -> float:
+    """Write a float flavour, and return the bits of its weights; takes_images: as in `write`.
+    Raises MarrqError for a flavour that is none."""
     if flavor not in BASELINES:
         raise MarrqError(f"unknown baseline {flavor!r}: choose one of {', '.join(BASELINES)}")
     exporter, bits = BASELINES[flavor]
@@ -168,7 +213,13 @@ def write_baseline(model: VisionModel, flavor: str, path: Path, takes_images: bo
     return float(bits)
 
 
-def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict[str, str], path: Path, takes_images: bool) -> None:
+def _write(
+    graph: ir.Model,
+    model: QuantizedModel | VisionModel,
+    described: dict[str, str],
+    path: Path,
+    takes_images: bool,
+) -> None:
     """Stamp the graph, check it, and put the file in its place in one step."""
     if takes_images:
         take_images(graph.graph, model.preprocessing)
@@ -183,10 +234,18 @@ def _write(graph: ir.Model, model: QuantizedModel | VisionModel, described: dict
     }
     graph.metadata_props.update({f"marrq.{key}": value for key, value in described.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
+    tensors = [
+        value.const_value.nbytes
+        for value in graph.graph.initializers.values()
+        if value.const_value is not None
+    ]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         file = Path(temporary) / path.name
-        ir.save(graph, file, external_data=external_data(path).name if sum(tensors) > INLINE_BYTES else None)
+        ir.save(
+            graph,
+            file,
+            external_data=external_data(path).name if sum(tensors) > INLINE_BYTES else None,
+        )
         onnx.checker.check_model(str(file), full_check=True)
         _put(file, path)
 
@@ -197,7 +256,8 @@ def external_data(path: Path) -> Path:
 
 
 def _put(file: Path, path: Path) -> None:
-    """Move a file, and its data where it has some, to a place where others may be: at every moment what is there is whole, or absent."""
+    """Move a file, and its data where it has some, to a place where others may be: at every moment
+    what is there is whole, or absent."""
     if external_data(file).exists():
         path.unlink(missing_ok=True)
         external_data(file).replace(external_data(path))

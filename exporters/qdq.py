@@ -3,25 +3,27 @@
     x → QuantizeLinear(uint8) [→ Clip] → DequantizeLinear  ┐
     codes (INT4) → Cast(int8) → DequantizeLinear           ┴ MatMul → Add(bias)
 
-It expresses every scheme. What ONNX Runtime makes of it depends on the form of the weight (seen with 1.31.1 on the CPU):
+It expresses every scheme. What ONNX Runtime makes of it depends on the form of the weight (seen
+with 1.31.1 on the CPU):
 
     static activations, a scale per channel    [in, out], as above          an integer kernel, at rank 3; without the Cast, and at
                                                                             rank 2, where Gemm comes first, it computes in float
     anything else, group scales included       [out, in], then Transpose    float; the weight is dequantized at every run
 
-The last form has a scale for each block of inputs (opset 21), a block being all of them where there are no groups, and a Transpose
-behind. Without those two ONNX Runtime fuses weight and product to its MatMulNBits with `accuracy_level` 4, which quantizes float
-activations to int8: a model whose scheme says A16 would be run, and measured, as A8.
+The last form has a scale for each block of inputs (opset 21), a block being all of them where there
+are no groups, and a Transpose behind. Without those two ONNX Runtime fuses weight and product to
+its MatMulNBits with `accuracy_level` 4, which quantizes float activations to int8: a model whose
+scheme says A16 would be run, and measured, as A8.
 
-`symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4 and INT8, zero points 0, a scale per
-channel, or with INT4 per block of inputs):
+`symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4
+and INT8, zero points 0, a scale per channel, or with INT4 per block of inputs):
 
     x, codes (INT4) → DequantizeLinear → MatMul → Add(bias)
 
-without a Cast, without zero points, and with codes of 2 and 3 bits in INT4. It takes the artifact's codes as they are, so their grid must
-be symmetric; and float activations, since those of marrq lie on asymmetric uint8 grids. This form ONNX Runtime does run as W4A8,
-silently, unless the session sets `session.qdq_matmulnbits_accuracy_level` to 1.
-"""
+without a Cast, without zero points, and with codes of 2 and 3 bits in INT4. It takes the artifact's
+codes as they are, so their grid must be symmetric; and float activations, since those of marrq lie
+on asymmetric uint8 grids. This form ONNX Runtime does run as W4A8, silently, unless the session
+sets `session.qdq_matmulnbits_accuracy_level` to 1."""
 
 from dataclasses import dataclass
 
@@ -29,7 +31,16 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.lowering import BLOCK_OPSET, WIDENED_ONNXRUNTIME, Site, int8_codes, lower, opset_of, with_bias, with_lowrank
+from exporters.lowering import (
+    BLOCK_OPSET,
+    WIDENED_ONNXRUNTIME,
+    Site,
+    int8_codes,
+    lower,
+    opset_of,
+    with_bias,
+    with_lowrank,
+)
 from marrq.pipeline import QuantizedModel
 from marrq.schemes import Scheme
 
@@ -66,12 +77,20 @@ class Qdq:
         if self.symmetric:
             return lower(model, BLOCK_OPSET, _symmetric)
         opset = opset_of(model.scheme)
-        return lower(model, opset if _fits_integer_kernel(model.scheme) else max(opset, BLOCK_OPSET), _standard)
+        return lower(
+            model,
+            opset if _fits_integer_kernel(model.scheme) else max(opset, BLOCK_OPSET),
+            _standard,
+        )
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
     """Whether an integer kernel can multiply: static activations, and a scale per channel."""
-    return scheme.weight.group_size is None and scheme.activation is not None and scheme.activation.is_static
+    return (
+        scheme.weight.group_size is None
+        and scheme.activation is not None
+        and scheme.activation.is_static
+    )
 
 
 def _product(site: Site, weight: ir.Value) -> ir.Value:
@@ -80,8 +99,13 @@ def _product(site: Site, weight: ir.Value) -> ir.Value:
 
 
 def _standard(site: Site) -> ir.Value:
-    """Each linear by its own numbers: the edges of a model may have an integer kernel where its blocks have none."""
-    fits = site.quantizer is not None and site.quantizer.spec.is_static and site.rows.scale.shape[1] == 1
+    """Each linear by its own numbers: the edges of a model may have an integer kernel where its
+    blocks have none."""
+    fits = (
+        site.quantizer is not None
+        and site.quantizer.spec.is_static
+        and site.rows.scale.shape[1] == 1
+    )
     return _per_channel(site) if fits else _per_block(site)
 
 
@@ -100,8 +124,13 @@ def _per_channel(site: Site) -> ir.Value:
 def _per_block(site: Site) -> ir.Value:
     rows = site.rows
     codes = int8_codes(site, rows.codes)
-    scale, zero_point = site.constant("weight_scale", rows.scale.numpy()), site.constant("weight_zero_point", rows.zero_point.numpy())
-    weight = site.add("DequantizeLinear", [codes, scale, zero_point], axis=1, block_size=_block_size(site))
+    scale, zero_point = (
+        site.constant("weight_scale", rows.scale.numpy()),
+        site.constant("weight_zero_point", rows.zero_point.numpy()),
+    )
+    weight = site.add(
+        "DequantizeLinear", [codes, scale, zero_point], axis=1, block_size=_block_size(site)
+    )
     return _product(site, site.add("Transpose", [weight]))
 
 
@@ -110,7 +139,11 @@ def _symmetric(site: Site) -> ir.Value:
     container = np.int8 if rows.num_bits == 8 else ml_dtypes.int4
     codes = site.constant("weight_codes", rows.codes.T.contiguous().numpy().astype(container))
     if rows.scale.shape[1] == 1:
-        weight = site.add("DequantizeLinear", [codes, site.constant("weight_scale", rows.scale[:, 0].numpy())], axis=1)
+        weight = site.add(
+            "DequantizeLinear",
+            [codes, site.constant("weight_scale", rows.scale[:, 0].numpy())],
+            axis=1,
+        )
     else:
         scale = site.constant("weight_scale", rows.scale.T.contiguous().numpy())
         weight = site.add("DequantizeLinear", [codes, scale], axis=0, block_size=_block_size(site))

@@ -1,8 +1,9 @@
-"""Trace a model to a float ONNX graph in which every quantized linear is one placeholder node `marrq::QuantizedLinear` that carries its
-module path. A flavour is a lowering of that node; the graph around it is the same for all.
+"""Trace a model to a float ONNX graph in which every quantized linear is one placeholder node
+`marrq::QuantizedLinear` that carries its module path. A flavour is a lowering of that node; the
+graph around it is the same for all.
 
-Whatever does not depend on the images is a constant in it: relative positions that a model makes anew in each forward, rotary tables.
-"""
+Whatever does not depend on the images is a constant in it: relative positions that a model makes
+anew in each forward, rotary tables."""
 
 import copy
 import logging
@@ -28,7 +29,8 @@ INPUT = "pixels"
 
 
 class _Placeholder(nn.Module):
-    """Stands for a quantized linear in the trace: knows its path and its output's width, nothing else."""
+    """Stands for a quantized linear in the trace: knows its path and its output's width, nothing
+    else."""
 
     def __init__(self, path: str, out_features: int) -> None:
         super().__init__()
@@ -37,7 +39,12 @@ class _Placeholder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
         return torch.onnx.ops.symbolic(
-            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}", (x,), attrs={"path": self.path}, dtype=x.dtype, shape=shape, version=1
+            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}",
+            (x,),
+            attrs={"path": self.path},
+            dtype=x.dtype,
+            shape=shape,
+            version=1,
         )
 
 
@@ -50,11 +57,15 @@ def with_placeholders(model: nn.Module) -> nn.Module:
     return model
 
 
-def trace(model: nn.Module, input_size: Sequence[int], opset: int, output: str = "logits") -> ir.Model:
-    """The graph of a model from float32 `pixels` [batch, channels, height, width] to `output` [batch, …], batch dynamic."""
+def trace(
+    model: nn.Module, input_size: Sequence[int], opset: int, output: str = "logits"
+) -> ir.Model:
+    """The graph of a model from float32 `pixels` [batch, channels, height, width] to `output`
+    [batch, …], batch dynamic."""
     example = torch.zeros(2, *input_size)
     try:
-        # With another kernel the exporter fails to find the strides again that a masked attention gave (timm's BEiT).
+        # With another kernel the exporter fails to find the strides again that a masked attention
+        # gave (timm's BEiT).
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 model.eval(),
@@ -64,14 +75,18 @@ def trace(model: nn.Module, input_size: Sequence[int], opset: int, output: str =
                 input_names=[INPUT],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention
+                },
                 optimize=False,
                 verbose=False,
             )
             if program is not None:
                 optimize_ir(program.model, should_fold=lambda node: True)  # constants of any size
     except torch.onnx.OnnxExporterError as error:
-        raise MarrqError(f"the model cannot be traced to ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise MarrqError(
+            f"the model cannot be traced to ONNX: {str(error).strip().splitlines()[0]}"
+        ) from error
     if program is None:
         raise MarrqError("the model cannot be traced to ONNX: the exporter returned nothing")
     return program.model
@@ -87,8 +102,8 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(s q kᵀ + mask) v as two products, which `fuse_attention` knows: torch's own translation at opsets below 23 moves shapes about
-    at run time, and scales q and k separately."""
+    """softmax(s q kᵀ + mask) v as two products, which `fuse_attention` knows: torch's own
+    translation at opsets below 23 moves shapes about at run time, and scales q and k separately."""
     if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
         raise NotImplementedError("causal, grouped or boolean-masked attention")
     op: Any = opset18  # its stubs type tensors by element, which a translation cannot know

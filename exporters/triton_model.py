@@ -1,8 +1,9 @@
-"""The model of Triton's python backend: runs the ONNX file beside it by onnxruntime, for servers without the onnxruntime backend.
+"""The model of Triton's python backend: runs the ONNX file beside it by onnxruntime, for servers
+without the onnxruntime backend.
 
-`marrq export --format triton --backend python` copies this file into the repository; it needs numpy and onnxruntime there, nothing else.
-All requests that the server hands over at once are one run, as they would be in the onnxruntime backend.
-"""
+`marrq export --format triton --backend python` copies this file into the repository; it needs numpy
+and onnxruntime there, nothing else. All requests that the server hands over at once are one run, as
+they would be in the onnxruntime backend."""
 
 import json
 from pathlib import Path
@@ -19,26 +20,48 @@ class TritonPythonModel:
     """One instance of the model. The names of class and methods are the backend's."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the file. args: `model_config` as JSON, folder and version of the model, kind and number of the device. Raises what
-        onnxruntime raises for a file that it cannot load, and RuntimeError for a provider that cannot be had: the model is then not
-        served."""
+        """Open the file. args: `model_config` as JSON, folder and version of the model, kind and
+        number of the device. Raises what onnxruntime raises for a file that it cannot load, and
+        RuntimeError for a provider that cannot be had: the model is then not served."""
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
         threads = config["parameters"].get("intra_op_thread_count")
         if threads is not None:
             options.intra_op_num_threads = int(threads["string_value"])
-        file = Path(args["model_repository"]) / args["model_version"] / config["parameters"]["onnx_file"]["string_value"]
+        file = (
+            Path(args["model_repository"])
+            / args["model_version"]
+            / config["parameters"]["onnx_file"]["string_value"]
+        )
         provider = PROVIDERS[args["model_instance_kind"]]
-        device = [{"device_id": args["model_instance_device_id"]}] if provider == "CUDAExecutionProvider" else [{}]
-        self.session = onnxruntime.InferenceSession(file, options, providers=[provider], provider_options=device)
+        device = (
+            [{"device_id": args["model_instance_device_id"]}]
+            if provider == "CUDAExecutionProvider"
+            else [{}]
+        )
+        self.session = onnxruntime.InferenceSession(
+            file, options, providers=[provider], provider_options=device
+        )
         if self.session.get_providers()[0] != provider:
             had = ", ".join(onnxruntime.get_available_providers())
-            raise RuntimeError(f"{provider} is not available, onnxruntime has {had}: for a GPU install onnxruntime-gpu in its place")
-        self.input, self.output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
+            raise RuntimeError(
+                f"{provider} is not available, onnxruntime has {had}: for a GPU install "
+                "onnxruntime-gpu in its place"
+            )
+        self.input, self.output = (
+            self.session.get_inputs()[0].name,
+            self.session.get_outputs()[0].name,
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """A response for each request. Shapes and types were checked by the server, which knows them from its config."""
-        inputs = [triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests]
+        """A response for each request. Shapes and types were checked by the server, which knows
+        them from its config."""
+        inputs = [
+            triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests
+        ]
         [results] = self.session.run([self.output], {self.input: np.concatenate(inputs)})
         ends = np.cumsum([len(images) for images in inputs])
-        return [triton.InferenceResponse([triton.Tensor(self.output, part)]) for part in np.split(results, ends[:-1])]
+        return [
+            triton.InferenceResponse([triton.Tensor(self.output, part)])
+            for part in np.split(results, ends[:-1])
+        ]

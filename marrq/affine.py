@@ -1,12 +1,14 @@
-"""Affine grids: choose one, quantize to its codes, dequantize. The only place in marrq that rounds and clamps.
+"""Affine grids: choose one, quantize to its codes, dequantize. The only place in marrq that rounds
+and clamps.
 
     code = clamp(round(x / scale) + zero_point, low, high)          value = (code - zero_point) · scale
 
-Rounding is half to even and the division is a division, as in ONNX QuantizeLinear, so that torch and ONNX Runtime give the same codes.
-Every grid represents 0 exactly. The weight grid is GPTQ's (arXiv 2210.17323, released code): min/max per output channel or group of
-inputs, then a search over clipped ranges with the error |q - w|^2.4. The grid of mxint is not searched: the scale is the power of two
-that the largest magnitude of the block asks for, with one sign bit and b - 1 bits of mantissa.
-"""
+Rounding is half to even and the division is a division, as in ONNX QuantizeLinear, so that torch
+and ONNX Runtime give the same codes. Every grid represents 0 exactly. The weight grid is GPTQ's
+(arXiv 2210.17323, released code): min/max per output channel or group of inputs, then a search over
+clipped ranges with the error |q - w|^2.4. The grid of mxint is not searched: the scale is the power
+of two that the largest magnitude of the block asks for, with one sign bit and b - 1 bits of
+mantissa."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,10 +27,9 @@ WEIGHT_ERROR_POWER = 2.4
 class Grid:
     """An affine grid of integers `low` … `high`.
 
-    scale, zero_point: floating-point tensors that broadcast against what is quantized: [m, 1] for weights [m, n] (per channel), [] per
-    tensor, [..., 1] per token. Weights in groups have [m, groups], to be `spread` first. The zero point holds an integer between `low`
-    and `high`.
-    """
+    scale, zero_point: floating-point tensors that broadcast against what is quantized: [m, 1] for
+    weights [m, n] (per channel), [] per tensor, [..., 1] per token. Weights in groups have [m,
+    groups], to be `spread` first. The zero point holds an integer between `low` and `high`."""
 
     scale: Tensor
     zero_point: Tensor
@@ -37,28 +38,46 @@ class Grid:
 
     def quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Codes of x, in x's floating-point type; NaN stays NaN. out: where to write them."""
-        return torch.div(x, self.scale, out=out).round_().add_(self.zero_point).clamp_(self.low, self.high)
+        return (
+            torch.div(x, self.scale, out=out)
+            .round_()
+            .add_(self.zero_point)
+            .clamp_(self.low, self.high)
+        )
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes, in the type of the scale."""
         return (codes - self.zero_point).mul_(self.scale)
 
     def spread(self, columns: int) -> "Grid":
-        """The grid with each group's scale and zero point repeated for its columns: [m, columns]."""
+        """The grid with each group's scale and zero point repeated for its columns: [m,
+        columns]."""
         size = columns // self.scale.shape[1]
-        return Grid(self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1), self.low, self.high)
+        return Grid(
+            self.scale.repeat_interleave(size, 1),
+            self.zero_point.repeat_interleave(size, 1),
+            self.low,
+            self.high,
+        )
 
     def columns(self, order: Tensor) -> list["Steps"]:
         """The grid of each column of a weight, in the order given: [n] of scales [m]."""
         lowest, highest = self.low - self.zero_point, self.high - self.zero_point
         if self.scale.shape[1] == 1:
-            return [Steps(*(part[:, 0].contiguous() for part in (self.scale, lowest, highest)))] * len(order)
-        spread = (part.repeat_interleave(len(order) // part.shape[1], 1).T[order] for part in (self.scale, lowest, highest))
+            return [
+                Steps(*(part[:, 0].contiguous() for part in (self.scale, lowest, highest)))
+            ] * len(order)
+        spread = (
+            part.repeat_interleave(len(order) // part.shape[1], 1).T[order]
+            for part in (self.scale, lowest, highest)
+        )
         return [Steps(*parts) for parts in zip(*spread, strict=True)]
 
     def shaped(self, rows: int) -> "Grid":
         """The same scales, as [rows, groups]."""
-        return Grid(self.scale.reshape(rows, -1), self.zero_point.reshape(rows, -1), self.low, self.high)
+        return Grid(
+            self.scale.reshape(rows, -1), self.zero_point.reshape(rows, -1), self.low, self.high
+        )
 
     def nearest(self, x: Tensor) -> Tensor:
         """The value of the grid that each x is rounded to."""
@@ -67,8 +86,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Steps:
-    """A grid counted from its zero: value = steps · scale, code = steps + zero point. Half as many operations as by way of the codes,
-    for the same integers.
+    """A grid counted from its zero: value = steps · scale, code = steps + zero point. Half as many
+    operations as by way of the codes, for the same integers.
 
     scale, lowest, highest: [m], lowest and highest being the grid's ends minus its zero points.
     """
@@ -93,7 +112,8 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
 
 
 def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
-    """The grid of a weight [m, n], by the weight alone; scales: [m, groups]. Raises MarrqError when n is no multiple of the group size."""
+    """The grid of a weight [m, n], by the weight alone; scales: [m, groups]. Raises MarrqError when
+    n is no multiple of the group size."""
     groups = _groups(weight, spec)
     if spec.grid == "mxint":
         return _mxint_grid(groups, spec.code_range).shaped(len(weight))
@@ -112,7 +132,10 @@ def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     """The parts of a weight that have one scale each, as rows."""
     size = spec.group_size or weight.shape[1]
     if weight.shape[1] % size:
-        raise MarrqError(f"{weight.shape[1]} inputs are no multiple of the group size {size}: choose another group size")
+        raise MarrqError(
+            f"{weight.shape[1]} inputs are no multiple of the group size {size}: choose another "
+            "group size"
+        )
     return weight.reshape(-1, size)
 
 
@@ -120,7 +143,9 @@ def _clipped(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
     """The grid of each row with its range multiplied by a factor."""
     low, high = spec.code_range
     if spec.grid == "asymmetric":
-        return grid_from_range(rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high))
+        return grid_from_range(
+            rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high)
+        )
     largest = rows.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest * factor / high, torch.ones_like(largest))
     return Grid(scale, torch.zeros_like(scale), low, high)
@@ -129,14 +154,21 @@ def _clipped(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
 def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
     """For each row the grid with the least Σ |q - w|^2.4, the first of equals."""
     candidates = list(grids)
-    # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back as 0.
-    errors = [grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1) for grid in candidates]
+    # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back
+    # as 0.
+    errors = [
+        grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1)
+        for grid in candidates
+    ]
     return select_rows(candidates, torch.stack(errors).argmin(0))
 
 
 def stack_grids(grids: Sequence[Grid]) -> Grid:
     """The grid of weights stacked upon each other: [Σ m, groups]."""
-    scale, zero_point = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero_point for grid in grids])
+    scale, zero_point = (
+        torch.cat([grid.scale for grid in grids]),
+        torch.cat([grid.zero_point for grid in grids]),
+    )
     return Grid(scale, zero_point, grids[0].low, grids[0].high)
 
 
@@ -149,9 +181,12 @@ def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
 
 
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
-    """The scale 2^(e - b + 2), e the exponent of the largest magnitude of a block [32], so that b - 1 bits of mantissa reach it."""
+    """The scale 2^(e - b + 2), e the exponent of the largest magnitude of a block [32], so that b -
+    1 bits of mantissa reach it."""
     _, high = code_range
     largest = blocks.abs().amax(1, keepdim=True)
     exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx · 2^exponent
-    scale = torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1)
+    scale = torch.ldexp(
+        torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1
+    )
     return Grid(scale, torch.zeros_like(scale), -high, high)

@@ -1,25 +1,32 @@
-"""Balance the channels between two linears: another basis for the values of each head, in which rounding does the least harm [ours].
+"""Balance the channels between two linears: another basis for the values of each head, in which
+rounding does the least harm [ours].
 
-Attention mixes tokens, not channels. So with V the values of a head and W the columns of the output projection that read it,
+Attention mixes tokens, not channels. So with V the values of a head and W the columns of the output
+projection that read it,
 
     W A V = (W T⁻¹) A (T V)        for any invertible T,        folded into the two linears: exact, and free at run time
 
-QuaRot (arXiv 2404.00456) takes a rotation for T. A general T can do more. With x the input of the projection in the new basis, rounding x
-on one grid for all channels adds noise in proportion to E‖x‖² = tr(T H Tᵀ), which W carries to the outputs as tr(T⁻ᵀ M T⁻¹); H = E[x xᵀ]
-and M = Wᵀ W before the change. Rounding W does the same with the parts exchanged. Either way the harm is, with P = Tᵀ T,
+QuaRot (arXiv 2404.00456) takes a rotation for T. A general T can do more. With x the input of the
+projection in the new basis, rounding x on one grid for all channels adds noise in proportion to
+E‖x‖² = tr(T H Tᵀ), which W carries to the outputs as tr(T⁻ᵀ M T⁻¹); H = E[x xᵀ] and M = Wᵀ W before
+the change. Rounding W does the same with the parts exchanged. Either way the harm is, with P = Tᵀ
+T,
 
     tr(P H) · tr(P⁻¹ M),        least at the geometric mean        P = H⁻¹ # M = H^-½ (H^½ M H^½)^½ H^-½
 
-(Cauchy and Schwarz; for all heads at once, so that strong heads are weakened and weak ones strengthened). T = R √P with a random rotation
-R, which spreads over the channels of a head what stands out in one: that the noise is the same in all channels was assumed above.
+(Cauchy and Schwarz; for all heads at once, so that strong heads are weakened and weak ones
+strengthened). T = R √P with a random rotation R, which spreads over the channels of a head what
+stands out in one: that the noise is the same in all channels was assumed above.
 
-A gated MLP, W (σ(g) ⊙ u), is the same with heads of one channel: T is then diagonal, P = √(M / H), and there is nothing to rotate.
+A gated MLP, W (σ(g) ⊙ u), is the same with heads of one channel: T is then diagonal, P = √(M / H),
+and there is nothing to rotate.
 
-That is for rounding on fixed grids. A sweep that compensates profits from inputs that are correlated, which the new basis undoes: where
-weights are coarse and activations are not, balance does harm (methods/problem.py, `balances`).
+That is for rounding on fixed grids. A sweep that compensates profits from inputs that are
+correlated, which the new basis undoes: where weights are coarse and activations are not, balance
+does harm (methods/problem.py, `balances`).
 
-Nothing here knows a family by name: a trial forward must show which outputs of which linear are the values, and how wide a head is.
-"""
+Nothing here knows a family by name: a trial forward must show which outputs of which linear are the
+values, and how wide a head is."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,17 +40,19 @@ from marrq.rotation import random_orthogonal
 from marrq.threads import one_thread
 
 DAMPING = 0.01
-"""What is added to H and M of each head, as a share of their mean diagonal: directions that the sample hardly knows stay as they are."""
+"""What is added to H and M of each head, as a share of their mean diagonal: directions that the
+sample hardly knows stay as they are."""
 TRIAL_SEED = 0
 
 
 @dataclass(frozen=True)
 class Passage:
-    """The way from the outputs of one linear to the inputs of another, on which groups of channels stay to themselves.
+    """The way from the outputs of one linear to the inputs of another, on which groups of channels
+    stay to themselves.
 
-    source: path within the block of the first linear; start: the first of its outputs on that way; target: path of the linear that reads
-    them, and nothing else; width: channels of a group, as many as a head has.
-    """
+    source: path within the block of the first linear; start: the first of its outputs on that way;
+    target: path of the linear that reads them, and nothing else; width: channels of a group, as
+    many as a head has."""
 
     source: str
     start: int
@@ -52,7 +61,8 @@ class Passage:
 
 
 def find_passage(block: Block, target: str, tokens: Tensor) -> Passage | None:
-    """The way that leads to a linear of the block, or None where there is none. tokens: some that enter the block; one image is enough."""
+    """The way that leads to a linear of the block, or None where there is none. tokens: some that
+    enter the block; one image is enough."""
     block, tokens = block.in_float64(), tokens[:1].double()
     channels = block.linear(target).in_features
     before = block.input_of(target, tokens)
@@ -67,14 +77,22 @@ def find_passage(block: Block, target: str, tokens: Tensor) -> Passage | None:
     widths = [channels // heads for heads in range(1, channels) if channels % heads == 0]
     for source, start in _candidates(block, target):
         if follows(source, start, torch.linspace(0.5, 2, channels).diag()):
-            rotations = ((width, [random_orthogonal(width, generator)] * (channels // width)) for width in widths)
-            wide = (width for width, parts in rotations if follows(source, start, torch.block_diag(*parts)))
+            rotations = (
+                (width, [random_orthogonal(width, generator)] * (channels // width))
+                for width in widths
+            )
+            wide = (
+                width
+                for width, parts in rotations
+                if follows(source, start, torch.block_diag(*parts))
+            )
             return Passage(source, start, target, next(wide, 1))
     return None
 
 
 def balancing(inputs: Tensor, weight: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """T, block-diagonal by groups: float64 [n, n]. inputs: a sample of the target's, [tokens, n]; weight: [m, n]; generator: draws R."""
+    """T, block-diagonal by groups: float64 [n, n]. inputs: a sample of the target's, [tokens, n];
+    weight: [m, n]; generator: draws R."""
     blocks = []
     for x, w in zip(inputs.double().split(width, 1), weight.double().split(width, 1), strict=True):
         root = _power(_geometric_mean(_damped(x.T @ x / len(x)), _damped(w.T @ w)), 0.5)
@@ -91,8 +109,12 @@ def fold_basis(block: Block, passage: Passage, change: Tensor) -> None:
 
 
 def _candidates(block: Block, target: str) -> Iterator[tuple[str, int]]:
-    """Linears before the target, with each part of their outputs that is as wide as its input; the last part first: it mostly is V."""
-    names, channels = [name for group in block.groups for name in group], block.linear(target).in_features
+    """Linears before the target, with each part of their outputs that is as wide as its input; the
+    last part first: it mostly is V."""
+    names, channels = (
+        [name for group in block.groups for name in group],
+        block.linear(target).in_features,
+    )
     for name in names[: names.index(target)]:
         outputs = block.linear(name).out_features
         if outputs % channels == 0:
@@ -123,4 +145,6 @@ def _geometric_mean(inputs: Tensor, weights: Tensor) -> Tensor:
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return cast(Tensor, (vectors * values.clamp(min=torch.finfo(values.dtype).tiny) ** exponent) @ vectors.T)
+    return cast(
+        Tensor, (vectors * values.clamp(min=torch.finfo(values.dtype).tiny) ** exponent) @ vectors.T
+    )

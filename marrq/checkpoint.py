@@ -1,12 +1,13 @@
-"""Checkpoints: what each block of a run has become, on disk, so that a run that was killed can go on.
+"""Checkpoints: what each block of a run has become, on disk, so that a run that was killed can go
+on.
 
     settings.json             model, images, scheme, method and versions of the run; a run with others is refused
     block-0012.safetensors    the tensors of a block that is done, named as in an artifact, and its reports
 
-A file is written under another name, flushed, and renamed: it is there or it is not. Tokens are not kept. A run that goes on computes them
-again from the images and the blocks that are done, which takes a fraction of the time that quantizing these took, and gives the same bits;
-so the artifact of a run that was killed is that of one that was not, byte for byte.
-"""
+A file is written under another name, flushed, and renamed: it is there or it is not. Tokens are not
+kept. A run that goes on computes them again from the images and the blocks that are done, which
+takes a fraction of the time that quantizing these took, and gives the same bits; so the artifact of
+a run that was killed is that of one that was not, byte for byte."""
 
 import json
 import shutil
@@ -31,10 +32,12 @@ SETTINGS = "settings.json"
 
 
 class FolderCheckpoint:
-    """The blocks of one run in a folder, which the first process alone reads and writes (pipeline.Checkpoint)."""
+    """The blocks of one run in a folder, which the first process alone reads and writes
+    (pipeline.Checkpoint)."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], scheme: Scheme, team: Team) -> None:
-        """settings: what the run is, as JSON. Raises MarrqError where the folder has a run with others."""
+        """settings: what the run is, as JSON. Raises MarrqError where the folder has a run with
+        others."""
         self._folder, self._scheme, self._team = folder, scheme, team
         if team.leads:
             _begin(folder, settings)
@@ -48,7 +51,11 @@ class FolderCheckpoint:
         device, edges = next(block.module.parameters()).device, set()
         if isinstance(block, Edge):
             edges = {name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)}
-            tensors |= {name: tensor for name, tensor in tensors_of(block.module).items() if _is_other(name, block)}
+            tensors |= {
+                name: tensor
+                for name, tensor in tensors_of(block.module).items()
+                if _is_other(name, block)
+            }
         restore(block.module, tensors, self._scheme, edges).to(device)
         return reports
 
@@ -56,7 +63,11 @@ class FolderCheckpoint:
         """See pipeline.Checkpoint."""
         if not self._team.leads:
             return
-        tensors = {name: tensor for name, tensor in tensors_of(block.module).items() if not _is_other(name, block)}
+        tensors = {
+            name: tensor
+            for name, tensor in tensors_of(block.module).items()
+            if not _is_other(name, block)
+        }
         told = {"reports": json.dumps([asdict(report) for report in reports])}
         _write(self._file(index), lambda place: save_file(tensors, place, told))
 
@@ -74,14 +85,19 @@ class FolderCheckpoint:
             return None
         try:
             with safetensors.safe_open(file, framework="pt") as content:
-                reports = [report_of(fields) for fields in json.loads(content.metadata()["reports"])]
+                reports = [
+                    report_of(fields) for fields in json.loads(content.metadata()["reports"])
+                ]
                 return {name: content.get_tensor(name) for name in content.keys()}, reports  # noqa: SIM118  # no mapping
         except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise MarrqError(f"checkpoint {str(file)!r} is damaged: remove it to quantize its block again") from error
+            raise MarrqError(
+                f"checkpoint {str(file)!r} is damaged: remove it to quantize its block again"
+            ) from error
 
 
 def _is_other(tensor: str, block: Block) -> bool:
-    """Whether a tensor belongs to the blocks that an edge, whose module is the whole model, has inside."""
+    """Whether a tensor belongs to the blocks that an edge, whose module is the whole model, has
+    inside."""
     return isinstance(block, Edge) and tensor.startswith(
         tuple(path + "." for path, part in block.module.named_modules() if part in block.blocks)
     )
@@ -101,12 +117,17 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or make sure that it holds this run."""
     if not is_checkpoint(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / SETTINGS, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
+        _write(
+            folder / SETTINGS, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n")
+        )
         return
     found = _settings(folder)
     differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
-        raise MarrqError(f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, or repeat that run's options")
+        raise MarrqError(
+            f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, or "
+            "repeat that run's options"
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -130,4 +151,7 @@ def _write(file: Path, write: Callable[[Path], object]) -> None:
         flush(file.parent)
     except (OSError, safetensors.SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise MarrqError(f"cannot write checkpoint {str(file)!r}: {reason}; blocks before it are kept, for --resume") from error
+        raise MarrqError(
+            f"cannot write checkpoint {str(file)!r}: {reason}; blocks before it are kept, for "
+            "--resume"
+        ) from error

@@ -1,15 +1,17 @@
-"""Patch embedding and head, the edges of a vision transformer: the linears before its first block and behind its last.
+"""Patch embedding and head, the edges of a vision transformer: the linears before its first block
+and behind its last.
 
 A convolution whose stride is its kernel reads every pixel once, and so is a linear on patches,
 
     y = W p + b,        p: the pixels of a patch, [channels · height · width]
 
-`Patches` is that linear in the convolution's place. Its codes, grid, statistics, artifact and kernel are those of any linear, its input are
-quantized pixels; nothing asks for a quantized output, as an integer convolution would.
+`Patches` is that linear in the convolution's place. Its codes, grid, statistics, artifact and
+kernel are those of any linear, its input are quantized pixels; nothing asks for a quantized output,
+as an integer convolution would.
 
-The pipeline goes through a chain of blocks, and the edges are two more of them: `Stem` takes pixels and gives the tokens that enter the
-first block, `Head` takes the tokens behind the last block and gives the logits. A trial forward must show that nothing else enters them.
-"""
+The pipeline goes through a chain of blocks, and the edges are two more of them: `Stem` takes pixels
+and gives the tokens that enter the first block, `Head` takes the tokens behind the last block and
+gives the logits. A trial forward must show that nothing else enters them."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -23,7 +25,8 @@ from marrq.errors import MarrqError
 
 
 class Patches(nn.Module):
-    """A linear on the patches of an image, with the shapes of the convolution that it stands for."""
+    """A linear on the patches of an image, with the shapes of the convolution that it stands
+    for."""
 
     weight: Tensor
 
@@ -32,13 +35,20 @@ class Patches(nn.Module):
         super().__init__()
         self.size, self.linear = size, linear
         # transformers asks a patch embedding for the type of its weight.
-        self.register_buffer("weight", torch.empty(0, device=linear.weight.device), persistent=False)
+        self.register_buffer(
+            "weight", torch.empty(0, device=linear.weight.device), persistent=False
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: [batch, channels, rows · height, columns · width] to [batch, out, rows, columns]."""
+        """pixels: [batch, channels, rows · height, columns · width] to [batch, out, rows,
+        columns]."""
         (batch, channels, image_height, image_width), (height, width) = pixels.shape, self.size
-        apart = pixels.reshape(batch, channels, image_height // height, height, image_width // width, width)
-        patches = apart.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [batch, rows, columns, channels · height · width]
+        apart = pixels.reshape(
+            batch, channels, image_height // height, height, image_width // width, width
+        )
+        patches = apart.permute(0, 2, 4, 1, 3, 5).flatten(
+            3
+        )  # [batch, rows, columns, channels · height · width]
         return cast(Tensor, self.linear(patches)).permute(0, 3, 1, 2)
 
 
@@ -46,7 +56,13 @@ def put_patches(model: nn.Module, path: str) -> Patches:
     """Put the linear in the place of the convolution at a path, whose stride is its kernel."""
     convolution = cast(nn.Conv2d, model.get_submodule(path))
     weight = convolution.weight.detach().flatten(1)
-    linear = nn.Linear(weight.shape[1], len(weight), bias=convolution.bias is not None, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(
+        weight.shape[1],
+        len(weight),
+        bias=convolution.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
     linear.weight.data = weight
     if convolution.bias is not None:
         linear.bias.data = convolution.bias.detach()
@@ -57,13 +73,16 @@ def put_patches(model: nn.Module, path: str) -> Patches:
 
 @dataclass(frozen=True)
 class Edge(Block):
-    """What stands before or behind the blocks. module: the whole model; blocks: its blocks, which copies share."""
+    """What stands before or behind the blocks. module: the whole model; blocks: its blocks, which
+    copies share."""
 
     blocks: tuple[nn.Module, ...]
 
     def copied(self) -> "Edge":
         """The same edge with parameters of its own."""
-        return replace(self, module=copy.deepcopy(self.module, {id(block): block for block in self.blocks}))
+        return replace(
+            self, module=copy.deepcopy(self.module, {id(block): block for block in self.blocks})
+        )
 
 
 class Stem(Edge):
@@ -78,7 +97,8 @@ class Stem(Edge):
 
 @dataclass(frozen=True)
 class Head(Edge):
-    """The model behind its last block: tokens in, logits out. example: pixels [1, channels, height, width], by which to get there."""
+    """The model behind its last block: tokens in, logits out. example: pixels [1, channels, height,
+    width], by which to get there."""
 
     example: Tensor
 
@@ -94,10 +114,11 @@ class Head(Edge):
 
 @torch.no_grad()
 def with_edges(model: nn.Module, blocks: list[Block], images: Tensor) -> list[Block]:
-    """The chain of stem, blocks and head, where there is one; the patch embedding becomes a linear. images: two or more, for the trial.
+    """The chain of stem, blocks and head, where there is one; the patch embedding becomes a linear.
+    images: two or more, for the trial.
 
-    Raises MarrqError when the patch embedding is no linear on patches, and when the logits do not follow from the last block's tokens.
-    """
+    Raises MarrqError when the patch embedding is no linear on patches, and when the logits do not
+    follow from the last block's tokens."""
     apart = [block.path for block in blocks[1:] if not block.follows]
     if apart:
         raise _refusal(f"block {apart[0]!r} does not follow from the one before")
@@ -110,7 +131,11 @@ def with_edges(model: nn.Module, blocks: list[Block], images: Tensor) -> list[Bl
     if not behind:
         return [stem, *blocks]
     names = [name for name, _ in behind]
-    wrong = [name for name in names if not isinstance(model.get_submodule(name), nn.Linear) or names.count(name) > 1]
+    wrong = [
+        name
+        for name in names
+        if not isinstance(model.get_submodule(name), nn.Linear) or names.count(name) > 1
+    ]
     if wrong:
         raise _refusal(f"{wrong[0]!r} behind its last block is no linear that runs once")
     head = Head("", model, group_by_input(behind), True, (), {}, modules, images[:1])
@@ -123,8 +148,11 @@ Calls = list[tuple[str, Tensor]]
 """Paths of linears and convolutions with their inputs, in order of execution."""
 
 
-def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> tuple[Calls, Calls, Tensor, Tensor]:
-    """What is called before the first block and behind the last in one forward, the tokens behind the last, and the logits."""
+def _trial(
+    model: nn.Module, blocks: list[Block], images: Tensor
+) -> tuple[Calls, Calls, Tensor, Tensor]:
+    """What is called before the first block and behind the last in one forward, the tokens behind
+    the last, and the logits."""
     inside = {module for block in blocks for module in block.module.modules()}
     calls: Calls = []
     entered: list[int] = []
@@ -133,10 +161,20 @@ def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> tuple[Calls
     def enter(path: str) -> Any:
         return lambda _, arguments: calls.append((path, arguments[0]))
 
-    outside = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside}
+    outside = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside
+    }
     handles = [module.register_forward_pre_hook(enter(path)) for path, module in outside.items()]
-    handles.append(blocks[0].module.register_forward_pre_hook(lambda *_: entered.append(len(calls))))
-    handles.append(blocks[-1].module.register_forward_hook(lambda *call: left.append((len(calls), first_output(call[-1])))))
+    handles.append(
+        blocks[0].module.register_forward_pre_hook(lambda *_: entered.append(len(calls)))
+    )
+    handles.append(
+        blocks[-1].module.register_forward_hook(
+            lambda *call: left.append((len(calls), first_output(call[-1])))
+        )
+    )
     with hooked(handles):
         logits = model(images)
     [(end, tokens)] = left
@@ -144,9 +182,12 @@ def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> tuple[Calls
 
 
 def _patch_embedding(model: nn.Module, before: Calls) -> str:
-    """The path of the convolution that makes tokens of patches. Raises MarrqError where it is not all there is before the blocks."""
+    """The path of the convolution that makes tokens of patches. Raises MarrqError where it is not
+    all there is before the blocks."""
     if len(before) != 1:
-        raise _refusal(f"{len(before)} layers before its first block have weights, not one patch embedding")
+        raise _refusal(
+            f"{len(before)} layers before its first block have weights, not one patch embedding"
+        )
     [(path, pixels)] = before
     layer = model.get_submodule(path)
     if (
@@ -155,11 +196,17 @@ def _patch_embedding(model: nn.Module, before: Calls) -> str:
         or layer.padding not in ((0, 0), "valid")
         or layer.dilation != (1, 1)
         or layer.groups != 1
-        or any(length % size for length, size in zip(pixels.shape[2:], layer.kernel_size, strict=True))
+        or any(
+            length % size for length, size in zip(pixels.shape[2:], layer.kernel_size, strict=True)
+        )
     ):
-        raise _refusal(f"its patch embedding {path!r} is no convolution with a stride of its kernel: {layer}")
+        raise _refusal(
+            f"its patch embedding {path!r} is no convolution with a stride of its kernel: {layer}"
+        )
     return path
 
 
 def _refusal(reason: str) -> MarrqError:
-    return MarrqError(f"patch embedding and head cannot be quantized, {reason}: choose a scheme without -e8")
+    return MarrqError(
+        f"patch embedding and head cannot be quantized, {reason}: choose a scheme without -e8"
+    )

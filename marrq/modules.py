@@ -1,8 +1,7 @@
 """The quantized linear, simulated in torch: y = dequantize(codes) · q(x) + L (R q(x)) + bias.
 
-It holds the same integers that the artifact stores and the exported graph contains; only the order of float sums differs from the
-integer kernel's.
-"""
+It holds the same integers that the artifact stores and the exported graph contains; only the order
+of float sums differs from the integer kernel's."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from marrq.schemes import WeightSpec
 class QuantLinear(nn.Module):
     """A linear with integer weight codes.
 
-    codes: int8 [out, in]; scale: float32 [out, groups]; zero_point: int8 [out, groups]; bias: float32 [out] or None; input: quantizes x,
-    or None where activations stay in floating point; lowrank: a branch beside the codes, or None.
-    """
+    codes: int8 [out, in]; scale: float32 [out, groups]; zero_point: int8 [out, groups]; bias:
+    float32 [out] or None; input: quantizes x, or None where activations stay in floating point;
+    lowrank: a branch beside the codes, or None."""
 
     codes: Tensor
     scale: Tensor
@@ -63,30 +62,51 @@ class QuantLinear(nn.Module):
         """The branch beside the codes, or None."""
         if self.lowrank_left is None or self.lowrank_right is None:
             return None
-        return LowRank(StoredFactor(self.lowrank_left, self.lowrank_left_scale), StoredFactor(self.lowrank_right, self.lowrank_right_scale))
+        return LowRank(
+            StoredFactor(self.lowrank_left, self.lowrank_left_scale),
+            StoredFactor(self.lowrank_right, self.lowrank_right_scale),
+        )
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the weight in the artifact: codes, scales, zero points where they are not all 0, the low-rank branch, and the input's
-        smoothing."""
+        """Bits of the weight in the artifact: codes, scales, zero points where they are not all 0,
+        the low-rank branch, and the input's smoothing."""
         per_scale = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}[self.spec.grid]
         branch = 0 if self.lowrank is None else self.lowrank.stored_bits
-        smoothing = 0 if self.input is None or self.input.smoothing is None else 32 * self.input.smoothing.numel()
-        return 8 * packed_size(self.codes.numel(), self.spec.num_bits) + per_scale * self.scale.numel() + branch + smoothing
+        smoothing = (
+            0
+            if self.input is None or self.input.smoothing is None
+            else 32 * self.input.smoothing.numel()
+        )
+        return (
+            8 * packed_size(self.codes.numel(), self.spec.num_bits)
+            + per_scale * self.scale.numel()
+            + branch
+            + smoothing
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] to [..., out]."""
         x = x if self.input is None else self.input(x)
         y, branch = F.linear(x, self.weight, self.bias), self.lowrank
-        return y if branch is None else y + F.linear(F.linear(x, branch.right.values.to(x)), branch.left.values.to(x))
+        return (
+            y
+            if branch is None
+            else y + F.linear(F.linear(x, branch.right.values.to(x)), branch.left.values.to(x))
+        )
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """Every quantized linear of the model by its module path, in the order of the module tree."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits that the quantized linears' weights take, per weight, everything counted that belongs to them (QuantLinear.stored_bits)."""
+    """Bits that the quantized linears' weights take, per weight, everything counted that belongs to
+    them (QuantLinear.stored_bits)."""
     linears = quantized_linears(model).values()
-    return sum(linear.stored_bits for linear in linears) / sum(linear.codes.numel() for linear in linears)
+    return sum(linear.stored_bits for linear in linears) / sum(
+        linear.codes.numel() for linear in linears
+    )

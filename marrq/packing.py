@@ -1,9 +1,10 @@
 """Dense packing of signed 2-, 3-, 4- and 8-bit codes into bytes. The layout, stated once:
 
-Codes are flattened row by row. A b-bit code goes in as its low b bits (two's complement), the first code in the lowest bits of a byte.
-With 2, 4 and 8 bits this is the layout of ONNX INT2, INT4 and INT8 tensors. With 3 bits the plane of all low 2-bit parts comes first,
-then the plane of all high bits, eight to a byte: each plane can be unpacked by shifts and masks alone. Unused bits at an end are 0.
-"""
+Codes are flattened row by row. A b-bit code goes in as its low b bits (two's complement), the first
+code in the lowest bits of a byte. With 2, 4 and 8 bits this is the layout of ONNX INT2, INT4 and
+INT8 tensors. With 3 bits the plane of all low 2-bit parts comes first, then the plane of all high
+bits, eight to a byte: each plane can be unpacked by shifts and masks alone. Unused bits at an end
+are 0."""
 
 import math
 
@@ -17,10 +18,14 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def packed_planes(codes: Tensor, num_bits: int) -> list[Tensor]:
-    """One tensor of bytes (uint8, 1-D) a plane. codes: any shape, integers that fit `num_bits` bits."""
+    """One tensor of bytes (uint8, 1-D) a plane. codes: any shape, integers that fit `num_bits`
+    bits."""
     low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
-        raise MarrqError(f"codes must lie in {low} … {high} to be packed in {num_bits} bits: got {int(codes.min())} … {int(codes.max())}")
+        raise MarrqError(
+            f"codes must lie in {low} … {high} to be packed in {num_bits} bits: got "
+            f"{int(codes.min())} … {int(codes.max())}"
+        )
     remaining: Tensor = codes.reshape(-1).to(torch.int32) & (2**num_bits - 1)
     planes = []
     for bits in PLANES[num_bits]:
@@ -35,11 +40,13 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, num_bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: int8 codes of the given shape. Raises MarrqError when the bytes do not fit the shape."""
+    """The inverse of `pack`: int8 codes of the given shape. Raises MarrqError when the bytes do not
+    fit the shape."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, num_bits):
         raise MarrqError(
-            f"{count} codes of {num_bits} bits take {packed_size(count, num_bits)} bytes: got {packed.numel()} of {packed.dtype}"
+            f"{count} codes of {num_bits} bits take {packed_size(count, num_bits)} bytes: got "
+            f"{packed.numel()} of {packed.dtype}"
         )
     codes = torch.zeros(count, dtype=torch.int32, device=packed.device)
     start = filled = 0

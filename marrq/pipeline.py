@@ -1,17 +1,19 @@
 """Quantize a model block by block, without back-propagation.
 
-Two streams of tokens run through the blocks side by side: one through the original blocks (x̃), one through the blocks as quantized so
-far (x). In each block, group by group of linears that share an input: find the static activation grid, sum the statistics of both
-streams batch by batch, let the method choose the codes, put the quantized linear in place. Only the tokens that enter a block are kept,
-never a layer's inputs. Both streams see the same images in the same order; the first half of the images fills the first half of the
-statistics, the rest the second. Where a block does not take what the one before gave, its tokens come from the model as quantized so far,
-and from an untouched copy of it. With `rotation` the model is rotated first (marrq/rotation.py), a block that is to be
-balanced before it is quantized (marrq/balance.py); that model is the full-precision one.
-Patch embedding and head, where the scheme quantizes them, are a block before the others and one behind (marrq/edges.py).
+Two streams of tokens run through the blocks side by side: one through the original blocks (x̃), one
+through the blocks as quantized so far (x). In each block, group by group of linears that share an
+input: find the static activation grid, sum the statistics of both streams batch by batch, let the
+method choose the codes, put the quantized linear in place. Only the tokens that enter a block are
+kept, never a layer's inputs. Both streams see the same images in the same order; the first half of
+the images fills the first half of the statistics, the rest the second. Where a block does not take
+what the one before gave, its tokens come from the model as quantized so far, and from an untouched
+copy of it. With `rotation` the model is rotated first (marrq/rotation.py), a block that is to be
+balanced before it is quantized (marrq/balance.py); that model is the full-precision one. Patch
+embedding and head, where the scheme quantizes them, are a block before the others and one behind
+(marrq/edges.py).
 
-Processes may share the work (marrq/team.py). A checkpoint takes what a block has become: when a run goes on, the blocks that are done are
-put in place, and their tokens computed again.
-"""
+Processes may share the work (marrq/team.py). A checkpoint takes what a block has become: when a run
+goes on, the blocks that are done are put in place, and their tokens computed again."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -42,7 +44,8 @@ from marrq.team import ALONE, Team
 from marrq.tokens import Batch, Keep, Streams, Tokens, cut, in_memory, share_of
 
 BATCH_SIZE = 16
-"""Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor core, which halves its time."""
+"""Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor
+core, which halves its time."""
 
 SAMPLED = 4
 """Every how many-th batch equalization and balance take their samples from."""
@@ -50,11 +53,13 @@ EQUALIZING_TOKENS = 2048
 BALANCE_SEED = 0
 
 OBSERVED = {"per-tensor": 1, "per-token": 2}
-"""Every how many-th batch the range of activations is looked for in: a static range must hold for all, a factor can be had from some."""
+"""Every how many-th batch the range of activations is looked for in: a static range must hold for
+all, a factor can be had from some."""
 
 
 class Images(Protocol):
-    """Inputs of a model: a tensor, or something that makes one when it is sliced (marrq/data.py, Pixels)."""
+    """Inputs of a model: a tensor, or something that makes one when it is sliced (marrq/data.py,
+    Pixels)."""
 
     def __len__(self) -> int: ...
 
@@ -63,7 +68,8 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Which images calibrated: enough to draw them again. batch_size: images at once, which the last bits of the sums depend on."""
+    """Which images calibrated: enough to draw them again. batch_size: images at once, which the
+    last bits of the sums depend on."""
 
     data: str
     samples: int
@@ -76,11 +82,12 @@ class CalibrationSet:
 class ModuleReport:
     """How one linear was quantized.
 
-    error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs); clipped: share of weights outside their
-    grid; alpha, trajectory, fallback: see methods/problem.py; damping, lowrank_damping: see methods.Solution; writes_stream: whether the
-    wanted output was that of the residual stream; equalized: whether its input got a scale per channel; edge: whether it belongs to the
-    patch embedding or the head; balanced: whether its inputs were put in another basis.
-    """
+    error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs);
+    clipped: share of weights outside their grid; alpha, trajectory, fallback: see
+    methods/problem.py; damping, lowrank_damping: see methods.Solution; writes_stream: whether the
+    wanted output was that of the residual stream; equalized: whether its input got a scale per
+    channel; edge: whether it belongs to the patch embedding or the head; balanced: whether its
+    inputs were put in another basis."""
 
     path: str
     error: float
@@ -100,11 +107,11 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the scheme says so; and the record of how it
-    came about.
+    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the
+    scheme says so; and the record of how it came about.
 
-    module, preprocessing, labels: as in VisionModel; source: the float model it was made from; reports: one a linear.
-    """
+    module, preprocessing, labels: as in VisionModel; source: the float model it was made from;
+    reports: one a linear."""
 
     module: nn.Module
     source: ModelSource
@@ -122,7 +129,8 @@ class QuantizedModel:
 
 
 class FullPrecisionTokens:
-    """The tokens that enter each block but the first on the full-precision path: computed by the first run, and kept for later ones."""
+    """The tokens that enter each block but the first on the full-precision path: computed by the
+    first run, and kept for later ones."""
 
     def __init__(self) -> None:
         self._behind: list[Tokens] = []
@@ -142,7 +150,8 @@ class Checkpoint(Protocol):
     """Keeps what blocks have become, so that a run can go on (marrq/checkpoint.py)."""
 
     def restore(self, index: int, block: Block) -> list[ModuleReport] | None:
-        """Put the quantized linears of a block in place as they were left, and give their reports; None where it was not done."""
+        """Put the quantized linears of a block in place as they were left, and give their reports;
+        None where it was not done."""
         ...
 
     def keep(self, index: int, block: Block, reports: list[ModuleReport]) -> None:
@@ -166,11 +175,12 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
-    images: preprocessed calibration images [samples, channels, height, width], at least two, in random order, each read once but for the
-    first two, and once more for each block that does not follow from the one before. shared: keeps what all runs on these images, and
-    with this rotation, have in common; those with edges have their own. team: the processes that do this together, each with the same
-    arguments; keep: where tokens are kept; checkpoint: what has blocks that are done, and takes those that will be.
-    """
+    images: preprocessed calibration images [samples, channels, height, width], at least two, in
+    random order, each read once but for the first two, and once more for each block that does not
+    follow from the one before. shared: keeps what all runs on these images, and with this rotation,
+    have in common; those with edges have their own. team: the processes that do this together, each
+    with the same arguments; keep: where tokens are kept; checkpoint: what has blocks that are done,
+    and takes those that will be."""
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
     method = replace(method, name=method_named(method.name))
@@ -180,10 +190,17 @@ def quantize(
     blocks = find_blocks(module, images[:2].to(device))
     if scheme.edges:
         blocks = with_edges(module, blocks, images[:2].to(device))
-    in_blocks, at_edges = _Run(scheme, method, device, team), _Run(scheme.of_edges, replace(method, lowrank=None), device, team)
+    in_blocks, at_edges = (
+        _Run(scheme, method, device, team),
+        _Run(scheme.of_edges, replace(method, lowrank=None), device, team),
+    )
     batches = cut(len(images), calibration.batch_size)
     source = _Source(module, images, device, share_of(batches, team), keep)
-    original = source if all(block.follows for block in blocks[1:]) else replace(source, module=copy.deepcopy(module))
+    original = (
+        source
+        if all(block.follows for block in blocks[1:])
+        else replace(source, module=copy.deepcopy(module))
+    )
     start = source.tokens(blocks[0])
     streams = Streams.of(batches, start, start, team)
     reports: list[ModuleReport] = []
@@ -192,7 +209,11 @@ def quantize(
         balanced = _balance(block, untouched, streams, run)
         in_block = None if checkpoint is None else checkpoint.restore(index, block)
         if in_block is None:
-            in_block = [report for group in block.groups for report in _quantize_group(block, untouched, group, streams, run, balanced)]
+            in_block = [
+                report
+                for group in block.groups
+                for report in _quantize_group(block, untouched, group, streams, run, balanced)
+            ]
             if team.size > 1:
                 team.check_agreement(weights_sha256(block.module), f"block {block.path!r}")
             if checkpoint is not None:
@@ -201,10 +222,21 @@ def quantize(
             following = blocks[index + 1]
             compute = partial(_behind, untouched, following, streams.original, original)
             full_precision = compute() if shared is None else shared.behind(index, compute)
-            streams = Streams.of(batches, full_precision, _behind(block, following, streams.quantized, source), team)
+            streams = Streams.of(
+                batches, full_precision, _behind(block, following, streams.quantized, source), team
+            )
         reports += in_block
         block_done(index + 1, len(blocks), in_block)
-    return QuantizedModel(module, model.source, model.preprocessing, model.labels, scheme, method, calibration, tuple(reports))
+    return QuantizedModel(
+        module,
+        model.source,
+        model.preprocessing,
+        model.labels,
+        scheme,
+        method,
+        calibration,
+        tuple(reports),
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +251,8 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model and the images, from which tokens can be had for any block; batches: of this process; keep: where tokens are kept."""
+    """A model and the images, from which tokens can be had for any block; batches: of this process;
+    keep: where tokens are kept."""
 
     module: nn.Module
     images: Images
@@ -232,42 +265,63 @@ class _Source:
         images = (self.images[batch.rows] for batch in self.batches)
         if isinstance(block, Stem):
             return self.keep(images)
-        return self.keep(first_input(self.module, block, pixels.to(self.device)) for pixels in images)
+        return self.keep(
+            first_input(self.module, block, pixels.to(self.device)) for pixels in images
+        )
 
 
 def _behind(block: Block, following: Block, tokens: Tokens, source: _Source) -> Tokens:
-    """The tokens that enter the following block, by batch: those behind this one, or the source's."""
+    """The tokens that enter the following block, by batch: those behind this one, or the
+    source's."""
     if not following.follows:
         return source.tokens(following)
     return source.keep(block(batch.to(source.device, non_blocking=True)) for batch in tokens)
 
 
 def _balance(block: Block, untouched: Block, streams: Streams, run: _Run) -> list[str]:
-    """Balance the block on both paths, by the full-precision tokens, so that all methods start from the same weights; names of the linears
-    that read what was balanced."""
+    """Balance the block on both paths, by the full-precision tokens, so that all methods start from
+    the same weights; names of the linears that read what was balanced."""
     if isinstance(block, Edge) or not run.method.balances(run.scheme):
         return []
-    first, generator = streams.first_original.to(run.device), torch.Generator().manual_seed(BALANCE_SEED)
+    first, generator = (
+        streams.first_original.to(run.device),
+        torch.Generator().manual_seed(BALANCE_SEED),
+    )
     found = [find_passage(untouched, group[0], first) for group in block.groups if len(group) == 1]
     passages = [passage for passage in found if passage is not None]
     for passage in passages:
         sampled = streams.every(SAMPLED, streams.original)
-        inputs = [untouched.input_of(passage.target, tokens.to(run.device)).flatten(0, -2) for _, tokens in sampled]
+        inputs = [
+            untouched.input_of(passage.target, tokens.to(run.device)).flatten(0, -2)
+            for _, tokens in sampled
+        ]
         features = untouched.linear(passage.target).in_features
         sample = run.team.gather(torch.cat([first.new_zeros(0, features), *inputs]))
         if not sample.isfinite().all():
             return []  # the statistics will name the layer where that begins
-        change = balancing(sample, untouched.linear(passage.target).weight, passage.width, generator)
+        change = balancing(
+            sample, untouched.linear(passage.target).weight, passage.width, generator
+        )
         fold_basis(untouched, passage, change)
         fold_basis(block, passage, change)
     return [passage.target for passage in passages]
 
 
 def _quantize_group(
-    block: Block, untouched: Block, group: tuple[str, ...], streams: Streams, run: _Run, balanced: list[str]
+    block: Block,
+    untouched: Block,
+    group: tuple[str, ...],
+    streams: Streams,
+    run: _Run,
+    balanced: list[str],
 ) -> list[ModuleReport]:
-    """Replace the linears of one group, which share an input, in the block. balanced: names of linears whose inputs are so already."""
-    equalized = _equalize(block, group, streams, run) if run.method.equalize and group[0] not in balanced else None
+    """Replace the linears of one group, which share an input, in the block. balanced: names of
+    linears whose inputs are so already."""
+    equalized = (
+        _equalize(block, group, streams, run)
+        if run.method.equalize and group[0] not in balanced
+        else None
+    )
     quantizer = _input_quantizer(block, group, streams, run, equalized)
     halves = _statistics(block, untouched, group, quantizer, streams, run, equalized)
     problem = Problem.of(halves, run.scheme.weight, run.method, run.team)
@@ -276,7 +330,9 @@ def _quantize_group(
         for name in group:
             linear = block.linear(name)
             solution = solve(linear.weight, problem, run.method)
-            report = _report(block.path_of(name), linear.weight, solution, problem, equalized is not None)
+            report = _report(
+                block.path_of(name), linear.weight, solution, problem, equalized is not None
+            )
             reports.append(replace(report, edge=isinstance(block, Edge), balanced=name in balanced))
             _replace(block.module, name, _quant_linear(linear, solution, quantizer, run.scheme))
     except MarrqError as error:
@@ -284,8 +340,11 @@ def _quantize_group(
     return reports
 
 
-def _equalize(block: Block, group: tuple[str, ...], streams: Streams, run: _Run) -> Equalized | None:
-    """Give the linears of a group scales per channel on the quantized path, where that pays. The full-precision path stays as it is."""
+def _equalize(
+    block: Block, group: tuple[str, ...], streams: Streams, run: _Run
+) -> Equalized | None:
+    """Give the linears of a group scales per channel on the quantized path, where that pays. The
+    full-precision path stays as it is."""
     norm = find_norm(block, group, streams.first_quantized.to(run.device))
     if norm is None and not run.scheme.has_coarse_activations:
         return None
@@ -296,18 +355,27 @@ def _equalize(block: Block, group: tuple[str, ...], streams: Streams, run: _Run)
 
 
 def _sample(block: Block, linear: str, streams: Streams, run: _Run) -> Tensor:
-    """Evenly spaced tokens of a linear's input on the quantized path, [tokens, n]; of the others no more is held than a batch."""
+    """Evenly spaced tokens of a linear's input on the quantized path, [tokens, n]; of the others no
+    more is held than a batch."""
     first = block.input_of(linear, streams.first_quantized.to(run.device)).flatten(0, -2)
     per_image = len(first) // len(streams.first_quantized)
     sampled = [batch for batch in streams.cut if batch.index % SAMPLED == 0]
-    starts = dict(zip((batch.index for batch in sampled), accumulate(map(len, sampled), initial=0), strict=False))
+    starts = dict(
+        zip(
+            (batch.index for batch in sampled),
+            accumulate(map(len, sampled), initial=0),
+            strict=False,
+        )
+    )
     count = per_image * sum(map(len, sampled))
     rows = torch.linspace(0, count - 1, min(EQUALIZING_TOKENS, count), device=first.device).long()
     sample = first.new_zeros(len(rows), first.shape[1])
     for batch, tokens in streams.every(SAMPLED, streams.quantized):
         x = block.input_of(linear, tokens.to(run.device)).flatten(0, -2)
         place = rows - per_image * starts[batch.index]
-        sample = torch.where(((place >= 0) & (place < len(x)))[:, None], x[place.clamp(0, len(x) - 1)], sample)
+        sample = torch.where(
+            ((place >= 0) & (place < len(x)))[:, None], x[place.clamp(0, len(x) - 1)], sample
+        )
     run.team.add_up(sample)  # each token comes from one process, the others have zeros there
     return sample
 
@@ -321,7 +389,9 @@ def _input_quantizer(
     observer = RangeObserver(None if equalized is None else equalized.smoothing, run.team)
     for _, tokens in streams.every(OBSERVED[run.scheme.activation.strategy], streams.quantized):
         observer.observe(block.input_of(group[0], tokens.to(run.device)))
-    return observer.quantizer(run.scheme.activation, torch.cat([block.linear(name).weight for name in group]))
+    return observer.quantizer(
+        run.scheme.activation, torch.cat([block.linear(name).weight for name in group])
+    )
 
 
 def _statistics(
@@ -333,8 +403,9 @@ def _statistics(
     run: _Run,
     equalized: Equalized | None,
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
-    """The sums over the inputs of a group on both paths, scaled alike, for each half of the calibration set; for a writer over the stream
-    too, where the method aims at that. All processes sum in the units of the first batch, and have the sums of all batches in the end."""
+    """The sums over the inputs of a group on both paths, scaled alike, for each half of the
+    calibration set; for a writer over the stream too, where the method aims at that. All processes
+    sum in the units of the first batch, and have the sums of all batches in the end."""
     features = block.linear(group[0]).in_features
     change = quantizer or nn.Identity()
     writer = None
@@ -342,36 +413,60 @@ def _statistics(
         writer = find_writer(block, group[0], streams.first_quantized.to(run.device))
     importance = None if writer is None else writer.gain.square()
     halves: list[ResidualStatistics] = []
-    for batch, original, quantized in zip(streams.batches, streams.original, streams.quantized, strict=True):
-        original, quantized = (tokens.to(run.device, non_blocking=True) for tokens in (original, quantized))
+    for batch, original, quantized in zip(
+        streams.batches, streams.original, streams.quantized, strict=True
+    ):
+        original, quantized = (
+            tokens.to(run.device, non_blocking=True) for tokens in (original, quantized)
+        )
         if writer is None:
             x = change(block.input_of(group[0], quantized))
-            drift = smoothed(untouched.input_of(group[0], original), None if equalized is None else 1 / equalized.scale) - x
+            drift = (
+                smoothed(
+                    untouched.input_of(group[0], original),
+                    None if equalized is None else 1 / equalized.scale,
+                )
+                - x
+            )
         else:
             x, drift = _shortfall(block, untouched, writer, change, quantized, original)
         x, drift = x.reshape(-1, features), drift.reshape(-1, drift.shape[-1])
         if not halves:
             own = Units.of(x, drift, len(x) // len(batch) * sum(map(len, streams.cut)))
-            units = replace(own, inputs=run.team.from_first(own.inputs), drift=run.team.from_first(own.drift))
-            halves = [ResidualStatistics.zeros(features, run.device, importance, units) for _ in range(2)]
+            units = replace(
+                own, inputs=run.team.from_first(own.inputs), drift=run.team.from_first(own.drift)
+            )
+            halves = [
+                ResidualStatistics.zeros(features, run.device, importance, units) for _ in range(2)
+            ]
         halves[batch.half].add(x, drift)
     first, second = (half.pooled_(run.team) for half in halves)
     return first, second
 
 
 def _shortfall(
-    block: Block, untouched: Block, writer: Writer, change: nn.Module, quantized: Tensor, original: Tensor
+    block: Block,
+    untouched: Block,
+    writer: Writer,
+    change: nn.Module,
+    quantized: Tensor,
+    original: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The input of a writer on the quantized path, and what the stream behind it falls short of, in units of the writer's output."""
+    """The input of a writer on the quantized path, and what the stream behind it falls short of, in
+    units of the writer's output."""
     x, stream = read_stream(block, writer, quantized, change)
     _, stream_float = read_stream(untouched, writer, original, nn.Identity())
     return x, torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
 
 
-def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool) -> ModuleReport:
+def _report(
+    path: str, weight: Tensor, solution: Solution, problem: Problem, equalized: bool
+) -> ModuleReport:
     rounding = solution.rounding
     grid = rounding.grid.spread(weight.shape[1])
-    lowest, highest = (grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high))
+    lowest, highest = (
+        grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
+    )
     clipped = ((weight < lowest) | (weight > highest)).float().mean().item()
     statistics = problem.whole.statistics
     mse = solution.error / (statistics.tokens * len(weight))
@@ -391,13 +486,23 @@ def _report(path: str, weight: Tensor, solution: Solution, problem: Problem, equ
     )
 
 
-def _quant_linear(linear: nn.Linear, solution: Solution, quantizer: ActivationQuantizer | None, scheme: Scheme) -> QuantLinear:
+def _quant_linear(
+    linear: nn.Linear, solution: Solution, quantizer: ActivationQuantizer | None, scheme: Scheme
+) -> QuantLinear:
     grid = solution.rounding.grid
     bias = None if linear.bias is None else linear.bias.detach().clone()
     if solution.bias_shift is not None:
         bias = solution.bias_shift if bias is None else bias + solution.bias_shift
     codes = solution.rounding.codes.to(torch.int8)
-    return QuantLinear(scheme.weight, codes, grid.scale, grid.zero_point.to(torch.int8), bias, quantizer, solution.lowrank)
+    return QuantLinear(
+        scheme.weight,
+        codes,
+        grid.scale,
+        grid.zero_point.to(torch.int8),
+        bias,
+        quantizer,
+        solution.lowrank,
+    )
 
 
 def _replace(module: nn.Module, path: str, child: nn.Module) -> None:

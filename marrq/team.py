@@ -1,12 +1,14 @@
-"""Several processes that quantize one model together, on torch.distributed (gloo between CPUs, nccl between GPUs), started by torchrun.
+"""Several processes that quantize one model together, on torch.distributed (gloo between CPUs, nccl
+between GPUs), started by torchrun.
 
-Each process holds the whole model, and tokens of some batches. Sums over tokens are added up (they add exactly, marrq/statistics.py);
-the rows of a weight are shared out, swept, and gathered (a row knows nothing of the others); whatever is decided once is decided by the
-same numbers everywhere, or by the first process. So N processes find the codes that one finds.
+Each process holds the whole model, and tokens of some batches. Sums over tokens are added up (they
+add exactly, marrq/statistics.py); the rows of a weight are shared out, swept, and gathered (a row
+knows nothing of the others); whatever is decided once is decided by the same numbers everywhere, or
+by the first process. So N processes find the codes that one finds.
 
-Rows are shared out in multiples of 32: matrix products come out the same to the last bit when they are cut there, as their kernels work on
-tiles of that size. Nothing here knows what is summed or swept.
-"""
+Rows are shared out in multiples of 32: matrix products come out the same to the last bit when they
+are cut there, as their kernels work on tiles of that size. Nothing here knows what is summed or
+swept."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -39,10 +41,13 @@ class Team:
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
         """Consecutive items for this process."""
-        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+        return items[
+            len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size
+        ]
 
     def rows(self, count: int) -> slice:
-        """The rows of a weight for this process: all of them, where there are too few to share out."""
+        """The rows of a weight for this process: all of them, where there are too few to share
+        out."""
         if count < ROW_TILE * self.size:
             return slice(0, count)
         tiles = self.share(range(0, count, ROW_TILE))
@@ -53,7 +58,8 @@ class Team:
         return part if len(part) == count else self.gather(part)
 
     def total(self, rows: Tensor, count: int) -> float:
-        """The sum of numbers that each process has for its rows; in one order, so that it is the same number everywhere."""
+        """The sum of numbers that each process has for its rows; in one order, so that it is the
+        same number everywhere."""
         return float(self.gather_rows(rows, count).sum())
 
     def gather(self, part: Tensor) -> Tensor:
@@ -69,7 +75,9 @@ class Team:
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         with _together():
             dist.all_gather(gathered, padded)
-        return torch.cat([tensor[: int(length)] for tensor, length in zip(gathered, lengths, strict=True)])
+        return torch.cat(
+            [tensor[: int(length)] for tensor, length in zip(gathered, lengths, strict=True)]
+        )
 
     def add_up(self, *tensors: Tensor) -> None:
         """Each tensor becomes the sum over the processes, in place."""
@@ -79,13 +87,16 @@ class Team:
                     dist.all_reduce(tensor)
 
     def from_first(self, value: Tensor) -> Tensor:
-        """The tensor of the first process; the others give one of that type whose first dimension may differ."""
+        """The tensor of the first process; the others give one of that type whose first dimension
+        may differ."""
         if self.size == 1:
             return value
         length = torch.tensor(value.shape[:1], device=value.device)
         with _together():
             dist.broadcast(length, 0)
-            sent = value.contiguous() if self.leads else value.new_empty(int(length), *value.shape[1:])
+            sent = (
+                value.contiguous() if self.leads else value.new_empty(int(length), *value.shape[1:])
+            )
             dist.broadcast(sent, 0)
         return sent
 
@@ -108,9 +119,13 @@ class Team:
         return not int(fails)
 
     def check_agreement(self, digest: str, subject: str) -> None:
-        """Raise MarrqError where the processes have come to different results, which machines of different kinds may."""
+        """Raise MarrqError where the processes have come to different results, which machines of
+        different kinds may."""
         if not self.everywhere(digest == self.told_by_first(digest)):
-            raise MarrqError(f"processes came to different results in {subject}: run them on machines of one kind")
+            raise MarrqError(
+                f"processes came to different results in {subject}: run them on machines of one "
+                "kind"
+            )
 
 
 ALONE = Team()
@@ -122,7 +137,10 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:  # of a process that is gone, or of the network
         reason = str(error).strip().splitlines()[0]
-        raise MarrqError(f"process {dist.get_rank()} lost the others ({reason}): look for the one that failed first") from error
+        raise MarrqError(
+            f"process {dist.get_rank()} lost the others ({reason}): look for the one that failed "
+            "first"
+        ) from error
 
 
 def processes() -> int:
@@ -132,12 +150,17 @@ def processes() -> int:
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process on its machine, where the device is a GPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" and processes() > 1 else device
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type == "cuda" and processes() > 1
+        else device
+    )
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun has started, for the time of the block; a process alone is a team of one."""
+    """The team that torchrun has started, for the time of the block; a process alone is a team of
+    one."""
     if processes() == 1:
         yield ALONE
         return

@@ -1,8 +1,8 @@
 """The same result on any number of threads.
 
-Products of matrices come out the same to the last bit however many threads share their rows and columns: each element is summed in one
-order. LAPACK's factorizations do not, their blocks depend on the number of threads, and so they run on one.
-"""
+Products of matrices come out the same to the last bit however many threads share their rows and
+columns: each element is summed in one order. LAPACK's factorizations do not, their blocks depend on
+the number of threads, and so they run on one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

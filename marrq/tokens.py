@@ -1,9 +1,10 @@
-"""The calibration tokens: which images make a batch, which process has it, and where the tokens of a batch are kept.
+"""The calibration tokens: which images make a batch, which process has it, and where the tokens of
+a batch are kept.
 
-Images are cut into batches, never across the middle of the set: the first half fills the first half of the statistics, the rest the second.
-The cut depends on the number of images and the size of a batch alone, so that N processes see the batches that one sees. Tokens are kept in
-memory, or in memory-mapped files, of which a batch is mapped while it is used.
-"""
+Images are cut into batches, never across the middle of the set: the first half fills the first half
+of the statistics, the rest the second. The cut depends on the number of images and the size of a
+batch alone, so that N processes see the batches that one sees. Tokens are kept in memory, or in
+memory-mapped files, of which a batch is mapped while it is used."""
 
 import math
 import tempfile
@@ -37,14 +38,21 @@ def cut(images: int, size: int) -> list[Batch]:
     """The batches of that many images."""
     middle = (images + 1) // 2
     halves = ((0, 0, middle), (1, middle, images))
-    parts = [(half, slice(start, min(start + size, end))) for half, begin, end in halves for start in range(begin, end, size)]
+    parts = [
+        (half, slice(start, min(start + size, end)))
+        for half, begin, end in halves
+        for start in range(begin, end, size)
+    ]
     return [Batch(index, half, rows) for index, (half, rows) in enumerate(parts)]
 
 
 def share_of(batches: list[Batch], team: Team) -> list[Batch]:
     """The batches of this process. Raises MarrqError where one would have none."""
     if team.size > len(batches):
-        raise MarrqError(f"{team.size} processes for {len(batches)} batches of calibration images: raise --samples, or start fewer")
+        raise MarrqError(
+            f"{team.size} processes for {len(batches)} batches of calibration images: raise "
+            "--samples, or start fewer"
+        )
     return list(team.share(batches))
 
 
@@ -62,11 +70,15 @@ Keep = Callable[[Iterable[Tensor]], Tokens]
 
 def in_memory(tokens: Iterable[Tensor]) -> Tokens:
     """Where a GPU computes, in memory that it can copy from without the CPU."""
-    return [batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu() for batch in tokens]
+    return [
+        batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu()
+        for batch in tokens
+    ]
 
 
 def in_files(folder: Path) -> Keep:
-    """In a file within the folder. It has no name there: whatever ends the process, nothing is left behind."""
+    """In a file within the folder. It has no name there: whatever ends the process, nothing is left
+    behind."""
 
     def keep(tokens: Iterable[Tensor]) -> Tokens:
         try:
@@ -77,7 +89,10 @@ def in_files(folder: Path) -> Keep:
                 places.append((file.tell(), values.dtype, values.shape))
                 _write(file, values)
         except OSError as error:
-            raise MarrqError(f"cannot keep tokens in {str(folder)!r}: {error.strerror}; make room, or choose another --work-dir") from error
+            raise MarrqError(
+                f"cannot keep tokens in {str(folder)!r}: {error.strerror}; make room, or choose "
+                "another --work-dir"
+            ) from error
         kept = _Mapped(file, places)
         weakref.finalize(kept, file.close)
         return kept
@@ -111,8 +126,9 @@ class _Mapped:
 
 @dataclass(frozen=True)
 class Streams:
-    """The tokens that enter a block on both paths, by batch, on the CPU. cut: all batches; batches: those of this process; first_original,
-    first_quantized: of the first batch of all, in every process."""
+    """The tokens that enter a block on both paths, by batch, on the CPU. cut: all batches; batches:
+    those of this process; first_original, first_quantized: of the first batch of all, in every
+    process."""
 
     cut: list[Batch]
     batches: list[Batch]
@@ -123,10 +139,23 @@ class Streams:
 
     @classmethod
     def of(cls, batches: list[Batch], original: Tokens, quantized: Tokens, team: Team) -> "Streams":
-        """The streams, with the first batch told to all. batches: all; original, quantized: the tokens of this process's."""
+        """The streams, with the first batch told to all. batches: all; original, quantized: the
+        tokens of this process's."""
         mine = share_of(batches, team)
-        return cls(batches, mine, original, quantized, team.from_first(original[0]), team.from_first(quantized[0]))
+        return cls(
+            batches,
+            mine,
+            original,
+            quantized,
+            team.from_first(original[0]),
+            team.from_first(quantized[0]),
+        )
 
     def every(self, step: int, tokens: Tokens) -> Iterator[tuple[Batch, Tensor]]:
-        """Every step-th batch of all, as far as this process has it, with its tokens of one of the paths."""
-        return ((batch, tokens[place]) for place, batch in enumerate(self.batches) if batch.index % step == 0)
+        """Every step-th batch of all, as far as this process has it, with its tokens of one of the
+        paths."""
+        return (
+            (batch, tokens[place])
+            for place, batch in enumerate(self.batches)
+            if batch.index % step == 0
+        )

@@ -1,5 +1,6 @@
-"""The bench: what several models of one source are worth, measured in one run on the same images and in the same rounds, as JSON (schema
-marrq.bench/2). Whatever is shown to people (runtime/report.py) is made from that JSON."""
+"""The bench: what several models of one source are worth, measured in one run on the same images
+and in the same rounds, as JSON (schema marrq.bench/2). Whatever is shown to people
+(runtime/report.py) is made from that JSON."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,9 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as its metadata says;
-    quantization: how each linear was quantized, where its artifact was at hand; parity: see runtime/parity.py."""
+    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as
+    its metadata says; quantization: how each linear was quantized, where its artifact was at hand;
+    parity: see runtime/parity.py."""
 
     name: str
     file: Path
@@ -46,8 +48,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """throughput_threads: numbers of threads to measure throughput with, none for no throughput; max_drop: points of top-1 that a
-    candidate may lose against the baseline, None for no gate; recommend: name the best candidates."""
+    """throughput_threads: numbers of threads to measure throughput with, none for no throughput;
+    max_drop: points of top-1 that a candidate may lose against the baseline, None for no gate;
+    recommend: name the best candidates."""
 
     session: SessionSettings
     plan: Plan
@@ -65,10 +68,19 @@ class Progress:
 
 
 def bench(
-    entries: Sequence[Entry], data: Batches, description: dict[str, Any], settings: BenchSettings, progress: Progress
+    entries: Sequence[Entry],
+    data: Batches,
+    description: dict[str, Any],
+    settings: BenchSettings,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Measure all entries on the same images and in the same rounds. description: of the data, as it goes into the JSON."""
-    environment = {**describe(settings.session), "rounds": settings.plan.rounds, "seconds": settings.plan.seconds}
+    """Measure all entries on the same images and in the same rounds. description: of the data, as
+    it goes into the JSON."""
+    environment = {
+        **describe(settings.session),
+        "rounds": settings.plan.rounds,
+        "seconds": settings.plan.seconds,
+    }
     accuracies = _accuracies(entries, *_predict(entries, data, settings.session, progress))
     speeds = _speeds(entries, settings, progress)
     models = [
@@ -119,10 +131,14 @@ def _described(entry: Entry) -> dict[str, Any]:
 def _accuracies(
     entries: Sequence[Entry], logits: dict[Path, NDArray[np.float32]], targets: NDArray[np.int64]
 ) -> list[dict[str, dict[str, Any]]]:
-    """Accuracy of each model, and what it loses against the baseline: float32 where it is one, else the first. hits: a bit an image in
-    the images' order, the first in the highest bit of the first byte, so that any two models can be compared in pairs."""
+    """Accuracy of each model, and what it loses against the baseline: float32 where it is one, else
+    the first. hits: a bit an image in the images' order, the first in the highest bit of the first
+    byte, so that any two models can be compared in pairs."""
     reference = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
-    baselines = sorted((entry for entry in entries if entry.role == "baseline"), key=lambda entry: entry.flavor != "fp32")
+    baselines = sorted(
+        (entry for entry in entries if entry.role == "baseline"),
+        key=lambda entry: entry.flavor != "fp32",
+    )
     rows = []
     for entry in entries:
         right = hits(logits[entry.file], targets)
@@ -131,21 +147,41 @@ def _accuracies(
             drop = paired_drop(hits(logits[baselines[0].file], targets), right)
             against = {"baseline": baselines[0].name, **asdict(drop)}
         accuracy = asdict(measure_accuracy(logits[entry.file], targets, reference))
-        rows.append({"accuracy": {**accuracy, "against": against, "hits": np.packbits(right).tobytes().hex()}})
+        rows.append(
+            {
+                "accuracy": {
+                    **accuracy,
+                    "against": against,
+                    "hits": np.packbits(right).tobytes().hex(),
+                }
+            }
+        )
     return rows
 
 
-def _speeds(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
-    """Latency, load time, memory, throughput where it is asked for, and what ran where, of each model."""
+def _speeds(
+    entries: Sequence[Entry], settings: BenchSettings, progress: Progress
+) -> list[dict[str, Any]]:
+    """Latency, load time, memory, throughput where it is asked for, and what ran where, of each
+    model."""
     files, session = [entry.file for entry in entries], settings.session
     speeds = measure_latency(files, session, settings.plan, progress.session)
-    throughputs = measure_throughput(files, session, settings.plan, settings.throughput_threads, progress.session)
+    throughputs = measure_throughput(
+        files, session, settings.plan, settings.throughput_threads, progress.session
+    )
     memory = measure_peak_memory(files, max(settings.plan.batches), session)
-    baselines = {entry.flavor: speed for entry, speed in zip(entries, speeds, strict=True) if entry.role == "baseline"}
+    baselines = {
+        entry.flavor: speed
+        for entry, speed in zip(entries, speeds, strict=True)
+        if entry.role == "baseline"
+    }
     with tempfile.TemporaryDirectory() as scratch:
         return [
             {
-                "latency": [_latency_row(slot, latency, baselines) for slot, latency in enumerate(speed.latency)],
+                "latency": [
+                    _latency_row(slot, latency, baselines)
+                    for slot, latency in enumerate(speed.latency)
+                ],
                 "load_ms": speed.load_ms,
                 "peak_memory_mb": peak,
                 "throughput": [asdict(row) for row in rows],
@@ -159,14 +195,21 @@ def _speeds(entries: Sequence[Entry], settings: BenchSettings, progress: Progres
 def _latency_row(slot: int, latency: Latency, baselines: dict[str, Speed]) -> dict[str, Any]:
     """The latency at one batch size with its ratio to each baseline."""
     ratios = {
-        f"ratio_{flavor}": latency.ratio_to(baselines[flavor].latency[slot]) if flavor in baselines else None for flavor in ("fp16", "fp32")
+        f"ratio_{flavor}": latency.ratio_to(baselines[flavor].latency[slot])
+        if flavor in baselines
+        else None
+        for flavor in ("fp16", "fp32")
     }
     return {**asdict(latency), **ratios}
 
 
 def _what_runs(file: Path, settings: SessionSettings) -> dict[str, Any]:
-    """Audit and precision; none with a provider that takes whole graphs, into which nobody can look."""
+    """Audit and precision; none with a provider that takes whole graphs, into which nobody can
+    look."""
     if settings.provider in WHOLE_GRAPH_PROVIDERS:
         return {"audit": [], "precision": None}
     examined = examine(file, settings)
-    return {"audit": [asdict(row) for row in audit(examined)], "precision": asdict(measure_precision(examined))}
+    return {
+        "audit": [asdict(row) for row in audit(examined)],
+        "precision": asdict(measure_precision(examined)),
+    }

@@ -1,9 +1,10 @@
-"""The comparison of methods and schemes: from the JSON of `marrq compare` (schema marrq.compare/2) to rows, a table and Markdown.
+"""The comparison of methods and schemes: from the JSON of `marrq compare` (schema marrq.compare/2)
+to rows, a table and Markdown.
 
-A run is one scheme, method and calibration seed; a row is all runs of one scheme and method. Only `summarize` aggregates: the table, the
-Markdown and the plot show its rows. The spread of a top-1 is half the distance between the best and the worst seed. It says how much the
-draw of the calibration images matters; the interval of each run says how much the draw of the validation images does.
-"""
+A run is one scheme, method and calibration seed; a row is all runs of one scheme and method. Only
+`summarize` aggregates: the table, the Markdown and the plot show its rows. The spread of a top-1 is
+half the distance between the best and the worst seed. It says how much the draw of the calibration
+images matters; the interval of each run says how much the draw of the validation images does."""
 
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,12 +21,13 @@ MEANS = ("agreement", "divergence", "error", "relative_error", "bits_per_weight"
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a scheme: means over its seeds, but for the extremes. top1 … agreement: shares of images, 0 … 1.
+    """A method at a scheme: means over its seeds, but for the extremes. top1 … agreement: shares of
+    images, 0 … 1.
 
-    …_worst, …_best: of the seeds; divergence: from the float model's answers, in nats (runtime/accuracy.py); error: J summed over the
-    modules; relative_error: J over the power of the float outputs, mean over the modules; peak_memory_mb: the largest of the seeds, None
-    where it could not be had; seeds: how many there are.
-    """
+    …_worst, …_best: of the seeds; divergence: from the float model's answers, in nats
+    (runtime/accuracy.py); error: J summed over the modules; relative_error: J over the power of the
+    float outputs, mean over the modules; peak_memory_mb: the largest of the seeds, None where it
+    could not be had; seeds: how many there are."""
 
     scheme: str
     method: str
@@ -52,7 +54,9 @@ class Row:
     @property
     def divergence_nats(self) -> str:
         """Mean ± spread, likewise, in nats."""
-        spread = f" ± {(self.divergence_worst - self.divergence_best) / 2:.3f}" if self.seeds > 1 else ""
+        spread = (
+            f" ± {(self.divergence_worst - self.divergence_best) / 2:.3f}" if self.seeds > 1 else ""
+        )
         return f"{self.divergence:.3f}{spread}"
 
 
@@ -67,8 +71,15 @@ def summarize(report: dict[str, Any]) -> list[Row]:
 def _row(scheme: str, method: str, runs: list[dict[str, Any]]) -> Row:
     means = {key: fmean(run[key] for run in runs) for key in MEANS}
     top1, apart = ([run[key] for run in runs] for key in ("top1", "divergence"))
-    memory = max((run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None), default=None)
-    ends = {"top1_worst": min(top1), "top1_best": max(top1), "divergence_worst": max(apart), "divergence_best": min(apart)}
+    memory = max(
+        (run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None), default=None
+    )
+    ends = {
+        "top1_worst": min(top1),
+        "top1_best": max(top1),
+        "divergence_worst": max(apart),
+        "divergence_best": min(apart),
+    }
     return Row(scheme, method, fmean(top1), **means, **ends, peak_memory_mb=memory, seeds=len(runs))
 
 
@@ -81,12 +92,29 @@ def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report for people: a section for each scheme, its best top-1 in bold; fits 100 columns."""
+    """The report for people: a section for each scheme, its best top-1 in bold; fits 100
+    columns."""
     legend = "±: half the spread over the seeds; KL: divergence from full precision, nats; ΣJ: summed over the modules; memory: the peak"
     caption = f"{_conditions(report)}\n{legend}"
-    result = Table(title=escape(report["model"]), caption=escape(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result = Table(
+        title=escape(report["model"]),
+        caption=escape(caption),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     result.add_column("scheme\n  method", overflow="fold")
-    for heading in ("\ntop-1 %", "agree\n%", "\nKL", "\nΣJ", "relative\nerror", "bits/\nweight", "time\ns", "memory\nMB", "\nseeds"):
+    for heading in (
+        "\ntop-1 %",
+        "agree\n%",
+        "\nKL",
+        "\nΣJ",
+        "relative\nerror",
+        "bits/\nweight",
+        "time\ns",
+        "memory\nMB",
+        "\nseeds",
+    ):
         result.add_column(heading, justify="right", no_wrap=True)
     for scheme, rows in by_scheme(summarize(report)).items():
         result.add_section()
@@ -114,7 +142,8 @@ def _cells(row: Row, bold: bool) -> list[str | Text]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of top-1 and one of the divergence: a row a method, a column a scheme, mean ± spread, – where there is no run."""
+    """A table of top-1 and one of the divergence: a row a method, a column a scheme, mean ± spread,
+    – where there is no run."""
     rows = summarize(report)
     top1 = {(row.scheme, row.method): row.top1_percent for row in rows}
     apart = {(row.scheme, row.method): row.divergence_nats for row in rows}
@@ -126,7 +155,9 @@ def _crossed(corner: str, cells: dict[tuple[str, str], str]) -> str:
     schemes = list(dict.fromkeys(scheme for scheme, _ in cells))
     methods = list(dict.fromkeys(method for _, method in cells))
     lines = [[corner, *schemes], ["---", *("---:" for _ in schemes)]]
-    lines += [[method, *(cells.get((scheme, method), "–") for scheme in schemes)] for method in methods]
+    lines += [
+        [method, *(cells.get((scheme, method), "–") for scheme in schemes)] for method in methods
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -13,17 +13,44 @@ if TYPE_CHECKING:
     from runtime.session import SessionSettings
 
 FLAGS = (
-    *("avx", "avx2", "f16c", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm"),
+    *(
+        "avx",
+        "avx2",
+        "f16c",
+        "fma",
+        "avx_vnni",
+        "avx_vnni_int8",
+        "avx512f",
+        "avx512bw",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+    ),
+    *(
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "asimdhp",
+        "asimddp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+        "svei8mm",
+    ),
 )
-"""Instruction sets that decide which kernels ONNX Runtime takes, as Linux names them; x86 first, then Arm."""
+"""Instruction sets that decide which kernels ONNX Runtime takes, as Linux names them; x86 first,
+then Arm."""
 
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 """Packages that install the same module: of two, the later overwrites files of the other."""
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "numpy", "onnx")
 
-REINSTALL = f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
+REINSTALL = (
+    f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
+)
 """The way out of a mixed or damaged ONNX Runtime."""
 
 
@@ -39,9 +66,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe(settings: "SessionSettings") -> dict[str, Any]:
-    """The machine, the versions of packages and the session settings, as JSON. threads: None is ONNX Runtime's choice. Raises BenchError
-    when two packages of ONNX Runtime are installed."""
-    from runtime.session import ALLOW_SPINNING, ONNXRUNTIME_VERSION, available_providers  # a machine without it can still be described
+    """The machine, the versions of packages and the session settings, as JSON. threads: None is
+    ONNX Runtime's choice. Raises BenchError when two packages of ONNX Runtime are installed."""
+    from runtime.session import (
+        ALLOW_SPINNING,
+        ONNXRUNTIME_VERSION,
+        available_providers,
+    )  # a machine without it can still be described
 
     packages = installed_packages()
     return {
@@ -57,7 +88,8 @@ def describe(settings: "SessionSettings") -> dict[str, Any]:
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed. Raises BenchError for two packages of ONNX Runtime."""
+    """Versions of the packages that matter, of those that are installed. Raises BenchError for two
+    packages of ONNX Runtime."""
     found = installed_versions(PACKAGES)
     conflict = onnxruntime_conflict(found)
     if conflict is not None:
@@ -71,9 +103,14 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def onnxruntime_conflict(found: dict[str, str]) -> str | None:
-    """What is wrong with two packages of ONNX Runtime among the installed ones, and the way out; None where there are not two."""
+    """What is wrong with two packages of ONNX Runtime among the installed ones, and the way out;
+    None where there are not two."""
     rivals = [f"{name} {found[name]}" for name in ONNXRUNTIME_PACKAGES if name in found]
-    return f"{' and '.join(rivals)} are both installed and overwrite each other: {REINSTALL}" if len(rivals) > 1 else None
+    return (
+        f"{' and '.join(rivals)} are both installed and overwrite each other: {REINSTALL}"
+        if len(rivals) > 1
+        else None
+    )
 
 
 def usable_cores() -> int:
@@ -95,7 +132,8 @@ def _processor_flags() -> list[str]:
 
 
 def _cpuinfo(key: str) -> str | None:
-    """What /proc/cpuinfo says of the first core, where there is one; it tells more than `platform`."""
+    """What /proc/cpuinfo says of the first core, where there is one; it tells more than
+    `platform`."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)

@@ -2,8 +2,10 @@
 
 
 class BenchError(Exception):
-    """Something the user can mend. The command line prints its message as it is and exits with 1."""
+    """Something the user can mend. The command line prints its message as it is and exits with
+    1."""
 
 
 class GateError(Exception):
-    """A demand that the user made does not hold of what was measured. The command line prints its message as it is and exits with 3."""
+    """A demand that the user made does not hold of what was measured. The command line prints its
+    message as it is and exits with 3."""

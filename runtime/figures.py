@@ -1,7 +1,8 @@
-"""The figures of the bench's page (runtime/html.py), each an <svg> element made from the JSON of schema marrq.bench/2.
+"""The figures of the bench's page (runtime/html.py), each an <svg> element made from the JSON of
+schema marrq.bench/2.
 
-They are drawn at the width of a phone, where axis labels would leave no room: a model's name and number stand above its dot or bar.
-"""
+They are drawn at the width of a phone, where axis labels would leave no room: a model's name and
+number stand above its dot or bar."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,9 +33,15 @@ def accuracy_figure(models: Sequence[Model]) -> str:
 
 
 def drop_figure(models: Sequence[Model], max_drop: float | None) -> str:
-    """What each candidate loses of top-1 against its baseline: a dot with its 95 % interval. max_drop: the gate's limit, in points."""
-    candidates = [(model, style) for model, style in _styled(models) if model["role"] == "candidate"]
-    labels = [(model["name"], f"{100 * model['accuracy']['against']['drop']:.1f} points") for model, _ in candidates]
+    """What each candidate loses of top-1 against its baseline: a dot with its 95 % interval.
+    max_drop: the gate's limit, in points."""
+    candidates = [
+        (model, style) for model, style in _styled(models) if model["role"] == "candidate"
+    ]
+    labels = [
+        (model["name"], f"{100 * model['accuracy']['against']['drop']:.1f} points")
+        for model, _ in candidates
+    ]
 
     def draw(figure: "Figure") -> None:
         panel = _rows(figure, labels)
@@ -42,11 +49,22 @@ def drop_figure(models: Sequence[Model], max_drop: float | None) -> str:
         for place, (model, style) in enumerate(candidates):
             _dot(panel, place, model["accuracy"]["against"], "drop", style)
         if max_drop is not None:
-            panel.axvline(max_drop, color=COLORS[4], linestyle="--", linewidth=1.5, label=f"limit of the gate, {max_drop:g} points")
+            panel.axvline(
+                max_drop,
+                color=COLORS[4],
+                linestyle="--",
+                linewidth=1.5,
+                label=f"limit of the gate, {max_drop:g} points",
+            )
             figure.legend(loc="outside lower left")
         panel.set_xlabel("top-1 lost (points)")
 
-    return inline_svg("drop", _height(labels) + (0.3 if max_drop is not None else 0), f"Top-1 lost: {_said(labels)}", draw)
+    return inline_svg(
+        "drop",
+        _height(labels) + (0.3 if max_drop is not None else 0),
+        f"Top-1 lost: {_said(labels)}",
+        draw,
+    )
 
 
 def size_figure(models: Sequence[Model]) -> str:
@@ -64,7 +82,8 @@ def size_figure(models: Sequence[Model]) -> str:
 
 
 def latency_figure(models: Sequence[Model]) -> str:
-    """Time of a forward against the batch, both on a log scale; whiskers from the median to the 90th percentile."""
+    """Time of a forward against the batch, both on a log scale; whiskers from the median to the
+    90th percentile."""
 
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
@@ -94,11 +113,19 @@ def ratio_figure(models: Sequence[Model], flavor: str) -> str:
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
         for model, style in _styled(models):
-            panel.plot(_column(model, "batch"), _column(model, f"ratio_{flavor}"), label=_shortened(model["name"]), markersize=5, **style)
+            panel.plot(
+                _column(model, "batch"),
+                _column(model, f"ratio_{flavor}"),
+                label=_shortened(model["name"]),
+                markersize=5,
+                **style,
+            )
         panel.set_ylim(bottom=0)
         _against_batch(figure, panel, models, f"time of one forward (× {flavor})")
 
-    alt = "; ".join(f"{model['name']} {_listed(model, f'ratio_{flavor}', '.2f')}" for model in models)
+    alt = "; ".join(
+        f"{model['name']} {_listed(model, f'ratio_{flavor}', '.2f')}" for model in models
+    )
     return inline_svg("ratio", 3.4, f"Time of a forward as a multiple of {flavor}: {alt}", draw)
 
 
@@ -120,24 +147,41 @@ def search_figure(name: str, quantization: Sequence[dict[str, Any]]) -> str:
 
 
 def error_figure(name: str, errors: Sequence[tuple[str, float]]) -> str:
-    """Relative error of each linear against its depth, on a log scale. errors: path and error; 0 and infinity have no place on it."""
+    """Relative error of each linear against its depth, on a log scale. errors: path and error; 0
+    and infinity have no place on it."""
 
     def draw(figure: "Figure") -> None:
         _by_depth(values, "relative error")(figure)
         _scale_by_powers(figure.axes[0])
 
-    values = [(depth, path, error) for depth, (path, error) in enumerate(errors) if 0 < error < math.inf]
+    values = [
+        (depth, path, error) for depth, (path, error) in enumerate(errors) if 0 < error < math.inf
+    ]
     worst = max(errors, key=lambda pair: pair[1])
-    return inline_svg(name, 3.4, f"Relative error of {len(errors)} linears; the largest, {worst[1]:.2e}, at {worst[0]}", draw)
+    return inline_svg(
+        name,
+        3.4,
+        f"Relative error of {len(errors)} linears; the largest, {worst[1]:.2e}, at {worst[0]}",
+        draw,
+    )
 
 
 def _rows(figure: "Figure", labels: Sequence[tuple[str, str]]) -> "Axes":
-    """A panel with a place for each label from the top down, the label's two parts at the left and the right end above it."""
+    """A panel with a place for each label from the top down, the label's two parts at the left and
+    the right end above it."""
     panel = figure.subplots()
     for place, (name, value) in enumerate(labels):
         for end, text, side in ((0, _shortened(name), "left"), (1, value, "right")):
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
-            panel.text(end, place - 0.22, text, transform=panel.get_yaxis_transform(), ha=side, va="bottom", bbox=box)
+            panel.text(
+                end,
+                place - 0.22,
+                text,
+                transform=panel.get_yaxis_transform(),
+                ha=side,
+                va="bottom",
+                bbox=box,
+            )
     panel.set(ylim=(len(labels) - 0.6, -0.8), yticks=[])
     panel.spines["left"].set_visible(False)
     return panel
@@ -156,9 +200,17 @@ def _said(labels: Sequence[tuple[str, str]]) -> str:
     return ", ".join(map(" ".join, labels))
 
 
-def _dot(panel: "Axes", place: int, values: dict[str, Any], key: str, style: dict[str, Any]) -> None:
+def _dot(
+    panel: "Axes", place: int, values: dict[str, Any], key: str, style: dict[str, Any]
+) -> None:
     """A share at its place in percent, with a line from the low to the high end of its interval."""
-    panel.hlines(place, 100 * values[f"{key}_low"], 100 * values[f"{key}_high"], color=style["color"], linewidth=2)
+    panel.hlines(
+        place,
+        100 * values[f"{key}_low"],
+        100 * values[f"{key}_high"],
+        color=style["color"],
+        linewidth=2,
+    )
     panel.plot(100 * values[key], place, markersize=8, **style)
 
 
@@ -168,9 +220,16 @@ def _styled(models: Sequence[Model]) -> list[tuple[Model, dict[str, Any]]]:
     baselines = [model["name"] for model in models if model["role"] == "baseline"]
     styles: dict[str, dict[str, Any]] = {}
     for slot, name in enumerate(candidates):
-        styles[name] = {"color": COLORS[slot % (len(COLORS) - 1)], "marker": MARKERS[slot % len(MARKERS)]}
+        styles[name] = {
+            "color": COLORS[slot % (len(COLORS) - 1)],
+            "marker": MARKERS[slot % len(MARKERS)],
+        }
     for slot, name in enumerate(baselines):
-        styles[name] = {"color": COLORS[-1], "marker": MARKERS[-1 - slot], "linestyle": ("--", ":")[slot % 2]}
+        styles[name] = {
+            "color": COLORS[-1],
+            "marker": MARKERS[-1 - slot],
+            "linestyle": ("--", ":")[slot % 2],
+        }
     return [(model, styles[model["name"]]) for model in models]
 
 
@@ -190,11 +249,16 @@ def _against_batch(figure: "Figure", panel: "Axes", models: Sequence[Model], lab
     panel.set_xticks([], minor=True)
     panel.margins(x=0.08)
     panel.set(xlabel="images in a batch", ylabel=label)
-    figure.legend(loc="outside lower left", ncols=2 if all(len(model["name"]) <= NAME_LENGTH / 2 for model in models) else 1)
+    figure.legend(
+        loc="outside lower left",
+        ncols=2 if all(len(model["name"]) <= NAME_LENGTH / 2 for model in models) else 1,
+    )
 
 
 def _with_alpha(quantization: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    return [(depth, module) for depth, module in enumerate(quantization) if module["alpha"] is not None]
+    return [
+        (depth, module) for depth, module in enumerate(quantization) if module["alpha"] is not None
+    ]
 
 
 def _scale_by_powers(panel: "Axes") -> None:

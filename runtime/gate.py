@@ -4,9 +4,8 @@
     failed     the lower end is beyond it
     undecided  the limit lies inside the interval: the images are too few to tell
 
-How many images would tell: the score T at the limit grows with the root of their number as long as the shares stay as they are, so that
-n (1.96 / T)² images bring the interval's end to the limit.
-"""
+How many images would tell: the score T at the limit grows with the root of their number as long as
+the shares stay as they are, so that n (1.96 / T)² images bring the interval's end to the limit."""
 
 import math
 from typing import Any
@@ -16,15 +15,20 @@ from runtime.errors import BenchError
 
 
 def judge(models: list[dict[str, Any]], max_drop: float) -> dict[str, Any]:
-    """The verdict on each candidate, as JSON. models: as in the bench's report; max_drop: in points, hundredths of a share.
+    """The verdict on each candidate, as JSON. models: as in the bench's report; max_drop: in
+    points, hundredths of a share.
 
-    images_needed: None where a verdict was found, or where the drop found is the limit itself, which no number of images would part.
-    """
+    images_needed: None where a verdict was found, or where the drop found is the limit itself,
+    which no number of images would part."""
     candidates = [model for model in models if model["role"] == "candidate"]
     if any(model["accuracy"]["against"] is None for model in candidates):
         raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32")
     baseline = next((model["accuracy"]["against"]["baseline"] for model in candidates), None)
-    return {"max_drop": max_drop, "baseline": baseline, "models": [_verdict(model, max_drop) for model in candidates]}
+    return {
+        "max_drop": max_drop,
+        "baseline": baseline,
+        "models": [_verdict(model, max_drop) for model in candidates],
+    }
 
 
 def _verdict(model: dict[str, Any], max_drop: float) -> dict[str, Any]:
@@ -39,13 +43,27 @@ def _verdict(model: dict[str, Any], max_drop: float) -> dict[str, Any]:
         verdict, sentence = "failed", f"loses {found}, more than {max_drop:g}"
     else:
         needed = images_needed(against, images, limit)
-        enough = "no number of images would tell" if needed is None else f"about {_rounded(needed):,} would tell"
-        verdict, sentence = "undecided", f"loses {found}: {images:,} images are too few to hold that against {max_drop:g}; {enough}"
-    return {"name": model["name"], "verdict": verdict, "sentence": f"{verdict}: {model['name']} {sentence}", "images_needed": needed}
+        enough = (
+            "no number of images would tell"
+            if needed is None
+            else f"about {_rounded(needed):,} would tell"
+        )
+        verdict, sentence = (
+            "undecided",
+            f"loses {found}: {images:,} images are too few to hold that against {max_drop:g}; "
+            f"{enough}",
+        )
+    return {
+        "name": model["name"],
+        "verdict": verdict,
+        "sentence": f"{verdict}: {model['name']} {sentence}",
+        "images_needed": needed,
+    }
 
 
 def images_needed(against: dict[str, Any], images: int, limit: float) -> int | None:
-    """With how many images the limit leaves the interval, should the shares stay as they are. limit: a share."""
+    """With how many images the limit leaves the interval, should the shares stay as they are.
+    limit: a share."""
     score = drop_score(against["only_baseline"], against["only_model"], images, limit)
     return math.ceil(images * (NORMAL_95 / score) ** 2) if score else None
 

@@ -1,8 +1,9 @@
-"""An ONNX graph, as far as one has to know it to tell what runs: who makes a value, what is constant, and which nodes multiply.
+"""An ONNX graph, as far as one has to know it to tell what runs: who makes a value, what is
+constant, and which nodes multiply.
 
-Only the shapes and types of tensors are read, never their numbers, so a file of any size is looked through at once. Subgraphs of If and
-Loop are not looked into: no vision transformer has a linear there.
-"""
+Only the shapes and types of tensors are read, never their numbers, so a file of any size is looked
+through at once. Subgraphs of If and Loop are not looked into: no vision transformer has a linear
+there."""
 
 import math
 import re
@@ -21,8 +22,9 @@ from runtime.errors import BenchError
 
 @dataclass(frozen=True)
 class Operands:
-    """Places among the inputs of an operator that multiplies: the first operand and the second one; the zero point of the first, and scale
-    and zero point of the second, where the operator takes them."""
+    """Places among the inputs of an operator that multiplies: the first operand and the second one;
+    the zero point of the first, and scale and zero point of the second, where the operator takes
+    them."""
 
     first: int = 0
     second: int = 1
@@ -48,7 +50,18 @@ PRODUCTS = {
 }
 """Operators that multiply two operands."""
 
-MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice", "Gather", "Clip")
+MOVING = (
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Identity",
+    "Split",
+    "Slice",
+    "Gather",
+    "Clip",
+)
 """Operators that move numbers about, or cut them, and leave their type."""
 
 TYPES = {"float": "float32", "double": "float64"}
@@ -56,8 +69,9 @@ TYPES = {"float": "float32", "double": "float64"}
 
 @dataclass(frozen=True)
 class Product:
-    """A node that multiplies. activation: name of the operand that depends on the images; weight: of the constant one, None where both
-    depend on the images; grid: names of the weight's scale and zero point, where the operator takes them."""
+    """A node that multiplies. activation: name of the operand that depends on the images; weight:
+    of the constant one, None where both depend on the images; grid: names of the weight's scale and
+    zero point, where the operator takes them."""
 
     node: NodeProto
     activation: str
@@ -77,20 +91,25 @@ class Graph:
         """Constants written as nodes are initializers like the others."""
         graph = self.model.graph
         constants = {
-            node.output[0]: attribute(node, "value") for node in graph.node if node.op_type == "Constant" and attribute(node, "value")
+            node.output[0]: attribute(node, "value")
+            for node in graph.node
+            if node.op_type == "Constant" and attribute(node, "value")
         }
         self.initializers = {tensor.name: tensor for tensor in graph.initializer} | constants
         self.nodes = [node for node in graph.node if node.output[0] not in constants]
 
     @classmethod
     def load(cls, file: Path) -> "Graph":
-        """From a file; weights in files beside it stay there. Raises BenchError for a file that is none."""
+        """From a file; weights in files beside it stay there. Raises BenchError for a file that is
+        none."""
         try:
             model = onnx.load(file, format="protobuf", load_external_data=False)
         except message.DecodeError:
             model = onnx.ModelProto()
         if not model.HasField("graph"):  # as protobuf reads an empty file
-            raise BenchError(f"{str(file)!r} is no ONNX file, or not the whole of one: export or copy it again")
+            raise BenchError(
+                f"{str(file)!r} is no ONNX file, or not the whole of one: export or copy it again"
+            )
         return cls(model)
 
     @cached_property
@@ -123,8 +142,16 @@ class Graph:
                 if b not in self._constants:
                     a, b = b, a
                 if a not in self._constants:
-                    grid = tuple(node.input[place] for place in places.second_grid if place < len(node.input) and node.input[place])
-                    found.append(Product(node, a, b, grid) if b in self._constants else Product(node, b, None, ()))
+                    grid = tuple(
+                        node.input[place]
+                        for place in places.second_grid
+                        if place < len(node.input) and node.input[place]
+                    )
+                    found.append(
+                        Product(node, a, b, grid)
+                        if b in self._constants
+                        else Product(node, b, None, ())
+                    )
         return found
 
     @cached_property
@@ -140,10 +167,14 @@ class Graph:
     def _described(self) -> dict[str, onnx.TypeProto.Tensor]:
         """Type and shape of values, where the file says them."""
         graph = self.model.graph
-        return {info.name: info.type.tensor_type for info in (*graph.value_info, *graph.input, *graph.output)}
+        return {
+            info.name: info.type.tensor_type
+            for info in (*graph.value_info, *graph.input, *graph.output)
+        }
 
     def type_of(self, value: str) -> str:
-        """The type of a value's elements as `int8` or `float32`, "unknown" where neither the file nor its operators say it."""
+        """The type of a value's elements as `int8` or `float32`, "unknown" where neither the file
+        nor its operators say it."""
         if value in self.initializers:
             return type_name(self.initializers[value].data_type)
         if value in self._described:
@@ -153,16 +184,21 @@ class Graph:
             return "unknown"
         if node.op_type == "QuantizeLinear":
             return (
-                self.type_of(node.input[2]) if len(node.input) > 2 else type_name(attribute(node, "output_dtype", 0) or TensorProto.UINT8)
+                self.type_of(node.input[2])
+                if len(node.input) > 2
+                else type_name(attribute(node, "output_dtype", 0) or TensorProto.UINT8)
             )
         if node.op_type == "DynamicQuantizeLinear":
             return "uint8"
         if node.op_type == "Cast":
             return type_name(attribute(node, "to"))
-        return self.type_of(node.input[1 if node.op_type == "DequantizeLinear" else 0])  # the others leave it as it is
+        return self.type_of(
+            node.input[1 if node.op_type == "DequantizeLinear" else 0]
+        )  # the others leave it as it is
 
     def shape_of(self, value: str) -> list[int] | None:
-        """The lengths of a value's axes, 0 where one is free; None where the file does not say them."""
+        """The lengths of a value's axes, 0 where one is free; None where the file does not say
+        them."""
         if value in self.initializers:
             return list(self.initializers[value].dims)
         if value not in self._described or not self._described[value].HasField("shape"):
@@ -179,29 +215,55 @@ class Graph:
 
     def origins(self, value: str) -> set[str]:
         """The initializers that a value is made from."""
-        return {name for name in self.behind([value], lambda node: node.input) if name in self.initializers}
+        return {
+            name
+            for name in self.behind([value], lambda node: node.input)
+            if name in self.initializers
+        }
 
     def origin(self, constant: str) -> tuple[str, list[NodeProto]]:
-        """The largest initializer that a constant is made from, and the nodes on the way back to it."""
+        """The largest initializer that a constant is made from, and the nodes on the way back to
+        it."""
         way = []
         while constant not in self.initializers:
             way.append(self.producers[constant])
-            constant = max(filter(None, way[-1].input), key=lambda name: max(map(self.elements_of, self.origins(name)), default=0))
+            constant = max(
+                filter(None, way[-1].input),
+                key=lambda name: max(map(self.elements_of, self.origins(name)), default=0),
+            )
         return constant, way
 
-    def behind(self, values: Iterable[str], inputs: Callable[[NodeProto], Iterable[str]]) -> list[str]:
-        """The values and what they are made from, nearest first. inputs: of a node that are to be followed."""
-        return _reached(values, lambda value: inputs(self.producers[value]) if value in self.producers else ())
+    def behind(
+        self, values: Iterable[str], inputs: Callable[[NodeProto], Iterable[str]]
+    ) -> list[str]:
+        """The values and what they are made from, nearest first. inputs: of a node that are to be
+        followed."""
+        return _reached(
+            values, lambda value: inputs(self.producers[value]) if value in self.producers else ()
+        )
 
-    def ahead(self, values: Iterable[str], outputs: Callable[[NodeProto], Iterable[str]]) -> list[str]:
-        """The values and what is made from them, nearest first. outputs: of a node that are to be followed."""
-        return _reached(values, lambda value: [name for node in self.consumers.get(value, ()) for name in outputs(node)])
+    def ahead(
+        self, values: Iterable[str], outputs: Callable[[NodeProto], Iterable[str]]
+    ) -> list[str]:
+        """The values and what is made from them, nearest first. outputs: of a node that are to be
+        followed."""
+        return _reached(
+            values,
+            lambda value: [
+                name for node in self.consumers.get(value, ()) for name in outputs(node)
+            ],
+        )
 
 
 def size_bytes(path: Path) -> int:
     """The size of a model: its file, and those beside it that hold its tensors."""
     tensors = Graph.load(path).initializers.values()
-    beside = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    beside = {
+        entry.value
+        for tensor in tensors
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     return sum(place.stat().st_size for place in (path, *(path.parent / name for name in beside)))
 
 
@@ -218,7 +280,10 @@ def _reached(values: Iterable[str], neighbours: Callable[[str], Iterable[str]]) 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     """An attribute's value."""
-    return next((helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)
+    return next(
+        (helper.get_attribute_value(found) for found in node.attribute if found.name == name),
+        default,
+    )
 
 
 def type_name(number: int) -> str:

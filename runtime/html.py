@@ -1,10 +1,10 @@
-"""The bench's JSON (schema marrq.bench/2, made by runtime/bench.py) as one page for people: what it costs, what it gains, and all that this
-rests on, in the order in which a reader decides.
+"""The bench's JSON (schema marrq.bench/2, made by runtime/bench.py) as one page for people: what it
+costs, what it gains, and all that this rests on, in the order in which a reader decides.
 
-The page is a single file that fetches nothing and runs no script. Its own security policy forbids both, so that a name out of a file could
-do no harm even if it were not escaped. The layout is runtime/report.html.jinja; what the report lacks has no section there. Nothing is
-measured here, and the JSON stands whole at the end of the page.
-"""
+The page is a single file that fetches nothing and runs no script. Its own security policy forbids
+both, so that a name out of a file could do no harm even if it were not escaped. The layout is
+runtime/report.html.jinja; what the report lacks has no section there. Nothing is measured here, and
+the JSON stands whole at the end of the page."""
 
 import json
 from collections.abc import Sequence
@@ -32,9 +32,12 @@ Model = dict[str, Any]
 
 
 def check_page(file: Path) -> None:
-    """Raise BenchError when a page could not be written to the file: its suffix, or a package that is missing."""
+    """Raise BenchError when a page could not be written to the file: its suffix, or a package that
+    is missing."""
     if file.suffix != SUFFIX:
-        raise BenchError(f"a page is written as {SUFFIX}: got the suffix '{file.suffix}' in '{file}'")
+        raise BenchError(
+            f"a page is written as {SUFFIX}: got the suffix '{file.suffix}' in '{file}'"
+        )
     if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
         raise BenchError(f"pages need {' and '.join(missing)}: pip install 'marrq[plots]'")
 
@@ -50,7 +53,12 @@ def page(report: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "interval": interval, "scientific": scientific}
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "interval": interval,
+        "scientific": scientific,
+    }
     models, reference = report["models"], reference_of(report["models"])
     gate = report.get("gate") or {"max_drop": None, "models": []}
     paired = [model for model in models if model["accuracy"].get("against")]
@@ -59,7 +67,11 @@ def page(report: dict[str, Any]) -> str:
         described=described,
         reference=reference,
         title=models[0]["path"] if reference is None else reference["path"],
-        headlines=[(model, sentence(model, reference), key_numbers(model, reference)) for model in models if model["role"] == "candidate"],
+        headlines=[
+            (model, sentence(model, reference), key_numbers(model, reference))
+            for model in models
+            if model["role"] == "candidate"
+        ],
         gates={verdict["name"]: verdict for verdict in gate["models"]},
         paired=paired,
         figures={
@@ -70,8 +82,14 @@ def page(report: dict[str, Any]) -> str:
             "size": size_figure(models),
         },
         images=f"{report['data']['images']:,} images of {report['data']['path']}",
-        batch_headings=[f"batch {row['batch']} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0]["latency"]],
-        parities=[(model, _parity_figure(slot, model)) for slot, model in enumerate(models) if model.get("parity")],
+        batch_headings=[
+            f"batch {row['batch']} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0]["latency"]
+        ],
+        parities=[
+            (model, _parity_figure(slot, model))
+            for slot, model in enumerate(models)
+            if model.get("parity")
+        ],
         audits=grouped(models),
         quantizations=_quantizations(models),
         document=json.dumps(report, indent=2, ensure_ascii=False),
@@ -97,7 +115,9 @@ def interval(values: dict[str, Any], key: str) -> str:
     """A share in percent with its 95 % interval, where it has one."""
     if f"{key}_low" not in values:
         return percent(values[key])
-    return f"{percent(values[key])} ({percent(values[f'{key}_low'])}–{percent(values[f'{key}_high'])})"
+    return (
+        f"{percent(values[key])} ({percent(values[f'{key}_low'])}–{percent(values[f'{key}_high'])})"
+    )
 
 
 def described(value: Any) -> str:
@@ -117,7 +137,11 @@ def reference_of(models: Sequence[Model]) -> Model | None:
 
 def sentence(model: Model, reference: Model | None) -> str:
     """What a candidate gains and what it costs."""
-    first, accuracy, against = model["latency"][0], model["accuracy"], model["accuracy"].get("against")
+    first, accuracy, against = (
+        model["latency"][0],
+        model["accuracy"],
+        model["accuracy"].get("against"),
+    )
     gain = f"takes {number(model['size_bytes'] / 1e6)} MB, and {number(first['p50_ms'])} ms"
     if reference is not None:
         smaller, faster = _gains(model, reference)
@@ -127,17 +151,23 @@ def sentence(model: Model, reference: Model | None) -> str:
         return f"{start} Its top-1 accuracy is {interval(accuracy, 'top1')} %."
     if against["drop_low"] <= 0 <= against["drop_high"]:
         images = f"{accuracy['images']:,} images"
-        return (
-            f"{start} Its top-1 accuracy is {percent(accuracy['top1'])} %, which {images} cannot tell from that of {against['baseline']}."
-        )
+        return f"{start} Its top-1 accuracy is {percent(accuracy['top1'])} %, which {images} cannot tell from that of {against['baseline']}."
     change = "loses" if against["drop"] > 0 else "gains"
     return f"{start} It {change} {percent(abs(against['drop']))} points of top-1 accuracy against {against['baseline']}."
 
 
 def key_numbers(model: Model, reference: Model | None) -> list[tuple[str, str, str]]:
     """The numbers that decide, each with what it counts and what it rests on."""
-    first, accuracy, against = model["latency"][0], model["accuracy"], model["accuracy"].get("against")
-    size, time, batch = f"{number(model['size_bytes'] / 1e6)} MB", f"{number(first['p50_ms'])} ms", f"at batch {first['batch']}"
+    first, accuracy, against = (
+        model["latency"][0],
+        model["accuracy"],
+        model["accuracy"].get("against"),
+    )
+    size, time, batch = (
+        f"{number(model['size_bytes'] / 1e6)} MB",
+        f"{number(first['p50_ms'])} ms",
+        f"at batch {first['batch']}",
+    )
     gains = [(size, "file", model["flavor"]), (time, f"one forward {batch}", "median")]
     if reference is not None:
         smaller, faster = _gains(model, reference)
@@ -150,34 +180,51 @@ def key_numbers(model: Model, reference: Model | None) -> list[tuple[str, str, s
     if against is not None:
         top1, values, key = (percent(against["drop"]), "points of top-1 lost"), against, "drop"
     bounds = f"95 % interval {percent(values[f'{key}_low'])} to {percent(values[f'{key}_high'])}"
-    return [*gains, (*top1, bounds), (number(model["bits_per_weight"]), "bits a weight", "with scales and zero points")]
+    return [
+        *gains,
+        (*top1, bounds),
+        (number(model["bits_per_weight"]), "bits a weight", "with scales and zero points"),
+    ]
 
 
 def grouped(models: Sequence[Model]) -> list[tuple[Model, dict[str, Any]]]:
-    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`; exceptions (with a reason) first."""
+    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`;
+    exceptions (with a reason) first."""
     groups: dict[tuple[Any, ...], tuple[Model, dict[str, Any]]] = {}
     for model in models:
         for row in model.get("audit") or ():
-            same = {key: row[key] for key in ("operator", "weight", "activation", "integer", "reason")}
-            group = groups.setdefault((model["name"], *same.values()), (model, {**same, "linears": []}))
+            same = {
+                key: row[key] for key in ("operator", "weight", "activation", "integer", "reason")
+            }
+            group = groups.setdefault(
+                (model["name"], *same.values()), (model, {**same, "linears": []})
+            )
             group[1]["linears"].append(row["linear"])
     return sorted(groups.values(), key=lambda pair: pair[1]["reason"] is None)
 
 
 def _gains(model: Model, reference: Model) -> tuple[str, str]:
     """How many times smaller than the reference, and as fast at the first batch size."""
-    ratios = reference["size_bytes"] / model["size_bytes"], 1 / model["latency"][0][f"ratio_{reference['flavor']}"]
+    ratios = (
+        reference["size_bytes"] / model["size_bytes"],
+        1 / model["latency"][0][f"ratio_{reference['flavor']}"],
+    )
     smaller, faster = (f"{number(ratio, 1 if ratio >= 1 else 2)} ×" for ratio in ratios)
     return smaller, faster
 
 
 def _parity_figure(slot: int, model: Model) -> str | None:
     linears = model["parity"]["linears"]
-    return error_figure(f"parity-{slot}", [(row["linear"], row["relative_error"]) for row in linears]) if linears else None
+    return (
+        error_figure(f"parity-{slot}", [(row["linear"], row["relative_error"]) for row in linears])
+        if linears
+        else None
+    )
 
 
 def _quantizations(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """How each artifact was quantized, with the names of all its files that were measured, and figures."""
+    """How each artifact was quantized, with the names of all its files that were measured, and
+    figures."""
     found: list[dict[str, Any]] = []
     for model in models:
         modules = model.get("quantization")
@@ -185,14 +232,22 @@ def _quantizations(models: Sequence[Model]) -> list[dict[str, Any]]:
         if same is not None:
             same["names"].append(model["name"])
         elif modules:
-            found.append({"names": [model["name"]], "modules": modules, **_quantization_figures(str(len(found)), modules)})
+            found.append(
+                {
+                    "names": [model["name"]],
+                    "modules": modules,
+                    **_quantization_figures(str(len(found)), modules),
+                }
+            )
     return found
 
 
 def _quantization_figures(suffix: str, modules: list[dict[str, Any]]) -> dict[str, str | None]:
     searched = any(module["trajectory"] for module in modules)
     return {
-        "errors": error_figure(f"errors-{suffix}", [(module["path"], module["relative_error"]) for module in modules]),
+        "errors": error_figure(
+            f"errors-{suffix}", [(module["path"], module["relative_error"]) for module in modules]
+        ),
         "alphas": alpha_figure(f"alphas-{suffix}", modules) if searched else None,
         "searches": search_figure(f"searches-{suffix}", modules) if searched else None,
     }

@@ -1,4 +1,5 @@
-"""Audit and precision, as they stand in the JSON of `marrq inspect` and of the bench, for people. Nothing is examined or counted here."""
+"""Audit and precision, as they stand in the JSON of `marrq inspect` and of the bench, for people.
+Nothing is examined or counted here."""
 
 import re
 from collections import Counter
@@ -11,17 +12,26 @@ from rich.table import Table
 
 
 def audit_table(rows: list[dict[str, Any]]) -> Table:
-    """Linears that differ by their numbers only, and run alike, are one line; a linear that runs otherwise than most of its kind has a
-    line of its own. Fits 100 columns. An operator stands with how often a linear needs it."""
+    """Linears that differ by their numbers only, and run alike, are one line; a linear that runs
+    otherwise than most of its kind has a line of its own. Fits 100 columns. An operator stands with
+    how often a linear needs it."""
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     result.add_column("linear", overflow="fold")
     result.add_column("×", justify="right")
     for heading in ("scheme", "runs", "weight", "input", "ok"):
         result.add_column(heading, no_wrap=True)
     for name, count, row in _grouped(rows):
-        operator = row["operator"] if row["operators"] <= 1 else f"{row['operators']} × {row['operator']}"
+        operator = (
+            row["operator"] if row["operators"] <= 1 else f"{row['operators']} × {row['operator']}"
+        )
         result.add_row(
-            name, str(count), row["nominal"], operator, row["weight"], row["activation"], "yes" if row["reason"] is None else "no"
+            name,
+            str(count),
+            row["nominal"],
+            operator,
+            row["weight"],
+            row["activation"],
+            "yes" if row["reason"] is None else "no",
         )
     return result
 
@@ -45,13 +55,15 @@ def _way(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each reason why linears do not run as their scheme says, with the first of them and their number."""
+    """A sentence for each reason why linears do not run as their scheme says, with the first of
+    them and their number."""
     linears: dict[str, list[str]] = {}
     for row in rows:
         if row["reason"] is not None:
             linears.setdefault(row["reason"], []).append(row["linear"])
     return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, of {len(rows)}: {reason}"
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, of {len(rows)}: "
+        f"{reason}"
         for reason, names in linears.items()
     ]
 
@@ -62,14 +74,19 @@ def precision_lines(precision: dict[str, Any], size_bytes: int) -> list[tuple[st
     file = f"{size_bytes / 1e6:.2f} MB; {precision['bits_per_weight']:.2f} bits a weight, with {precision['container_bits']}-bit codes"
     parts: dict[tuple[str, str], list[str]] = {}
     for part in precision["float_remainder"]:
-        parts.setdefault((part["what"], part["why"]), []).append(f"{part['count']} {part['operator']}")
-    in_float = [f"{what} ({', '.join(operators)}): {why}" for (what, why), operators in parts.items()]
+        parts.setdefault((part["what"], part["why"]), []).append(
+            f"{part['count']} {part['operator']}"
+        )
+    in_float = [
+        f"{what} ({', '.join(operators)}): {why}" for (what, why), operators in parts.items()
+    ]
     lines = [("scheme", precision["nominal"]), ("kernels", kernel), ("file", file)]
     return lines + [("in float" if place == 0 else "", text) for place, text in enumerate(in_float)]
 
 
 def inspection(report: dict[str, Any]) -> Table:
-    """What stands below the table of the linears: why some do not run as they should, and the bits."""
+    """What stands below the table of the linears: why some do not run as they should, and the
+    bits."""
     result = Table.grid(padding=(0, 2, 0, 0))
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
@@ -81,7 +98,11 @@ def inspection(report: dict[str, Any]) -> Table:
 
 
 def shortfalls(report: dict[str, Any]) -> list[str]:
-    """A sentence for each candidate of a bench of which a linear does not run as its scheme says."""
+    """A sentence for each candidate of a bench of which a linear does not run as its scheme
+    says."""
     return [
-        f"{model['name']}: {reason}" for model in report["models"] if model["role"] == "candidate" for reason in reasons(model["audit"])
+        f"{model['name']}: {reason}"
+        for model in report["models"]
+        if model["role"] == "candidate"
+        for reason in reasons(model["audit"])
     ]

@@ -1,11 +1,13 @@
-"""Where a model loses on its way from float weights in torch to a file that a server feeds: quantization, export, or preprocessing.
+"""Where a model loses on its way from float weights in torch to a file that a server feeds:
+quantization, export, or preprocessing.
 
 Four sets of logits of the same images, each compared with the one before it:
 
     float torch  →  simulated torch  →  ONNX Runtime, the same pixels  →  ONNX Runtime, pixels by the file's own preprocessing
            quantization             export                      preprocessing
 
-Each stage has a rule of its own by which it *loses*, since each may do another thing to the logits; the first that loses is named.
+Each stage has a rule of its own by which it *loses*, since each may do another thing to the logits;
+the first that loses is named.
 
 quantization    may change them. It loses when it gets fewer images right than chance explains: by McNemar's exact test at 5 %.
 export          may change them by the rounding of float sums. That is not little for every model: a quantized one carries an activation
@@ -44,8 +46,9 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Logits:
-    """Of the same images, [images, classes]: by the float model in torch, by the simulation, by the simulation with nudged pixels, by the
-    file on the simulation's pixels, and by the file on pixels that its own preprocessing made."""
+    """Of the same images, [images, classes]: by the float model in torch, by the simulation, by the
+    simulation with nudged pixels, by the file on the simulation's pixels, and by the file on pixels
+    that its own preprocessing made."""
 
     original: Array
     simulated: Array
@@ -54,16 +57,30 @@ class Logits:
     served: Array
 
 
-def parity(logits: Logits, targets: NDArray[np.int64], linears: Mapping[str, float], pixel_difference: float) -> dict[str, Any]:
+def parity(
+    logits: Logits,
+    targets: NDArray[np.int64],
+    linears: Mapping[str, float],
+    pixel_difference: float,
+) -> dict[str, Any]:
     """The section `parity` of the bench's JSON.
 
-    targets: [images], indices of classes; linears: relative error of each; pixel_difference: the largest there is between what the two
-    preprocessings make of an image. Besides its numbers a stage has `loss`, a sentence, or None where it loses nothing.
-    """
-    quantization = _stage("quantization", "float torch", "simulated torch", logits.original, logits.simulated, targets)
-    export = _stage("export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported, targets)
+    targets: [images], indices of classes; linears: relative error of each; pixel_difference: the
+    largest there is between what the two preprocessings make of an image. Besides its numbers a
+    stage has `loss`, a sentence, or None where it loses nothing."""
+    quantization = _stage(
+        "quantization", "float torch", "simulated torch", logits.original, logits.simulated, targets
+    )
+    export = _stage(
+        "export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported, targets
+    )
     preprocessing = _stage(
-        "preprocessing", "ONNX Runtime", "ONNX Runtime, the file's preprocessing", logits.exported, logits.served, targets
+        "preprocessing",
+        "ONNX Runtime",
+        "ONNX Runtime, the file's preprocessing",
+        logits.exported,
+        logits.served,
+        targets,
     )
     quantization["loss"] = _quantization_loss(logits, targets)
     export["loss"] = _linear_loss(linears) or _logits_loss(logits)
@@ -82,38 +99,49 @@ def parity(logits: Logits, targets: NDArray[np.int64], linears: Mapping[str, flo
 def cosines(a: Array, b: Array) -> NDArray[np.float64]:
     """Of each row of a [n, c] with that of b: [n]."""
     x, y = a.astype(np.float64), b.astype(np.float64)
-    found: NDArray[np.float64] = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    found: NDArray[np.float64] = (
+        (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    )
     return found
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """The largest over channels of ‖found - expected‖ / ‖expected‖, each over all tokens of that channel; [..., channels].
+    """The largest over channels of ‖found - expected‖ / ‖expected‖, each over all tokens of that
+    channel; [..., channels].
 
-    A single wrong code shows in its own channel and would be lost in a norm over all of them. A channel that is 0 throughout is measured by
-    the largest one.
-    """
-    difference, size = (np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0) for x in (found - expected, expected))
+    A single wrong code shows in its own channel and would be lost in a norm over all of them. A
+    channel that is 0 throughout is measured by the largest one."""
+    difference, size = (
+        np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0)
+        for x in (found - expected, expected)
+    )
     return float((difference / np.where(size > 0, size, size.max() or 1.0)).max())
 
 
 class LinearsAlone:
-    """The quantized linears of a file, each cut out of its graph, to be run by itself: from the value that enters to the value that leaves,
-    as the metadata `marrq.linears` names them."""
+    """The quantized linears of a file, each cut out of its graph, to be run by itself: from the
+    value that enters to the value that leaves, as the metadata `marrq.linears` names them."""
 
     def __init__(self, file: Path, settings: SessionSettings) -> None:
         """Raises BenchError when the file does not tell where its linears are."""
         self._model, self._settings = ir.load(file), settings
         described = self._model.metadata_props.get("marrq.linears")
         if described is None:
-            raise BenchError(f"{str(file)!r} does not say where its linears are: export the artifact again")
+            raise BenchError(
+                f"{str(file)!r} does not say where its linears are: export the artifact again"
+            )
         self._parts: dict[str, list[dict[str, str]]] = json.loads(described)
 
     def run(self, path: str, x: Array) -> Array:
-        """The output [..., out] of a linear for an input [..., in]. Where the graph computes some tokens only, here all of x are."""
-        return np.concatenate([self._run(part["input"], part["output"], x) for part in self._parts[path]], -1)
+        """The output [..., out] of a linear for an input [..., in]. Where the graph computes some
+        tokens only, here all of x are."""
+        return np.concatenate(
+            [self._run(part["input"], part["output"], x) for part in self._parts[path]], -1
+        )
 
     def scale(self, path: str) -> str | None:
-        """Name of the model's tensor [out] (LayerScale) that a linear's output is multiplied by in the file, where there is one."""
+        """Name of the model's tensor [out] (LayerScale) that a linear's output is multiplied by in
+        the file, where there is one."""
         return self._parts[path][0].get("scale")
 
     def _run(self, enters: str, leaves: str, x: Array) -> Array:
@@ -126,7 +154,9 @@ class LinearsAlone:
             return Model(file, self._settings).run(x)
 
 
-def _stage(stage: str, source: str, target: str, before: Array, after: Array, targets: NDArray[np.int64]) -> dict[str, Any]:
+def _stage(
+    stage: str, source: str, target: str, before: Array, after: Array, targets: NDArray[np.int64]
+) -> dict[str, Any]:
     right = [float(hits(logits, targets).mean()) for logits in (before, after)]
     names = {"stage": stage, "source": source, "target": target}
     return {**names, **_closeness(before, after), "top1_source": right[0], "top1_target": right[1]}
@@ -135,7 +165,11 @@ def _stage(stage: str, source: str, target: str, before: Array, after: Array, ta
 def _closeness(before: Array, after: Array) -> dict[str, float]:
     found = cosines(before, after)
     agreement = float((before.argmax(1) == after.argmax(1)).mean())
-    return {"least_cosine": float(found.min()), "median_cosine": float(np.median(found)), "agreement": agreement}
+    return {
+        "least_cosine": float(found.min()),
+        "median_cosine": float(np.median(found)),
+        "agreement": agreement,
+    }
 
 
 def _quantization_loss(logits: Logits, targets: NDArray[np.int64]) -> str | None:
@@ -146,7 +180,10 @@ def _quantization_loss(logits: Logits, targets: NDArray[np.int64]) -> str | None
 
 
 def _linear_loss(linears: Mapping[str, float]) -> str | None:
-    wrong = sorted((path for path in linears if not linears[path] <= LINEAR_TOLERANCE), key=lambda path: -linears[path])
+    wrong = sorted(
+        (path for path in linears if not linears[path] <= LINEAR_TOLERANCE),
+        key=lambda path: -linears[path],
+    )
     if not wrong:
         return None
     others = f", and {len(wrong) - 1} other linears differ too" if len(wrong) > 1 else ""
@@ -154,11 +191,14 @@ def _linear_loss(linears: Mapping[str, float]) -> str | None:
 
 
 def _logits_loss(logits: Logits) -> str | None:
-    distance, explained = (float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged))
+    distance, explained = (
+        float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)
+    )
     if distance <= AMPLIFICATIONS * explained + LOGITS_TOLERANCE:
         return None
     return (
-        f"logits are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the pixels by a millionth moves them by "
+        f"logits are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the "
+        "pixels by a millionth moves them by "
         f"{explained:.1e}; no linear is at fault, so it lies between them"
     )
 

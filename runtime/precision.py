@@ -1,8 +1,10 @@
-"""Truth in precision: the bits that a scheme names, those that the file keeps, and those that the kernels multiply with are three numbers.
+"""Truth in precision: the bits that a scheme names, those that the file keeps, and those that the
+kernels multiply with are three numbers.
 
-A 4-bit code in an int8 kernel is multiplied as 8 bits; MatMulNBits at accuracy level 4 rounds float activations to 8; a scale, a zero point
-and a low-rank branch take room beside the codes. All of it is counted in the file and in the graph that is executed; of the metadata only
-the scheme is believed. Where linears differ, the bits are those of most weights: the audit has a row for each.
+A 4-bit code in an int8 kernel is multiplied as 8 bits; MatMulNBits at accuracy level 4 rounds float
+activations to 8; a scale, a zero point and a low-rank branch take room beside the codes. All of it
+is counted in the file and in the graph that is executed; of the metadata only the scheme is
+believed. Where linears differ, the bits are those of most weights: the audit has a row for each.
 """
 
 from collections import Counter
@@ -19,10 +21,20 @@ ATTENTION = ("Attention", "MultiHeadAttention")
 
 AROUND_PRODUCTS = {
     "norms": ("LayerNormalization", "SkipLayerNormalization", "BatchNormalization"),
-    "activation functions": ("Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Erf", "Sigmoid", "Tanh", "Relu"),
+    "activation functions": (
+        "Gelu",
+        "BiasGelu",
+        "FastGelu",
+        "QuickGelu",
+        "Erf",
+        "Sigmoid",
+        "Tanh",
+        "Relu",
+    ),
     "softmax": ("Softmax",),
 }
-"""What stands between the products of a vision transformer, by the operators that do it; sums and moves are left out."""
+"""What stands between the products of a vision transformer, by the operators that do it; sums and
+moves are left out."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,10 @@ class FloatPart:
 
 @dataclass(frozen=True)
 class Precision:
-    """Numbers of a file as it is executed. nominal: its scheme; weight_bits, activation_bits: what that says (16: float activations);
-    kernel_*: of the operands as the kernels get them; container_bits: of a weight's code in the file; bits_per_weight: all that the file
-    keeps for the quantized weights, over their number (of all linears' weights, where none is quantized)."""
+    """Numbers of a file as it is executed. nominal: its scheme; weight_bits, activation_bits: what
+    that says (16: float activations); kernel_*: of the operands as the kernels get them;
+    container_bits: of a weight's code in the file; bits_per_weight: all that the file keeps for the
+    quantized weights, over their number (of all linears' weights, where none is quantized)."""
 
     nominal: str
     weight_bits: int
@@ -53,7 +66,9 @@ class Precision:
 
 def measure_precision(examined: Examined) -> Precision:
     """Count the bits of a file and of the kernels that run it."""
-    linears = [linear for linear in examined.linears if linear.nominal != FLOAT] or list(examined.linears)
+    linears = [linear for linear in examined.linears if linear.nominal != FLOAT] or list(
+        examined.linears
+    )
     own = [linear for linear in linears if linear.role == "linear"]
 
     def of_most(bits: Callable[[Linear], int]) -> int:
@@ -62,7 +77,10 @@ def measure_precision(examined: Examined) -> Precision:
             votes[bits(linear)] += weights_of(examined, linear)
         return votes.most_common(1)[0][0]
 
-    nominal = examined.file.metadata.get("marrq.scheme") or Counter(linear.nominal for linear in own).most_common(1)[0][0]
+    nominal = (
+        examined.file.metadata.get("marrq.scheme")
+        or Counter(linear.nominal for linear in own).most_common(1)[0][0]
+    )
     return Precision(
         nominal,
         of_most(lambda linear: _nominal_bits(examined, linear)[0]),
@@ -88,7 +106,8 @@ def _kernel_bits(examined: Examined, linear: Linear) -> tuple[int, int]:
 
 
 def _container_bits(examined: Examined, linear: Linear) -> int:
-    """Bits of a code. 3-bit codes are two planes of bytes, whose bits add up; the constants that unpack them hardly count."""
+    """Bits of a code. 3-bit codes are two planes of bytes, whose bits add up; the constants that
+    unpack them hardly count."""
     file, node = examined.file, linear.product.node
     if node.op_type == "MatMulNBits":
         return int(attribute(node, "bits", 4))
@@ -99,7 +118,9 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
     def made_of(node: NodeProto) -> list[str]:
         return list(node.input[:1] if node.op_type == "DequantizeLinear" else node.input)
 
-    codes = [name for name in file.behind([linear.product.weight], made_of) if name in file.initializers]
+    codes = [
+        name for name in file.behind([linear.product.weight], made_of) if name in file.initializers
+    ]
     narrow = [name for name in codes if bits_of_type(file.type_of(name)) <= 8]
     return round(sum(map(file.bits_of, narrow)) / weights_of(examined, linear))
 
@@ -115,28 +136,47 @@ def _stored_bits(examined: Examined, linears: list[Linear]) -> int:
 
 
 def _float_remainder(examined: Examined) -> list[FloatPart]:
-    """What runs in float, in the order of its first appearance, and what stands between the products last."""
+    """What runs in float, in the order of its first appearance, and what stands between the
+    products last."""
     chooser = "the scheme" if "marrq.schemes" in examined.file.metadata else "the file"
-    reasons = {row.linear: row.reason for row in audit(examined) if row.nominal != FLOAT and not row.integer}
+    reasons = {
+        row.linear: row.reason
+        for row in audit(examined)
+        if row.nominal != FLOAT and not row.integer
+    }
     found: Counter[tuple[str, str, str]] = Counter()
     for linear in examined.linears:
         operator = linear.kernel.node.op_type if linear.kernel is not None else "none"
         reason = reasons.get(linear.path, reasons.get(linear.part))
         if linear.role == "low-rank branch":
-            found["low-rank branches", operator, f"{chooser} keeps their factors in floating point"] += 1
+            found[
+                "low-rank branches", operator, f"{chooser} keeps their factors in floating point"
+            ] += 1
         elif linear.role == "correction":
-            found["corrections for the tokens' zero points", operator, "two inputs each: no work for an integer kernel"] += 1
+            found[
+                "corrections for the tokens' zero points",
+                operator,
+                "two inputs each: no work for an integer kernel",
+            ] += 1
         elif linear.nominal == FLOAT:
             what = _kind(examined, linear.product)
             found[what, operator, f"{chooser} leaves the {what} in floating point"] += 1
         elif reason is not None:
             found["quantized linears", operator, reason] += 1
     for product in examined.optimized.products:
-        if product.weight is None and examined.optimized.type_of(product.activation).startswith("float"):
-            found["attention products", product.node.op_type, f"{chooser} leaves attention in floating point"] += 1
+        if product.weight is None and examined.optimized.type_of(product.activation).startswith(
+            "float"
+        ):
+            found[
+                "attention products",
+                product.node.op_type,
+                f"{chooser} leaves attention in floating point",
+            ] += 1
     for node in examined.optimized.nodes:
         if node.op_type in ATTENTION:
-            found["attention products", node.op_type, f"{chooser} leaves attention in floating point"] += 1
+            found[
+                "attention products", node.op_type, f"{chooser} leaves attention in floating point"
+            ] += 1
     for what, operators in AROUND_PRODUCTS.items():
         for node in examined.optimized.nodes:
             if node.op_type in operators:
@@ -145,7 +185,8 @@ def _float_remainder(examined: Examined) -> list[FloatPart]:
 
 
 def _kind(examined: Examined, product: Product) -> str:
-    """The place of a float linear in the model: a convolution whose patches do not overlap, a linear that no product comes after."""
+    """The place of a float linear in the model: a convolution whose patches do not overlap, a
+    linear that no product comes after."""
     file = examined.file
     if product.node.op_type == "Conv":
         patches = attribute(product.node, "kernel_shape") == attribute(product.node, "strides")

@@ -1,6 +1,8 @@
-"""From an image to the model's input by what the ONNX file itself says, in numpy and Pillow alone: what a server has to do.
+"""From an image to the model's input by what the ONNX file itself says, in numpy and Pillow alone:
+what a server has to do.
 
-The file's metadata `marrq.preprocessing` holds the terms of timm's evaluation transform, and this is that transform again:
+The file's metadata `marrq.preprocessing` holds the terms of timm's evaluation transform, and this
+is that transform again:
 
     convert to L or RGB  →  resize by Pillow  →  crop or pad about the centre  →  x / 255  →  (x - mean) / std
 
@@ -8,8 +10,8 @@ The file's metadata `marrq.preprocessing` holds the terms of timm's evaluation t
     squash    both sides become ⌊size / crop_pct⌋, whatever the aspect ratio
     border    the longer side becomes ⌊size / crop_pct⌋, and the rest is filled up with the mean
 
-It is written anew, and not taken from where the model was quantized, so that the bench can tell when the two differ.
-"""
+It is written anew, and not taken from where the model was quantized, so that the bench can tell
+when the two differ."""
 
 import json
 import math
@@ -37,9 +39,9 @@ CROP_MODES = ("center", "squash", "border")
 class Preprocessing:
     """The terms of the metadata, and the function that they describe.
 
-    input_size: (channels, height, width), 1 channel for grey images, 3 for RGB; interpolation: a key of INTERPOLATIONS; crop_pct: share of
-    the resized image that the crop keeps; crop_mode: one of CROP_MODES; mean, std: per channel, of values in 0 … 1.
-    """
+    input_size: (channels, height, width), 1 channel for grey images, 3 for RGB; interpolation: a
+    key of INTERPOLATIONS; crop_pct: share of the resized image that the crop keeps; crop_mode: one
+    of CROP_MODES; mean, std: per channel, of values in 0 … 1."""
 
     input_size: Sequence[int]
     interpolation: str
@@ -50,16 +52,20 @@ class Preprocessing:
 
     @classmethod
     def read(cls, metadata: str) -> "Preprocessing":
-        """The metadata `marrq.preprocessing` of a file. Raises BenchError when something is missing there, or unknown."""
+        """The metadata `marrq.preprocessing` of a file. Raises BenchError when something is missing
+        there, or unknown."""
         try:
             return cls(**json.loads(metadata))
         except (TypeError, ValueError) as error:
-            raise BenchError(f"the file's preprocessing {metadata!r} cannot be read ({error}): export it again") from error
+            raise BenchError(
+                f"the file's preprocessing {metadata!r} cannot be read ({error}): export it again"
+            ) from error
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
             raise BenchError(
-                f"the file's preprocessing resizes by {self.interpolation!r} and crops by {self.crop_mode!r}: known are "
+                f"the file's preprocessing resizes by {self.interpolation!r} and crops by "
+                f"{self.crop_mode!r}: known are "
                 f"{', '.join(INTERPOLATIONS)}, and {', '.join(CROP_MODES)}"
             )
 
@@ -74,29 +80,47 @@ class Preprocessing:
         image = image.convert("L" if self.input_size[0] == 1 else "RGB")
         width, height = self._resized(*image.size)
         return self._about_the_centre(
-            np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation])).reshape(height, width, -1)
+            np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation])).reshape(
+                height, width, -1
+            )
         )
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after resizing."""
-        target_height, target_width = (math.floor(side / self.crop_pct) for side in self.input_size[1:])
+        target_height, target_width = (
+            math.floor(side / self.crop_pct) for side in self.input_size[1:]
+        )
         if self.crop_mode == "squash":
             return target_width, target_height
-        if self.crop_mode == "center" and target_height == target_width:  # timm rounds this case down and the others to the nearest
-            short, longer = target_width, int(target_width * max(width, height) / min(width, height))
+        if (
+            self.crop_mode == "center" and target_height == target_width
+        ):  # timm rounds this case down and the others to the nearest
+            short, longer = (
+                target_width,
+                int(target_width * max(width, height) / min(width, height)),
+            )
             return (short, longer) if width <= height else (longer, short)
         ratios = height / target_height, width / target_width
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
     def _about_the_centre(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What the input takes of an image [height, width, channels]; where it is too small it is filled up."""
-        fill = np.array([round(255 * value) for value in self.mean] if self.crop_mode == "border" else 0, np.uint8)
+        """What the input takes of an image [height, width, channels]; where it is too small it is
+        filled up."""
+        fill = np.array(
+            [round(255 * value) for value in self.mean] if self.crop_mode == "border" else 0,
+            np.uint8,
+        )
         for axis, wanted in enumerate(self.input_size[1:]):
             missing = max(wanted - image.shape[axis], 0)
             if missing:
-                before, after = ((*image.shape[:axis], part, *image.shape[axis + 1 :]) for part in (missing // 2, (missing + 1) // 2))
-                image = np.concatenate([np.broadcast_to(fill, before), image, np.broadcast_to(fill, after)], axis)
+                before, after = (
+                    (*image.shape[:axis], part, *image.shape[axis + 1 :])
+                    for part in (missing // 2, (missing + 1) // 2)
+                )
+                image = np.concatenate(
+                    [np.broadcast_to(fill, before), image, np.broadcast_to(fill, after)], axis
+                )
             start = round((image.shape[axis] - wanted) / 2)
             image = image.take(range(start, start + wanted), axis)
         return image

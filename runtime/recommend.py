@@ -1,13 +1,16 @@
-"""Which candidate to take for size, for latency, for accuracy: a pure function of the bench's report.
+"""Which candidate to take for size, for latency, for accuracy: a pure function of the bench's
+report.
 
-The best by a criterion is not alone where the difference is noise, and then the next criterion decides among those that are level with
-it, in the order size, latency, accuracy and round again. Level are
+The best by a criterion is not alone where the difference is noise, and then the next criterion
+decides among those that are level with it, in the order size, latency, accuracy and round again.
+Level are
 
 - sizes within 1 %,
-- latencies, at the first batch size, where the other was at least as fast in one round or more: were they the same, five rounds would all
+- latencies, at the first batch size, where the other was at least as fast in one round or more:
+were they the same, five rounds would all
   fall to one side once in sixteen runs,
-- accuracies where the 95 % interval of the paired drop from the best includes 0 (runtime/accuracy.py).
-"""
+- accuracies where the 95 % interval of the paired drop from the best includes 0
+(runtime/accuracy.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +29,9 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Criterion:
-    """superlative: of the best; value: as it stands in the report; sign: 1 where less is better, -1 where more is; level: whether a model
-    (second) is level with the best (first); figure: the value in words."""
+    """superlative: of the best; value: as it stands in the report; sign: 1 where less is better, -1
+    where more is; level: whether a model (second) is level with the best (first); figure: the value
+    in words."""
 
     superlative: str
     value: Callable[[Measured], float]
@@ -41,7 +45,8 @@ class Criterion:
 
 
 def recommend(models: list[Measured]) -> dict[str, dict[str, Any]]:
-    """For each criterion the candidate to take, as JSON. models: as in the bench's report, one candidate at least."""
+    """For each criterion the candidate to take, as JSON. models: as in the bench's report, one
+    candidate at least."""
     candidates = [model for model in models if model["role"] == "candidate"]
     return {name: _recommended(name, candidates) for name in CRITERIA}
 
@@ -59,7 +64,9 @@ def _recommended(name: str, candidates: list[Measured]) -> dict[str, Any]:
         "name": chosen["name"],
         "flavor": chosen["flavor"],
         "value": criterion.value(chosen),
-        "sentence": _sentence(criterion, chosen, level, candidates, decided if len(rest) == 1 else None),
+        "sentence": _sentence(
+            criterion, chosen, level, candidates, decided if len(rest) == 1 else None
+        ),
     }
 
 
@@ -75,7 +82,13 @@ def _level_with_best(criterion: Criterion, models: list[Measured]) -> list[Measu
     return [model for model in models if model is best or criterion.level(best, model)]
 
 
-def _sentence(criterion: Criterion, chosen: Measured, level: list[Measured], candidates: list[Measured], decided: str | None) -> str:
+def _sentence(
+    criterion: Criterion,
+    chosen: Measured,
+    level: list[Measured],
+    candidates: list[Measured],
+    decided: str | None,
+) -> str:
     """The choice, and what it is level with or, where it stands alone, the next best."""
     said = f"{criterion.superlative}: {_named(criterion, chosen)}"
     if len(candidates) == 1:
@@ -94,7 +107,9 @@ def _named(criterion: Criterion, model: Measured) -> str:
 
 def _round_ratio(best: Measured, model: Measured) -> NDArray[np.float64]:
     """Of the model's time to the best's in each round, at the first batch size."""
-    ratio: NDArray[np.float64] = np.divide(model["latency"][0]["rounds_ms"], best["latency"][0]["rounds_ms"])
+    ratio: NDArray[np.float64] = np.divide(
+        model["latency"][0]["rounds_ms"], best["latency"][0]["rounds_ms"]
+    )
     return ratio
 
 

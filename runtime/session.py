@@ -1,5 +1,5 @@
-"""Open an ONNX file under ONNX Runtime, with the same session options for every model that is compared, and no provider but the one
-asked for."""
+"""Open an ONNX file under ONNX Runtime, with the same session options for every model that is
+compared, and no provider but the one asked for."""
 
 import json
 from collections.abc import Callable
@@ -15,11 +15,18 @@ from runtime.errors import BenchError
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise BenchError("ONNX Runtime is not installed: pip install 'marrq[cpu]', or 'marrq[gpu]' on a machine with CUDA") from error
+    raise BenchError(
+        "ONNX Runtime is not installed: pip install 'marrq[cpu]', or 'marrq[gpu]' on a machine "
+        "with CUDA"
+    ) from error
 
 ONNXRUNTIME_VERSION: str = ort.__version__
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
 """Those that build engines of their own: what is in them ONNX Runtime does not tell."""
@@ -43,13 +50,14 @@ DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
 """Where the memory is of providers that have memory of their own."""
 
 ALLOW_SPINNING = True
-"""Worker threads wait for work in a loop, as is ONNX Runtime's default; therefore only one session at a time is timed."""
+"""Worker threads wait for work in a loop, as is ONNX Runtime's default; therefore only one session
+at a time is timed."""
 
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a core); optimization: of the graph,
-    a key of OPTIMIZATIONS."""
+    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a
+    core); optimization: of the graph, a key of OPTIMIZATIONS."""
 
     provider: str = "cpu"
     threads: int | None = None
@@ -63,23 +71,37 @@ def available_providers() -> list[str]:
 
 
 class Model:
-    """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other session on the machine."""
+    """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other
+    session on the machine."""
 
-    def __init__(self, path: Path, settings: SessionSettings, profile_to: Path | None = None, optimized_to: Path | None = None) -> None:
-        """profile_to: prefix of the file that `end_profiling` writes, None for no profile; optimized_to: where the graph goes as it is
-        going to be executed, with its larger tensors in a file beside it, None for nowhere. Raises BenchError when the file cannot be
-        loaded or the provider cannot be had."""
+    def __init__(
+        self,
+        path: Path,
+        settings: SessionSettings,
+        profile_to: Path | None = None,
+        optimized_to: Path | None = None,
+    ) -> None:
+        """profile_to: prefix of the file that `end_profiling` writes, None for no profile;
+        optimized_to: where the graph goes as it is going to be executed, with its larger tensors in
+        a file beside it, None for nowhere. Raises BenchError when the file cannot be loaded or the
+        provider cannot be had."""
         provider = PROVIDERS.get(settings.provider)
         if provider not in available_providers():
             raise BenchError(
-                f"provider {settings.provider!r} is not available here: this ONNX Runtime has {', '.join(available_providers())}"
+                f"provider {settings.provider!r} is not available here: this ONNX Runtime has "
+                f"{', '.join(available_providers())}"
             )
         options = ort.SessionOptions()
         if settings.optimization not in OPTIMIZATIONS:
-            raise BenchError(f"unknown graph optimization {settings.optimization!r}: choose one of {', '.join(OPTIMIZATIONS)}")
+            raise BenchError(
+                f"unknown graph optimization {settings.optimization!r}: choose one of "
+                f"{', '.join(OPTIMIZATIONS)}"
+            )
         options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", str(int(ALLOW_SPINNING))
+        )
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
         if profile_to is not None:
@@ -92,9 +114,14 @@ class Model:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public
             reason = str(error).strip().splitlines()[0]
-            raise BenchError(f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}") from error
+            raise BenchError(
+                f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}"
+            ) from error
         if self.session.get_providers()[0] != provider:
-            raise BenchError(f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: mend its installation")
+            raise BenchError(
+                f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: "
+                "mend its installation"
+            )
         if not self.session.get_inputs():
             raise BenchError(f"{str(path)!r} has no input: give a model of images")
         self.input = self.session.get_inputs()[0]
@@ -106,8 +133,9 @@ class Model:
         return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
-        """One forward of inputs [batch, channels, height, width], to be timed: a function that returns when the logits are there. Where
-        the provider has memory of its own, inputs are put there beforehand, logits stay there, and the device is waited for."""
+        """One forward of inputs [batch, channels, height, width], to be timed: a function that
+        returns when the logits are there. Where the provider has memory of its own, inputs are put
+        there beforehand, logits stay there, and the device is waited for."""
         if self.device is None:
 
             def forward_on_host() -> None:
@@ -115,7 +143,9 @@ class Model:
 
             return forward_on_host
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input(self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0))
+        binding.bind_ortvalue_input(
+            self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0)
+        )
         binding.bind_output(self.session.get_outputs()[0].name, self.device, 0)
         binding.synchronize_inputs()
 
@@ -127,7 +157,9 @@ class Model:
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
-        return np.random.default_rng(0).standard_normal((batch, *self.input.shape[1:]), dtype=np.float32)
+        return np.random.default_rng(0).standard_normal(
+            (batch, *self.input.shape[1:]), dtype=np.float32
+        )
 
     def metadata(self) -> dict[str, str]:
         """The file's own metadata."""
@@ -136,10 +168,13 @@ class Model:
 
 
 def executed_operators(
-    path: Path, settings: SessionSettings, scratch: Path, by: Literal["op_name", "provider"] = "op_name"
+    path: Path,
+    settings: SessionSettings,
+    scratch: Path,
+    by: Literal["op_name", "provider"] = "op_name",
 ) -> dict[str, int]:
-    """How many nodes of each operator, or on each provider, really ran in one forward, from ONNX Runtime's own profile. scratch: a folder
-    for that profile."""
+    """How many nodes of each operator, or on each provider, really ran in one forward, from ONNX
+    Runtime's own profile. scratch: a folder for that profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
     model.run(model.random_input(1))
     events: list[dict[str, Any]] = json.loads(Path(model.session.end_profiling()).read_text())

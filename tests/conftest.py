@@ -23,13 +23,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=len(CLASSES), **arguments)
     save_file(model.state_dict(), folder / "model.safetensors")
-    settings = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = {
+        "input_size": [3, 32, 32],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
     config = {
         "architecture": "vit_tiny_patch16_224",
         "num_classes": len(CLASSES),
         "model_args": arguments,
         "label_names": CLASSES,
-        "pretrained_cfg": {**settings, "custom_load": False, "num_classes": len(CLASSES), "classifier": "head"},
+        "pretrained_cfg": {
+            **settings,
+            "custom_load": False,
+            "num_classes": len(CLASSES),
+            "classifier": "head",
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

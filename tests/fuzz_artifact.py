@@ -2,10 +2,10 @@
 
     python tests/fuzz_artifact.py --seconds 600 --seed 0
 
-A case changes config.json, quantization.json or model.safetensors (values for hostile ones, keys gone, types changed, bytes flipped, cut
-off; tensors of other shapes, types and values, with the hash put right). `load` must raise MarrqError, or give a model that runs; within
-five seconds, and with no more memory than the limit on the process allows. Prints JSON.
-"""
+A case changes config.json, quantization.json or model.safetensors (values for hostile ones, keys
+gone, types changed, bytes flipped, cut off; tensors of other shapes, types and values, with the
+hash put right). `load` must raise MarrqError, or give a model that runs; within five seconds, and
+with no more memory than the limit on the process allows. Prints JSON."""
 
 import argparse
 import copy
@@ -34,9 +34,50 @@ HEADROOM = 512 * 2**20
 SECONDS_A_CASE = 5
 
 HOSTILE: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**9, 10**30, -(10**9), 1e308, float("nan"), float("inf"), 0.5, -0.0, True, False, None),
-    *("", "../../etc/passwd", "/dev/zero", "hf-hub:timm/vit_tiny_patch16_224", "local-dir:/", "<script>", "\x00", "é" * 50, "vit", "swin"),
-    *([], {}, [[]], [None], {"a": 1}, [0] * 1000, [10**9] * 3, {"model_type": "vit"}, {"checkpoint_path": "/etc/passwd"}),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        2**31,
+        2**63,
+        10**9,
+        10**30,
+        -(10**9),
+        1e308,
+        float("nan"),
+        float("inf"),
+        0.5,
+        -0.0,
+        True,
+        False,
+        None,
+    ),
+    *(
+        "",
+        "../../etc/passwd",
+        "/dev/zero",
+        "hf-hub:timm/vit_tiny_patch16_224",
+        "local-dir:/",
+        "<script>",
+        "\x00",
+        "é" * 50,
+        "vit",
+        "swin",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"a": 1},
+        [0] * 1000,
+        [10**9] * 3,
+        {"model_type": "vit"},
+        {"checkpoint_path": "/etc/passwd"},
+    ),
 )
 KEYS = (
     "pretrained",
@@ -57,15 +98,24 @@ class TooLong(BaseException):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory was wanted that there was not: torch says so by a RuntimeError, and `load` makes a MarrqError of it."""
+    """Whether memory was wanted that there was not: torch says so by a RuntimeError, and `load`
+    makes a MarrqError of it."""
     cause = error.__cause__ or error
     return isinstance(cause, MemoryError) or "allocate memory" in str(cause)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every container within a JSON value, with each of its keys."""
-    inner = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    return [(value, key) for key, _ in inner] + [place for _, part in inner for place in places(part)]
+    inner = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
+    return [(value, key) for key, _ in inner] + [
+        place for _, part in inner for place in places(part)
+    ]
 
 
 def change_json(value: Any, chance: random.Random) -> Any:
@@ -79,8 +129,14 @@ def change_json(value: Any, chance: random.Random) -> Any:
             container[chance.choice((*KEYS, "", "extra"))] = copy.deepcopy(chance.choice(HOSTILE))
         elif kind == 2 and isinstance(container, list):
             container *= chance.choice((0, 2, 50))
-        elif kind == 3 and isinstance(container[key], int | float) and not isinstance(container[key], bool):
-            container[key] = container[key] * chance.choice((-1, 2, 16, 1000, 10**6, 0.5)) + chance.choice((0, 1))
+        elif (
+            kind == 3
+            and isinstance(container[key], int | float)
+            and not isinstance(container[key], bool)
+        ):
+            container[key] = container[key] * chance.choice(
+                (-1, 2, 16, 1000, 10**6, 0.5)
+            ) + chance.choice((0, 1))
         else:
             container[key] = copy.deepcopy(chance.choice(HOSTILE))
     return value
@@ -94,26 +150,50 @@ def change_bytes(data: bytes, chance: random.Random) -> bytes:
         place = chance.randrange(max(1, min(reach, len(changed))))
         piece = chance.choice((b"", bytes([chance.randrange(256)]), b"9", b"}", b"\xff" * 8))
         changed[place : place + chance.choice((0, 1, 1, 8))] = piece
-    return bytes(changed[: chance.randrange(len(changed) + 1)]) if chance.random() < 0.1 else bytes(changed)
+    return (
+        bytes(changed[: chance.randrange(len(changed) + 1)])
+        if chance.random() < 0.1
+        else bytes(changed)
+    )
 
 
-def change_tensors(tensors: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
+def change_tensors(
+    tensors: dict[str, torch.Tensor], chance: random.Random
+) -> dict[str, torch.Tensor]:
     """A tensor gone, renamed, of another shape or type, or with other values."""
-    name = chance.choice([key for key in tensors if "weight_" in key or "input_" in key or chance.random() < 0.2] or list(tensors))
+    name = chance.choice(
+        [key for key in tensors if "weight_" in key or "input_" in key or chance.random() < 0.2]
+        or list(tensors)
+    )
     tensor = tensors.pop(name)
     hostile = [2**62, -1, 0, 10**9, 1]
     changes: list[Callable[[], torch.Tensor | None]] = [
         lambda: None,
         lambda: tensor.flatten()[: chance.randrange(tensor.numel() + 1)].clone(),
         lambda: torch.cat([tensor.flatten(), tensor.flatten()]),
-        lambda: tensor.to(chance.choice((torch.float16, torch.int64, torch.bool, torch.uint8, torch.float64))),
-        lambda: torch.full_like(tensor, chance.choice((0, 1)) if tensor.dtype == torch.bool else chance.choice((0, 1, 100))),
-        lambda: torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor.flip(0) if tensor.dim() else tensor,
-        lambda: torch.tensor([chance.choice(hostile) for _ in range(chance.choice((0, 1, 2, 2, 2, 3)))]),
+        lambda: tensor.to(
+            chance.choice((torch.float16, torch.int64, torch.bool, torch.uint8, torch.float64))
+        ),
+        lambda: torch.full_like(
+            tensor,
+            chance.choice((0, 1)) if tensor.dtype == torch.bool else chance.choice((0, 1, 100)),
+        ),
+        lambda: (
+            torch.full_like(tensor, float("nan"))
+            if tensor.is_floating_point()
+            else tensor.flip(0)
+            if tensor.dim()
+            else tensor
+        ),
+        lambda: torch.tensor(
+            [chance.choice(hostile) for _ in range(chance.choice((0, 1, 2, 2, 2, 3)))]
+        ),
     ]
     changed = chance.choice(changes)()
     if changed is not None:
-        tensors[chance.choice((name, name, name, name + "x", "blocks.0." + name))] = changed.contiguous()
+        tensors[chance.choice((name, name, name, name + "x", "blocks.0." + name))] = (
+            changed.contiguous()
+        )
     return tensors
 
 
@@ -130,9 +210,13 @@ class Case:
     def write(self, chance: random.Random) -> None:
         """A damaged copy."""
         files = dict(self.whole)
-        target = chance.choice((CONFIG, CONFIG, CONFIG, REPORTS, TENSORS, TENSORS, "shapes", "shapes", "bytes"))
+        target = chance.choice(
+            (CONFIG, CONFIG, CONFIG, REPORTS, TENSORS, TENSORS, "shapes", "shapes", "bytes")
+        )
         if target in (CONFIG, REPORTS):
-            files[target] = json.dumps(change_json(json.loads(files[target]), chance)).encode(errors="surrogatepass")
+            files[target] = json.dumps(change_json(json.loads(files[target]), chance)).encode(
+                errors="surrogatepass"
+            )
         elif target == TENSORS:
             files[TENSORS] = change_bytes(files[TENSORS], chance)
         elif target == "bytes":
@@ -144,7 +228,9 @@ class Case:
             save_file(change_tensors(dict(self.tensors), chance), self.place / TENSORS)
         if target in (TENSORS, "shapes"):
             config = json.loads(files[CONFIG])
-            (self.place / CONFIG).write_text(json.dumps({**config, "tensors_sha256": _sha256(self.place / TENSORS)}))
+            (self.place / CONFIG).write_text(
+                json.dumps({**config, "tensors_sha256": _sha256(self.place / TENSORS)})
+            )
 
 
 def outcome(place: Path) -> str:
@@ -153,10 +239,16 @@ def outcome(place: Path) -> str:
     try:
         model = load(place)
         size = model.preprocessing.input_size
-        model.module(torch.zeros(1, *size) if tuple(size) == (3, 32, 32) else torch.zeros(1, 3, 32, 32))
+        model.module(
+            torch.zeros(1, *size) if tuple(size) == (3, 32, 32) else torch.zeros(1, 3, 32, 32)
+        )
         return "loaded"
     except MarrqError as error:
-        return "refused" if "\n" not in str(error) and not ran_out(error) else f"failed: {error!r}"[:300]
+        return (
+            "refused"
+            if "\n" not in str(error) and not ran_out(error)
+            else f"failed: {error!r}"[:300]
+        )
     except TooLong:
         return "failed: too long"
     except BaseException as error:
@@ -173,7 +265,9 @@ def run(seconds: float, cases: int, seed: int, folder: Path) -> dict[str, Any]:
 
     signal.signal(signal.SIGALRM, ring)
     case, start, found, slowest = Case(folder), time.monotonic(), Counter[str](), 0.0
-    load(folder / "whole")  # what is imported and cached at the first time is no allocation of a case
+    load(
+        folder / "whole"
+    )  # what is imported and cached at the first time is no allocation of a case
     before = resident_peak_mb() or 0.0
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -191,14 +285,26 @@ def run(seconds: float, cases: int, seed: int, folder: Path) -> dict[str, Any]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     grown = (resident_peak_mb() or 0.0) - before
-    return {"cases": found.total(), **found, "seconds": time.monotonic() - start, "slowest_s": slowest, "grown_mb": grown}
+    return {
+        "cases": found.total(),
+        **found,
+        "seconds": time.monotonic() - start,
+        "slowest_s": slowest,
+        "grown_mb": grown,
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
-        print(json.dumps(run(arguments.seconds, arguments.cases, arguments.seed, Path(temporary)), indent=2))
+        print(
+            json.dumps(
+                run(arguments.seconds, arguments.cases, arguments.seed, Path(temporary)), indent=2
+            )
+        )

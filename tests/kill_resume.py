@@ -1,10 +1,11 @@
-"""Kill `marrq quantize` with SIGKILL at random moments, go on with --resume, and compare what comes out, byte by byte.
+"""Kill `marrq quantize` with SIGKILL at random moments, go on with --resume, and compare what comes
+out, byte by byte.
 
     python tests/kill_resume.py --kills 100 --seed 0
 
-Half of the kills come at any time, the others within milliseconds after a file or folder that is being written was seen: a checkpoint, or
-the artifact. After each, the output must be absent or the whole artifact. Prints JSON.
-"""
+Half of the kills come at any time, the others within milliseconds after a file or folder that is
+being written was seen: a checkpoint, or the artifact. After each, the output must be absent or the
+whole artifact. Prints JSON."""
 
 import argparse
 import json
@@ -43,13 +44,18 @@ def ended(child: int) -> int | None:
 def being_written(output: Path) -> set[str]:
     """Names under which something unfinished lies beside the output."""
     try:
-        return {path.name for path in output.parent.rglob(".*") if path.name != f".{output.name}.checkpoint"}
+        return {
+            path.name
+            for path in output.parent.rglob(".*")
+            if path.name != f".{output.name}.checkpoint"
+        }
     except FileNotFoundError:  # a folder was removed meanwhile
         return set()
 
 
 def killed(child: int, output: Path, chance: random.Random, seconds: float) -> str | None:
-    """Kill it at a random moment; what it was doing, or None where it was done before. seconds: what the whole takes."""
+    """Kill it at a random moment; what it was doing, or None where it was done before. seconds:
+    what the whole takes."""
     limit, writing = time.monotonic() + chance.uniform(0, seconds), chance.random() < 0.5
     before = being_written(output)
     while time.monotonic() < limit or writing:
@@ -87,15 +93,25 @@ def run(kills: int, seed: int, folder: Path) -> dict[str, object]:
             assert contents(output) == expected, "another artifact"
         if doing is None:
             completed += 1
-            assert [path.name for path in output.parent.iterdir()] == ["artifact"], "something was left behind"
+            assert [path.name for path in output.parent.iterdir()] == ["artifact"], (
+                "something was left behind"
+            )
             for file in output.iterdir():
                 file.unlink()
             output.rmdir()
-    return {"kills": kills, "moments": moments, "completed": completed, "seconds_whole": seconds, "seconds": time.monotonic() - start}
+    return {
+        "kills": kills,
+        "moments": moments,
+        "completed": completed,
+        "seconds_whole": seconds,
+        "seconds": time.monotonic() - start,
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

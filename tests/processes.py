@@ -1,4 +1,5 @@
-"""Run by torchrun: quantizes small models together, and prints from the first process what came out, as JSON."""
+"""Run by torchrun: quantizes small models together, and prints from the first process what came
+out, as JSON."""
 
 import json
 import sys
@@ -21,7 +22,11 @@ CASES = {
 
 def results(team: Team = ALONE) -> dict[str, str]:
     return {
-        name: hashed(quantized(build(), noise(13), scheme, method, strategy=strategy, batch_size=2, team=team))
+        name: hashed(
+            quantized(
+                build(), noise(13), scheme, method, strategy=strategy, batch_size=2, team=team
+            )
+        )
         for name, (build, scheme, method, strategy) in CASES.items()
     }
 

@@ -1,4 +1,5 @@
-"""The papers' arithmetic, slow and direct, in float64 NumPy. Shares no code with marrq; tests hold marrq against it."""
+"""The papers' arithmetic, slow and direct, in float64 NumPy. Shares no code with marrq; tests hold
+marrq against it."""
 
 from dataclasses import dataclass
 
@@ -31,7 +32,11 @@ SHRINKING = tuple(1 - i / 100 for i in range(80))
 
 
 def weight_grid(
-    weight: Array, num_bits: int, group_size: int | None = None, kind: str = "asymmetric", factors: tuple[float, ...] = SHRINKING
+    weight: Array,
+    num_bits: int,
+    group_size: int | None = None,
+    kind: str = "asymmetric",
+    factors: tuple[float, ...] = SHRINKING,
 ) -> Affine:
     """The grid of each row, or of each group of inputs in it, one after the other."""
     low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
@@ -45,7 +50,9 @@ def weight_grid(
     return Affine(scale, zero, -high if kind == "mxint" else low, high)
 
 
-def asymmetric(values: Array, low: int, high: int, factors: tuple[float, ...]) -> tuple[float, float]:
+def asymmetric(
+    values: Array, low: int, high: int, factors: tuple[float, ...]
+) -> tuple[float, float]:
     """GPTQ's: the best of some shrunk min/max ranges that include 0, by Σ |q - w|^2.4."""
 
     def at(factor: float) -> tuple[float, float]:
@@ -56,12 +63,18 @@ def asymmetric(values: Array, low: int, high: int, factors: tuple[float, ...]) -
     return _least_error(values, low, high, [at(factor) for factor in factors])
 
 
-def symmetric(values: Array, low: int, high: int, factors: tuple[float, ...]) -> tuple[float, float]:
+def symmetric(
+    values: Array, low: int, high: int, factors: tuple[float, ...]
+) -> tuple[float, float]:
     """The same with the zero point 0: the largest magnitude, shrunk, is the largest code."""
-    return _least_error(values, low, high, [(np.abs(values).max() / high * factor, 0.0) for factor in factors])
+    return _least_error(
+        values, low, high, [(np.abs(values).max() / high * factor, 0.0) for factor in factors]
+    )
 
 
-def _least_error(values: Array, low: int, high: int, grids: list[tuple[float, float]]) -> tuple[float, float]:
+def _least_error(
+    values: Array, low: int, high: int, grids: list[tuple[float, float]]
+) -> tuple[float, float]:
     def error(grid: tuple[float, float]) -> float:
         quantized = (np.clip(np.rint(values / grid[0]) + grid[1], low, high) - grid[1]) * grid[0]
         return float((np.abs(quantized - values) ** 2.4).sum())
@@ -70,14 +83,16 @@ def _least_error(values: Array, low: int, high: int, grids: list[tuple[float, fl
 
 
 def mxint(block: Array, low: int, high: int, factors: tuple[float, ...]) -> tuple[float, float]:
-    """2^(e - b + 2) with e the exponent of the largest magnitude: one bit before the binary point, b - 2 behind it."""
+    """2^(e - b + 2) with e the exponent of the largest magnitude: one bit before the binary point,
+    b - 2 behind it."""
     num_bits = int(high).bit_length() + 1
     return 2.0 ** (np.floor(np.log2(np.abs(block).max())) - num_bits + 2), 0.0
 
 
 @dataclass(frozen=True)
 class Moments:
-    """H and D of tokens on both paths, [tokens, n], their means taken out where a bias takes up the mean error."""
+    """H and D of tokens on both paths, [tokens, n], their means taken out where a bias takes up the
+    mean error."""
 
     hessian: Array
     drift: Array
@@ -93,18 +108,31 @@ class Moments:
         return self.hessian + damping * np.mean(np.diag(self.hessian)) * np.eye(len(self.hessian))
 
     def order(self, act_order: bool) -> NDArray[np.int64]:
-        return np.argsort(-np.diag(self.hessian), kind="stable") if act_order else np.arange(len(self.hessian))
+        return (
+            np.argsort(-np.diag(self.hessian), kind="stable")
+            if act_order
+            else np.arange(len(self.hessian))
+        )
 
 
 def sweep(
-    weight: Array, grid: Affine | None, moments: Moments, order: NDArray[np.int64], alphas: tuple[float, float], damping: float = 0.01
+    weight: Array,
+    grid: Affine | None,
+    moments: Moments,
+    order: NDArray[np.int64],
+    alphas: tuple[float, float],
+    damping: float = 0.01,
 ) -> Array:
-    """Codes, or the compensated weights where no grid rounds them, column by column by the formulas.
+    """Codes, or the compensated weights where no grid rounds them, column by column by the
+    formulas.
 
     alphas: of GPTAQ's and of ResComp's residual term.
     """
     n = len(order)
-    damped, drift = moments.damped(damping)[np.ix_(order, order)], moments.drift[np.ix_(order, order)]
+    damped, drift = (
+        moments.damped(damping)[np.ix_(order, order)],
+        moments.drift[np.ix_(order, order)],
+    )
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     cross = moments.hessian[np.ix_(order, order)] + drift
     p1, p2 = (np.triu(np.triu(moment @ upper.T, 1) @ upper, 1) for moment in (drift, cross))
@@ -124,7 +152,13 @@ def sweep(
     return result
 
 
-def swept_grid(weight: Array, grids: list[Affine], moments: Moments, order: NDArray[np.int64], damping: float = 0.01) -> Affine:
+def swept_grid(
+    weight: Array,
+    grids: list[Affine],
+    moments: Moments,
+    order: NDArray[np.int64],
+    damping: float = 0.01,
+) -> Affine:
     """For each row the grid with which GPTQ's sweep leaves the least error of the output."""
     scale, zero, least = grids[0].scale.copy(), grids[0].zero.copy(), np.full(len(weight), np.inf)
     for grid in grids:
@@ -136,6 +170,8 @@ def swept_grid(weight: Array, grids: list[Affine], moments: Moments, order: NDAr
     return Affine(scale, zero, grids[0].low, grids[0].high)
 
 
-def target(weight: Array, moment: Array, moments: Moments, alpha: float, damping: float = 0.1) -> Array:
+def target(
+    weight: Array, moment: Array, moments: Moments, alpha: float, damping: float = 0.1
+) -> Array:
     """W + α G (H + λI)⁻¹."""
     return weight + alpha * moment @ np.linalg.inv(moments.damped(damping))

@@ -1,4 +1,5 @@
-"""The rules of the folders: who may import whom, and what the command line may load before it is asked to work."""
+"""The rules of the folders: who may import whom, and what the command line may load before it is
+asked to work."""
 
 import ast
 import subprocess
@@ -24,9 +25,13 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_no_package_imports_what_its_place_forbids(package: str):
-    files = [file for file in (ROOT / package).rglob("*.py") if "cli" not in file.relative_to(ROOT).parts]
+    files = [
+        file for file in (ROOT / package).rglob("*.py") if "cli" not in file.relative_to(ROOT).parts
+    ]
     assert files
-    found = {str(file.relative_to(ROOT)): sorted(imports(file) & FORBIDDEN[package]) for file in files}
+    found = {
+        str(file.relative_to(ROOT)): sorted(imports(file) & FORBIDDEN[package]) for file in files
+    }
     assert {file: names for file, names in found.items() if names} == {}
 
 
@@ -34,7 +39,12 @@ def test_no_package_imports_what_its_place_forbids(package: str):
 def test_the_way_to_the_help_loads_nothing_heavy(statement: str):
     heavy = "torch timm transformers onnx onnxruntime numpy"
     code = f"{statement}; import sys; print([name for name in {heavy!r}.split() if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_every_module_says_what_it_is_for():

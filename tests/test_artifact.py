@@ -1,4 +1,5 @@
-"""The artifact holds the very codes, is complete or absent, and is refused when it is not what it was."""
+"""The artifact holds the very codes, is complete or absent, and is refused when it is not what it
+was."""
 
 import json
 import shutil
@@ -42,7 +43,9 @@ def tiny(scheme: str) -> QuantizedModel:
 
 
 @pytest.mark.parametrize(("scheme", "method", "strategy"), CASES)
-def test_a_loaded_artifact_is_the_model_that_was_saved(tmp_path: Path, scheme: str, method: str, strategy: ActivationStrategy):
+def test_a_loaded_artifact_is_the_model_that_was_saved(
+    tmp_path: Path, scheme: str, method: str, strategy: ActivationStrategy
+):
     model = quantized(vit(), IMAGES, scheme, method, strategy=strategy)
     save(model, tmp_path / "a")
     again = load(tmp_path / "a")
@@ -55,31 +58,53 @@ def test_a_loaded_artifact_is_the_model_that_was_saved(tmp_path: Path, scheme: s
     assert [linear.spec for linear in before.values()] == [linear.spec for linear in after.values()]
     with torch.no_grad():
         assert torch.equal(again.module(IMAGES), model.module(IMAGES))
-    assert (again.source, again.preprocessing, again.labels) == (model.source, model.preprocessing, model.labels)
-    assert (again.scheme, again.method, again.calibration, again.reports) == (model.scheme, model.method, model.calibration, model.reports)
+    assert (again.source, again.preprocessing, again.labels) == (
+        model.source,
+        model.preprocessing,
+        model.labels,
+    )
+    assert (again.scheme, again.method, again.calibration, again.reports) == (
+        model.scheme,
+        model.method,
+        model.calibration,
+        model.reports,
+    )
 
 
 def stored(linear: QuantLinear) -> dict[str, tuple[str, object]]:
-    """The tensors of a linear as the file has them, with the bytes of those types that Python has no numbers for."""
+    """The tensors of a linear as the file has them, with the bytes of those types that Python has
+    no numbers for."""
 
     def told(tensor: Tensor) -> object:
-        return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor).tolist()
+        return (
+            tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
+        ).tolist()
 
     tensors = tensors_of(nn.ModuleDict({"fc": linear}))
-    return {name.removeprefix("fc."): (str(tensor.dtype).removeprefix("torch."), told(tensor)) for name, tensor in tensors.items()}
+    return {
+        name.removeprefix("fc."): (str(tensor.dtype).removeprefix("torch."), told(tensor))
+        for name, tensor in tensors.items()
+    }
 
 
 CODES = torch.tensor([[3, -4, -1, 0], [0, 1, 2, -3]], dtype=torch.int8)
-PACKED = ("uint8", [0b00_11_00_11, 0b01_10_01_00, 0b1000_0110])  # the low two bits of each code, then the high ones
+PACKED = (
+    "uint8",
+    [0b00_11_00_11, 0b01_10_01_00, 0b1000_0110],
+)  # the low two bits of each code, then the high ones
 SHAPE = ("int64", [2, 4])
 
 
 def test_the_tensors_of_a_linear_are_these_bytes():
     """Pins format version 6: change this test only together with FORMAT_VERSION."""
     spec = ActivationSpec(8)
-    quantizer = ActivationQuantizer(spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range))
+    quantizer = ActivationQuantizer(
+        spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range)
+    )
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1], [2]], dtype=torch.int8)
-    linear = QuantLinear(WeightSpec(3), CODES, scale, zero_point, torch.tensor([5.0, 6.0]), quantizer)
+    linear = QuantLinear(
+        WeightSpec(3), CODES, scale, zero_point, torch.tensor([5.0, 6.0]), quantizer
+    )
     assert stored(linear) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0], [2.0]]),
@@ -94,7 +119,10 @@ def test_the_tensors_of_a_linear_are_these_bytes():
 def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_bytes():
     """Pins format version 6."""
     quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.95))
-    scale, zero_point = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]], dtype=torch.int8)
+    scale, zero_point = (
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        torch.tensor([[0, 1], [2, 3]], dtype=torch.int8),
+    )
     assert stored(QuantLinear(WeightSpec(3, 2), CODES, scale, zero_point, None, quantizer)) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0, 2.0], [3.0, 4.0]]),
@@ -106,9 +134,13 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
 
 def test_the_smoothing_of_a_linears_input_is_these_bytes():
     """Pins format version 6."""
-    quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    quantizer = ActivationQuantizer(
+        ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    )
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
-    assert stored(QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, quantizer)) == {
+    assert stored(
+        QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, quantizer)
+    ) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0], [2.0]]),
         "weight_shape": SHAPE,
@@ -121,9 +153,17 @@ def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
     """Pins format version 6."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     symmetric = QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None)
-    assert stored(symmetric) == {"weight_packed": PACKED, "weight_scale": ("float32", [[0.125], [2.0]]), "weight_shape": SHAPE}
+    assert stored(symmetric) == {
+        "weight_packed": PACKED,
+        "weight_scale": ("float32", [[0.125], [2.0]]),
+        "weight_shape": SHAPE,
+    }
     mxint = QuantLinear(WeightSpec(3, 32, "mxint"), CODES, scale, zero_point, None, None)
-    assert stored(mxint) == {"weight_packed": PACKED, "weight_scale": ("float8_e8m0fnu", [[124], [128]]), "weight_shape": SHAPE}
+    assert stored(mxint) == {
+        "weight_packed": PACKED,
+        "weight_scale": ("float8_e8m0fnu", [[124], [128]]),
+        "weight_shape": SHAPE,
+    }
 
 
 def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
@@ -131,12 +171,28 @@ def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0, 6.0]])
     halves = LowRank(StoredFactor(left.half()), StoredFactor(right.half()))
-    integers = LowRank(StoredFactor(left.to(torch.int8), left[:1]), StoredFactor(right.to(torch.int8), right[:, :1]))
-    with_halves, with_integers = (
-        stored(QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None, branch)) for branch in (halves, integers)
+    integers = LowRank(
+        StoredFactor(left.to(torch.int8), left[:1]),
+        StoredFactor(right.to(torch.int8), right[:, :1]),
     )
-    common = {"weight_packed": PACKED, "weight_scale": ("float32", [[1.0], [2.0]]), "weight_shape": SHAPE}
-    assert with_halves == {**common, "lowrank_left": ("float16", [[1], [2]]), "lowrank_right": ("float16", [[3, 4, 5, 6]])}
+    with_halves, with_integers = (
+        stored(
+            QuantLinear(
+                WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None, branch
+            )
+        )
+        for branch in (halves, integers)
+    )
+    common = {
+        "weight_packed": PACKED,
+        "weight_scale": ("float32", [[1.0], [2.0]]),
+        "weight_shape": SHAPE,
+    }
+    assert with_halves == {
+        **common,
+        "lowrank_left": ("float16", [[1], [2]]),
+        "lowrank_right": ("float16", [[3, 4, 5, 6]]),
+    }
     assert with_integers == {
         **common,
         "lowrank_left": ("int8", [[1], [2]]),
@@ -157,7 +213,18 @@ def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
     assert config["format_version"] == 6
-    keys = {"format", "format_version", "model", "preprocessing", "labels", "scheme", "method", "calibration", "versions", "tensors_sha256"}
+    keys = {
+        "format",
+        "format_version",
+        "model",
+        "preprocessing",
+        "labels",
+        "scheme",
+        "method",
+        "calibration",
+        "versions",
+        "tensors_sha256",
+    }
     assert set(config) == keys
     reports = json.loads((artifact / "quantization.json").read_text())
     assert len(reports) == 8
@@ -222,10 +289,14 @@ def test_a_flipped_bit_is_noticed(copied: Path):
         load(copied)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(5, "quantize the model again"), (7, "upgrade marrq")])
+@pytest.mark.parametrize(
+    ("version", "advice"), [(5, "quantize the model again"), (7, "upgrade marrq")]
+)
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
-    with pytest.raises(MarrqError, match=f"has format version {version}, this marrq reads 6: {advice}"):
+    with pytest.raises(
+        MarrqError, match=f"has format version {version}, this marrq reads 6: {advice}"
+    ):
         load(copied)
 
 
@@ -246,12 +317,16 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("marrq.artifact.flush", full)
-    with pytest.raises(MarrqError, match=r"cannot write artifact .*No space left on device; make room"):
+    with pytest.raises(
+        MarrqError, match=r"cannot write artifact .*No space left on device; make room"
+    ):
         save(tiny("W4A8"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     save(tiny("W4A8"), tmp_path / "a")
     before = artifact_hash(tmp_path / "a")
     rename = Path.rename
@@ -269,7 +344,9 @@ def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(tmp_path: 
     assert artifact_hash(tmp_path / "a") == before
     (tmp_path / "a").rename(tmp_path / ".a.replaced")  # as a kill at that moment leaves it
     (tmp_path / ".a.unfinished").mkdir()
-    monkeypatch.setattr("marrq.artifact._write", lambda model, place: fails(Path(".a.unfinished"), place))
+    monkeypatch.setattr(
+        "marrq.artifact._write", lambda model, place: fails(Path(".a.unfinished"), place)
+    )
     with pytest.raises(MarrqError, match="Input/output error"):
         save(tiny("W3A8"), tmp_path / "a", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

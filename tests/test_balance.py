@@ -1,11 +1,21 @@
-"""Balance changes no output, finds the ways that lead to a linear and no others, and its basis is the least harmful one."""
+"""Balance changes no output, finds the ways that lead to a linear and no others, and its basis is
+the least harmful one."""
 
 from collections.abc import Callable
 
 import pytest
 import timm
 import torch
-from tiny_models import dinov2, noise, quantized, randomized, swin, transformers_vit, vit, vit_with_layer_scale
+from tiny_models import (
+    dinov2,
+    noise,
+    quantized,
+    randomized,
+    swin,
+    transformers_vit,
+    vit,
+    vit_with_layer_scale,
+)
 from torch import Tensor, nn
 
 from marrq.balance import Passage, balancing, find_passage, fold_basis
@@ -15,7 +25,15 @@ from marrq.models import with_joined_biases
 
 def gated() -> nn.Module:
     """EVA-02 with its gated MLP, and no norm inside it."""
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "scale_mlp": False, "num_classes": 5}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "scale_mlp": False,
+        "num_classes": 5,
+    }
     return with_joined_biases(randomized(timm.create_model("eva02_tiny_patch14_224", **arguments)))
 
 
@@ -36,7 +54,9 @@ def block_and_tokens(model: nn.Module) -> tuple[Block, Tensor]:
 
 
 def passages(block: Block, tokens: Tensor) -> dict[str, Passage]:
-    found = {group[0]: find_passage(block, group[0], tokens) for group in block.groups if len(group) == 1}
+    found = {
+        group[0]: find_passage(block, group[0], tokens) for group in block.groups if len(group) == 1
+    }
     return {target: passage for target, passage in found.items() if passage is not None}
 
 
@@ -70,14 +90,20 @@ def test_another_basis_changes_no_output(make: Callable[[], nn.Module]):
     for target, passage in passages(block, tokens).items():
         weight = block.linear(target).weight.clone()
         inputs = block.input_of(target, tokens).flatten(0, -2)
-        fold_basis(block, passage, balancing(inputs, weight, passage.width, torch.Generator().manual_seed(0)))
+        fold_basis(
+            block,
+            passage,
+            balancing(inputs, weight, passage.width, torch.Generator().manual_seed(0)),
+        )
         assert not torch.allclose(block.linear(target).weight, weight, rtol=0.1)
     torch.testing.assert_close(block(tokens), before, rtol=1e-3, atol=1e-4)
 
 
 def harm(change: Tensor, inputs: Tensor, weight: Tensor) -> float:
     """tr(T H Tᵀ) · tr(T⁻ᵀ M T⁻¹), from the tokens and the weights themselves."""
-    return float((inputs @ change.T).square().mean(0).sum() * (weight @ change.inverse()).square().sum())
+    return float(
+        (inputs @ change.T).square().mean(0).sum() * (weight @ change.inverse()).square().sum()
+    )
 
 
 @pytest.mark.parametrize("width", [1, 4, 12])
@@ -96,7 +122,9 @@ def test_no_other_basis_does_less_harm(width: int):
     least = harm(best, inputs, weight) / 1.02
     assert least < 0.8 * harm(torch.eye(12, dtype=torch.float64), inputs, weight)
     for size in (1e-2, 0.1, 0.5):
-        assert all(least < harm(best + size * normal(12, 12) * mask, inputs, weight) for _ in range(20))
+        assert all(
+            least < harm(best + size * normal(12, 12) * mask, inputs, weight) for _ in range(20)
+        )
 
 
 def test_dead_inputs_and_weights_of_zeros_still_have_a_basis():
@@ -116,10 +144,15 @@ def test_a_balanced_model_gives_the_outputs_of_its_own_float_model_and_says_what
         model = quantized(vit(), images, "W8A16", "gptq,balance=on")
         error = (model.module(images) - expected).norm() / expected.norm()
     assert error < 0.02
-    assert [report.path for report in model.reports if report.balanced] == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
+    assert [report.path for report in model.reports if report.balanced] == [
+        "blocks.0.attn.proj",
+        "blocks.1.attn.proj",
+    ]
 
 
-@pytest.mark.parametrize(("scheme", "balanced"), [("W4A4", True), ("W3A3", True), ("W2A8", False), ("W4A16", False)])
+@pytest.mark.parametrize(
+    ("scheme", "balanced"), [("W4A4", True), ("W3A3", True), ("W2A8", False), ("W4A16", False)]
+)
 def test_left_to_itself_it_is_done_where_activations_are_coarse(scheme: str, balanced: bool):
     images = noise(4)
     for setting, expected in ("auto", balanced), ("on", True), ("off", False):

@@ -1,4 +1,5 @@
-"""The bench's terminal output from a literal report: it fits, and it says below the table what the table cannot."""
+"""The bench's terminal output from a literal report: it fits, and it says below the table what the
+table cannot."""
 
 from typing import Any
 
@@ -7,9 +8,17 @@ from rich.console import Console
 from runtime.report import sentences, table
 
 
-def measured(name: str, against: dict[str, Any] | None, executed_on: dict[str, int]) -> dict[str, Any]:
+def measured(
+    name: str, against: dict[str, Any] | None, executed_on: dict[str, int]
+) -> dict[str, Any]:
     """What the terminal output reads of a model."""
-    accuracy = {"top1": 0.554, "top1_low": 0.532, "top1_high": 0.577, "agreement": 0.834, "against": against}
+    accuracy = {
+        "top1": 0.554,
+        "top1_low": 0.532,
+        "top1_high": 0.577,
+        "agreement": 0.834,
+        "against": against,
+    }
     latency = [{"batch": batch, "p50_ms": 17.7 * batch, "ratio_fp32": 1.11} for batch in (1, 8)]
     return {
         "name": name,
@@ -28,7 +37,11 @@ REPORT = {
     "environment": {"onnxruntime": "1.32.0"},
     "models": [
         measured("fp32", None, {"CPUExecutionProvider": 200}),
-        measured("W4A8-g128 marr-stream integer", LOSS, {"CUDAExecutionProvider": 180, "CPUExecutionProvider": 20}),
+        measured(
+            "W4A8-g128 marr-stream integer",
+            LOSS,
+            {"CUDAExecutionProvider": 180, "CPUExecutionProvider": 20},
+        ),
     ],
     "gate": None,
     "recommendation": None,

@@ -17,8 +17,20 @@ from marrq.blocks import find_blocks, first_input
 from marrq.errors import MarrqError
 from marrq.models import TransformersOutput
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
-SEPARATE = (("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("attention.o_proj",), ("mlp.fc1",), ("mlp.fc2",))
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SEPARATE = (
+    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ("attention.o_proj",),
+    ("mlp.fc1",),
+    ("mlp.fc2",),
+)
 FUSED = (("attn.qkv",), ("attn.proj",), ("mlp.fc1",), ("mlp.fc2",))
 
 
@@ -28,20 +40,39 @@ def small_timm(name: str, **arguments: object) -> nn.Module:
 
 
 def timm_swin() -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+    }
     return small_timm("swin_tiny_patch4_window7_224", **arguments)
 
 
 def transformers_swin() -> nn.Module:
-    config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4)
+    config = SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4
+    )
     return TransformersOutput(SwinForImageClassification(config)).eval()
 
 
 MODELS = {
-    "timm vit": (lambda: small_timm("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2), ["blocks.0", "blocks.1"], FUSED),
+    "timm vit": (
+        lambda: small_timm("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2),
+        ["blocks.0", "blocks.1"],
+        FUSED,
+    ),
     "timm swin": (
         timm_swin,
-        ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0", "layers.1.blocks.1"],
+        [
+            "layers.0.blocks.0",
+            "layers.0.blocks.1",
+            "layers.1.downsample",
+            "layers.1.blocks.0",
+            "layers.1.blocks.1",
+        ],
         FUSED,
     ),
     "vit": (
@@ -56,7 +87,10 @@ MODELS = {
     ),
     "swin": (
         transformers_swin,
-        [f"model.swin.encoder.layers.{name}" for name in ("0.blocks.0", "0.blocks.1", "0.downsample", "1.blocks.0", "1.blocks.1")],
+        [
+            f"model.swin.encoder.layers.{name}"
+            for name in ("0.blocks.0", "0.blocks.1", "0.downsample", "1.blocks.0", "1.blocks.1")
+        ],
         SEPARATE,
     ),
 }
@@ -81,7 +115,9 @@ def test_the_input_of_a_linear_is_what_the_whole_forward_gives_it():
     model, images = MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32)
     block = find_blocks(model, images)[1]
     seen: list[Tensor] = []
-    handle = block.module.mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    handle = block.module.mlp.fc2.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     with torch.no_grad():
         model(images)
         handle.remove()
@@ -117,7 +153,10 @@ def test_a_copied_block_has_parameters_of_its_own():
 def test_values_that_are_not_numbers_do_not_break_the_chain():
     model = MODELS["timm vit"][0]()
     model.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
-    assert [block.path for block in find_blocks(model, torch.randn(2, 3, 32, 32))] == ["blocks.0", "blocks.1"]
+    assert [block.path for block in find_blocks(model, torch.randn(2, 3, 32, 32))] == [
+        "blocks.0",
+        "blocks.1",
+    ]
 
 
 def test_a_model_without_blocks_is_refused():
@@ -138,8 +177,13 @@ class Skipping(nn.Module):
 
 
 def test_a_block_that_does_not_take_what_the_one_before_gave_is_marked():
-    assert [block.follows for block in find_blocks(Skipping(), torch.randn(2, 5, 4))] == [False, False]
-    assert [block.follows for block in find_blocks(MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32))] == [False, True]
+    assert [block.follows for block in find_blocks(Skipping(), torch.randn(2, 5, 4))] == [
+        False,
+        False,
+    ]
+    assert [
+        block.follows for block in find_blocks(MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32))
+    ] == [False, True]
 
 
 class Conditioned(nn.Module):
@@ -161,13 +205,16 @@ def test_a_block_that_reads_more_of_the_images_than_its_tokens_is_refused_by_nam
 
 
 class WithPositions(nn.Module):
-    """Its block has a linear that does not see the tokens, as Swin v2 has for relative positions."""
+    """Its block has a linear that does not see the tokens, as Swin v2 has for relative
+    positions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Module()])
         self.blocks[0].fc, self.blocks[0].positions = nn.Linear(4, 4), nn.Linear(2, 4)
-        self.blocks[0].forward = lambda x: self.blocks[0].fc(x) + self.blocks[0].positions(torch.ones(5, 2))  # type: ignore[method-assign]
+        self.blocks[0].forward = lambda x: (
+            self.blocks[0].fc(x) + self.blocks[0].positions(torch.ones(5, 2))
+        )  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks[0](x)

@@ -1,4 +1,5 @@
-"""Patch embedding and head are linears like all others: found by trial, quantized on the same two streams, or refused."""
+"""Patch embedding and head are linears like all others: found by trial, quantized on the same two
+streams, or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper
-from tiny_models import dinov2, distilled, noise, quantized, swin, transformers_vit, vit, vit_with_layer_scale
+from tiny_models import (
+    dinov2,
+    distilled,
+    noise,
+    quantized,
+    swin,
+    transformers_vit,
+    vit,
+    vit_with_layer_scale,
+)
 from torch import Tensor, nn
 
 from exporters.onnx_file import write
@@ -27,8 +37,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, tuple[tuple[str, ...], ...
     "vit": (vit, "patch_embed.proj", (("head",),)),
     "distilled": (distilled, "patch_embed.proj", (("head",), ("head_dist",))),
     "swin": (swin, "patch_embed.proj", (("head.fc",),)),
-    "transformers vit": (transformers_vit, "model.vit.embeddings.patch_embeddings.projection", (("model.classifier",),)),
-    "dinov2": (dinov2, "model.dinov2.embeddings.patch_embeddings.projection", (("model.classifier",),)),
+    "transformers vit": (
+        transformers_vit,
+        "model.vit.embeddings.patch_embeddings.projection",
+        (("model.classifier",),),
+    ),
+    "dinov2": (
+        dinov2,
+        "model.dinov2.embeddings.patch_embeddings.projection",
+        (("model.classifier",),),
+    ),
 }
 
 
@@ -56,7 +74,9 @@ def test_stem_blocks_and_head_are_the_whole_model(name: str):
     tokens = images
     for index, block in enumerate(chain):
         if 0 < index <= len(blocks):
-            torch.testing.assert_close(tokens, first_input(model, block, images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                tokens, first_input(model, block, images), rtol=1e-4, atol=1e-5
+            )
         tokens = block(tokens)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
 
@@ -76,14 +96,23 @@ def test_a_copied_edge_has_parameters_of_its_own_and_shares_the_blocks():
 
 def output_of(model: nn.Module, path: str) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.get_submodule(path).register_forward_hook(lambda _, arguments, output: seen.append(output)):
+    with (
+        torch.no_grad(),
+        model.get_submodule(path).register_forward_hook(
+            lambda _, arguments, output: seen.append(output)
+        ),
+    ):
         model(IMAGES)
     return seen[0]
 
 
-@pytest.mark.parametrize("method", ["marr-exact", "marr", "gptq,equalize=off", "exact,lowrank=srr:4"])
+@pytest.mark.parametrize(
+    "method", ["marr-exact", "marr", "gptq,equalize=off", "exact,lowrank=srr:4"]
+)
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_streams(name: str, method: str):
+def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_streams(
+    name: str, method: str
+):
     """The head's input comes through everything quantized before it, its target through nothing."""
     make, patches, [[head]] = MODELS[name]
     model = quantized(make(), IMAGES, "W4A8-e8", method)
@@ -97,22 +126,40 @@ def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_str
         assert 0 < report.relative_error < 0.1
 
 
-@pytest.mark.parametrize(("scheme", "grid", "activation"), [("W2A4", "asymmetric", 8), ("W4A16-g16-sym", "symmetric", None)])
-def test_edges_have_eight_bits_a_grid_per_channel_and_no_branch(scheme: str, grid: str, activation: int | None):
+@pytest.mark.parametrize(
+    ("scheme", "grid", "activation"),
+    [("W2A4", "asymmetric", 8), ("W4A16-g16-sym", "symmetric", None)],
+)
+def test_edges_have_eight_bits_a_grid_per_channel_and_no_branch(
+    scheme: str, grid: str, activation: int | None
+):
     model = quantized(vit(), IMAGES, f"{scheme}-e8", "gptq,lowrank=srr:4", strategy="per-token")
     linears = quantized_linears(model.module)
-    assert list(linears) == ["patch_embed.proj.linear", *quantized_linears(quantized(vit(), IMAGES, scheme, "rtn").module), "head"]
+    assert list(linears) == [
+        "patch_embed.proj.linear",
+        *quantized_linears(quantized(vit(), IMAGES, scheme, "rtn").module),
+        "head",
+    ]
     for path in ("patch_embed.proj.linear", "head"):
         linear = linears.pop(path)
         assert linear.spec == WeightSpec(8, grid=grid, reduce_range=activation is not None)  # type: ignore[arg-type]
         assert linear.lowrank is None
-        assert (None if linear.input is None else linear.input.spec) == (None if activation is None else ActivationSpec(activation))
-    assert all(linear.spec == parse_scheme(scheme).weight and linear.lowrank is not None for linear in linears.values())
+        assert (None if linear.input is None else linear.input.spec) == (
+            None if activation is None else ActivationSpec(activation)
+        )
+    assert all(
+        linear.spec == parse_scheme(scheme).weight and linear.lowrank is not None
+        for linear in linears.values()
+    )
 
 
 def test_the_blocks_work_with_what_the_quantized_patch_embedding_gives():
-    """With eight bits everywhere, what a block is given differs between the streams by the patch embedding's rounding alone."""
-    found = {scheme: quantized(vit(), IMAGES, scheme, "gptq").module.blocks[0].attn.qkv.input.scale for scheme in ("W4A8", "W4A8-e8")}
+    """With eight bits everywhere, what a block is given differs between the streams by the patch
+    embedding's rounding alone."""
+    found = {
+        scheme: quantized(vit(), IMAGES, scheme, "gptq").module.blocks[0].attn.qkv.input.scale
+        for scheme in ("W4A8", "W4A8-e8")
+    }
     x = output_of(quantized(vit(), IMAGES, "W4A8-e8", "gptq").module, "blocks.0.norm1")
     assert found["W4A8"] != found["W4A8-e8"]
     assert found["W4A8-e8"] <= (x.amax() - x.amin()) / 255 * 1.0001
@@ -155,14 +202,23 @@ def convolved_head() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (overlapping, r"its patch embedding 'patch_embed.proj' is no convolution with a stride of its kernel: Conv2d\(3, 64"),
+        (
+            overlapping,
+            r"its patch embedding 'patch_embed.proj' is no convolution with a stride of its "
+            r"kernel: Conv2d\(3, 64",
+        ),
         (two_layers, r"2 layers before its first block have weights, not one patch embedding"),
         (convolved_head, r"'head.1' behind its last block is no linear that runs once"),
         (FromPixels, r"its logits do not follow from the tokens behind its last block alone"),
     ],
 )
-def test_edges_that_are_no_linears_are_refused_with_the_reason(make: Callable[[], nn.Module], reason: str):
-    with pytest.raises(MarrqError, match=f"patch embedding and head cannot be quantized, {reason}.*: choose a scheme without -e8"):
+def test_edges_that_are_no_linears_are_refused_with_the_reason(
+    make: Callable[[], nn.Module], reason: str
+):
+    with pytest.raises(
+        MarrqError,
+        match=f"patch embedding and head cannot be quantized, {reason}.*: choose a scheme without -e8",
+    ):
         quantized(make(), IMAGES, "W4A8-e8", "rtn")
 
 
@@ -173,8 +229,14 @@ def test_the_codes_of_the_pixels_are_torchs_and_both_edges_run_on_integer_kernel
     assert executed["MatMulIntegerToFloat"] == 2 * 6 + 2
     assert not {"Conv", "Gemm", "MatMul", "FusedMatMul"} & executed.keys()
     graph = onnx.load(tmp_path / "m.onnx")
-    [kernel] = [node for node in graph.graph.node if node.name.startswith("patch_embed.proj.linear/MatMulIntegerToFloat")]
-    graph.graph.output.append(helper.make_tensor_value_info(kernel.input[0], onnx.TensorProto.UINT8, None))
+    [kernel] = [
+        node
+        for node in graph.graph.node
+        if node.name.startswith("patch_embed.proj.linear/MatMulIntegerToFloat")
+    ]
+    graph.graph.output.append(
+        helper.make_tensor_value_info(kernel.input[0], onnx.TensorProto.UINT8, None)
+    )
     running = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = 3 * noise(4, seed=2)  # beyond the range of calibration too
     codes = running.run([kernel.input[0]], {"pixels": pixels.numpy()})[0]

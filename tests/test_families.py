@@ -1,8 +1,9 @@
-"""Families of models end to end: from a checkpoint folder to an artifact and to every flavour, which gives torch's outputs.
+"""Families of models end to end: from a checkpoint folder to an artifact and to every flavour,
+which gives torch's outputs.
 
-The README's table of families is what these tests find: `python tests/test_families.py` prints it. All models are tiny and their weights
-random; the flavours of one artifact lower one trace, as they would one by one.
-"""
+The README's table of families is what these tests find: `python tests/test_families.py` prints it.
+All models are tiny and their weights random; the flavours of one artifact lower one trace, as they
+would one by one."""
 
 import copy
 import json
@@ -45,7 +46,8 @@ PARITY = {"integer": 0.9999, "qdq": 0.9999, "matmulnbits": 0.9999, "fp32": 0.999
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One row. model: a timm architecture or a class of transformers, built with `arguments` for images of `size` pixels."""
+    """One row. model: a timm architecture or a class of transformers, built with `arguments` for
+    images of `size` pixels."""
 
     name: str
     model: str
@@ -59,23 +61,36 @@ class Family:
 
     @torch.no_grad()
     def write_checkpoint(self, folder: Path) -> Tensor:
-        """A checkpoint as its library writes it, and the model's outputs for `noise`, as its library computes them."""
+        """A checkpoint as its library writes it, and the model's outputs for `noise`, as its
+        library computes them."""
         if self.library == "timm":
             model = self._write_timm(folder)
         else:
             kind = getattr(transformers, self.model)
             inner = randomized(kind(kind.config_class(**self.arguments)))
             inner.save_pretrained(folder)
-            transformers.ViTImageProcessor(size={"height": self.size, "width": self.size}).save_pretrained(folder)
+            transformers.ViTImageProcessor(
+                size={"height": self.size, "width": self.size}
+            ).save_pretrained(folder)
             model = TransformersOutput(inner)
         return model(self.images(4))
 
     def _write_timm(self, folder: Path) -> nn.Module:
         model = randomized(timm.create_model(self.model, **self.arguments))
         arguments = {name: value for name, value in self.arguments.items() if name != "num_classes"}
-        preprocessing = {"input_size": [3, self.size, self.size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+        preprocessing = {
+            "input_size": [3, self.size, self.size],
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+        }
         classes = self.arguments["num_classes"]
-        config = {"architecture": self.model, "num_classes": classes, "model_args": arguments, "pretrained_cfg": preprocessing}
+        config = {
+            "architecture": self.model,
+            "num_classes": classes,
+            "model_args": arguments,
+            "pretrained_cfg": preprocessing,
+        }
         (folder / "config.json").write_text(json.dumps(config))
         save_file(model.state_dict(), folder / "model.safetensors")
         return model
@@ -84,13 +99,48 @@ class Family:
         return noise(count, seed).repeat(1, 1, 2, 2)[..., : self.size, : self.size]
 
 
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+TIMM = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 FEATURES = {**TIMM, "num_classes": 0}
-WINDOWS = {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "num_classes": 5}
-PLAIN = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+WINDOWS = {
+    "img_size": 16,
+    "patch_size": 2,
+    "embed_dim": 24,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "num_classes": 5,
+}
+PLAIN = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
 CLASSIFIER = {**PLAIN, "num_labels": 5}
-STAGES = {"image_size": 16, "patch_size": 2, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "num_labels": 5}
-HYBRID = {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 40], "num_attention_heads": 2}
+STAGES = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 24,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "num_labels": 5,
+}
+HYBRID = {
+    "image_size": 64,
+    "hidden_sizes": [16, 24, 32],
+    "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 40],
+    "num_attention_heads": 2,
+}
 
 FAMILIES = (
     Family("ViT", "vit_tiny_patch16_224", TIMM),
@@ -105,26 +155,42 @@ FAMILIES = (
     Family("SigLIP", "vit_base_patch16_siglip_224", FEATURES, note="features"),
     Family("CLIP", "vit_base_patch16_clip_224", TIMM),
     Family("MobileViT", "mobilevit_xxs", {"num_classes": 5}, 64),
-    Family("MobileViT v2", "mobilevitv2_050", {"num_classes": 5}, 64, note="refused: its projections are convolutions"),
+    Family(
+        "MobileViT v2",
+        "mobilevitv2_050",
+        {"num_classes": 5},
+        64,
+        note="refused: its projections are convolutions",
+    ),
     Family("ViT", "ViTForImageClassification", CLASSIFIER),
     Family("ViT", "ViTModel", PLAIN, note="features"),
-    Family("DeiT, distilled", "DeiTForImageClassificationWithTeacher", CLASSIFIER, note="mean of two heads"),
+    Family(
+        "DeiT, distilled",
+        "DeiTForImageClassificationWithTeacher",
+        CLASSIFIER,
+        note="mean of two heads",
+    ),
     Family("DINOv2", "Dinov2ForImageClassification", CLASSIFIER),
     Family("DINOv2, registers", "Dinov2WithRegistersModel", PLAIN, note="features"),
     Family("DINOv3", "DINOv3ViTModel", PLAIN, note="features"),
     Family("Swin", "SwinForImageClassification", STAGES, 16),
     Family("Swin v2", "Swinv2ForImageClassification", STAGES, 16),
-    Family("BEiT", "BeitForImageClassification", {**CLASSIFIER, "use_relative_position_bias": True}),
+    Family(
+        "BEiT", "BeitForImageClassification", {**CLASSIFIER, "use_relative_position_bias": True}
+    ),
     Family("SigLIP", "SiglipVisionModel", PLAIN, note="features"),
-    Family("CLIP", "CLIPVisionModelWithProjection", {**PLAIN, "projection_dim": 16}, note="features"),
+    Family(
+        "CLIP", "CLIPVisionModelWithProjection", {**PLAIN, "projection_dim": 16}, note="features"
+    ),
     Family("MobileViT", "MobileViTForImageClassification", {**HYBRID, "num_labels": 5}, 64),
 )
 
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a family. difference: of the loaded model's outputs from its library's, the largest, relative; cosines: the median of
-    each flavour, none where the model was refused; whole: fused q, k and v that are one product in the integer file."""
+    """What became of a family. difference: of the loaded model's outputs from its library's, the
+    largest, relative; cosines: the median of each flavour, none where the model was refused; whole:
+    fused q, k and v that are one product in the integer file."""
 
     difference: float
     output: str
@@ -140,9 +206,14 @@ def found(family: Family) -> Found:
         expected = family.write_checkpoint(folder)
         model = load_model(f"local-dir:{folder}")
         with torch.no_grad():
-            difference = float((model.module(family.images(4)) - expected).abs().max() / expected.abs().max())
+            difference = float(
+                (model.module(family.images(4)) - expected).abs().max() / expected.abs().max()
+            )
         try:
-            artifacts = {scheme: quantized(model, family, scheme, folder / scheme) for scheme in dict.fromkeys(QUANTIZED.values())}
+            artifacts = {
+                scheme: quantized(model, family, scheme, folder / scheme)
+                for scheme in dict.fromkeys(QUANTIZED.values())
+            }
         except MarrqError:
             return Found(difference, model.output, {}, ())
         for flavor in ("fp32", "fp16"):
@@ -151,16 +222,32 @@ def found(family: Family) -> Found:
             patch.setattr(exporters.lowering, "trace", traced_once())
             for flavor in (flavor for flavor, taken in QUANTIZED.items() if taken == scheme):
                 write(artifact, "hash", flavor, folder / f"{flavor}.onnx")
-        sources = {flavor: artifacts[QUANTIZED[flavor]] if flavor in QUANTIZED else model for flavor in PARITY}
-        cosines = {flavor: median_cosine(source, family, folder / f"{flavor}.onnx") for flavor, source in sources.items()}
+        sources = {
+            flavor: artifacts[QUANTIZED[flavor]] if flavor in QUANTIZED else model
+            for flavor in PARITY
+        }
+        cosines = {
+            flavor: median_cosine(source, family, folder / f"{flavor}.onnx")
+            for flavor, source in sources.items()
+        }
         values = ir.load(folder / "integer.onnx").graph.initializers
-        fused = (path for path in quantized_linears(artifacts["W4A8"].module) if path.endswith("qkv"))
-        return Found(difference, model.output, cosines, tuple(path for path in fused if f"{path}.q.weight_codes" not in values))
+        fused = (
+            path for path in quantized_linears(artifacts["W4A8"].module) if path.endswith("qkv")
+        )
+        return Found(
+            difference,
+            model.output,
+            cosines,
+            tuple(path for path in fused if f"{path}.q.weight_codes" not in values),
+        )
 
 
 def quantized(model: VisionModel, family: Family, scheme: str, folder: Path) -> QuantizedModel:
     """The artifact of a copy of the model, saved and loaded."""
-    copied, calibration = replace(model, module=copy.deepcopy(model.module)), CalibrationSet("noise", 4, 0, "")
+    copied, calibration = (
+        replace(model, module=copy.deepcopy(model.module)),
+        CalibrationSet("noise", 4, 0, ""),
+    )
     numbers, method = parse_scheme(scheme, "per-tensor"), parse_method("rtn")
     made = quantize(copied, family.images(4), calibration, numbers, method, torch.device("cpu"))
     save(made, folder)
@@ -200,12 +287,19 @@ def row(family: Family) -> str:
     """The family's line of the README."""
     seen = found(family)
     columns = ["yes" if seen.cosines else "–"]
-    columns += ["yes" if seen.cosines.get(flavor, 0) >= least else "–" for flavor, least in PARITY.items()]
+    columns += [
+        "yes" if seen.cosines.get(flavor, 0) >= least else "–" for flavor, least in PARITY.items()
+    ]
     return line((family.name, family.library, f"`{family.model}`", *columns, family.note))
 
 
 def table_in_the_readme() -> list[str]:
-    return README.read_text().partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0].splitlines()
+    return (
+        README.read_text()
+        .partition("<!-- families -->\n")[2]
+        .partition("<!-- /families -->")[0]
+        .splitlines()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.library} {family.model}")
@@ -222,7 +316,10 @@ def test_a_loaded_model_is_that_of_its_library(family: Family):
 
 
 def test_the_readme_lists_the_families_and_no_others():
-    names = [tuple(text.strip() for text in found_line.split("|")[1:4]) for found_line in table_in_the_readme()]
+    names = [
+        tuple(text.strip() for text in found_line.split("|")[1:4])
+        for found_line in table_in_the_readme()
+    ]
     assert names[2:] == [(family.name, family.library, f"`{family.model}`") for family in FAMILIES]
 
 

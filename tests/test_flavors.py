@@ -1,4 +1,5 @@
-"""Every flavour holds the artifact's integers and gives torch's logits, whatever the scheme; what it cannot express it refuses."""
+"""Every flavour holds the artifact's integers and gives torch's logits, whatever the scheme; what
+it cannot express it refuses."""
 
 import re
 from pathlib import Path
@@ -21,18 +22,22 @@ from marrq.schemes import parse_scheme
 from runtime.session import SessionSettings, executed_operators
 
 MODELS = {"vit": vit, "vit with LayerScale": vit_with_layer_scale, "swin": swin}
-"""Swin has linears of 24 inputs, windows, and four axes; it takes longest to trace, so one scheme or two have to do."""
+"""Swin has linears of 24 inputs, windows, and four axes; it takes longest to trace, so one scheme
+or two have to do."""
 
 SYMMETRIC = {"symmetric": True}
 
 
-def make(model: str, scheme: str, lowrank: str | None = None, strategy: str = "per-tensor") -> QuantizedModel:
+def make(
+    model: str, scheme: str, lowrank: str | None = None, strategy: str = "per-tensor"
+) -> QuantizedModel:
     method = "gptq" if lowrank is None else f"gptq,lowrank={lowrank}"
     return quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)  # type: ignore[arg-type]
 
 
 def session(file: Path, level: str | None = None) -> ort.InferenceSession:
-    """level: accuracy level of the MatMulNBits that ONNX Runtime makes of DequantizeLinear → MatMul."""
+    """level: accuracy level of the MatMulNBits that ONNX Runtime makes of DequantizeLinear →
+    MatMul."""
     options = ort.SessionOptions()
     if level is not None:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
@@ -49,18 +54,25 @@ def cosines(model: QuantizedModel, file: Path, level: str | None = None) -> np.n
 
 
 def agree(model: QuantizedModel, file: Path, level: str | None = None) -> bool:
-    """Whether logits are the same. Where activations are quantized one that falls between two codes may go to either side, and torch does
-    the same under a nudge of a millionth; that is allowed to be seen in two images of 32."""
+    """Whether logits are the same. Where activations are quantized one that falls between two codes
+    may go to either side, and torch does the same under a nudge of a millionth; that is allowed to
+    be seen in two images of 32."""
     found = cosines(model, file, level)
-    return bool(found[2 if model.scheme.activation else 0] >= 0.9999 and np.median(found) >= 0.99999)
+    return bool(
+        found[2 if model.scheme.activation else 0] >= 0.9999 and np.median(found) >= 0.99999
+    )
 
 
 def initializers(file: Path) -> dict[str, np.ndarray]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
+    return {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer
+    }
 
 
 def metadata(file: Path) -> dict[str, str]:
-    return {entry.key.removeprefix("marrq."): entry.value for entry in onnx.load(file).metadata_props}
+    return {
+        entry.key.removeprefix("marrq."): entry.value for entry in onnx.load(file).metadata_props
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,29 +99,49 @@ def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_
     write(made, "hash", "integer", tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
-    products = sum(3 if path.endswith("qkv") and "swin" not in model else 1 for path in quantized_linears(made.module))
+    products = sum(
+        3 if path.endswith("qkv") and "swin" not in model else 1
+        for path in quantized_linears(made.module)
+    )
     assert executed["MatMulIntegerToFloat"] >= products
     assert ("DequantizeLinear" in executed) == (lowrank is not None)
 
 
 @pytest.mark.parametrize("flavor", ["integer", "qdq"])
 @pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
-def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(strategy: str, flavor: str, tmp_path: Path):
+def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(
+    strategy: str, flavor: str, tmp_path: Path
+):
     made = quantized(vit_with_strong_channels(), noise(8), "W4A4", "gptq", strategy=strategy)  # type: ignore[arg-type]
     write(made, "hash", flavor, tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     linears = quantized_linears(made.module)
-    smoothed = {f"{path}.input_smoothing": linear.input.smoothing for path, linear in linears.items() if linear.input.smoothing is not None}
-    stored = {name: array for name, array in initializers(tmp_path / "m.onnx").items() if name.endswith("input_smoothing")}
-    assert set(stored) == set(smoothed) >= {f"blocks.{index}.mlp.fc2.input_smoothing" for index in range(2)}
+    smoothed = {
+        f"{path}.input_smoothing": linear.input.smoothing
+        for path, linear in linears.items()
+        if linear.input.smoothing is not None
+    }
+    stored = {
+        name: array
+        for name, array in initializers(tmp_path / "m.onnx").items()
+        if name.endswith("input_smoothing")
+    }
+    assert (
+        set(stored)
+        == set(smoothed)
+        >= {f"blocks.{index}.mlp.fc2.input_smoothing" for index in range(2)}
+    )
     assert all(np.array_equal(stored[name], smoothed[name]) for name in stored)
-    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(bits_per_weight(made.module), abs=0.05)
+    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(
+        bits_per_weight(made.module), abs=0.05
+    )
 
 
 @pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A3"])
 @pytest.mark.parametrize("flavor", ["integer", "qdq"])
 def test_the_codes_of_every_token_are_torchs(flavor: str, scheme: str, tmp_path: Path):
-    """The input of each linear as ONNX Runtime has it, quantized by torch, gives the graph's own codes: every one of them."""
+    """The input of each linear as ONNX Runtime has it, quantized by torch, gives the graph's own
+    codes: every one of them."""
     made = make("vit", scheme, strategy="per-token")
     write(made, "hash", flavor, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
@@ -117,11 +149,15 @@ def test_the_codes_of_every_token_are_torchs(flavor: str, scheme: str, tmp_path:
     clipped = {node.input[0]: node.output[0] for node in graph.graph.node if node.op_type == "Clip"}
     codes = [clipped.get(node.output[0], node.output[0]) for node in quantizing]
     for node, name in zip(quantizing, codes, strict=True):
-        graph.graph.output.append(helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None))
+        graph.graph.output.append(
+            helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None)
+        )
         graph.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
     running = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     linears = quantized_linears(made.module)
-    apart = flavor == "integer"  # attention is one operator there, and queries of the last block are those of the class token
+    apart = (
+        flavor == "integer"
+    )  # attention is one operator there, and queries of the last block are those of the class token
     assert len(quantizing) == len(linears) + apart
     for node, name in zip(quantizing, codes, strict=True):
         x, found = running.run([node.input[0], name], {"pixels": noise(4, seed=2).numpy()})
@@ -142,7 +178,9 @@ def test_a_token_of_zeros_gives_the_bias(tmp_path: Path):
     parts = onnx.utils.Extractor(graph).extract_model([first.input[0]], [last.output[0]])
     tokens = np.zeros((2, 17, 64), np.float32)
     y = ort.InferenceSession(parts.SerializeToString()).run(None, {first.input[0]: tokens})[0]
-    np.testing.assert_array_equal(y, np.broadcast_to(initializers(tmp_path / "m.onnx")[f"{path}.bias_and_sums"][1], y.shape))
+    np.testing.assert_array_equal(
+        y, np.broadcast_to(initializers(tmp_path / "m.onnx")[f"{path}.bias_and_sums"][1], y.shape)
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +208,11 @@ def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
     assert agree(made, tmp_path / "m.onnx")
     assert {entry.domain for entry in onnx.load(tmp_path / "m.onnx").opset_import} == {""}
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
-    whole = made.scheme.activation is not None and strategy != "per-token" and made.scheme.weight.group_size is None
+    whole = (
+        made.scheme.activation is not None
+        and strategy != "per-token"
+        and made.scheme.weight.group_size is None
+    )
     assert ("MatMulIntegerToFloat" in executed) == whole
     assert "MatMulNBits" not in executed  # it would quantize the activations again
 
@@ -192,16 +234,23 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
         path = "blocks.1.mlp.fc1"
         linear = quantized_linears(made.module)[path]
         rows, columns = linear.codes.shape
-        codes = codes_of(tmp_path / "m.onnx", path, bits, (columns, rows) if transposed else (rows, columns))
+        codes = codes_of(
+            tmp_path / "m.onnx", path, bits, (columns, rows) if transposed else (rows, columns)
+        )
         np.testing.assert_array_equal(codes.T if transposed else codes, linear.codes.numpy())
         for name, tensor in (("scale", linear.scale), ("zero_point", linear.zero_point)):
-            np.testing.assert_array_equal(found[f"{path}.weight_{name}"], (tensor[:, 0] if transposed else tensor).numpy())
+            np.testing.assert_array_equal(
+                found[f"{path}.weight_{name}"], (tensor[:, 0] if transposed else tensor).numpy()
+            )
         assert metadata(tmp_path / "m.onnx")["container_bits"] == str(bits)
 
 
 @pytest.mark.parametrize(
     ("model", "scheme"),
-    [("vit with LayerScale", scheme) for scheme in ("W4A16-sym", "W4A16-g8-sym", "W3A16-g8-sym", "W2A16-sym", "W8A16-sym")]
+    [
+        ("vit with LayerScale", scheme)
+        for scheme in ("W4A16-sym", "W4A16-g8-sym", "W3A16-g8-sym", "W2A16-sym", "W8A16-sym")
+    ]
     + [("swin", "W4A16-g8-sym"), ("vit", "W8A16-sym-e8")],
 )
 def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
@@ -211,8 +260,14 @@ def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_
     graph, found = onnx.load(tmp_path / "m.onnx"), initializers(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import} == {"": 21}
     nodes = {output: node for node in graph.graph.node for output in node.output}
-    products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in nodes]
-    weights = [nodes[node.input[1]] for node in products if nodes[node.input[1]].op_type == "DequantizeLinear"]
+    products = [
+        node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in nodes
+    ]
+    weights = [
+        nodes[node.input[1]]
+        for node in products
+        if nodes[node.input[1]].op_type == "DequantizeLinear"
+    ]
     types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     wide = made.scheme.weight.num_bits == 8
     for node in weights:
@@ -221,12 +276,20 @@ def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         size = made.scheme.weight.group_size
         assert attributes == ({"axis": 1} if size is None else {"axis": 0, "block_size": size})
-        assert found[scale].shape == (found[codes].shape[1:] if size is None else (len(found[codes]) // size, found[codes].shape[1]))
+        assert found[scale].shape == (
+            found[codes].shape[1:]
+            if size is None
+            else (len(found[codes]) // size, found[codes].shape[1])
+        )
     paths = quantized_linears(made.module)
-    parts = sum(3 if path.endswith("qkv") and f"{path}.q.weight_codes" in found else 1 for path in paths)
+    parts = sum(
+        3 if path.endswith("qkv") and f"{path}.q.weight_codes" in found else 1 for path in paths
+    )
     assert len(weights) == parts
     path = next(path for path in paths if path.endswith("fc1"))
-    np.testing.assert_array_equal(found[f"{path}.weight_codes"].astype(np.int8).T, paths[path].codes.numpy())
+    np.testing.assert_array_equal(
+        found[f"{path}.weight_codes"].astype(np.int8).T, paths[path].codes.numpy()
+    )
     assert metadata(tmp_path / "m.onnx")["container_bits"] == ("8" if wide else "4")
     assert metadata(tmp_path / "m.onnx")["symmetric"] == "True"
 
@@ -250,12 +313,16 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
         ("vit", "W8A16-e8", None),
     ],
 )
-def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(model: str, scheme: str, lowrank: str | None, tmp_path: Path):
+def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(
+    model: str, scheme: str, lowrank: str | None, tmp_path: Path
+):
     made = make(model, scheme, lowrank)
     write(made, "hash", "matmulnbits", tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     found = initializers(tmp_path / "m.onnx")
-    nodes = [node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "MatMulNBits"]
+    nodes = [
+        node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "MatMulNBits"
+    ]
     bits = {3: 4}.get(made.scheme.weight.num_bits, made.scheme.weight.num_bits)
     assert metadata(tmp_path / "m.onnx")["container_bits"] == str(bits)
     assert metadata(tmp_path / "m.onnx")["accuracy_level"] == "1"
@@ -266,15 +333,23 @@ def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(model: str, sch
         assert attributes["bits"] == bits
         blocks, size = -(-attributes["K"] // attributes["block_size"]), attributes["block_size"]
         codes, scale, zero_point = (found[name] for name in node.input[1:4])
-        codes = unpacked(codes, bits).reshape(attributes["N"], blocks, size) - unpacked(zero_point, bits)[:, :blocks, None]
-        weights[node.input[1].removesuffix(".weight_codes")] = (codes.astype(np.float32) * scale[..., None]).reshape(attributes["N"], -1)[
-            :, : attributes["K"]
-        ]
+        codes = (
+            unpacked(codes, bits).reshape(attributes["N"], blocks, size)
+            - unpacked(zero_point, bits)[:, :blocks, None]
+        )
+        weights[node.input[1].removesuffix(".weight_codes")] = (
+            codes.astype(np.float32) * scale[..., None]
+        ).reshape(attributes["N"], -1)[:, : attributes["K"]]
     path = next(path for path in quantized_linears(made.module) if path.endswith("fc1"))
-    np.testing.assert_array_equal(weights[path], quantized_linears(made.module)[path].weight.numpy())
+    np.testing.assert_array_equal(
+        weights[path], quantized_linears(made.module)[path].weight.numpy()
+    )
 
 
-@pytest.mark.parametrize(("group", "block"), [(384, 128), (192, 64), (96, 32), (48, 16), (24, 16), (1536, 128), (128, 128)])
+@pytest.mark.parametrize(
+    ("group", "block"),
+    [(384, 128), (192, 64), (96, 32), (48, 16), (24, 16), (1536, 128), (128, 128)],
+)
 def test_a_block_is_as_large_as_divides_the_group(group: int, block: int):
     assert block_size(group) == block
 
@@ -284,7 +359,9 @@ def test_accuracy_level_4_is_another_model_and_must_be_asked_for(tmp_path: Path)
     write(made, "hash", "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
     assert not agree(made, tmp_path / "m.onnx")
     assert metadata(tmp_path / "m.onnx")["accuracy_level"] == "4"
-    with pytest.raises(MarrqError, match=r"accuracy level must be 1 \(float32\) or 4 \(int8\): got 2"):
+    with pytest.raises(
+        MarrqError, match=r"accuracy level must be 1 \(float32\) or 4 \(int8\): got 2"
+    ):
         check_flavor(made, "matmulnbits", {"accuracy_level": 2})
 
 
@@ -299,14 +376,18 @@ def test_accuracy_level_4_is_another_model_and_must_be_asked_for(tmp_path: Path)
         ("matmulnbits", "W4A16", "per-tensor", 23),
     ],
 )
-def test_a_file_asks_for_no_more_than_it_needs_and_counts_its_own_bits(flavor: str, scheme: str, strategy: str, opset: int, tmp_path: Path):
+def test_a_file_asks_for_no_more_than_it_needs_and_counts_its_own_bits(
+    flavor: str, scheme: str, strategy: str, opset: int, tmp_path: Path
+):
     made = make("vit", scheme, strategy="per-token")
     write(made, "hash", flavor, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == opset
     assert graph.ir_version == IR_VERSIONS[opset]
     assert metadata(tmp_path / "m.onnx")["flavor"] == flavor
-    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(bits_per_weight(made.module), abs=0.05)
+    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(
+        bits_per_weight(made.module), abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,11 +413,20 @@ def test_without_fusion_a_file_asks_for_an_older_onnx_runtime_and_gives_the_same
 def test_repeated_scales_and_wider_containers_show_in_the_bits_per_weight(tmp_path: Path):
     made = make("swin", "W3A16")
     write(made, "hash", "matmulnbits", tmp_path / "m.onnx")
-    assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) > bits_per_weight(made.module) + 1
+    assert (
+        float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) > bits_per_weight(made.module) + 1
+    )
 
 
 REFUSALS = [
-    ("integer", {}, "W4A16", "per-tensor", "integer needs quantized activations: the artifact has W4A16; use --flavor matmulnbits or qdq"),
+    (
+        "integer",
+        {},
+        "W4A16",
+        "per-tensor",
+        "integer needs quantized activations: the artifact has W4A16; use --flavor matmulnbits or "
+        "qdq",
+    ),
     (
         "integer",
         {},
@@ -349,22 +439,76 @@ REFUSALS = [
         {},
         "W4A8",
         "per-tensor",
-        "matmulnbits needs float activations: the artifact has W4A8 per-tensor; use --flavor integer",
+        "matmulnbits needs float activations: the artifact has W4A8 per-tensor; use --flavor "
+        "integer",
     ),
-    ("matmulnbits", {}, "W4A16-g8", "per-tensor", "no group size that is no multiple of 16: the artifact has W4A16-g8; use --flavor qdq"),
-    ("qdq", SYMMETRIC, "W4A16", "per-tensor", "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym"),
-    ("qdq", SYMMETRIC, "W4A8-sym", "per-tensor", "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym"),
-    ("qdq", SYMMETRIC, "W8A16-g8-sym", "per-tensor", "no group scales for 8-bit weights, --scheme W8A16-sym has none"),
-    ("integer", SYMMETRIC, "W4A8", "per-tensor", "--symmetric is no option of 'integer': use it with --flavor qdq"),
-    ("fp32", {"accuracy_level": 1}, "W4A8", "per-tensor", "--accuracy-level is no option of 'fp32': use it with --flavor matmulnbits"),
-    ("qdq", {"fuse": False}, "W4A8", "per-tensor", "--no-fuse is no option of 'qdq': use it with --flavor integer or matmulnbits"),
-    ("int4", {}, "W4A8", "per-tensor", "unknown flavor 'int4': choose one of integer, matmulnbits, qdq, fp32, fp16"),
+    (
+        "matmulnbits",
+        {},
+        "W4A16-g8",
+        "per-tensor",
+        "no group size that is no multiple of 16: the artifact has W4A16-g8; use --flavor qdq",
+    ),
+    (
+        "qdq",
+        SYMMETRIC,
+        "W4A16",
+        "per-tensor",
+        "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym",
+    ),
+    (
+        "qdq",
+        SYMMETRIC,
+        "W4A8-sym",
+        "per-tensor",
+        "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym",
+    ),
+    (
+        "qdq",
+        SYMMETRIC,
+        "W8A16-g8-sym",
+        "per-tensor",
+        "no group scales for 8-bit weights, --scheme W8A16-sym has none",
+    ),
+    (
+        "integer",
+        SYMMETRIC,
+        "W4A8",
+        "per-tensor",
+        "--symmetric is no option of 'integer': use it with --flavor qdq",
+    ),
+    (
+        "fp32",
+        {"accuracy_level": 1},
+        "W4A8",
+        "per-tensor",
+        "--accuracy-level is no option of 'fp32': use it with --flavor matmulnbits",
+    ),
+    (
+        "qdq",
+        {"fuse": False},
+        "W4A8",
+        "per-tensor",
+        "--no-fuse is no option of 'qdq': use it with --flavor integer or matmulnbits",
+    ),
+    (
+        "int4",
+        {},
+        "W4A8",
+        "per-tensor",
+        "unknown flavor 'int4': choose one of integer, matmulnbits, qdq, fp32, fp16",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("flavor", "options", "scheme", "strategy", "message"), REFUSALS)
 def test_what_a_flavour_cannot_express_is_refused_with_the_flavour_that_can(
-    flavor: str, options: dict[str, bool | int], scheme: str, strategy: str, message: str, tmp_path: Path
+    flavor: str,
+    options: dict[str, bool | int],
+    scheme: str,
+    strategy: str,
+    message: str,
+    tmp_path: Path,
 ):
     made = make("vit", scheme, strategy=strategy)
     with pytest.raises(MarrqError) as refused:
@@ -375,7 +519,13 @@ def test_what_a_flavour_cannot_express_is_refused_with_the_flavour_that_can(
 
 @pytest.mark.parametrize(
     ("scheme", "flavor"),
-    [("W4A8", "integer"), ("W3A16", "matmulnbits"), ("W4A16-g8", "qdq"), ("W4A8-g8", "qdq"), ("W2A16-mxint", "matmulnbits")],
+    [
+        ("W4A8", "integer"),
+        ("W3A16", "matmulnbits"),
+        ("W4A16-g8", "qdq"),
+        ("W4A8-g8", "qdq"),
+        ("W2A16-mxint", "matmulnbits"),
+    ],
 )
 def test_the_flavour_that_suits_a_scheme_is_found(scheme: str, flavor: str):
     assert suitable_flavor(make("vit", scheme)) == flavor

@@ -1,4 +1,5 @@
-"""The low-rank branch against its definition in NumPy, its optimality, what storing it costs, and the inputs that break naive code."""
+"""The low-rank branch against its definition in NumPy, its optimality, what storing it costs, and
+the inputs that break naive code."""
 
 from dataclasses import replace
 
@@ -36,7 +37,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def inputs(count: int, tokens: int = 400) -> Tensor:
     """[tokens, count], correlated and of uneven size."""
-    return normal(tokens, count, seed=1) @ (normal(count, count, seed=2) + torch.linspace(0.2, 4, count).diag())
+    return normal(tokens, count, seed=1) @ (
+        normal(count, count, seed=2) + torch.linspace(0.2, 4, count).diag()
+    )
 
 
 def statistics(x: Tensor) -> ResidualStatistics:
@@ -44,7 +47,9 @@ def statistics(x: Tensor) -> ResidualStatistics:
 
 
 def of_hessian(hessian: Tensor, tokens: int) -> ResidualStatistics:
-    return replace(ResidualStatistics.zeros(len(hessian), hessian.device), hessian=hessian, tokens=tokens)
+    return replace(
+        ResidualStatistics.zeros(len(hessian), hessian.device), hessian=hessian, tokens=tokens
+    )
 
 
 def round_to_quarter(weight: Tensor) -> Tensor:
@@ -76,7 +81,10 @@ def reference_split(weight: Tensor, noise: Tensor, root: np.ndarray, rank: int) 
         sigma = np.linalg.svd(matrix, compute_uv=False)
         return 1 - (sigma[:p] ** 2).sum() / (matrix**2).sum()
 
-    products = [unexplained(weight.numpy() @ root.T, k) * unexplained(noise.numpy() @ root.T, rank - k) for k in range(rank + 1)]
+    products = [
+        unexplained(weight.numpy() @ root.T, k) * unexplained(noise.numpy() @ root.T, rank - k)
+        for k in range(rank + 1)
+    ]
     return int(np.argmin(products))
 
 
@@ -88,26 +96,39 @@ def spiked(out_features: int, in_features: int, spikes: int) -> Tensor:
 
 def flat_weight(scaling: Scaling) -> Tensor:
     """[24, 40], all of whose singular values are 1 under the scaling."""
-    return torch.linalg.solve_triangular(scaling.transposed, torch.linalg.qr(normal(40, 40)).Q[:24], upper=False, left=False)
+    return torch.linalg.solve_triangular(
+        scaling.transposed, torch.linalg.qr(normal(40, 40)).Q[:24], upper=False, left=False
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_refit_is_the_truncated_svd_of_the_scaled_residual(out_features: int, in_features: int, kind: LowRankKind):
+def test_refit_is_the_truncated_svd_of_the_scaled_residual(
+    out_features: int, in_features: int, kind: LowRankKind
+):
     x, weight = inputs(in_features), normal(out_features, in_features)
     residual = weight - round_to_quarter(weight)
     expected = reference_truncation(residual, reference_root(x, kind), 3)
     low_rank = refit(residual, input_scaling(statistics(x), kind), LowRankSpec(kind, 3))
-    assert (low_rank.left.codes.shape, low_rank.right.codes.shape) == ((out_features, 3), (3, in_features))
+    assert (low_rank.left.codes.shape, low_rank.right.codes.shape) == (
+        (out_features, 3),
+        (3, in_features),
+    )
     assert np.abs(low_rank.product.numpy() - expected).max() < 2e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
 @pytest.mark.parametrize("spikes", [0, 1, 2, 4, 12])
-def test_srr_preserves_as_many_ranks_and_the_same_product_as_its_definition(out_features: int, in_features: int, spikes: int):
+def test_srr_preserves_as_many_ranks_and_the_same_product_as_its_definition(
+    out_features: int, in_features: int, spikes: int
+):
     x, weight = inputs(in_features), spiked(out_features, in_features, spikes)
     rank, root = min(out_features, in_features) // 2, reference_root(x, "srr")
-    noise = torch.rand(out_features, in_features, dtype=torch.float64, generator=generator(NOISE_SEED)) * 2 - 1
+    noise = (
+        torch.rand(out_features, in_features, dtype=torch.float64, generator=generator(NOISE_SEED))
+        * 2
+        - 1
+    )
     kept, k = preserved(weight, input_scaling(statistics(x), "srr"), LowRankSpec("srr", rank))
     assert k == reference_split(weight, noise, root, rank)
     np.testing.assert_allclose(kept.numpy(), reference_truncation(weight, root, k), atol=1e-4)
@@ -151,11 +172,15 @@ def test_refitting_all_ranks_is_never_worse_than_keeping_what_was_preserved():
     assert 0 < k < 8
     residual = weight - round_to_quarter(weight - kept)
     in_two_parts = kept + refit(residual - kept, scaling, LowRankSpec("srr", 8 - k)).product
-    assert output_error(residual, refit(residual, scaling, spec), x) <= output_error(residual, in_two_parts, x)
+    assert output_error(residual, refit(residual, scaling, spec), x) <= output_error(
+        residual, in_two_parts, x
+    )
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES[:3])
-def test_no_branch_near_by_and_no_plain_svd_beats_the_exact_one_on_the_outputs(out_features: int, in_features: int):
+def test_no_branch_near_by_and_no_plain_svd_beats_the_exact_one_on_the_outputs(
+    out_features: int, in_features: int
+):
     x, residual = inputs(in_features), normal(out_features, in_features)
     low_rank = refit(residual, input_scaling(statistics(x), "qera"), LowRankSpec("qera", 4))
     least = output_error(residual, low_rank, x)
@@ -164,22 +189,31 @@ def test_no_branch_near_by_and_no_plain_svd_beats_the_exact_one_on_the_outputs(o
     left, right = low_rank.left.values, low_rank.right.values
     for seed in range(50):
         size = 10.0 ** -(seed % 3)
-        near_by = (left + size * normal(*left.shape, seed=seed)) @ (right + size * normal(*right.shape, seed=seed + 99))
+        near_by = (left + size * normal(*left.shape, seed=seed)) @ (
+            right + size * normal(*right.shape, seed=seed + 99)
+        )
         assert least < output_error(residual, near_by, x)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_exact_scaling_is_never_worse_on_the_outputs_than_diagonal(out_features: int, in_features: int, seed: int):
+def test_exact_scaling_is_never_worse_on_the_outputs_than_diagonal(
+    out_features: int, in_features: int, seed: int
+):
     x, residual = inputs(in_features), normal(out_features, in_features, seed=seed)
-    qera, lqer = (refit(residual, input_scaling(statistics(x), kind), LowRankSpec(kind, 2)) for kind in ("qera", "lqer"))
+    qera, lqer = (
+        refit(residual, input_scaling(statistics(x), kind), LowRankSpec(kind, 2))
+        for kind in ("qera", "lqer")
+    )
     assert output_error(residual, qera, x) <= output_error(residual, lqer, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_bits", "tolerance"), [(16, 1e-3), (8, 3e-2)])
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_full_rank_gives_the_residual_back(out_features: int, in_features: int, num_bits: int, tolerance: float, kind: LowRankKind):
+def test_full_rank_gives_the_residual_back(
+    out_features: int, in_features: int, num_bits: int, tolerance: float, kind: LowRankKind
+):
     residual = normal(out_features, in_features)
     spec = LowRankSpec(kind, min(out_features, in_features), num_bits)
     product = refit(residual, input_scaling(statistics(inputs(in_features)), kind), spec).product
@@ -195,20 +229,35 @@ def test_stored_factors_are_off_by_half_a_step_at_most_whatever_the_size_of_the_
     for sixteen, eight in ((half.left, byte.left), (half.right, byte.right)):
         assert eight.scale is not None
         # float16 itself is off by 2⁻¹¹ of a value that is 127 steps long at most
-        assert ((eight.values - sixteen.values).abs() <= eight.scale * (0.5 + 127 * 2**-11 + 1e-3)).all()
+        assert (
+            (eight.values - sixteen.values).abs() <= eight.scale * (0.5 + 127 * 2**-11 + 1e-3)
+        ).all()
 
 
 def test_the_components_of_both_factors_have_one_norm():
-    low_rank = refit(1e-4 * normal(24, 40), input_scaling(statistics(inputs(40)), "qera"), LowRankSpec("qera", 6))
-    torch.testing.assert_close(low_rank.left.values.norm(dim=0), low_rank.right.values.norm(dim=1), rtol=1e-2, atol=0)
+    low_rank = refit(
+        1e-4 * normal(24, 40), input_scaling(statistics(inputs(40)), "qera"), LowRankSpec("qera", 6)
+    )
+    torch.testing.assert_close(
+        low_rank.left.values.norm(dim=0), low_rank.right.values.norm(dim=1), rtol=1e-2, atol=0
+    )
 
 
 @pytest.mark.parametrize("num_bits", [8, 16])
 def test_the_stored_bits_are_those_of_the_stored_tensors(num_bits: int):
     spec = LowRankSpec("qera", 6, num_bits)
     low_rank = refit(normal(24, 40), input_scaling(statistics(inputs(40)), "qera"), spec)
-    tensors = [t for factor in (low_rank.left, low_rank.right) for t in (factor.codes, factor.scale) if t is not None]
-    assert low_rank.stored_bits == sum(8 * t.nbytes for t in tensors) == {16: 16 * 6 * 64, 8: 8 * 6 * 64 + 32 * 12}[num_bits]
+    tensors = [
+        t
+        for factor in (low_rank.left, low_rank.right)
+        for t in (factor.codes, factor.scale)
+        if t is not None
+    ]
+    assert (
+        low_rank.stored_bits
+        == sum(8 * t.nbytes for t in tensors)
+        == {16: 16 * 6 * 64, 8: 8 * 6 * 64 + 32 * 12}[num_bits]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +309,10 @@ def test_a_diagonal_that_rounding_took_below_zero_is_a_dead_input(kind: LowRankK
     dead, below = statistics(x), statistics(x).hessian
     below[7, 7] = -1e-12
     spec, weight = LowRankSpec(kind, 8), normal(24, 40)
-    products = [refit(weight, input_scaling(s, kind), spec).product for s in (dead, of_hessian(below, len(x)))]
+    products = [
+        refit(weight, input_scaling(s, kind), spec).product
+        for s in (dead, of_hessian(below, len(x)))
+    ]
     torch.testing.assert_close(*products)
 
 
@@ -269,7 +321,9 @@ def test_the_branch_depends_on_the_statistics_up_to_a_factor_alone():
     once, twice = (input_scaling(s, "srr") for s in (statistics(x), statistics(x) + statistics(x)))
     assert split(weight, once, 8) == split(weight, twice, 8)
     spec = LowRankSpec("srr", 8)
-    torch.testing.assert_close(refit(weight, once, spec).product, refit(weight, twice, spec).product, rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        refit(weight, once, spec).product, refit(weight, twice, spec).product, rtol=0, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +354,21 @@ def test_a_spec_is_read_back_from_its_text(kind: LowRankKind, num_bits: int):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "srr", "srr:", ":32", "srr:-1", "srr:0", "srr:4.5", "svd:32", "srr:32:int4", "srr:32:", "srr:32:int8:x", "SRR:8"]
+    "text",
+    [
+        "",
+        "srr",
+        "srr:",
+        ":32",
+        "srr:-1",
+        "srr:0",
+        "srr:4.5",
+        "svd:32",
+        "srr:32:int4",
+        "srr:32:",
+        "srr:32:int8:x",
+        "SRR:8",
+    ],
 )
 def test_text_that_is_no_spec_is_refused(text: str):
     with pytest.raises(MarrqError, match="low-rank branch"):

@@ -1,4 +1,5 @@
-"""Every method against a slow float64 NumPy reference of the papers' arithmetic that shares no code with it (tests/reference.py)."""
+"""Every method against a slow float64 NumPy reference of the papers' arithmetic that shares no code
+with it (tests/reference.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ class Smooth(WeightSpec):
 
 @dataclass(frozen=True)
 class Case:
-    """A weight and raw tokens of both halves: x, x_float [tokens, n]; shortfall: e [tokens, m] where it is not W dx; importance: [m]."""
+    """A weight and raw tokens of both halves: x, x_float [tokens, n]; shortfall: e [tokens, m]
+    where it is not W dx; importance: [m]."""
 
     weight: Tensor
     x: Tensor
@@ -43,19 +45,26 @@ class Case:
 
     def statistics(self, tokens: slice) -> ResidualStatistics:
         sums = ResidualStatistics.zeros(INPUTS, self.x.device, self.importance)
-        sums.add(self.x[tokens], (self.x_float - self.x if self.shortfall is None else self.shortfall)[tokens])
+        sums.add(
+            self.x[tokens],
+            (self.x_float - self.x if self.shortfall is None else self.shortfall)[tokens],
+        )
         return sums
 
     def problem(self, spec: MethodSpec, weights: WeightSpec = THREE_BITS) -> Problem:
         half = len(self.x) // 2
-        return Problem.of((self.statistics(slice(half)), self.statistics(slice(half, None))), weights, spec)
+        return Problem.of(
+            (self.statistics(slice(half)), self.statistics(slice(half, None))), weights, spec
+        )
 
     def moments(self, centre: bool) -> reference.Moments:
         return reference.Moments.of(self.x.numpy(), self.x_float.numpy(), centre)
 
     def wanted_moment(self, centre: bool) -> np.ndarray:
         """G = Σ e xᵀ."""
-        shortfall = (self.x_float - self.x) @ self.weight.T if self.shortfall is None else self.shortfall
+        shortfall = (
+            (self.x_float - self.x) @ self.weight.T if self.shortfall is None else self.shortfall
+        )
         x = self.x
         if centre:
             shortfall, x = shortfall - shortfall.mean(0), x - x.mean(0)
@@ -63,7 +72,11 @@ class Case:
 
     def error(self, quantized: Tensor, bias: Tensor | float = 0.0) -> float:
         """J from the tokens themselves."""
-        wanted = self.x_float @ self.weight.T if self.shortfall is None else self.x @ self.weight.T + self.shortfall
+        wanted = (
+            self.x_float @ self.weight.T
+            if self.shortfall is None
+            else self.x @ self.weight.T + self.shortfall
+        )
         square = (self.x @ quantized.T + bias - wanted).square()
         return float((square * (1 if self.importance is None else self.importance)).sum())
 
@@ -76,7 +89,9 @@ def make_case(seed: int, tokens: int = 200, drift: float = 0.3) -> Case:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     x = normal(tokens, INPUTS) @ normal(INPUTS, INPUTS) + 3 * normal(INPUTS)
-    dx = drift * (x @ normal(INPUTS, INPUTS) / INPUTS**0.5 + normal(tokens, INPUTS) + 2 * normal(INPUTS))
+    dx = drift * (
+        x @ normal(INPUTS, INPUTS) / INPUTS**0.5 + normal(tokens, INPUTS) + 2 * normal(INPUTS)
+    )
     return Case(normal(OUTPUTS, INPUTS), x, x + dx)
 
 
@@ -85,7 +100,11 @@ def stream_case(seed: int) -> Case:
     case, generator = make_case(seed), torch.Generator().manual_seed(seed + 100)
     mix = torch.randn(INPUTS, OUTPUTS, dtype=torch.float64, generator=generator)
     noise = torch.randn(len(case.x), OUTPUTS, dtype=torch.float64, generator=generator)
-    return replace(case, shortfall=0.3 * case.x @ mix + noise + 1, importance=torch.linspace(0.1, 2, OUTPUTS, dtype=torch.float64))
+    return replace(
+        case,
+        shortfall=0.3 * case.x @ mix + noise + 1,
+        importance=torch.linspace(0.1, 2, OUTPUTS, dtype=torch.float64),
+    )
 
 
 def case_for(name: str, seed: int) -> Case:
@@ -97,13 +116,17 @@ def constant(name: str, alpha: float, **changes: object) -> MethodSpec:
     return MethodSpec(name, alpha=AlphaSpec("global", alpha), **changes)
 
 
-def expected_codes(case: Case, spec: MethodSpec, alpha: float, kind: WeightSpec = THREE_BITS) -> np.ndarray:
+def expected_codes(
+    case: Case, spec: MethodSpec, alpha: float, kind: WeightSpec = THREE_BITS
+) -> np.ndarray:
     """The codes of a method with a given α, by the reference."""
     moments, weight = case.moments(spec.correct_bias), case.weight.numpy()
     family = spec.name.removeprefix("marr-")
     alphas = {"gptaq": (alpha, 0.0), "rescomp": (alpha, alpha)}.get(family, (0.0, 0.0))
     if family in ("exact", "stream"):
-        weight = reference.target(weight, case.wanted_moment(spec.correct_bias), moments, alpha, spec.target_damping)
+        weight = reference.target(
+            weight, case.wanted_moment(spec.correct_bias), moments, alpha, spec.target_damping
+        )
     laid = (weight, kind.num_bits, kind.group_size, kind.grid)
     grid, order = reference.weight_grid(*laid), moments.order(spec.act_order)
     if family == "rtn":
@@ -114,7 +137,16 @@ def expected_codes(case: Case, spec: MethodSpec, alpha: float, kind: WeightSpec 
     return reference.sweep(weight, grid, moments, order, alphas, spec.damping)
 
 
-CONSTANTS = [("rtn", 0), ("gptq", 0), ("gptaq", 0.25), ("gptaq", 1), ("rescomp", 0.25), ("rescomp", 1), ("exact", 1), ("exact", 0.5)]
+CONSTANTS = [
+    ("rtn", 0),
+    ("gptq", 0),
+    ("gptaq", 0.25),
+    ("gptaq", 1),
+    ("rescomp", 0.25),
+    ("rescomp", 1),
+    ("exact", 1),
+    ("exact", 0.5),
+]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -122,15 +154,24 @@ CONSTANTS = [("rtn", 0), ("gptq", 0), ("gptaq", 0.25), ("gptaq", 1), ("rescomp",
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize(("name", "alpha"), CONSTANTS)
-def test_codes_are_those_of_the_papers_arithmetic(name: str, alpha: float, act_order: bool, correct_bias: bool, clip: Clip, seed: int):
-    case, spec = make_case(seed), constant(name, alpha, act_order=act_order, correct_bias=correct_bias, clip=clip)
+def test_codes_are_those_of_the_papers_arithmetic(
+    name: str, alpha: float, act_order: bool, correct_bias: bool, clip: Clip, seed: int
+):
+    case, spec = (
+        make_case(seed),
+        constant(name, alpha, act_order=act_order, correct_bias=correct_bias, clip=clip),
+    )
     codes = METHODS[name](case.weight, case.problem(spec), spec).codes
     assert np.array_equal(codes.numpy(), expected_codes(case, spec, alpha))
 
 
-@pytest.mark.parametrize("kind", [WeightSpec(2, 8), WeightSpec(4, 12, "symmetric"), WeightSpec(2, None, "symmetric")])
+@pytest.mark.parametrize(
+    "kind", [WeightSpec(2, 8), WeightSpec(4, 12, "symmetric"), WeightSpec(2, None, "symmetric")]
+)
 @pytest.mark.parametrize(("name", "alpha"), CONSTANTS)
-def test_codes_on_other_grids_are_those_of_the_papers_arithmetic(name: str, alpha: float, kind: WeightSpec):
+def test_codes_on_other_grids_are_those_of_the_papers_arithmetic(
+    name: str, alpha: float, kind: WeightSpec
+):
     case, spec = make_case(0), constant(name, alpha)
     codes = METHODS[name](case.weight, case.problem(spec, kind), spec).codes
     assert np.array_equal(codes.numpy(), expected_codes(case, spec, alpha, kind))
@@ -163,7 +204,9 @@ def test_a_method_without_a_value_takes_its_own_constant():
 
 def test_rounding_to_nearest_looks_at_no_data():
     spec = MethodSpec("rtn")
-    first, second = (METHODS["rtn"](make_case(0).weight, make_case(seed).problem(spec), spec) for seed in (0, 1))
+    first, second = (
+        METHODS["rtn"](make_case(0).weight, make_case(seed).problem(spec), spec) for seed in (0, 1)
+    )
     assert torch.equal(first.codes, second.codes)
 
 
@@ -191,7 +234,11 @@ def test_the_bias_that_corrects_is_the_best_there_is():
 def test_the_relative_error_is_that_of_the_wanted_outputs_about_their_mean():
     case, spec = make_case(0), MethodSpec("gptq")
     for correct_bias in (True, False):
-        solution = solve(case.weight, case.problem(replace(spec, correct_bias=correct_bias)), replace(spec, correct_bias=correct_bias))
+        solution = solve(
+            case.weight,
+            case.problem(replace(spec, correct_bias=correct_bias)),
+            replace(spec, correct_bias=correct_bias),
+        )
         wanted = case.x_float @ case.weight.T
         power = (wanted - wanted.mean(0) if correct_bias else wanted).square().sum()
         assert solution.relative_error == pytest.approx(solution.error / float(power), rel=1e-9)
@@ -203,16 +250,25 @@ def total_error(spec: MethodSpec) -> float:
 
 
 def test_each_method_lowers_j_below_the_one_before():
-    errors = [total_error(MethodSpec(name)) for name in ("exact", "marr-gptaq", "gptaq", "gptq", "rtn")]
+    errors = [
+        total_error(MethodSpec(name)) for name in ("exact", "marr-gptaq", "gptaq", "gptq", "rtn")
+    ]
     assert errors == sorted(errors)
 
 
-@pytest.mark.parametrize("kind", [WeightSpec(3), WeightSpec(3, 8), WeightSpec(2, None, "symmetric")])
+@pytest.mark.parametrize(
+    "kind", [WeightSpec(3), WeightSpec(3, 8), WeightSpec(2, None, "symmetric")]
+)
 def test_a_grid_chosen_by_the_outputs_is_never_worse_for_them(kind: WeightSpec):
     errors = {}
     for clip in ("outputs", "weights"):
-        spec, cases = MethodSpec("gptq", clip=clip), [make_case(seed, drift=0.0) for seed in range(6)]
-        errors[clip] = torch.tensor([solve(case.weight, case.problem(spec, kind), spec).error for case in cases])
+        spec, cases = (
+            MethodSpec("gptq", clip=clip),
+            [make_case(seed, drift=0.0) for seed in range(6)],
+        )
+        errors[clip] = torch.tensor(
+            [solve(case.weight, case.problem(spec, kind), spec).error for case in cases]
+        )
     assert (errors["outputs"] <= errors["weights"]).all()
     assert errors["outputs"].sum() < 0.98 * errors["weights"].sum()
 
@@ -227,10 +283,15 @@ def test_a_low_rank_branch_lowers_j_whatever_the_method(name: str, branch: str):
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_error_told_counts_the_low_rank_branch(name: str, correct_bias: bool):
-    case, spec = case_for(name, 0), MethodSpec(name, correct_bias=correct_bias, lowrank=LowRankSpec("srr", 3))
+    case, spec = (
+        case_for(name, 0),
+        MethodSpec(name, correct_bias=correct_bias, lowrank=LowRankSpec("srr", 3)),
+    )
     solution = solve(case.weight, case.problem(spec), spec)
     quantized = solution.rounding.quantized + solution.lowrank.product
-    assert solution.error == pytest.approx(case.error(quantized, solution.bias_shift if correct_bias else 0.0), rel=1e-9)
+    assert solution.error == pytest.approx(
+        case.error(quantized, solution.bias_shift if correct_bias else 0.0), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", [WeightSpec(3), WeightSpec(3, 8), WeightSpec(4, 12, "symmetric")])
@@ -238,7 +299,10 @@ def test_the_error_told_counts_the_low_rank_branch(name: str, correct_bias: bool
 def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
     case, spec = make_case(1), MethodSpec(name)
     path = PATHS[name](case.weight, case.problem(spec).whole, kind)
-    whole, *others = (sweep(case.weight, path.grid, path.factor, path.residuals, 0.8, block_size) for block_size in (INPUTS, 1, 5, 8))
+    whole, *others = (
+        sweep(case.weight, path.grid, path.factor, path.residuals, 0.8, block_size)
+        for block_size in (INPUTS, 1, 5, 8)
+    )
     for codes in others:
         assert torch.equal(codes, whole)
 
@@ -260,16 +324,26 @@ def path_without_rounding(case: Case, name: str, alpha: float, spec: MethodSpec)
     moments, weight = case.moments(centre=True), case.weight.numpy()
     if name in ("exact", "stream"):
         return reference.target(weight, case.wanted_moment(centre=True), moments, alpha)
-    return reference.sweep(weight, None, moments, moments.order(spec.act_order), (alpha, alpha if name == "rescomp" else 0.0))
+    return reference.sweep(
+        weight,
+        None,
+        moments,
+        moments.order(spec.act_order),
+        (alpha, alpha if name == "rescomp" else 0.0),
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.2])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("name", PATHS)
-def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(name: str, act_order: bool, alpha: float):
+def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(
+    name: str, act_order: bool, alpha: float
+):
     case, spec, step = case_for(name, 0), MethodSpec(name, act_order=act_order), 1e-5
     direction = PATHS[name](case.weight, case.problem(spec).whole, THREE_BITS).direction(alpha)
-    ahead, behind = (path_without_rounding(case, name, alpha + sign * step, spec) for sign in (1, -1))
+    ahead, behind = (
+        path_without_rounding(case, name, alpha + sign * step, spec) for sign in (1, -1)
+    )
     expected = (ahead - behind) / (2 * step)
     assert np.abs(direction.numpy() - expected).max() < 1e-6 * np.abs(expected).max()
 
@@ -293,11 +367,16 @@ def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
     case, spec = case_for(name, seed), MethodSpec(name)
     first, second = case.problem(spec).halves
     path, judge = PATHS[name](case.weight, first, Smooth(8)), Judge(second.statistics, case.weight)
-    if name in ("gptaq", "rescomp"):  # whose grid is found on W, and would clip what compensation adds
+    if name in (
+        "gptaq",
+        "rescomp",
+    ):  # whose grid is found on W, and would clip what compensation adds
         path.grid = replace(path.grid, scale=8 * path.grid.scale)
     steps = pid_search(path, judge, spec.alpha, half=1)
     alphas = torch.linspace(0, 1.5, 151, dtype=torch.float64)
-    errors = torch.tensor([judge(quantized)[0] for quantized in path.round_at(alphas).quantized.chunk(len(alphas))])
+    errors = torch.tensor(
+        [judge(quantized)[0] for quantized in path.round_at(alphas).quantized.chunk(len(alphas))]
+    )
     assert best(steps).alpha == pytest.approx(float(alphas[errors.argmin()]), abs=0.05)
     assert best(steps).error < 1.03 * errors.min() < errors[25]
     assert (steps[0].half, steps[0].alpha) == (1, spec.alpha.pid.initial)
@@ -306,8 +385,12 @@ def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
 
 def test_the_controller_keeps_to_its_bounds_and_its_number_of_steps():
     case = make_case(0)
-    alpha = AlphaSpec(pid=PID(initial=0.1, lower=0.1, upper=0.2, steps=3, settled=0.0, tolerance=0.0))
-    rounding = METHODS["marr-exact"](case.weight, case.problem(MethodSpec()), MethodSpec(alpha=alpha))
+    alpha = AlphaSpec(
+        pid=PID(initial=0.1, lower=0.1, upper=0.2, steps=3, settled=0.0, tolerance=0.0)
+    )
+    rounding = METHODS["marr-exact"](
+        case.weight, case.problem(MethodSpec()), MethodSpec(alpha=alpha)
+    )
     assert [step.alpha for step in rounding.trajectory] == pytest.approx([0.1, 0.2, 0.2] * 2)
     assert rounding.alpha == pytest.approx(2 * 0.2 / 1.2)
 
@@ -318,7 +401,9 @@ def by_half(rounding: Rounding, half: int | None) -> list:
 
 @pytest.mark.parametrize("strategy", ["pid", "grid"])
 @pytest.mark.parametrize("name", PATHS)
-def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_whole(name: str, strategy: str):
+def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_whole(
+    name: str, strategy: str
+):
     case, spec = case_for(name, 4), MethodSpec(f"marr-{name}", alpha=AlphaSpec(strategy))
     problem = case.problem(spec)
     rounding = METHODS[spec.name](case.weight, problem, spec)
@@ -328,7 +413,9 @@ def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_w
         for step in by_half(rounding, half):
             quantized = path.round_at(torch.tensor([step.alpha], dtype=torch.float64)).quantized
             assert step.error == pytest.approx(judge(quantized)[0], rel=1e-9)
-    mean = sum(min(by_half(rounding, half), key=lambda step: step.error).alpha for half in (0, 1)) / 2
+    mean = (
+        sum(min(by_half(rounding, half), key=lambda step: step.error).alpha for half in (0, 1)) / 2
+    )
     assert rounding.alpha == pytest.approx(2 * mean / (1 + mean))
     assert len(by_half(rounding, 0)) + len(by_half(rounding, 1)) == len(rounding.trajectory)
 
@@ -346,7 +433,11 @@ def test_with_feedback_from_the_calibration_data_there_is_one_search_on_all_of_i
 def test_a_grid_search_tries_every_alpha_of_its_grid():
     case, spec = make_case(0), MethodSpec(alpha=AlphaSpec("grid", grid=(0.0, 0.3, 0.9)))
     rounding = METHODS["marr-exact"](case.weight, case.problem(spec), spec)
-    assert [step.alpha for step in by_half(rounding, 0)] == [step.alpha for step in by_half(rounding, 1)] == [0.0, 0.3, 0.9]
+    assert (
+        [step.alpha for step in by_half(rounding, 0)]
+        == [step.alpha for step in by_half(rounding, 1)]
+        == [0.0, 0.3, 0.9]
+    )
 
 
 def test_a_constant_asked_of_marr_is_the_method_without_a_search():
@@ -381,7 +472,10 @@ def test_q_k_and_v_share_what_depends_on_their_input_alone():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(MarrqError, match=r"unknown method 'awq': choose one of rtn, gptq, gptaq, .*, marr-stream, marr$"):
+    with pytest.raises(
+        MarrqError,
+        match=r"unknown method 'awq': choose one of rtn, gptq, gptaq, .*, marr-stream, marr$",
+    ):
         method_named("awq")
 
 
@@ -399,7 +493,9 @@ def test_a_controller_that_cannot_start_is_refused(wrong: dict[str, float]):
         PID(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [("newton",), ("pid", 0.5), ("grid", 0.5), ("global",), ("pid", None, "test set")])
+@pytest.mark.parametrize(
+    "wrong", [("newton",), ("pid", 0.5), ("grid", 0.5), ("global",), ("pid", None, "test set")]
+)
 def test_an_alpha_that_nobody_can_find_is_refused(wrong: tuple):
     with pytest.raises(MarrqError, match="alpha"):
         AlphaSpec(*wrong)
@@ -409,9 +505,20 @@ positive = st.floats(1e-6, 10)
 gains = (positive, positive, positive, positive)
 bounds = (st.floats(0.1, 0.9), st.floats(-1, 0), st.floats(1, 3))
 controllers = st.builds(PID, *gains, *bounds, st.integers(1, 50), positive, positive)
-searches = st.builds(AlphaSpec, st.sampled_from(["pid", "grid"]), st.none(), st.sampled_from(["held-out", "calibration"]), pid=controllers)
+searches = st.builds(
+    AlphaSpec,
+    st.sampled_from(["pid", "grid"]),
+    st.none(),
+    st.sampled_from(["held-out", "calibration"]),
+    pid=controllers,
+)
 constants = st.builds(AlphaSpec, st.just("global"), st.floats(-1e9, 1e9))
-branches = st.builds(LowRankSpec, st.sampled_from(["srr", "qera", "lqer"]), st.integers(1, 999), st.sampled_from([8, 16]))
+branches = st.builds(
+    LowRankSpec,
+    st.sampled_from(["srr", "qera", "lqer"]),
+    st.integers(1, 999),
+    st.sampled_from([8, 16]),
+)
 around = {
     "damping": positive,
     "target_damping": positive,
@@ -422,8 +529,15 @@ around = {
     "rotation": st.none() | st.integers(0, 2**31),
 }
 specs = (
-    st.builds(MethodSpec, st.sampled_from([f"marr-{name}" for name in PATHS]), alpha=searches | constants, **around)
-    | st.builds(MethodSpec, st.sampled_from(list(PATHS)), alpha=constants | st.just(AlphaSpec()), **around)
+    st.builds(
+        MethodSpec,
+        st.sampled_from([f"marr-{name}" for name in PATHS]),
+        alpha=searches | constants,
+        **around,
+    )
+    | st.builds(
+        MethodSpec, st.sampled_from(list(PATHS)), alpha=constants | st.just(AlphaSpec()), **around
+    )
     | st.builds(MethodSpec, st.sampled_from(["rtn", "gptq"]), **around)
 )
 

@@ -33,7 +33,9 @@ def transformers_folder(tmp_path: Path) -> Path:
         "image_size": 32,
         "patch_size": 8,
     }
-    config = ViTConfig(**sizes, id2label={0: "cat", 1: "dog", 2: "eel"}, label2id={"cat": 0, "dog": 1, "eel": 2})
+    config = ViTConfig(
+        **sizes, id2label={0: "cat", 1: "dog", 2: "eel"}, label2id={"cat": 0, "dog": 1, "eel": 2}
+    )
     ViTForImageClassification(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     return tmp_path
@@ -53,7 +55,9 @@ def test_the_demo_model_carries_labels_and_reaches_the_accuracy_it_was_trained_t
 
 def test_a_timm_folder_is_preprocessed_by_timms_own_transform(tiny: str, photo: Image.Image):
     preprocessing = load_model(tiny).preprocessing
-    expected = create_transform((3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)(photo)
+    expected = create_transform(
+        (3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9
+    )(photo)
     assert torch.equal(preprocessing.transform()(photo), expected)
 
 
@@ -68,12 +72,29 @@ def test_preprocessing_survives_json(tiny: str):
     "settings",
     [
         {"size": {"height": 32, "width": 32}},
-        {"size": {"height": 48, "width": 48}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "resample": 3},
-        {"size": {"shortest_edge": 37}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "resample": 3},
-        {"size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 127.5},
+        {
+            "size": {"height": 48, "width": 48},
+            "do_center_crop": True,
+            "crop_size": {"height": 32, "width": 32},
+            "resample": 3,
+        },
+        {
+            "size": {"shortest_edge": 37},
+            "do_center_crop": True,
+            "crop_size": {"height": 32, "width": 32},
+            "resample": 3,
+        },
+        {
+            "size": {"height": 32, "width": 32},
+            "image_mean": [0.4, 0.5, 0.6],
+            "image_std": [0.2, 0.3, 0.4],
+            "rescale_factor": 1 / 127.5,
+        },
     ],
 )
-def test_a_transformers_processor_is_followed_to_a_rounding_of_its_pixels(settings: dict, photo: Image.Image):
+def test_a_transformers_processor_is_followed_to_a_rounding_of_its_pixels(
+    settings: dict, photo: Image.Image
+):
     processor = ViTImageProcessor(**settings)
     expected = processor(photo, return_tensors="pt").pixel_values[0]
     ours = from_image_processor(processor.to_dict()).transform()(photo)
@@ -131,13 +152,18 @@ def test_train_and_val_are_told_apart_and_targets_follow_the_labels(image_folder
     labels = ("dog", "bee", "eel", "cat")
     images = find_images(str(image_folder), "val", labels)
     assert len(images) == 24
-    assert all(labels[target] == file.parent.name for file, target in zip(images.files, images.targets, strict=True))
+    assert all(
+        labels[target] == file.parent.name
+        for file, target in zip(images.files, images.targets, strict=True)
+    )
     assert all("val" in file.parts for file in images.files if isinstance(file, Path))
 
 
 def test_a_model_that_only_numbers_its_classes_takes_the_sorted_folders(image_folder: Path):
     images = find_images(str(image_folder), "val", ("0", "1", "2"))
-    assert {file.parent.name: target for file, target in zip(images.files, images.targets, strict=True)} == {"cat": 0, "dog": 1, "eel": 2}
+    assert {
+        file.parent.name: target for file, target in zip(images.files, images.targets, strict=True)
+    } == {"cat": 0, "dog": 1, "eel": 2}
 
 
 def test_the_draw_is_random_repeatable_and_hashed(image_folder: Path):
@@ -169,7 +195,9 @@ def test_a_folder_without_images_is_named(tmp_path: Path):
 def test_an_unreadable_image_is_named(image_folder: Path, tmp_path: Path, content: bytes | None):
     (tmp_path / "cat").mkdir()
     whole = (image_folder / "val" / "cat" / "0.png").read_bytes()
-    (tmp_path / "cat" / "bad.png").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    (tmp_path / "cat" / "bad.png").write_bytes(
+        whole[: len(whole) // 2] if content is None else content
+    )
     images = find_images(str(tmp_path), "val", ("cat",))
     preprocessing = Preprocessing((3, 32, 32), "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(MarrqError, match=r"bad\.png"):

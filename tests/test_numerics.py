@@ -1,4 +1,5 @@
-"""Inputs and settings that break naive code, each taken through the real methods or the whole pipeline."""
+"""Inputs and settings that break naive code, each taken through the real methods or the whole
+pipeline."""
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from marrq.statistics import ResidualStatistics
 
 OUTPUTS, INPUTS = 5, 16
 WEIGHT = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1))
-ALL = pytest.mark.parametrize("method", [*METHODS, "marr-exact,bias-correction=off", "gptaq,alpha=global=1", "exact,lowrank=srr:4"])
+ALL = pytest.mark.parametrize(
+    "method",
+    [*METHODS, "marr-exact,bias-correction=off", "gptaq,alpha=global=1", "exact,lowrank=srr:4"],
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,7 +36,8 @@ def problem_of(x: Tensor, x_float: Tensor, spec: MethodSpec, num_bits: int = 3) 
 
 
 def solved(method: str, x: Tensor, x_float: Tensor | None = None, num_bits: int = 3) -> Solution:
-    """The solution for tokens [tokens, n] in float32, as the pipeline has them; checked to be one, with the J that it tells."""
+    """The solution for tokens [tokens, n] in float32, as the pipeline has them; checked to be one,
+    with the J that it tells."""
     spec = parse_method(method)
     x_float = x + 0.1 * normal(*x.shape, seed=2) if x_float is None else x_float
     solution = solve(WEIGHT, problem_of(x, x_float, spec, num_bits), spec)
@@ -40,9 +45,14 @@ def solved(method: str, x: Tensor, x_float: Tensor | None = None, num_bits: int 
     assert solution.rounding.codes.isfinite().all()
     assert low <= solution.rounding.codes.min()
     assert solution.rounding.codes.max() <= high
-    quantized_weight = solution.rounding.quantized + (0 if solution.lowrank is None else solution.lowrank.product)
+    quantized_weight = solution.rounding.quantized + (
+        0 if solution.lowrank is None else solution.lowrank.product
+    )
     bias = 0.0 if solution.bias_shift is None else solution.bias_shift.double()
-    outputs, wanted = x.double() @ quantized_weight.double().T + bias, x_float.double() @ WEIGHT.double().T
+    outputs, wanted = (
+        x.double() @ quantized_weight.double().T + bias,
+        x_float.double() @ WEIGHT.double().T,
+    )
     error, power = float((outputs - wanted).square().sum()), float(wanted.square().sum())
     assert solution.error == pytest.approx(error, rel=1e-3, abs=1e-6 * power + 1e-9)
     return solution
@@ -54,7 +64,9 @@ def test_the_weights_of_a_dead_input_are_simply_rounded(method: str):
     x[:, 7] = 0
     rounding = solved(method, x).rounding
     if "lowrank" not in method:  # which takes something out of the weight before
-        assert torch.equal(rounding.codes[:, 7], rounding.grid.spread(INPUTS).quantize(WEIGHT)[:, 7])
+        assert torch.equal(
+            rounding.codes[:, 7], rounding.grid.spread(INPUTS).quantize(WEIGHT)[:, 7]
+        )
 
 
 @ALL
@@ -71,7 +83,9 @@ def test_a_constant_input_is_left_to_the_bias(method: str):
     solution = solved(method, x)
     if solution.bias_shift is not None and "lowrank" not in method:
         rounding = solution.rounding
-        assert torch.equal(rounding.codes[:, 7], rounding.grid.spread(INPUTS).quantize(WEIGHT)[:, 7])
+        assert torch.equal(
+            rounding.codes[:, 7], rounding.grid.spread(INPUTS).quantize(WEIGHT)[:, 7]
+        )
     assert solution.relative_error < 0.2
 
 
@@ -92,7 +106,9 @@ def test_two_inputs_that_are_one_and_the_same_are_solved(method: str):
     assert solved(method, x).relative_error < 0.2
 
 
-@pytest.mark.parametrize("method", ["gptq,damping=0", "marr-gptaq,damping=0", "exact,damping=0,target-damping=0"])
+@pytest.mark.parametrize(
+    "method", ["gptq,damping=0", "marr-gptaq,damping=0", "exact,damping=0,target-damping=0"]
+)
 def test_a_singular_hessian_without_damping_gets_the_damping_it_needs_and_says_so(method: str):
     x = normal(200, INPUTS)
     x[:, 3] = x[:, 9]
@@ -112,7 +128,9 @@ def test_one_token_in_each_half_is_solved(method: str):
 
 @ALL
 @pytest.mark.parametrize(("deviation", "mean"), [(1e4, 0), (1, 1e4)])
-def test_an_outlier_channel_does_not_drown_what_its_weights_are_worth(method: str, deviation: float, mean: float):
+def test_an_outlier_channel_does_not_drown_what_its_weights_are_worth(
+    method: str, deviation: float, mean: float
+):
     x = normal(200, INPUTS)
     x[:, 7] = deviation * x[:, 7] + mean
     solution = solved(method, x, num_bits=4)
@@ -132,7 +150,8 @@ def test_an_alpha_that_overflows_float32_falls_back_to_0_and_says_so(name: str):
 
 
 def feeding_back(inputs: int) -> tuple[Tensor, Tensor]:
-    """Tokens whose drift is so large that the residual term multiplies what it is fed with, column after column."""
+    """Tokens whose drift is so large that the residual term multiplies what it is fed with, column
+    after column."""
     x = normal(300, inputs)
     return x, x + 30 * x @ normal(inputs, inputs, seed=2)
 
@@ -164,7 +183,9 @@ def measured(path: str, model: QuantizedModel, original: nn.Module, images: Tens
     """The square error of a linear's outputs between the two models."""
     outputs: list[Tensor] = []
     for module in (model.module, original):
-        with module.get_submodule(path).register_forward_hook(lambda _, arguments, output: outputs.append(output.double())):
+        with module.get_submodule(path).register_forward_hook(
+            lambda _, arguments, output: outputs.append(output.double())
+        ):
             module(images)
     return float((outputs[0] - outputs[1]).square().sum())
 
@@ -180,13 +201,18 @@ def with_outlier(weight: float, bias: float) -> nn.Module:
 
 @PIPELINE
 @pytest.mark.parametrize(("weight", "bias"), [(0.0, 0.0), (0.0, 3.3), (1.0, 1e4), (1e4, 0.0)])
-def test_a_channel_out_of_the_ordinary_leaves_the_error_measured_right(weight: float, bias: float, method: str):
+def test_a_channel_out_of_the_ordinary_leaves_the_error_measured_right(
+    weight: float, bias: float, method: str
+):
     images = noise(8)
     model = quantized(with_outlier(weight, bias), images, "W4A16", method)
     report = next(report for report in model.reports if report.path == "blocks.1.attn.qkv")
     error = measured(report.path, model, with_outlier(weight, bias), images)
     assert report.error == pytest.approx(error, rel=0.02)
-    assert all(torch.tensor([report.error, report.relative_error, report.mse]).isfinite().all() for report in model.reports)
+    assert all(
+        torch.tensor([report.error, report.relative_error, report.mse]).isfinite().all()
+        for report in model.reports
+    )
 
 
 @PIPELINE
@@ -219,14 +245,21 @@ def test_images_that_are_all_the_same_are_enough_to_run(method: str):
     assert model.module(noise(4, seed=1)).isfinite().all()
 
 
-@pytest.mark.parametrize("parameter", ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"])
+@pytest.mark.parametrize(
+    "parameter", ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["rtn", "stream"])
 @torch.no_grad()
-def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(method: str, value: float, parameter: str):
+def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(
+    method: str, value: float, parameter: str
+):
     model = vit()
     model.get_parameter(parameter)[3, 2] = value
-    with pytest.raises(MarrqError, match=f"^{parameter.removesuffix('.weight')}: the weight has NaN or infinite values"):
+    with pytest.raises(
+        MarrqError,
+        match=f"^{parameter.removesuffix('.weight')}: the weight has NaN or infinite values",
+    ):
         quantized(model, noise(4), "W4A8", method)
 
 
@@ -234,7 +267,9 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(method: s
 def test_a_norm_that_is_not_finite_is_an_error_that_names_the_module_behind_it():
     model = vit()
     model.get_parameter("blocks.1.norm2.weight")[3] = torch.nan
-    with pytest.raises(MarrqError, match=r"^blocks\.1\.mlp\.fc1: the inputs of the layer are not finite"):
+    with pytest.raises(
+        MarrqError, match=r"^blocks\.1\.mlp\.fc1: the inputs of the layer are not finite"
+    ):
         quantized(model, noise(4), "W4A8", "marr")
 
 

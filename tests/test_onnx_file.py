@@ -1,4 +1,5 @@
-"""A model that a protobuf cannot hold is two files that go together, and are written, replaced and counted together."""
+"""A model that a protobuf cannot hold is two files that go together, and are written, replaced and
+counted together."""
 
 import shutil
 from pathlib import Path
@@ -34,14 +35,19 @@ def logits(file: Path) -> np.ndarray:
 
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("flavor", ["integer", "qdq"])
-def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(model: QuantizedModel, flavor: str, tmp_path: Path):
+def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(
+    model: QuantizedModel, flavor: str, tmp_path: Path
+):
     file, folder = tmp_path / "m.onnx", tmp_path / "elsewhere"
     write(model, "hash", flavor, file)
     assert {entry.name for entry in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     tensors = onnx.load(file, load_external_data=False).graph.initializer
     outside = [tensor for tensor in tensors if uses_external_data(tensor)]
     assert {ExternalDataInfo(tensor).location for tensor in outside} == {"m.onnx.data"}
-    assert sum(ExternalDataInfo(tensor).length or 0 for tensor in outside) > 0.9 * external_data(file).stat().st_size
+    assert (
+        sum(ExternalDataInfo(tensor).length or 0 for tensor in outside)
+        > 0.9 * external_data(file).stat().st_size
+    )
     onnx.checker.check_model(str(file), full_check=True)
     before = logits(file)
     folder.mkdir()
@@ -50,7 +56,9 @@ def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(m
     np.testing.assert_array_equal(logits(folder / "m.onnx"), before)
 
 
-def test_the_size_of_a_model_counts_the_data_beside_it(model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_size_of_a_model_counts_the_data_beside_it(
+    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(model, "hash", "integer", tmp_path / "one.onnx")
     external_data(tmp_path / "one.onnx").write_bytes(b"of another")
     monkeypatch.setattr(exporters.onnx_file, "INLINE_BYTES", 10_000)
@@ -58,10 +66,14 @@ def test_the_size_of_a_model_counts_the_data_beside_it(model: QuantizedModel, tm
     assert size_bytes(tmp_path / "one.onnx") == (tmp_path / "one.onnx").stat().st_size
     parts = [tmp_path / "two.onnx", external_data(tmp_path / "two.onnx")]
     assert size_bytes(tmp_path / "two.onnx") == sum(part.stat().st_size for part in parts)
-    assert size_bytes(tmp_path / "two.onnx") == pytest.approx(size_bytes(tmp_path / "one.onnx"), rel=0.1)
+    assert size_bytes(tmp_path / "two.onnx") == pytest.approx(
+        size_bytes(tmp_path / "one.onnx"), rel=0.1
+    )
 
 
-def test_a_file_that_is_replaced_takes_its_data_with_it(model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_is_replaced_takes_its_data_with_it(
+    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "m.onnx"
     limits = {"small": 10_000, "large": 2_000_000_000}
     sizes = {}

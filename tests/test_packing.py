@@ -12,7 +12,9 @@ from marrq.packing import pack, packed_size, unpack
 
 def random_codes(num_bits: int, shape: tuple[int, ...]) -> torch.Tensor:
     low = -(2 ** (num_bits - 1))
-    return torch.randint(low, -low, shape, generator=torch.Generator().manual_seed(sum(shape))).to(torch.int8)
+    return torch.randint(low, -low, shape, generator=torch.Generator().manual_seed(sum(shape))).to(
+        torch.int8
+    )
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
@@ -20,7 +22,11 @@ def random_codes(num_bits: int, shape: tuple[int, ...]) -> torch.Tensor:
 def test_unpacking_gives_the_codes_back(num_bits: int, shape: tuple[int, ...]):
     codes = random_codes(num_bits, shape)
     packed = pack(codes, num_bits)
-    assert packed.numel() == packed_size(codes.numel(), num_bits) <= -(-codes.numel() * num_bits // 8) + 1
+    assert (
+        packed.numel()
+        == packed_size(codes.numel(), num_bits)
+        <= -(-codes.numel() * num_bits // 8) + 1
+    )
     assert torch.equal(unpack(packed, num_bits, shape), codes)
 
 
@@ -33,14 +39,19 @@ def test_unpacking_gives_the_codes_back(num_bits: int, shape: tuple[int, ...]):
         (8, [127, -128, -1], [127, 128, 255]),
     ],
 )
-def test_the_bytes_are_those_of_the_stated_layout(num_bits: int, codes: list[int], expected: list[int]):
+def test_the_bytes_are_those_of_the_stated_layout(
+    num_bits: int, codes: list[int], expected: list[int]
+):
     assert pack(torch.tensor(codes), num_bits).tolist() == expected
 
 
 @pytest.mark.parametrize(("num_bits", "dtype"), [(2, ml_dtypes.int2), (4, ml_dtypes.int4)])
 def test_two_and_four_bits_are_packed_as_onnx_packs_them(num_bits: int, dtype: type):
     codes = random_codes(num_bits, (7, 9))
-    assert numpy_helper.from_array(codes.numpy().astype(dtype)).raw_data == pack(codes, num_bits).numpy().astype(np.uint8).tobytes()
+    assert (
+        numpy_helper.from_array(codes.numpy().astype(dtype)).raw_data
+        == pack(codes, num_bits).numpy().astype(np.uint8).tobytes()
+    )
 
 
 def test_codes_that_do_not_fit_are_refused():

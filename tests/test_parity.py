@@ -1,4 +1,5 @@
-"""Parity tells the losses of quantization, export and preprocessing apart: each planted fault is found, and named with its place."""
+"""Parity tells the losses of quantization, export and preprocessing apart: each planted fault is
+found, and named with its place."""
 
 import json
 import shutil
@@ -55,7 +56,13 @@ def wrong(errors: dict[str, float]) -> list[str]:
         ("vit with LayerScale", "integer", "W4A8-g64", "gptq,lowrank=srr:4", "per-tensor"),
         ("vit with LayerScale", "qdq", "W3A8", "gptq,lowrank=srr:4", "per-token"),
         ("vit with LayerScale", "qdq", "W4A4", "gptq", "per-tensor"),
-        ("vit with LayerScale", "matmulnbits", "W4A16-g32", "gptq,lowrank=lqer:4:int8", "per-tensor"),
+        (
+            "vit with LayerScale",
+            "matmulnbits",
+            "W4A16-g32",
+            "gptq,lowrank=lqer:4:int8",
+            "per-tensor",
+        ),
         ("dinov2", "integer", "W4A8", "gptq", "per-tensor"),
         ("vit with LayerScale", "integer", "W4A8-e8", "gptq", "per-tensor"),
         ("vit with LayerScale", "qdq", "W4A8-e8", "gptq", "per-tensor"),
@@ -66,7 +73,8 @@ def wrong(errors: dict[str, float]) -> list[str]:
 def test_each_linear_alone_gives_what_torch_gives_for_the_same_input(
     model: str, flavor: str, scheme: str, method: str, strategy: Any, tmp_path: Path
 ):
-    """LayerScale inside, q, k and v apart, the last block's tokens dropped, patches flattened, as it comes."""
+    """LayerScale inside, q, k and v apart, the last block's tokens dropped, patches flattened, as
+    it comes."""
     made = quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)
     write(made, "hash", flavor, tmp_path / "m.onnx")
     errors = linear_errors(made, tmp_path / "m.onnx", noise(2, seed=3), SESSION)
@@ -84,7 +92,9 @@ def test_a_file_that_does_not_tell_where_its_linears_are_is_refused(demo_file: P
     def forget(graph: onnx.ModelProto) -> None:
         del graph.metadata_props[:]
 
-    with pytest.raises(BenchError, match="does not say where its linears are: export the artifact again"):
+    with pytest.raises(
+        BenchError, match="does not say where its linears are: export the artifact again"
+    ):
         LinearsAlone(edited(demo_file, forget), SESSION)
 
 
@@ -133,7 +143,9 @@ def wrong_mean(graph: onnx.ModelProto) -> None:
     entry.value = json.dumps(described | {"mean": [value + 0.02 for value in described["mean"]]})
 
 
-def test_a_wrong_mean_in_the_file_is_a_loss_of_preprocessing(demo_artifact: Path, demo_file: Path, images: ImageSet):
+def test_a_wrong_mean_in_the_file_is_a_loss_of_preprocessing(
+    demo_artifact: Path, demo_file: Path, images: ImageSet
+):
     section = measured(demo_artifact, edited(demo_file, wrong_mean), images)
     assert section["first_loss"] == "preprocessing"
     assert "pixels differ by up to 6.5e-02" in section["stages"][2]["loss"]  # 0.02 / 0.3081
@@ -163,7 +175,9 @@ def flipped(path: str) -> Callable[[onnx.ModelProto], None]:
 def shifted(path: str) -> Callable[[onnx.ModelProto], None]:
     def change(graph: onnx.ModelProto) -> None:
         tensor = initializer(graph, f"{path}.input_zero_point")
-        number = numpy_helper.to_array(tensor) + np.uint8(40)  # a few would go unseen: the codes shift with it until they are clipped
+        number = numpy_helper.to_array(tensor) + np.uint8(
+            40
+        )  # a few would go unseen: the codes shift with it until they are clipped
         tensor.CopyFrom(numpy_helper.from_array(number, tensor.name))
 
     return change
@@ -173,7 +187,11 @@ def shifted(path: str) -> Callable[[onnx.ModelProto], None]:
     ("fault", "path", "linear"),
     [
         (scaled, "blocks.1.mlp.fc1", "blocks.1.mlp.fc1"),
-        (scaled, "blocks.3.attn.qkv.q", "blocks.3.attn.qkv"),  # which the last block computes for one token
+        (
+            scaled,
+            "blocks.3.attn.qkv.q",
+            "blocks.3.attn.qkv",
+        ),  # which the last block computes for one token
         (flipped, "blocks.2.attn.proj", "blocks.2.attn.proj"),
         (flipped, "blocks.0.attn.qkv.v", "blocks.0.attn.qkv"),
         (shifted, "blocks.2.mlp.fc2", "blocks.2.mlp.fc2"),
@@ -193,17 +211,25 @@ def test_a_wrong_scale_code_or_zero_point_is_found_in_its_own_linear_and_no_othe
     assert wrong(linear_errors(model, edited(demo_file, fault(path)), pixels, SESSION)) == [linear]
 
 
-def test_a_wrong_scale_is_a_loss_of_export_and_its_linear_is_named(demo_artifact: Path, demo_file: Path, images: ImageSet):
+def test_a_wrong_scale_is_a_loss_of_export_and_its_linear_is_named(
+    demo_artifact: Path, demo_file: Path, images: ImageSet
+):
     section = measured(demo_artifact, edited(demo_file, scaled("blocks.1.mlp.fc1")), images)
     assert section["first_loss"] == "export"
-    assert section["stages"][1]["loss"].startswith("blocks.1.mlp.fc1 differs by 9.")  # of 10 %, bias apart
+    assert section["stages"][1]["loss"].startswith(
+        "blocks.1.mlp.fc1 differs by 9."
+    )  # of 10 %, bias apart
     assert section["stages"][0]["loss"] is None
 
 
-def test_a_fault_between_the_linears_is_a_loss_of_export_too(demo_artifact: Path, demo_file: Path, images: ImageSet):
+def test_a_fault_between_the_linears_is_a_loss_of_export_too(
+    demo_artifact: Path, demo_file: Path, images: ImageSet
+):
     def detune(graph: onnx.ModelProto) -> None:
         tensor = initializer(graph, "norm.weight")
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name)
+        )
 
     section = measured(demo_artifact, edited(demo_file, detune), images)
     assert section["first_loss"] == "export"
@@ -213,12 +239,15 @@ def test_a_fault_between_the_linears_is_a_loss_of_export_too(demo_artifact: Path
 def test_accuracy_level_4_is_found_to_be_another_model(tmp_path: Path):
     made = quantized(vit(), noise(8), "W4A16", "gptq")
     write(made, "hash", "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
-    assert wrong(linear_errors(made, tmp_path / "m.onnx", noise(2), SESSION)) == list(quantized_linears(made.module))
+    assert wrong(linear_errors(made, tmp_path / "m.onnx", noise(2), SESSION)) == list(
+        quantized_linears(made.module)
+    )
 
 
 @torch.no_grad()
 def with_equal_parameters() -> nn.Module:
-    """A ViT whose LayerScale equals a LayerNorm's weight, and whose LayerNorms have the zero bias of the linears behind them."""
+    """A ViT whose LayerScale equals a LayerNorm's weight, and whose LayerNorms have the zero bias
+    of the linears behind them."""
     model = vit(init_values=1.0)
     for name, parameter in model.named_parameters():
         if name.endswith(("gamma", "norm1.weight", "norm2.weight")):
@@ -229,16 +258,22 @@ def with_equal_parameters() -> nn.Module:
 
 
 def test_a_rewrite_leaves_an_initializer_as_it_was_for_its_other_users(tmp_path: Path):
-    """The exporter of torch gives equal tensors one initializer. LayerScale is absorbed, and the biases of linears are corrected."""
+    """The exporter of torch gives equal tensors one initializer. LayerScale is absorbed, and the
+    biases of linears are corrected."""
     float_model = with_equal_parameters()
     made = quantized(with_equal_parameters(), noise(8), "W4A8", "gptq,equalize=off")
     users = [
         {node.op_type for node in value.consumers()}
-        for value in trace(with_placeholders(made.module), (3, 32, 32), 20).graph.initializers.values()
+        for value in trace(
+            with_placeholders(made.module), (3, 32, 32), 20
+        ).graph.initializers.values()
         if value.shape == ir.Shape([64])
     ]
     assert {"Mul", "LayerNormalization"} in users  # the plant: one value for LayerScale and norm
-    assert all(linear.bias is not None and linear.bias.any() for linear in quantized_linears(made.module).values())
+    assert all(
+        linear.bias is not None and linear.bias.any()
+        for linear in quantized_linears(made.module).values()
+    )
     write(made, "hash", "integer", tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -270,7 +305,8 @@ def test_cosine_and_relative_error_are_their_definitions():
 
 
 def test_quantization_loses_when_chance_does_not_explain_the_images_it_gets_wrong():
-    """Of 100 images that float has right some are lost by quantization, and as many or none are won."""
+    """Of 100 images that float has right some are lost by quantization, and as many or none are
+    won."""
     targets = np.arange(100) % 7
     right = np.eye(7, dtype=np.float32)[targets]
     other = np.roll(right, 1, axis=1)
@@ -278,9 +314,14 @@ def test_quantization_loses_when_chance_does_not_explain_the_images_it_gets_wron
     def section(lost: int, won: int) -> dict[str, Any]:
         original, simulated = right.copy(), right.copy()
         simulated[:lost], original[lost : lost + won] = other[:lost], other[lost : lost + won]
-        return parity(Logits(original, simulated, simulated, simulated, simulated), targets, {"a": 1e-7}, 0.0)
+        return parity(
+            Logits(original, simulated, simulated, simulated, simulated), targets, {"a": 1e-7}, 0.0
+        )
 
-    assert [section(lost, won)["first_loss"] for lost, won in ((0, 0), (0, 9), (9, 9), (2, 0), (12, 3), (40, 0))] == [
+    assert [
+        section(lost, won)["first_loss"]
+        for lost, won in ((0, 0), (0, 9), (9, 9), (2, 0), (12, 3), (40, 0))
+    ] == [
         None,
         None,
         None,
@@ -299,7 +340,12 @@ def test_export_may_move_the_logits_as_far_as_a_nudge_does_and_no_further():
 
     def first_loss(moved: float, nudge: float, worst: float = 1e-7) -> str | None:
         nudged, exported = (simulated + size * distinct(50, 1) for size in (nudge, moved))
-        return parity(Logits(simulated, simulated, nudged, exported, exported), targets, {"a": 1e-7, "b": worst}, 0.0)["first_loss"]
+        return parity(
+            Logits(simulated, simulated, nudged, exported, exported),
+            targets,
+            {"a": 1e-7, "b": worst},
+            0.0,
+        )["first_loss"]
 
     assert first_loss(0.1, 0.1) is None
     assert first_loss(0.1, 1e-6) == "export"
@@ -309,7 +355,11 @@ def test_export_may_move_the_logits_as_far_as_a_nudge_does_and_no_further():
 
 
 def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
-    demo_artifact: Path, demo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_artifact: Path,
+    demo_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     bench = ["bench", str(demo_file), "--parity", "--data", "demo", "--baseline", "fp32"]
@@ -318,18 +368,44 @@ def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
     other = shutil.copytree(demo_artifact, tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     assert main([*bench, "--artifact", str(other)]) == 1
-    assert "was not exported from 'other' as it is now" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    assert "was not exported from 'other' as it is now" in capsys.readouterr().err.replace(
+        f"{tmp_path}/", ""
+    )
     assert main(["export", str(demo_artifact), "--flavor", "fp32", "-o", "fp32.onnx"]) == 0
     assert main(["bench", "fp32.onnx", "--parity", "--artifact", str(demo_artifact)]) == 1
     assert "bench it without --parity" in capsys.readouterr().err
-    quick = ["--parity-images", "9", "--rounds", "1", "--seconds", "0", "--batch", "1", "--threads", "1", "--json", "b.json"]
+    quick = [
+        "--parity-images",
+        "9",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--batch",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        "b.json",
+    ]
     assert main([*bench, "--artifact", str(other), "--artifact", str(demo_artifact), *quick]) == 0
     baseline, candidate = json.loads(Path("b.json").read_text())["models"]
     assert baseline["parity"] is None
     section = candidate["parity"]
-    assert set(section) == {"images", "stages", "first_loss", "nudged", "pixel_difference", "linears"}
+    assert set(section) == {
+        "images",
+        "stages",
+        "first_loss",
+        "nudged",
+        "pixel_difference",
+        "linears",
+    }
     assert section["images"] == 9
-    assert [stage["stage"] for stage in section["stages"]] == ["quantization", "export", "preprocessing"]
+    assert [stage["stage"] for stage in section["stages"]] == [
+        "quantization",
+        "export",
+        "preprocessing",
+    ]
     for stage in section["stages"]:
         numbers = {"least_cosine", "median_cosine", "agreement", "top1_source", "top1_target"}
         assert set(stage) == {"stage", "source", "target", "loss", *numbers}

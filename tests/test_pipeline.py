@@ -29,15 +29,23 @@ METHODS = [
 
 def output_of(model: nn.Module, path: str) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.get_submodule(path).register_forward_hook(lambda _, arguments, output: seen.append(output)):
+    with (
+        torch.no_grad(),
+        model.get_submodule(path).register_forward_hook(
+            lambda _, arguments, output: seen.append(output)
+        ),
+    ):
         model(IMAGES)
     return seen[0]
 
 
 @pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
 @pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
-def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(path: str, strategy: ActivationStrategy):
-    """The input of the last fc2 comes through everything quantized before it, its target through nothing."""
+def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
+    path: str, strategy: ActivationStrategy
+):
+    """The input of the last fc2 comes through everything quantized before it, its target through
+    nothing."""
     model = quantized(vit(), IMAGES, "W4A8", "marr-exact", strategy=strategy)
     expected = output_of(vit(), path)
     error = float((output_of(model.module, path) - expected).double().square().sum())
@@ -60,8 +68,12 @@ def test_corrected_biases_leave_no_mean_error_even_where_there_was_no_bias():
     for arguments in ({}, {"qkv_bias": False}):
         drifts = {}
         for setting in ("on", "off"):
-            model = quantized(vit(**arguments), IMAGES, "W3A8", f"gptq,bias-correction={setting}").module
-            difference = output_of(model, "blocks.1.attn.qkv") - output_of(vit(**arguments), "blocks.1.attn.qkv")
+            model = quantized(
+                vit(**arguments), IMAGES, "W3A8", f"gptq,bias-correction={setting}"
+            ).module
+            difference = output_of(model, "blocks.1.attn.qkv") - output_of(
+                vit(**arguments), "blocks.1.attn.qkv"
+            )
             drifts[setting] = difference.flatten(0, 1).mean(0).abs().max()
         assert drifts["on"] < 1e-5 < 1e-3 < drifts["off"]
 
@@ -70,7 +82,10 @@ def test_eight_bits_lose_almost_nothing_and_fewer_bits_lose_more():
     with torch.no_grad():
         expected = vit()(IMAGES)
         schemes = ("W8A16", "W8A8", "W4A8", "W2A8")
-        losses = [F.mse_loss(quantized(vit(), IMAGES, scheme, "gptq").module(IMAGES), expected).item() for scheme in schemes]
+        losses = [
+            F.mse_loss(quantized(vit(), IMAGES, scheme, "gptq").module(IMAGES), expected).item()
+            for scheme in schemes
+        ]
     assert losses == sorted(losses)
     assert losses[0] < 1e-4 * expected.var().item()
 
@@ -81,13 +96,23 @@ def test_a_rotated_model_is_quantized_as_the_function_it_was():
         rotated = quantized(vit(), IMAGES, "W8A16", "gptq,rotate=0")
         assert F.mse_loss(rotated.module(IMAGES), expected) < 1e-3 * expected.var()
     plain = quantized(vit(), IMAGES, "W8A16", "gptq")
-    assert (rotated.module.blocks[0].attn.qkv.weight - plain.module.blocks[0].attn.qkv.weight).abs().max() > 0.1
+    assert (
+        rotated.module.blocks[0].attn.qkv.weight - plain.module.blocks[0].attn.qkv.weight
+    ).abs().max() > 0.1
 
 
 def test_every_block_linear_is_replaced_and_nothing_else():
     model = quantized(vit(), IMAGES, "W2A8", "rtn")
-    expected = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    assert list(quantized_linears(model.module)) == [report.path for report in model.reports] == expected
+    expected = [
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+    assert (
+        list(quantized_linears(model.module))
+        == [report.path for report in model.reports]
+        == expected
+    )
     assert isinstance(model.module.get_submodule("head"), nn.Linear)
     for linear in quantized_linears(model.module).values():
         assert linear.codes.dtype == torch.int8
@@ -124,16 +149,31 @@ def test_runs_that_share_the_full_precision_tokens_give_what_each_gives_alone():
     shared, told = FullPrecisionTokens(), []
     for method in ("gptaq", "exact"):
         scheme, calibration = parse_scheme("W3A8"), CalibrationSet("noise", 24, 0, "")
-        arguments = (vision_model(vit()), IMAGES, calibration, scheme, MethodSpec(method), torch.device("cpu"))
-        together = quantize(*arguments, lambda done, count, reports: told.append((done, count, len(reports))), shared)
-        assert_same_codes(codes_of(together.module), codes_of(quantized(vit(), IMAGES, "W3A8", method).module))
+        arguments = (
+            vision_model(vit()),
+            IMAGES,
+            calibration,
+            scheme,
+            MethodSpec(method),
+            torch.device("cpu"),
+        )
+        together = quantize(
+            *arguments,
+            lambda done, count, reports: told.append((done, count, len(reports))),
+            shared,
+        )
+        assert_same_codes(
+            codes_of(together.module), codes_of(quantized(vit(), IMAGES, "W3A8", method).module)
+        )
     assert told == [(1, 2, 4), (2, 2, 4)] * 2
 
 
 def test_images_that_are_not_finite_are_an_error_that_names_the_layer():
     broken = IMAGES.clone()
     broken[3, 0, 0, 0] = torch.nan
-    with pytest.raises(MarrqError, match=r"blocks\.0\.attn\.qkv: the inputs of the layer are not finite"):
+    with pytest.raises(
+        MarrqError, match=r"blocks\.0\.attn\.qkv: the inputs of the layer are not finite"
+    ):
         quantized(vit(), broken, "W4A16", "marr")
 
 
@@ -144,7 +184,9 @@ def test_one_image_is_too_few():
 
 def heavy_tailed_input_and_weight() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(TOKENS_PER_BATCH, 40, generator=generator) ** 3, torch.randn(6, 40, generator=generator)
+    return torch.randn(TOKENS_PER_BATCH, 40, generator=generator) ** 3, torch.randn(
+        6, 40, generator=generator
+    )
 
 
 @pytest.mark.parametrize("num_bits", [3, 4, 8])
@@ -155,7 +197,9 @@ def test_the_static_grid_is_the_clipped_range_that_harms_the_outputs_least(num_b
     quantizer = observer.quantizer(spec, weight)
 
     def harm(factor: float) -> Tensor:
-        quantized_x = grid_from_range(x.min() * factor, x.max() * factor, spec.code_range).nearest(x)
+        quantized_x = grid_from_range(x.min() * factor, x.max() * factor, spec.code_range).nearest(
+            x
+        )
         return ((quantized_x - x) @ weight.T).square().sum()
 
     best = min(CLIP_FACTORS, key=harm)
@@ -169,10 +213,15 @@ def test_per_token_grids_are_the_tokens_ranges_clipped_by_one_factor(num_bits: i
     observer = RangeObserver()
     observer.observe(x)
     quantizer = observer.quantizer(spec, weight)
-    errors = [((ActivationQuantizer(spec, torch.tensor(factor))(x) - x) @ weight.T).square().sum() for factor in CLIP_FACTORS]
+    errors = [
+        ((ActivationQuantizer(spec, torch.tensor(factor))(x) - x) @ weight.T).square().sum()
+        for factor in CLIP_FACTORS
+    ]
     assert quantizer.clip == torch.tensor(CLIP_FACTORS[int(torch.stack(errors).argmin())])
     token = x[5]
-    grid = grid_from_range(token.min() * quantizer.clip, token.max() * quantizer.clip, spec.code_range)
+    grid = grid_from_range(
+        token.min() * quantizer.clip, token.max() * quantizer.clip, spec.code_range
+    )
     assert torch.equal(quantizer(x)[5], grid.nearest(token))
 
 
@@ -183,5 +232,8 @@ def test_the_observer_sees_the_exact_range_over_all_batches_whatever_it_samples(
     for batch in x:
         observer.observe(batch)
     quantizer = observer.quantizer(ActivationSpec(8), torch.eye(16))
-    spans = [grid_from_range(x.min() * factor, x.max() * factor, (0, 255)).scale for factor in CLIP_FACTORS]
+    spans = [
+        grid_from_range(x.min() * factor, x.max() * factor, (0, 255)).scale
+        for factor in CLIP_FACTORS
+    ]
     assert quantizer.scale in spans

@@ -1,4 +1,5 @@
-"""The preprocessing that a file carries, done in numpy and Pillow, is the one that calibrated and judged the model in torch."""
+"""The preprocessing that a file carries, done in numpy and Pillow, is the one that calibrated and
+judged the model in torch."""
 
 import json
 from dataclasses import asdict
@@ -26,7 +27,8 @@ def image(width: int, height: int, mode: str, seed: int) -> Image.Image:
 @given(
     given_size=st.tuples(st.integers(1, 61), st.integers(1, 61)),
     channels=st.sampled_from([1, 3]),
-    size=st.tuples(st.integers(5, 24), st.integers(5, 24)) | st.integers(5, 24).map(lambda side: (side, side)),
+    size=st.tuples(st.integers(5, 24), st.integers(5, 24))
+    | st.integers(5, 24).map(lambda side: (side, side)),
     interpolation=st.sampled_from(list(INTERPOLATIONS)),
     crop_pct=st.floats(0.5, 1.0),
     crop_mode=st.sampled_from(CROP_MODES),
@@ -46,7 +48,9 @@ def test_it_equals_the_transform_of_torch(
     if max(given_size) > 8 * min(given_size):  # torch, too, cannot resize to less than half a pixel
         given_size = (given_size[0], given_size[0])
     mean, std = NORMAL[channels]
-    described = marrq.preprocessing.Preprocessing((channels, *size), interpolation, crop_pct, crop_mode, mean, std)
+    described = marrq.preprocessing.Preprocessing(
+        (channels, *size), interpolation, crop_pct, crop_mode, mean, std
+    )
     picture = image(*given_size, mode, seed)
     mine = Preprocessing.read(json.dumps(asdict(described)))(picture)
     expected = described.transform()(picture).numpy()
@@ -62,7 +66,9 @@ def test_it_equals_the_transform_of_torch(
         ({"gamma": 2}, "cannot be read"),
     ],
 )
-def test_what_the_file_asks_for_and_is_not_known_is_refused(change: dict[str, object], message: str):
+def test_what_the_file_asks_for_and_is_not_known_is_refused(
+    change: dict[str, object], message: str
+):
     described = marrq.preprocessing.Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])
     with pytest.raises(BenchError, match=message):
         Preprocessing.read(json.dumps(asdict(described) | change))

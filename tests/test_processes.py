@@ -28,8 +28,17 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment())
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
+    return subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, check=False, env=environment()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +65,16 @@ def test_two_threads_find_what_one_finds_to_the_last_bit(alone: dict[str, str]):
 
 @pytest.mark.parametrize("of_outputs", [False, True])
 @pytest.mark.parametrize("size", [1e-10, 1.0, 1e12])
-def test_sums_do_not_depend_on_the_order_of_batches_or_on_who_adds_them(size: float, of_outputs: bool):
+def test_sums_do_not_depend_on_the_order_of_batches_or_on_who_adds_them(
+    size: float, of_outputs: bool
+):
     generator = torch.Generator().manual_seed(0)
-    batches = [size * torch.randn(9, 6, generator=generator) * torch.logspace(-4, 1, 6) for _ in range(20)]
-    drifts = [0.1 * size * torch.randn(9, 4 if of_outputs else 6, generator=generator) for _ in range(20)]
+    batches = [
+        size * torch.randn(9, 6, generator=generator) * torch.logspace(-4, 1, 6) for _ in range(20)
+    ]
+    drifts = [
+        0.1 * size * torch.randn(9, 4 if of_outputs else 6, generator=generator) for _ in range(20)
+    ]
     units = Units.of(batches[0], drifts[0], 180)
     importance = torch.rand(4) if of_outputs else None
 
@@ -70,7 +85,13 @@ def test_sums_do_not_depend_on_the_order_of_batches_or_on_who_adds_them(size: fl
         return total
 
     def told(total: ResidualStatistics) -> list[torch.Tensor]:
-        return [total.hessian, total.input_sum, total.drift.moment, total.drift.power, total.drift.sum]
+        return [
+            total.hessian,
+            total.input_sum,
+            total.drift.moment,
+            total.drift.power,
+            total.drift.sum,
+        ]
 
     expected = told(sums(list(range(20))))
     shuffled = torch.randperm(20, generator=generator).tolist()
@@ -96,7 +117,9 @@ def test_every_row_and_every_batch_belongs_to_one_process(size: int):
 
 
 def test_rows_that_are_too_few_to_share_out_are_swept_by_all():
-    assert {Team(rank, 4).rows(4 * ROW_TILE - 1) == slice(0, 4 * ROW_TILE - 1) for rank in range(4)} == {True}
+    assert {
+        Team(rank, 4).rows(4 * ROW_TILE - 1) == slice(0, 4 * ROW_TILE - 1) for rank in range(4)
+    } == {True}
 
 
 def test_more_processes_than_batches_are_refused():
@@ -104,7 +127,9 @@ def test_more_processes_than_batches_are_refused():
         share_of(cut(8, 4), Team(0, 3))
 
 
-def test_a_corrupt_image_ends_all_processes_with_its_name(tiny: str, image_folder: Path, tmp_path: Path):
+def test_a_corrupt_image_ends_all_processes_with_its_name(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
     root = tmp_path / "images"
     for file in sorted(image_folder.glob("train/*/*.png")):
         (root / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -115,15 +140,22 @@ def test_a_corrupt_image_ends_all_processes_with_its_name(tiny: str, image_folde
     done = torchrun(2, "-m", "marrq", "quantize", tiny, *options)
     assert done.returncode != 0
     assert f"marrq: cannot read image {str(broken)!r}" in done.stderr
-    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("marrq: cannot read image")[0]
+    assert (
+        "Traceback (most recent call last):\n  File"
+        not in done.stderr.split("marrq: cannot read image")[0]
+    )
     assert not (tmp_path / "artifact").exists()
 
 
-def test_evaluation_by_two_processes_gives_what_one_gives(tiny: str, image_folder: Path, tmp_path: Path):
+def test_evaluation_by_two_processes_gives_what_one_gives(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
     reports = []
     for count in (1, 2):
         file = tmp_path / f"{count}.json"
-        done = torchrun(count, "-m", "marrq", "evaluate", tiny, "--data", str(image_folder), "--json", str(file))
+        done = torchrun(
+            count, "-m", "marrq", "evaluate", tiny, "--data", str(image_folder), "--json", str(file)
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("top-1") == 1
         reports.append(json.loads(file.read_text()))
@@ -132,28 +164,57 @@ def test_evaluation_by_two_processes_gives_what_one_gives(tiny: str, image_folde
 
 def test_processes_that_disagree_are_told_apart(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Team, "told_by_first", lambda self, value: "another")
-    with pytest.raises(MarrqError, match=r"different results in block 'blocks\.0': run them on machines of one kind"):
+    with pytest.raises(
+        MarrqError,
+        match=r"different results in block 'blocks\.0': run them on machines of one kind",
+    ):
         Team().check_agreement(weights_sha256(vit()), "block 'blocks.0'")
 
 
 def test_the_commands_of_the_readme_run_on_the_demo(tmp_path: Path):
-    """The block under "Big models"; each quantizes anew, so each has a folder of its own, but for the evaluation of what is there."""
-    block = re.search(r"## Big models.*?\n.*?```sh\n(.*?)```", (FOLDER.parent / "README.md").read_text(), re.DOTALL)
+    """The block under "Big models"; each quantizes anew, so each has a folder of its own, but for
+    the evaluation of what is there."""
+    block = re.search(
+        r"## Big models.*?\n.*?```sh\n(.*?)```",
+        (FOLDER.parent / "README.md").read_text(),
+        re.DOTALL,
+    )
     assert block is not None
     lines = [line.split("#")[0].split() for line in block.group(1).splitlines()]
     assert [words[0] for words in lines] == ["torchrun", "torchrun", "marrq", "marrq", "marrq"]
     place = tmp_path
     for number, words in enumerate(lines):
         words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words]
-        words += {"quantize": ["--samples", "32"], "compare": ["--samples", "32", "--seeds", "1", "--method", "rtn"]}.get(
-            next(word for word in words if word in ("quantize", "evaluate", "compare")), []
-        )
+        words += {
+            "quantize": ["--samples", "32"],
+            "compare": ["--samples", "32", "--seeds", "1", "--method", "rtn"],
+        }.get(next(word for word in words if word in ("quantize", "evaluate", "compare")), [])
         if "evaluate" not in words:
             place = tmp_path / str(number)
             place.mkdir()
-        launcher = [sys.executable, "-m", *({"torchrun": ["torch.distributed.run", "--standalone"], "marrq": ["marrq"]}[words[0]])]
-        done = subprocess.run([*launcher, *words[1:]], capture_output=True, text=True, check=False, cwd=place, env=environment())
+        launcher = [
+            sys.executable,
+            "-m",
+            *(
+                {"torchrun": ["torch.distributed.run", "--standalone"], "marrq": ["marrq"]}[
+                    words[0]
+                ]
+            ),
+        ]
+        done = subprocess.run(
+            [*launcher, *words[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=place,
+            env=environment(),
+        )
         assert done.returncode == 0, done.stderr
-    hashes = [hashlib.sha256((tmp_path / str(number) / "artifact" / "model.safetensors").read_bytes()).hexdigest() for number in (0, 2, 3)]
+    hashes = [
+        hashlib.sha256(
+            (tmp_path / str(number) / "artifact" / "model.safetensors").read_bytes()
+        ).hexdigest()
+        for number in (0, 2, 3)
+    ]
     assert len(set(hashes)) == 1
     assert len(json.loads((tmp_path / "4" / "compare.json").read_text())["runs"]) == 1

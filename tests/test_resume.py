@@ -1,6 +1,6 @@
-"""A run that is killed loses nothing: what it goes on to write is, byte for byte, what it would have written."""
+"""A run that is killed loses nothing: what it goes on to write is, byte for byte, what it would
+have written."""
 
-import json
 import os
 import resource
 import signal
@@ -44,7 +44,9 @@ def stop_after(blocks: int) -> Callable[..., None]:
 
 
 def checkpoint(folder: Path, numbers: str, **settings: object) -> FolderCheckpoint:
-    return FolderCheckpoint(folder, {**SETTINGS, **settings}, parse_scheme(numbers, "per-tensor"), ALONE)
+    return FolderCheckpoint(
+        folder, {**SETTINGS, **settings}, parse_scheme(numbers, "per-tensor"), ALONE
+    )
 
 
 CASES = [
@@ -66,16 +68,34 @@ def test_a_run_that_is_stopped_after_any_block_goes_on_to_the_same_model(
     for blocks in (1, 2, 3):
         try:
             stopped = checkpoint(tmp_path / "work", scheme)
-            quantized(build(), images, scheme, method, batch_size=4, checkpoint=stopped, block_done=stop_after(blocks))
+            quantized(
+                build(),
+                images,
+                scheme,
+                method,
+                batch_size=4,
+                checkpoint=stopped,
+                block_done=stop_after(blocks),
+            )
         except Stopped:
             assert len(list((tmp_path / "work").glob("block-*"))) == blocks
-    resumed = quantized(build(), images, scheme, method, batch_size=4, checkpoint=checkpoint(tmp_path / "work", scheme))
+    resumed = quantized(
+        build(),
+        images,
+        scheme,
+        method,
+        batch_size=4,
+        checkpoint=checkpoint(tmp_path / "work", scheme),
+    )
     assert hashed(resumed) == expected
 
 
 def test_tokens_in_files_give_what_tokens_in_memory_give_and_leave_no_file(tmp_path: Path):
     for build in (vit, mobilevit):
-        models = [quantized(build(), noise(10), "W4A4", "marr", batch_size=4, **options) for options in ({}, {"keep": in_files(tmp_path)})]
+        models = [
+            quantized(build(), noise(10), "W4A4", "marr", batch_size=4, **options)
+            for options in ({}, {"keep": in_files(tmp_path)})
+        ]
         assert hashed(models[0]) == hashed(models[1])
     assert not list(tmp_path.iterdir())
 
@@ -104,10 +124,20 @@ def test_a_damaged_checkpoint_is_refused(text: str, tmp_path: Path):
 
 def test_a_damaged_block_is_refused_by_name(tmp_path: Path):
     with pytest.raises(Stopped):
-        quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=checkpoint(tmp_path, "W4A8"), block_done=stop_after(1))
+        quantized(
+            vit(),
+            noise(4),
+            "W4A8",
+            "rtn",
+            checkpoint=checkpoint(tmp_path, "W4A8"),
+            block_done=stop_after(1),
+        )
     file = tmp_path / "block-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(MarrqError, match=r"block-0000\.safetensors' is damaged: remove it to quantize its block again"):
+    with pytest.raises(
+        MarrqError,
+        match=r"block-0000\.safetensors' is damaged: remove it to quantize its block again",
+    ):
         quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=checkpoint(tmp_path, "W4A8"))
 
 
@@ -127,10 +157,19 @@ def started(*arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = [sys.executable, "-m", "marrq", *arguments]
-    return subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=lower, cwd=Path(__file__).parents[1])
+    return subprocess.Popen(
+        whole,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lower,
+        cwd=Path(__file__).parents[1],
+    )
 
 
-def test_a_killed_command_goes_on_by_resume_to_the_same_bytes(tiny: str, image_folder: Path, tmp_path: Path):
+def test_a_killed_command_goes_on_by_resume_to_the_same_bytes(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
     assert main(command(tiny, image_folder, tmp_path / "whole")) == 0
     output, work = tmp_path / "killed", tmp_path / ".killed.checkpoint"
     process = started(*command(tiny, image_folder, output))
@@ -164,13 +203,19 @@ def test_an_unfinished_run_is_not_lost_by_beginning_again(
     output, work = tmp_path / "artifact", tmp_path / ".artifact.checkpoint"
     checkpoint(work, "W4A8")
     assert main(command(tiny, image_folder, output)) == 1
-    assert f"an unfinished run is in {str(work)!r}: pass --resume to go on with it, or --force to begin again" in capsys.readouterr().err
+    assert (
+        f"an unfinished run is in {str(work)!r}: pass --resume to go on with it, or --force to "
+        "begin again" in capsys.readouterr().err
+    )
     assert main(command(tiny, image_folder, output, "--force")) == 0
     assert not work.exists()
 
 
-def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_earlier_blocks(tiny: str, image_folder: Path, tmp_path: Path):
-    """A limit on the size of files stands in for the disk: a block's file exceeds it, or tokens do."""
+def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_earlier_blocks(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
+    """A limit on the size of files stands in for the disk: a block's file exceeds it, or tokens
+    do."""
     output = tmp_path / "artifact"
     process = started(*command(tiny, image_folder, output), limit=8_000)
     _, errors = process.communicate()
@@ -178,7 +223,10 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_earlier_bloc
     assert "marrq: cannot write checkpoint" in errors
     assert "blocks before it are kept, for --resume" in errors
     assert "Traceback" not in errors
-    process = started(*command(tiny, image_folder, output, "--resume", "--work-dir", str(tmp_path / "work")), limit=8_000)
+    process = started(
+        *command(tiny, image_folder, output, "--resume", "--work-dir", str(tmp_path / "work")),
+        limit=8_000,
+    )
     _, errors = process.communicate()
     assert process.returncode == 1
     assert f"marrq: cannot keep tokens in {str(tmp_path / 'work')!r}" in errors
@@ -192,4 +240,11 @@ def test_a_folder_that_is_removed_while_running_ends_the_run_with_a_sentence(tmp
         tmp_path.rmdir()
 
     with pytest.raises(MarrqError, match=r"cannot write checkpoint .*: No such file or directory"):
-        quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=checkpoint(tmp_path, "W4A8"), block_done=remove)
+        quantized(
+            vit(),
+            noise(4),
+            "W4A8",
+            "rtn",
+            checkpoint=checkpoint(tmp_path, "W4A8"),
+            block_done=remove,
+        )

@@ -8,10 +8,29 @@ from marrq.affine import search_weight_grid
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import LowRankSpec, input_scaling, refit
 from marrq.modules import QuantLinear, bits_per_weight
-from marrq.schemes import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, ActivationSpec, Scheme, WeightSpec, parse_scheme
+from marrq.schemes import (
+    ACTIVATION_BITS,
+    FLOAT_BITS,
+    WEIGHT_BITS,
+    ActivationSpec,
+    Scheme,
+    WeightSpec,
+    parse_scheme,
+)
 from marrq.statistics import ResidualStatistics
 
-SUFFIXES = ["", "-sym", "-g128", "-g64-sym", "-g1", "-mxint", "-e8", "-g128-e8", "-sym-e8", "-mxint-e8"]
+SUFFIXES = [
+    "",
+    "-sym",
+    "-g128",
+    "-g64-sym",
+    "-g1",
+    "-mxint",
+    "-e8",
+    "-g128-e8",
+    "-sym-e8",
+    "-mxint-e8",
+]
 
 
 @pytest.mark.parametrize("weight", WEIGHT_BITS)
@@ -76,7 +95,9 @@ def test_code_ranges_are_those_of_the_onnx_types():
     assert ActivationSpec(8).code_range == (0, 255)
 
 
-@pytest.mark.parametrize("text", ["W2A4", "W3A8", "W4A8", "W8A8", "W8A3", "W8A8-g64-sym", "W8A8-mxint"])
+@pytest.mark.parametrize(
+    "text", ["W2A4", "W3A8", "W4A8", "W8A8", "W8A3", "W8A8-g64-sym", "W8A8-mxint"]
+)
 def test_no_two_products_of_a_scheme_s_codes_leave_sixteen_bits(text: str):
     scheme = parse_scheme(text)
     assert scheme.activation is not None
@@ -112,7 +133,10 @@ def test_a_weight_grid_that_does_not_exist_is_refused(wrong: tuple, reason: str)
 
 
 def quant_linear(text: str, lowrank: LowRankSpec | None = None) -> QuantLinear:
-    spec, weight = parse_scheme(text).weight, torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    spec, weight = (
+        parse_scheme(text).weight,
+        torch.randn(48, 64, generator=torch.Generator().manual_seed(0)),
+    )
     grid = search_weight_grid(weight, spec)
     codes = grid.spread(64).quantize(weight).to(torch.int8)
     branch = None
@@ -123,7 +147,8 @@ def quant_linear(text: str, lowrank: LowRankSpec | None = None) -> QuantLinear:
     return QuantLinear(spec, codes, grid.scale, grid.zero_point.to(torch.int8), None, None, branch)
 
 
-# Beside the codes: 32 bits of scale and 8 of zero point for each row or group; no zero points where all are 0; 8-bit scales for mxint.
+# Beside the codes: 32 bits of scale and 8 of zero point for each row or group; no zero points where
+# all are 0; 8-bit scales for mxint.
 BITS = {
     "W4A16": 4 + 40 / 64,
     "W4A16-sym": 4 + 32 / 64,
@@ -139,7 +164,9 @@ def test_the_bits_of_a_weight_count_everything_that_is_stored_for_it(text: str):
     assert bits_per_weight(nn.ModuleDict({"fc": quant_linear(text)})) == pytest.approx(BITS[text])
 
 
-@pytest.mark.parametrize(("num_bits", "bits"), [(16, 16 * 4 * (48 + 64)), (8, 8 * 4 * (48 + 64) + 2 * 4 * 32)])
+@pytest.mark.parametrize(
+    ("num_bits", "bits"), [(16, 16 * 4 * (48 + 64)), (8, 8 * 4 * (48 + 64) + 2 * 4 * 32)]
+)
 def test_the_bits_of_a_weight_count_its_low_rank_branch(num_bits: int, bits: int):
     linear = quant_linear("W4A16", LowRankSpec("qera", 4, num_bits))
     assert bits_per_weight(linear) == pytest.approx(BITS["W4A16"] + bits / (48 * 64))

@@ -55,8 +55,11 @@ def configured(folder: Path, *path: str, value: Any) -> Path:
 
 
 def with_tensors(folder: Path, **changes: torch.Tensor) -> Path:
-    """The artifact with other tensors (a dot in a name is written __), and the hash that belongs to them."""
-    tensors = load_file(folder / TENSORS) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    """The artifact with other tensors (a dot in a name is written __), and the hash that belongs to
+    them."""
+    tensors = load_file(folder / TENSORS) | {
+        name.replace("__", "."): tensor for name, tensor in changes.items()
+    }
     save_file(tensors, folder / TENSORS)
     return configured(folder, "tensors_sha256", value=_sha256(folder / TENSORS))
 
@@ -75,20 +78,28 @@ def with_tensors(folder: Path, **changes: torch.Tensor) -> Path:
         ("attn_implementation", "someone/kernel"),
     ],
 )
-def test_an_architecture_that_would_read_download_or_import_is_refused(artifact: Path, key: str, value: Any):
+def test_an_architecture_that_would_read_download_or_import_is_refused(
+    artifact: Path, key: str, value: Any
+):
     with pytest.raises(MarrqError, match=f"its architecture sets '{key}"):
         load(configured(artifact, "model", "architecture", key, value=value))
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "no_such_model", "", 5, None])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/model", "local-dir:/tmp", "no_such_model", "", 5, None]
+)
 def test_a_model_that_timm_does_not_have_is_refused(artifact: Path, name: object):
     with pytest.raises(MarrqError, match="timm has no model"):
         load(configured(artifact, "model", "architecture", "model_name", value=name))
 
 
-@pytest.mark.parametrize("key", ["embed_dim", "depth", "img_size", "num_classes", "mlp_ratio", "reg_tokens"])
+@pytest.mark.parametrize(
+    "key", ["embed_dim", "depth", "img_size", "num_classes", "mlp_ratio", "reg_tokens"]
+)
 @pytest.mark.parametrize("value", [HUGE, 2**20, 5000, -1, 1e300])
-def test_a_huge_architecture_is_refused_before_it_takes_memory_or_time(artifact: Path, key: str, value: float):
+def test_a_huge_architecture_is_refused_before_it_takes_memory_or_time(
+    artifact: Path, key: str, value: float
+):
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, limits[1]))
@@ -100,7 +111,9 @@ def test_a_huge_architecture_is_refused_before_it_takes_memory_or_time(artifact:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("shape", [[HUGE, HUGE], [2**62, 4], [-1, -1], [0, 0], [64, 192], [1], [192, 64, 1]])
+@pytest.mark.parametrize(
+    "shape", [[HUGE, HUGE], [2**62, 4], [-1, -1], [0, 0], [64, 192], [1], [192, 64, 1]]
+)
 def test_a_shape_that_its_codes_do_not_have_is_refused(artifact: Path, shape: list[int]):
     with pytest.raises(MarrqError, match="is damaged"):
         load(with_tensors(artifact, blocks__0__attn__qkv__weight_shape=torch.tensor(shape)))
@@ -121,7 +134,9 @@ def test_a_shape_that_its_codes_do_not_have_is_refused(artifact: Path, shape: li
         ("lowrank_left", torch.ones(192, 4, dtype=torch.float16)),
     ],
 )
-def test_a_part_of_a_linear_that_does_not_fit_is_refused(artifact: Path, part: str, tensor: torch.Tensor):
+def test_a_part_of_a_linear_that_does_not_fit_is_refused(
+    artifact: Path, part: str, tensor: torch.Tensor
+):
     with pytest.raises(MarrqError, match="is damaged"):
         load(with_tensors(artifact, **{f"blocks__0__attn__qkv__{part}": tensor}))
 
@@ -136,13 +151,20 @@ def test_a_file_that_leads_out_of_the_folder_is_refused(artifact: Path, name: st
 
 @pytest.mark.parametrize("name", [CONFIG, REPORTS])
 def test_json_that_is_nested_too_deeply_or_too_large_is_refused(artifact: Path, name: str):
-    for text in ("[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000, " " * (17 * 2**20)):
+    for text in (
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 50_000 + "1" + "}" * 50_000,
+        " " * (17 * 2**20),
+    ):
         (artifact / name).write_text(text)
         with pytest.raises(MarrqError, match="is damaged"):
             load(artifact)
 
 
-@pytest.mark.parametrize("size", [[3, HUGE, HUGE], [3, 5000, 32], [3, 32], 5, [3, "32", 32], [3, -32, 32], [True, 32, 32]])
+@pytest.mark.parametrize(
+    "size",
+    [[3, HUGE, HUGE], [3, 5000, 32], [3, 32], 5, [3, "32", 32], [3, -32, 32], [True, 32, 32]],
+)
 def test_an_input_size_that_no_model_has_is_refused(artifact: Path, size: object):
     with pytest.raises(MarrqError, match="is damaged"):
         load(configured(artifact, "preprocessing", "input_size", value=size))
@@ -173,13 +195,17 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tiny_folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (1, 40_000)])
-def test_an_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(size: tuple[int, int], tmp_path: Path):
+def test_an_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    size: tuple[int, int], tmp_path: Path
+):
     Image.new("1", size).save(tmp_path / "bomb.png")
     with pytest.raises(MarrqError, match=r"cannot read image .*bomb\.png"):
         read_image(tmp_path / "bomb.png")
 
 
-def test_the_fuzzer_notices_a_hang_and_memory_that_is_not_there(whole: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_fuzzer_notices_a_hang_and_memory_that_is_not_there(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+):
     def hangs(source: object) -> None:
         raise fuzz_artifact.TooLong  # as the alarm does
 

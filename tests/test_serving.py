@@ -1,4 +1,5 @@
-"""A real Triton server loads what `marrq export --format triton` wrote, at the first try, and answers as the bench's runtime does."""
+"""A real Triton server loads what `marrq export --format triton` wrote, at the first try, and
+answers as the bench's runtime does."""
 
 import json
 import platform
@@ -36,13 +37,33 @@ CLIENT = Path(__file__).parents[1] / "examples" / "triton_client.py"
 
 @pytest.fixture(scope="session")
 def installation(request: pytest.FixtureRequest) -> Installation:
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or sys.version_info >= (3, 13):
-        pytest.skip("the wheel with the server is for Linux on x86-64, and its numpy for Python up to 3.12")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or sys.version_info >= (
+        3,
+        13,
+    ):
+        pytest.skip(
+            "the wheel with the server is for Linux on x86-64, and its numpy for Python up to 3.12"
+        )
     return install(request.config.cache.mkdir("triton"))
 
 
 def export(artifact: Path, repository: Path, *options: str) -> None:
-    assert main(["export", str(artifact), "--format", "triton", "-o", str(repository), "--backend", "python", *options]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(artifact),
+                "--format",
+                "triton",
+                "-o",
+                str(repository),
+                "--backend",
+                "python",
+                *options,
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +87,30 @@ def server(installation: Installation, repository: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def images() -> list[Any]:
     """The first of the demo's held-out images."""
-    return [read_image(file) for file in find_images("demo", "val", load_model("demo").labels).files[:IMAGES]]
+    return [
+        read_image(file)
+        for file in find_images("demo", "val", load_model("demo").labels).files[:IMAGES]
+    ]
 
 
 @pytest.fixture(scope="module")
 def preprocessing(repository: Path) -> Preprocessing:
-    return Preprocessing.read(Model(repository / "digits" / "1" / "model.onnx", SessionSettings()).metadata()["marrq.preprocessing"])
+    return Preprocessing.read(
+        Model(repository / "digits" / "1" / "model.onnx", SessionSettings()).metadata()[
+            "marrq.preprocessing"
+        ]
+    )
 
 
-def infer(protocol: str, server: Server, name: str, pixels: NDArray[Any], output: str = "logits") -> NDArray[np.float32]:
+def infer(
+    protocol: str, server: Server, name: str, pixels: NDArray[Any], output: str = "logits"
+) -> NDArray[np.float32]:
     """One request over a connection of its own."""
     module = PROTOCOLS[protocol]
     with module.InferenceServerClient(getattr(server, protocol)) as client:
-        given = module.InferInput("pixels", list(pixels.shape), tritonclient.utils.np_to_triton_dtype(pixels.dtype))
+        given = module.InferInput(
+            "pixels", list(pixels.shape), tritonclient.utils.np_to_triton_dtype(pixels.dtype)
+        )
         given.set_data_from_numpy(pixels)
         answer: NDArray[np.float32] = client.infer(name, [given]).as_numpy(output)
         return answer
@@ -87,27 +119,45 @@ def infer(protocol: str, server: Server, name: str, pixels: NDArray[Any], output
 def alone(file: Path, inputs: NDArray[Any]) -> NDArray[np.float32]:
     """What the bench's runtime says of the same numbers, in the bench's batches."""
     model = Model(file, SessionSettings())
-    return np.concatenate([model.run(inputs[start : start + 8]) for start in range(0, len(inputs), 8)])
+    return np.concatenate(
+        [model.run(inputs[start : start + 8]) for start in range(0, len(inputs), 8)]
+    )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", ["digits", "images", "float"])
 def test_every_image_gets_the_class_that_the_bench_gives_it(
-    protocol: str, name: str, server: Server, repository: Path, images: list[Any], preprocessing: Preprocessing
+    protocol: str,
+    name: str,
+    server: Server,
+    repository: Path,
+    images: list[Any],
+    preprocessing: Preprocessing,
 ):
-    inputs = np.stack([preprocessing.pixels(image) if name == "images" else preprocessing(image) for image in images])
-    served = np.concatenate([infer(protocol, server, name, inputs[row : row + 1]) for row in range(len(inputs))])
+    inputs = np.stack(
+        [
+            preprocessing.pixels(image) if name == "images" else preprocessing(image)
+            for image in images
+        ]
+    )
+    served = np.concatenate(
+        [infer(protocol, server, name, inputs[row : row + 1]) for row in range(len(inputs))]
+    )
     expected = alone(repository / name / "1" / "model.onnx", inputs)
     assert (served.argmax(1) == expected.argmax(1)).all()
     np.testing.assert_allclose(served, expected, atol=1e-4)
 
 
-def test_images_and_normalized_pixels_get_the_same_answer(server: Server, images: list[Any], preprocessing: Preprocessing):
+def test_images_and_normalized_pixels_get_the_same_answer(
+    server: Server, images: list[Any], preprocessing: Preprocessing
+):
     normalized, raw = (
         np.stack([preprocessing(image) for image in images[:8]]),
         np.stack([preprocessing.pixels(image) for image in images[:8]]),
     )
-    np.testing.assert_array_equal(infer("http", server, "images", raw), infer("http", server, "digits", normalized))
+    np.testing.assert_array_equal(
+        infer("http", server, "images", raw), infer("http", server, "digits", normalized)
+    )
 
 
 def test_two_thousand_requests_of_eight_clients_all_get_the_answer_that_they_get_alone(
@@ -133,19 +183,34 @@ def test_two_thousand_requests_of_eight_clients_all_get_the_answer_that_they_get
         np.testing.assert_allclose(logits, expected[row], atol=1e-4)
     with server.http_client() as asked:
         [statistics] = asked.get_inference_statistics("digits")["model_stats"]
-    assert any(int(batch["batch_size"]) > 1 for batch in statistics["batch_stats"])  # requests were run together
+    assert any(
+        int(batch["batch_size"]) > 1 for batch in statistics["batch_stats"]
+    )  # requests were run together
 
 
 BAD_REQUESTS: dict[str, Callable[[Server], None]] = {
-    "wrong shape": lambda server: _asked(infer("http", server, "digits", np.zeros((1, 1, 27, 28), np.float32))),
-    "wrong type": lambda server: _asked(infer("grpc", server, "digits", np.zeros((1, 1, 28, 28), np.float64))),
-    "more images than fit": lambda server: _asked(infer("http", server, "digits", np.zeros((9, 1, 28, 28), np.float32))),
-    "unknown model": lambda server: _asked(infer("grpc", server, "nobody", np.zeros((1, 1, 28, 28), np.float32))),
+    "wrong shape": lambda server: _asked(
+        infer("http", server, "digits", np.zeros((1, 1, 27, 28), np.float32))
+    ),
+    "wrong type": lambda server: _asked(
+        infer("grpc", server, "digits", np.zeros((1, 1, 28, 28), np.float64))
+    ),
+    "more images than fit": lambda server: _asked(
+        infer("http", server, "digits", np.zeros((9, 1, 28, 28), np.float32))
+    ),
+    "unknown model": lambda server: _asked(
+        infer("grpc", server, "nobody", np.zeros((1, 1, 28, 28), np.float32))
+    ),
     "empty body": lambda server: _post(server, b""),
     "no JSON": lambda server: _post(server, b"\x00\xff" * 100),
-    # As tensors: by a JSON body of a few MB this server, 24.10, is brought down, as all before 25.07 are (CVE-2025-23310, -23311).
-    "100 MB by HTTP": lambda server: _asked(infer("http", server, "digits", np.zeros((31888, 1, 28, 28), np.float32))),
-    "100 MB by gRPC": lambda server: _asked(infer("grpc", server, "digits", np.zeros((31888, 1, 28, 28), np.float32))),
+    # As tensors: by a JSON body of a few MB this server, 24.10, is brought down, as all before
+    # 25.07 are (CVE-2025-23310, -23311).
+    "100 MB by HTTP": lambda server: _asked(
+        infer("http", server, "digits", np.zeros((31888, 1, 28, 28), np.float32))
+    ),
+    "100 MB by gRPC": lambda server: _asked(
+        infer("grpc", server, "digits", np.zeros((31888, 1, 28, 28), np.float32))
+    ),
 }
 
 
@@ -154,27 +219,35 @@ def _asked(answer: NDArray[np.float32]) -> None:
 
 
 def _post(server: Server, body: bytes) -> None:
-    with urlopen(Request(f"http://{server.http}/v2/models/digits/infer", data=body, method="POST")) as answer:
+    with urlopen(
+        Request(f"http://{server.http}/v2/models/digits/infer", data=body, method="POST")
+    ) as answer:
         raise AssertionError(f"the server answered {answer.read()!r}")
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_a_bad_request_is_answered_by_an_error_and_the_server_goes_on(name: str, server: Server):
     with pytest.raises(
-        (tritonclient.utils.InferenceServerException, OSError), match=r"HTTP Error|expected|unknown|exceed|unexpected|data type"
+        (tritonclient.utils.InferenceServerException, OSError),
+        match=r"HTTP Error|expected|unknown|exceed|unexpected|data type",
     ):
         BAD_REQUESTS[name](server)
     assert infer("http", server, "digits", np.zeros((1, 1, 28, 28), np.float32)).shape == (1, 10)
 
 
-def test_a_corrupted_model_is_refused_by_name_and_the_others_are_served(installation: Installation, repository: Path, tmp_path: Path):
+def test_a_corrupted_model_is_refused_by_name_and_the_others_are_served(
+    installation: Installation, repository: Path, tmp_path: Path
+):
     broken = tmp_path / "repository"
     shutil.copytree(repository, broken)
     file = broken / "images" / "1" / "model.onnx"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with running(installation, broken, tmp_path / "log") as server:
         server.wait_for("digits")
-        assert infer("http", server, "digits", np.zeros((1, 1, 28, 28), np.float32)).shape == (1, 10)
+        assert infer("http", server, "digits", np.zeros((1, 1, 28, 28), np.float32)).shape == (
+            1,
+            10,
+        )
         assert not server.serves("images")
         assert "failed to load 'images'" in server.log.read_text()
 
@@ -220,7 +293,13 @@ def zeros() -> tritonclient.http.InferInput:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_example_client_reports_the_accuracy_that_the_images_have(
-    protocol: str, server: Server, repository: Path, image_names: Path, images: list[Any], preprocessing: Preprocessing, tmp_path: Path
+    protocol: str,
+    server: Server,
+    repository: Path,
+    image_names: Path,
+    images: list[Any],
+    preprocessing: Preprocessing,
+    tmp_path: Path,
 ):
     command = [
         sys.executable,
@@ -233,9 +312,16 @@ def test_the_example_client_reports_the_accuracy_that_the_images_have(
         "--protocol",
         protocol,
     ]
-    subprocess.run([*command, "--requests", "64", "--json", str(tmp_path / "report.json")], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--requests", "64", "--json", str(tmp_path / "report.json")],
+        check=True,
+        capture_output=True,
+    )
     report = json.loads((tmp_path / "report.json").read_text())
-    expected = alone(repository / "images" / "1" / "model.onnx", np.stack([preprocessing.pixels(image) for image in images]))
+    expected = alone(
+        repository / "images" / "1" / "model.onnx",
+        np.stack([preprocessing.pixels(image) for image in images]),
+    )
     order = [int(Path(file).stem) for file in report["files"]]
     np.testing.assert_allclose(report["logits"], expected[order], atol=1e-4)
     classes = [int(Path(file).parent.name) for file in report["files"]]
@@ -247,7 +333,9 @@ def test_the_example_client_reports_the_accuracy_that_the_images_have(
 @pytest.fixture
 def image_names(images: list[Any], tmp_path: Path) -> Path:
     """The images as a folder of classes, each by its place among them."""
-    for row, file in enumerate(find_images("demo", "val", load_model("demo").labels).files[: len(images)]):
+    for row, file in enumerate(
+        find_images("demo", "val", load_model("demo").labels).files[: len(images)]
+    ):
         place = tmp_path / "digits" / file.parent.name / f"{row}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(file.read_bytes())

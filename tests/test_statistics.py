@@ -43,13 +43,18 @@ def assert_same(one: ResidualStatistics, other: ResidualStatistics) -> None:
     for mine, theirs in (one, other), (one.drift, other.drift):
         for field in fields(mine):
             if isinstance(getattr(mine, field.name), Tensor):
-                torch.testing.assert_close(getattr(mine, field.name), getattr(theirs, field.name), rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(
+                    getattr(mine, field.name), getattr(theirs, field.name), rtol=1e-10, atol=1e-10
+                )
 
 
 def test_the_sums_are_those_of_the_definition():
     x, x_float, shortfall = streams()
     dx = x_float - x
-    for sums, drift, power in (of_inputs(x, x_float), dx, dx.T @ dx), (of_outputs(x, shortfall), shortfall, shortfall.square().sum(0)):
+    for sums, drift, power in (
+        (of_inputs(x, x_float), dx, dx.T @ dx),
+        (of_outputs(x, shortfall), shortfall, shortfall.square().sum(0)),
+    ):
         torch.testing.assert_close(sums.hessian, x.T @ x)
         torch.testing.assert_close(sums.input_sum, x.sum(0))
         torch.testing.assert_close(sums.drift.moment, drift.T @ x)
@@ -62,12 +67,16 @@ def test_the_sums_are_those_of_the_definition():
 def test_sums_over_batches_and_halves_are_the_sums_over_all(sums_of: SumsOf):
     x, x_float, shortfall = streams()
     drift = x_float if sums_of is of_inputs else shortfall
-    first, second, third = (sums_of(x[part], drift[part]) for part in (slice(20), slice(20, 23), slice(23, None)))
+    first, second, third = (
+        sums_of(x[part], drift[part]) for part in (slice(20), slice(20, 23), slice(23, None))
+    )
     assert_same(first + second + third, sums_of(x, drift))
 
 
 @pytest.mark.parametrize("sums_of", [of_inputs, of_outputs])
-def test_centred_sums_are_the_sums_of_centred_tokens_but_for_those_of_the_tokens_themselves(sums_of: SumsOf):
+def test_centred_sums_are_the_sums_of_centred_tokens_but_for_those_of_the_tokens_themselves(
+    sums_of: SumsOf,
+):
     x, x_float, shortfall = streams()
     drift = x_float if sums_of is of_inputs else shortfall
     sums, expected = sums_of(x, drift), sums_of(x - x.mean(0), drift - drift.mean(0))
@@ -82,7 +91,9 @@ def test_centred_sums_of_float32_tokens_survive_a_mean_far_above_the_deviation(m
     for sums_of, drift in (of_inputs, x_float), (of_outputs, shortfall):
         exact, sums = sums_of(x.double(), drift.double()).centre_(), sums_of(x, drift).centre_()
         torch.testing.assert_close(sums.hessian, exact.hessian, rtol=1e-3, atol=1e-4 * TOKENS)
-        torch.testing.assert_close(sums.drift.moment, exact.drift.moment, rtol=1e-3, atol=1e-3 * TOKENS)
+        torch.testing.assert_close(
+            sums.drift.moment, exact.drift.moment, rtol=1e-3, atol=1e-3 * TOKENS
+        )
 
 
 def test_a_constant_input_is_dead_in_centred_sums():
@@ -107,7 +118,9 @@ def test_the_output_shift_makes_the_mean_error_of_the_outputs_zero(with_output: 
     assert (x @ quantized.T - wanted).mean(0).abs().min() > 1e-3
 
 
-def error_of(tokens: tuple[Tensor, Tensor, Tensor], weight: Tensor, quantized: Tensor, with_output: bool) -> Tensor:
+def error_of(
+    tokens: tuple[Tensor, Tensor, Tensor], weight: Tensor, quantized: Tensor, with_output: bool
+) -> Tensor:
     """J from the tokens."""
     x, x_float, shortfall = tokens
     if with_output:
@@ -144,7 +157,9 @@ def test_the_gradient_of_j_is_what_autograd_finds(with_output: bool):
     weight = normal(OUTPUTS, INPUTS, seed=5)
     quantized = (weight + 0.1 * normal(OUTPUTS, INPUTS, seed=6)).requires_grad_()
     error_of(tokens, weight, quantized, with_output).backward()
-    judge = Judge(of_outputs(tokens[0], tokens[2]) if with_output else of_inputs(*tokens[:2]), weight)
+    judge = Judge(
+        of_outputs(tokens[0], tokens[2]) if with_output else of_inputs(*tokens[:2]), weight
+    )
     _, half_gradient = judge(quantized.detach())
     torch.testing.assert_close(2 * half_gradient, quantized.grad, rtol=1e-9, atol=1e-9)
 
@@ -157,7 +172,9 @@ def test_the_factor_is_upper_and_gives_the_damped_inverse(act_order: bool):
     identity = torch.eye(INPUTS, dtype=torch.float64)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * identity)[factor.order][:, factor.order]
     assert torch.equal(factor.upper, factor.upper.triu())
-    torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        factor.upper.T @ factor.upper, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12
+    )
     assert factor.damping == 0.01
     if act_order:
         assert (hessian.diagonal()[factor.order].diff() <= 0).all()
@@ -182,7 +199,11 @@ def test_a_singular_hessian_gets_the_damping_it_needs_and_says_so():
 
 
 def test_inputs_that_are_all_zero_still_have_a_factor():
-    assert factorize(torch.zeros(4, 4, dtype=torch.float64), 0.01, act_order=True).upper.isfinite().all()
+    assert (
+        factorize(torch.zeros(4, 4, dtype=torch.float64), 0.01, act_order=True)
+        .upper.isfinite()
+        .all()
+    )
 
 
 def test_a_matrix_that_no_damping_mends_is_an_error():

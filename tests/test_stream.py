@@ -1,4 +1,5 @@
-"""The linears that write to the residual stream are found by trial, the stream is read right, and `stream` answers for it."""
+"""The linears that write to the residual stream are found by trial, the stream is read right, and
+`stream` answers for it."""
 
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from marrq.blocks import Block, find_blocks, first_input
 from marrq.stream import Writer, find_writer, read_stream
 
-# The module whose input is the stream behind each writer, and the parameters that scale what it writes.
+# The module whose input is the stream behind each writer, and the parameters that scale what it
+# writes.
 TIMM = {"attn.proj": ("norm2", None), "mlp.fc2": (None, None)}
 SCALED = {"attn.proj": ("norm2", "ls1.gamma"), "mlp.fc2": (None, "ls2.gamma")}
 MODELS = {
@@ -18,8 +20,17 @@ MODELS = {
     "timm vit with LayerScale": (vit_with_layer_scale, SCALED),
     "timm swin": (swin, {"mlp.fc2": (None, None)}),  # proj writes in the order of the windows
     "timm vit without a stream": (lambda: vit(block_fn=Straight), {}),
-    "transformers vit": (transformers_vit, {"attention.o_proj": ("layernorm_after", None), "mlp.fc2": (None, None)}),
-    "dinov2": (dinov2, {"attention.o_proj": ("norm2", "layer_scale1.lambda1"), "mlp.fc2": (None, "layer_scale2.lambda1")}),
+    "transformers vit": (
+        transformers_vit,
+        {"attention.o_proj": ("layernorm_after", None), "mlp.fc2": (None, None)},
+    ),
+    "dinov2": (
+        dinov2,
+        {
+            "attention.o_proj": ("norm2", "layer_scale1.lambda1"),
+            "mlp.fc2": (None, "layer_scale2.lambda1"),
+        },
+    ),
 }
 
 
@@ -51,7 +62,9 @@ def test_writers_are_found_with_their_gain_and_their_reader_and_nothing_else_is(
                 continue
             reader, scale = expected[linear]
             assert (writer.linear, writer.reader) == (linear, reader)
-            gain = torch.ones(tokens.shape[-1]) if scale is None else block.module.get_parameter(scale)
+            gain = (
+                torch.ones(tokens.shape[-1]) if scale is None else block.module.get_parameter(scale)
+            )
             torch.testing.assert_close(writer.gain, gain.detach(), rtol=1e-6, atol=0)
 
 
@@ -73,14 +86,18 @@ def stream_by_hand(block: Block, writer: Writer, tokens: Tensor, x: Tensor) -> T
 @torch.no_grad()
 @pytest.mark.parametrize("linear", ["attn.proj", "mlp.fc2"])
 @pytest.mark.parametrize("make", [vit, vit_with_layer_scale])
-def test_the_stream_behind_a_writer_is_the_stream_before_it_and_what_it_adds(make: Callable[[], nn.Module], linear: str):
+def test_the_stream_behind_a_writer_is_the_stream_before_it_and_what_it_adds(
+    make: Callable[[], nn.Module], linear: str
+):
     for block, tokens in blocks_with_tokens(make()):
         writer = find_writer(block, linear, tokens)
         for change in (lambda x: x, lambda x: 0.5 * x + 1):
             expected = change(block.input_of(linear, tokens))
             x, stream = read_stream(block, writer, tokens, change)
             torch.testing.assert_close(x, expected)
-            torch.testing.assert_close(stream, stream_by_hand(block, writer, tokens, expected), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                stream, stream_by_hand(block, writer, tokens, expected), rtol=1e-5, atol=1e-5
+            )
 
 
 @torch.no_grad()
@@ -88,7 +105,9 @@ def test_the_stream_behind_a_writer_is_the_stream_before_it_and_what_it_adds(mak
 def test_the_stream_behind_the_last_linear_is_the_output_of_the_block(name: str):
     for block, tokens in blocks_with_tokens(MODELS[name][0]()):
         if "mlp.fc2" in (linear for group in block.groups for linear in group):
-            x, stream = read_stream(block, find_writer(block, "mlp.fc2", tokens), tokens, nn.Identity())
+            x, stream = read_stream(
+                block, find_writer(block, "mlp.fc2", tokens), tokens, nn.Identity()
+            )
             assert torch.equal(stream, block(tokens))
             assert torch.equal(x, block.input_of("mlp.fc2", tokens))
 
@@ -115,7 +134,12 @@ def test_a_linear_whose_way_to_the_stream_is_shut_answers_for_its_own_output():
 
 def inputs_of(model: nn.Module, path: str, images: Tensor) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.get_submodule(path).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])):
+    with (
+        torch.no_grad(),
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, arguments: seen.append(arguments[0])
+        ),
+    ):
         model(images)
     return seen[0]
 
@@ -133,8 +157,12 @@ BEHIND = {  # where the stream behind the last block's proj and fc2 enters
 def test_the_error_of_a_writer_is_the_square_error_of_the_stream_behind_it(name: str, method: str):
     make, images = MODELS[name][0], noise(12)
     original, model = make(), quantized(make(), images, "W3A8", method)
-    by_path = {report.path.rsplit(".", 2)[-1]: report for report in model.reports}  # of the last block
-    for linear, path in zip(("o_proj" if "o_proj" in by_path else "proj", "fc2"), BEHIND[name], strict=True):
+    by_path = {
+        report.path.rsplit(".", 2)[-1]: report for report in model.reports
+    }  # of the last block
+    for linear, path in zip(
+        ("o_proj" if "o_proj" in by_path else "proj", "fc2"), BEHIND[name], strict=True
+    ):
         drift = (inputs_of(model.module, path, images) - inputs_of(original, path, images)).double()
         assert by_path[linear].error == pytest.approx(float(drift.square().sum()), rel=1e-3)
 

@@ -1,4 +1,5 @@
-"""Tiny models of several families with random weights that nothing was trained for, and a short way to quantize them."""
+"""Tiny models of several families with random weights that nothing was trained for, and a short way
+to quantize them."""
 
 import hashlib
 from typing import Any
@@ -6,7 +7,12 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from marrq.artifact import tensors_of
 from marrq.methods.settings import parse_method
@@ -38,7 +44,8 @@ TRANSFORMERS = {
 
 @torch.no_grad()
 def randomized(model: nn.Module) -> nn.Module:
-    """Every parameter with a value that is neither 0 nor 1; vectors that multiply (norm, LayerScale) stay away from 0."""
+    """Every parameter with a value that is neither 0 nor 1; vectors that multiply (norm,
+    LayerScale) stay away from 0."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.endswith("bias"):
@@ -67,22 +74,46 @@ def vit_with_strong_channels() -> nn.Module:
 
 
 def distilled() -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return randomized(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
 
 
 def swin() -> nn.Module:
-    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+    }
     return randomized(timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **arguments))
 
 
 def transformers_vit() -> nn.Module:
-    return randomized(TransformersOutput(ViTForImageClassification._from_config(ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION)))
+    return randomized(
+        TransformersOutput(
+            ViTForImageClassification._from_config(
+                ViTConfig(**TRANSFORMERS), attn_implementation=ATTENTION
+            )
+        )
+    )
 
 
 def dinov2() -> nn.Module:
     return randomized(
-        TransformersOutput(Dinov2ForImageClassification._from_config(Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION))
+        TransformersOutput(
+            Dinov2ForImageClassification._from_config(
+                Dinov2Config(**TRANSFORMERS), attn_implementation=ATTENTION
+            )
+        )
     )
 
 
@@ -107,10 +138,13 @@ def quantized(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> QuantizedModel:
-    """The module quantized in place; method as `parse_method` takes it, options as the pipeline does."""
+    """The module quantized in place; method as `parse_method` takes it, options as the pipeline
+    does."""
     calibration = CalibrationSet("noise", len(images), 0, "", batch_size)
     spec, numbers = parse_method(method), parse_scheme(scheme, strategy)
-    return quantize(vision_model(module), images, calibration, numbers, spec, torch.device(device), **options)
+    return quantize(
+        vision_model(module), images, calibration, numbers, spec, torch.device(device), **options
+    )
 
 
 def hashed(model: QuantizedModel) -> str:

@@ -1,8 +1,9 @@
-"""A real Triton Inference Server for the tests: the binary that the wheel nvidia-pytriton carries, with its python backend, and without the
-wheel's own Python wrapper. It lives in a virtual environment of its own, since that wheel wants an older numpy.
+"""A real Triton Inference Server for the tests: the binary that the wheel nvidia-pytriton carries,
+with its python backend, and without the wheel's own Python wrapper. It lives in a virtual
+environment of its own, since that wheel wants an older numpy.
 
-Flags of the server are those of examples/serve/Dockerfile, so that the tests start what users start.
-"""
+Flags of the server are those of examples/serve/Dockerfile, so that the tests start what users
+start."""
 
 import json
 import os
@@ -28,7 +29,8 @@ PATIENCE = 60
 
 @dataclass(frozen=True)
 class Installation:
-    """bin: of the virtual environment; packages: its site-packages; server: the copy of the wheel's server folder."""
+    """bin: of the virtual environment; packages: its site-packages; server: the copy of the wheel's
+    server folder."""
 
     bin: Path
     packages: Path
@@ -45,10 +47,14 @@ def install(folder: Path) -> Installation:
         return made
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=True)
-    subprocess.run([made.bin / "python", "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+    subprocess.run(
+        [made.bin / "python", "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True
+    )
     shutil.copytree(packages / "pytriton" / "tritonserver", made.server)
     backend = made.server / "backends" / "python"
-    shutil.copy(made.server / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
+    shutil.copy(
+        made.server / "python_backend_stubs" / version / "triton_python_backend_stub", backend
+    )
     for program in (backend / "triton_python_backend_stub", made.server / "bin" / "tritonserver"):
         program.chmod(0o755)
     (place / "complete").touch()
@@ -83,25 +89,51 @@ class Server:
 
 def documented_flags(repository: Path) -> list[str]:
     """The server's flags in the Dockerfile, with another repository."""
-    [command] = [line.removeprefix("CMD ") for line in DOCKERFILE.read_text().splitlines() if line.startswith("CMD ")]
+    [command] = [
+        line.removeprefix("CMD ")
+        for line in DOCKERFILE.read_text().splitlines()
+        if line.startswith("CMD ")
+    ]
     program, *flags = json.loads(command)
     assert program == "tritonserver"
-    return [flag.replace("--model-repository=/models", f"--model-repository={repository}") for flag in flags]
+    return [
+        flag.replace("--model-repository=/models", f"--model-repository={repository}")
+        for flag in flags
+    ]
 
 
 @contextmanager
 def running(installation: Installation, repository: Path, log: Path) -> Iterator[Server]:
     """A server of the repository on free ports of this machine alone; it is stopped at the end."""
     http, grpc = free_ports(2)
-    places = ["--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"]
-    flags = [*documented_flags(repository), *places, "--allow-metrics=false", f"--backend-directory={installation.server / 'backends'}"]
-    # The backend's stub embeds the interpreter: it finds that of the virtual environment by PATH, and its library by LD_LIBRARY_PATH.
-    libraries = f"{sysconfig.get_config_var('LIBDIR')}:{installation.packages / 'nvidia_pytriton.libs'}"
-    environment = {**os.environ, "PATH": f"{installation.bin}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
+    places = [
+        "--http-address=127.0.0.1",
+        f"--http-port={http}",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={grpc}",
+    ]
+    flags = [
+        *documented_flags(repository),
+        *places,
+        "--allow-metrics=false",
+        f"--backend-directory={installation.server / 'backends'}",
+    ]
+    # The backend's stub embeds the interpreter: it finds that of the virtual environment by PATH,
+    # and its library by LD_LIBRARY_PATH.
+    libraries = (
+        f"{sysconfig.get_config_var('LIBDIR')}:{installation.packages / 'nvidia_pytriton.libs'}"
+    )
+    environment = {
+        **os.environ,
+        "PATH": f"{installation.bin}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": libraries,
+    }
     environment.pop("PYTHONPATH", None)
     with log.open("wb") as output:
         command = [installation.server / "bin" / "tritonserver", *flags]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     server = Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log, process)
     try:
         wait_until_live(server)

@@ -1,18 +1,20 @@
-"""marrq beside what one would pick instead: ONNX Runtime's own quantizers, and OpenVINO with NNCF. Size, latency, and how near to float32.
+"""marrq beside what one would pick instead: ONNX Runtime's own quantizers, and OpenVINO with NNCF.
+Size, latency, and how near to float32.
 
     pip install -r examples/compare_tools/requirements.txt
     python examples/compare_tools/compare.py deit_small_patch16_224 --threads 2 --json deit_small.json
     python examples/compare_tools/compare.py local-dir:OUT/dinov2_small_emoji --data OUT/emoji --samples 256 --threads 2 --json dinov2.json
 
-With --data the model has the weights that it is loaded with, calibration images come from train/ and the logits are compared on images of
-val/. Without, MODEL is a timm architecture with random weights, and noise stands for images: times and sizes are those of a trained model,
-agreement is then a sanity check and says nothing about accuracy.
+With --data the model has the weights that it is loaded with, calibration images come from train/
+and the logits are compared on images of val/. Without, MODEL is a timm architecture with random
+weights, and noise stands for images: times and sizes are those of a trained model, agreement is
+then a sanity check and says nothing about accuracy.
 
-All files are measured in one run and in the same rounds. In a round each is opened, timed at every batch size and closed before the next:
-one session lives at a time, with the same number of threads under either runtime. A ratio is the median over rounds of the ratio to fp32
-within the round. A tool that fails, or is not installed, has a row that says why. The table and the JSON (schema marrq.compare_tools/1)
-hold the same; `tools.py` has each tool's settings.
-"""
+All files are measured in one run and in the same rounds. In a round each is opened, timed at every
+batch size and closed before the next: one session lives at a time, with the same number of threads
+under either runtime. A ratio is the median over rounds of the ratio to fp32 within the round. A
+tool that fails, or is not installed, has a row that says why. The table and the JSON (schema
+marrq.compare_tools/1) hold the same; `tools.py` has each tool's settings."""
 
 import contextlib
 import importlib.metadata
@@ -62,16 +64,24 @@ class Made:
 def main(
     model: str,
     data: str | None = None,
-    tool: Annotated[list[str], typer.Option(help="May be repeated; fp32 is always there.")] = list(TOOLS),  # noqa: B006
+    tool: Annotated[list[str], typer.Option(help="May be repeated; fp32 is always there.")] = list(
+        TOOLS
+    ),
     scheme: Annotated[str, typer.Option(help="Of integer.")] = "W4A8",
-    method: Annotated[str, typer.Option(help="Of integer, with settings as `marrq compare` takes them.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="Of integer, with settings as `marrq compare` takes them.")
+    ] = "gptq",
     samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 32,
     images: Annotated[int, typer.Option(help="Images on which logits are compared.", min=1)] = 200,
-    batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1)] = [1, 8],
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="On each file, batch size and round.", min=0.0)] = 1.0,
-    openvino_precision: Annotated[str, typer.Option(help="Of what OpenVINO does not quantize: f32, or bf16.")] = "f32",
+    seconds: Annotated[
+        float, typer.Option(help="On each file, batch size and round.", min=0.0)
+    ] = 1.0,
+    openvino_precision: Annotated[
+        str, typer.Option(help="Of what OpenVINO does not quantize: f32, or bf16.")
+    ] = "f32",
     json_file: JsonOption = None,
 ) -> None:
     names = tuple(dict.fromkeys(("fp32", *tool)))
@@ -88,11 +98,17 @@ def main(
         return OpenVINOModel(file, settings, openvino_precision)
 
     with tempfile.TemporaryDirectory() as scratch:
-        source, pixels = prepared(model, data, Path(scratch) / "fp32.onnx", scheme, method, samples, images)
-        results, failures = make(names, source, Path(scratch), pixels, lambda file: open_model(file, settings))
+        source, pixels = prepared(
+            model, data, Path(scratch) / "fp32.onnx", scheme, method, samples, images
+        )
+        results, failures = make(
+            names, source, Path(scratch), pixels, lambda file: open_model(file, settings)
+        )
         say("timing")
         files = [result.file for result in results.values()]
-        speeds = measure_latency(files, settings, Plan(tuple(batch), rounds, seconds), open_model=open_model)
+        speeds = measure_latency(
+            files, settings, Plan(tuple(batch), rounds, seconds), open_model=open_model
+        )
         latencies = [speed.latency for speed in speeds]
         rows = [
             {"name": name, **row(result, latency, results["fp32"], latencies[0])}
@@ -112,25 +128,40 @@ def main(
     write_json(json_file, report)
 
 
-def prepared(model: str, data: str | None, file: Path, scheme: str, method: str, samples: int, images: int) -> tuple[Source, Batches]:
-    """The model, written to `file` in float32, with its calibration images; and batches of the images to compare logits on."""
+def prepared(
+    model: str, data: str | None, file: Path, scheme: str, method: str, samples: int, images: int
+) -> tuple[Source, Batches]:
+    """The model, written to `file` in float32, with its calibration images; and batches of the
+    images to compare logits on."""
     loaded = load_model(model) if data is not None else with_random_weights(model)
     say("exporting fp32")
     write_baseline(loaded, "fp32", file)
     if data is None:
         shape = (samples + images, *loaded.preprocessing.input_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        source = Source(loaded, file, noise[:samples], CalibrationSet("noise", samples, 0, ""), scheme, method)
+        source = Source(
+            loaded, file, noise[:samples], CalibrationSet("noise", samples, 0, ""), scheme, method
+        )
         return source, [part.numpy() for part in noise[samples:].split(IMAGES_AT_ONCE)]
     drawn = find_images(data, "train", loaded.labels).draw(samples, 0)
     held_out = find_images(data, "val", loaded.labels).draw(images, 0)
-    source = Source(loaded, file, drawn.pixels(loaded.preprocessing), CalibrationSet(data, samples, 0, drawn.sha256), scheme, method)
-    return source, [part.numpy() for part, _ in held_out.batches(loaded.preprocessing, IMAGES_AT_ONCE)]
+    source = Source(
+        loaded,
+        file,
+        drawn.pixels(loaded.preprocessing),
+        CalibrationSet(data, samples, 0, drawn.sha256),
+        scheme,
+        method,
+    )
+    return source, [
+        part.numpy() for part, _ in held_out.batches(loaded.preprocessing, IMAGES_AT_ONCE)
+    ]
 
 
 @torch.no_grad()
 def with_random_weights(architecture: str) -> VisionModel:
-    """A timm architecture whose linears keep the variance of their inputs; as timm starts them attention would be uniform."""
+    """A timm architecture whose linears keep the variance of their inputs; as timm starts them
+    attention would be uniform."""
     torch.manual_seed(0)
     module = timm.create_model(architecture).eval()
     for parameter in module.parameters():
@@ -144,10 +175,14 @@ def with_random_weights(architecture: str) -> VisionModel:
 
 
 def make(
-    names: Sequence[str], source: Source, folder: Path, pixels: Batches, open_file: Callable[[Path], TimedModel]
+    names: Sequence[str],
+    source: Source,
+    folder: Path,
+    pixels: Batches,
+    open_file: Callable[[Path], TimedModel],
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """What each tool makes, and the reasons of those whose file cannot be made, opened or run. Without fp32 there is nothing to compare
-    with: it raises."""
+    """What each tool makes, and the reasons of those whose file cannot be made, opened or run.
+    Without fp32 there is nothing to compare with: it raises."""
     results: dict[str, Made] = {}
     failures: dict[str, str] = {}
     for name in names:
@@ -156,7 +191,9 @@ def make(
             with contextlib.redirect_stdout(sys.stderr):  # the tools' own bars
                 file = TOOLS[name](source, folder)
             model = open_file(file)
-            results[name] = Made(file, np.concatenate([np.array(model.run(part)) for part in pixels]))
+            results[name] = Made(
+                file, np.concatenate([np.array(model.run(part)) for part in pixels])
+            )
         except ImportError as error:
             failures[name] = f"cannot import {error.name}: pip install -r {REQUIREMENTS}"
         except Exception as error:  # whatever a tool raises is its result
@@ -166,7 +203,9 @@ def make(
     return results, failures
 
 
-def row(result: Made, latencies: list[Latency], reference: Made, baseline: list[Latency]) -> dict[str, Any]:
+def row(
+    result: Made, latencies: list[Latency], reference: Made, baseline: list[Latency]
+) -> dict[str, Any]:
     """Size, distance to float32 and times of one file."""
     a, b = result.logits, reference.logits
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -176,7 +215,11 @@ def row(result: Made, latencies: list[Latency], reference: Made, baseline: list[
         del fields["rounds_ms"]
         timed.append({**fields, "ratio_fp32": latency.ratio_to(float32)})
     return {
-        "size_bytes": sum(part.stat().st_size for part in (result.file, result.file.with_suffix(".bin")) if part.exists()),
+        "size_bytes": sum(
+            part.stat().st_size
+            for part in (result.file, result.file.with_suffix(".bin"))
+            if part.exists()
+        ),
         "agreement": float((a.argmax(1) == b.argmax(1)).mean()),
         "least_cosine": float(cosine.min()),
         "median_cosine": float(np.median(cosine)),
@@ -210,10 +253,14 @@ def table(report: dict[str, Any]) -> Table:
         if "failure" in entry:
             result.add_row(entry["name"], "–", *("–" for _ in timed), "–", "–")
             continue
-        times = [f"{latency['p50_ms']:.2f} ({latency['ratio_fp32']:.2f})" for latency in entry["latency"]]
+        times = [
+            f"{latency['p50_ms']:.2f} ({latency['ratio_fp32']:.2f})" for latency in entry["latency"]
+        ]
         size, agreement = f"{entry['size_bytes'] / 1e6:.2f}", f"{100 * entry['agreement']:.1f}"
         result.add_row(entry["name"], size, *times, agreement, f"{entry['median_cosine']:.4f}")
-    failures = [f"{entry['name']}: {entry['failure']}" for entry in report["rows"] if "failure" in entry]
+    failures = [
+        f"{entry['name']}: {entry['failure']}" for entry in report["rows"] if "failure" in entry
+    ]
     result.caption = escape("\n".join([caption, *failures]))
     return result
 

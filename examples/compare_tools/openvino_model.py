@@ -11,16 +11,20 @@ from runtime.session import SessionSettings
 
 
 class OpenVINOModel:
-    """One file, open; compiled for each batch size by itself when it first comes, since OpenVINO is fastest with fixed shapes.
+    """One file, open; compiled for each batch size by itself when it first comes, since OpenVINO is
+    fastest with fixed shapes.
 
-    precision: of what is not quantized: f32, as ONNX Runtime computes it, or bf16, which OpenVINO chooses by itself on processors that
-    have it.
-    """
+    precision: of what is not quantized: f32, as ONNX Runtime computes it, or bf16, which OpenVINO
+    chooses by itself on processors that have it."""
 
     def __init__(self, path: Path, settings: SessionSettings, precision: str) -> None:
         self.core, self.path = ov.Core(), path
         threads = {} if settings.threads is None else {"INFERENCE_NUM_THREADS": settings.threads}
-        self.options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, **threads}
+        self.options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            **threads,
+        }
         self.requests: dict[int, ov.InferRequest] = {}
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -28,16 +32,22 @@ class OpenVINOModel:
         if len(pixels) not in self.requests:
             model = self.core.read_model(self.path)
             model.reshape(pixels.shape)
-            self.requests[len(pixels)] = self.core.compile_model(model, "CPU", self.options).create_infer_request()
+            self.requests[len(pixels)] = self.core.compile_model(
+                model, "CPU", self.options
+            ).create_infer_request()
         logits: NDArray[np.float32] = self.requests[len(pixels)].infer([pixels])[0]
         return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
-        """A function that runs one forward, to be timed; the model is compiled for that batch size beforehand."""
+        """A function that runs one forward, to be timed; the model is compiled for that batch size
+        beforehand."""
         self.run(pixels)
         return lambda: self.requests[len(pixels)].infer([pixels])
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
-        shape = [dimension.get_length() for dimension in list(self.core.read_model(self.path).input().partial_shape)[1:]]
+        shape = [
+            dimension.get_length()
+            for dimension in list(self.core.read_model(self.path).input().partial_shape)[1:]
+        ]
         return np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)

@@ -1,5 +1,5 @@
-"""What makes a smaller or faster file of a float ONNX model, one function a tool, each with the settings that its makers recommend for a
-CPU with VNNI.
+"""What makes a smaller or faster file of a float ONNX model, one function a tool, each with the
+settings that its makers recommend for a CPU with VNNI.
 
     fp32, fp16         the model as it is, and in float16
     integer            marrq
@@ -21,7 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -32,14 +37,17 @@ from marrq.models import VisionModel
 from marrq.pipeline import CalibrationSet, Images, quantize
 from marrq.schemes import parse_scheme
 
-logging.getLogger().setLevel(logging.WARNING)  # the import of MatMulNBitsQuantizer has set it to INFO, for every package
+logging.getLogger().setLevel(
+    logging.WARNING
+)  # the import of MatMulNBitsQuantizer has set it to INFO, for every package
 
 REQUIREMENTS = "examples/compare_tools/requirements.txt"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a tool is given. file: the float32 graph; images: for calibration; scheme, method: of marrq alone."""
+    """What a tool is given. file: the float32 graph; images: for calibration; scheme, method: of
+    marrq alone."""
 
     model: VisionModel
     file: Path
@@ -75,16 +83,26 @@ def fp16(source: Source, folder: Path) -> Path:
 
 
 def integer(source: Source, folder: Path) -> Path:
-    model = replace(source.model, module=copy.deepcopy(source.model.module))  # quantize works in place
+    model = replace(
+        source.model, module=copy.deepcopy(source.model.module)
+    )  # quantize works in place
     scheme, method = parse_scheme(source.scheme), parse_method(source.method)
-    quantized = quantize(model, source.images, source.calibration, scheme, method, torch.device("cpu"))
+    quantized = quantize(
+        model, source.images, source.calibration, scheme, method, torch.device("cpu")
+    )
     write(quantized, "none", "integer", folder / "integer.onnx")
     return folder / "integer.onnx"
 
 
 def static(source: Source, folder: Path) -> Path:
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(_preprocessed(source, folder), folder / "static.onnx", _Reader(source), per_channel=True, **types)
+    quantize_static(
+        _preprocessed(source, folder),
+        folder / "static.onnx",
+        _Reader(source),
+        per_channel=True,
+        **types,
+    )
     return folder / "static.onnx"
 
 

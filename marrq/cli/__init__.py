@@ -1,5 +1,5 @@
-"""The command line: one file a command. A body parses, calls the library, prints; heavy imports stand inside the bodies, so that
-`marrq --help` answers at once."""
+"""The command line: one file a command. A body parses, calls the library, prints; heavy imports
+stand inside the bodies, so that `marrq --help` answers at once."""
 
 import sys
 from importlib.util import find_spec
@@ -28,8 +28,8 @@ for command in (quantize, export, bench, evaluate, inspect, doctor, compare, dem
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a gate did not hold. Errors are one sentence
-    on stderr."""
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a gate did
+    not hold. Errors are one sentence on stderr."""
     try:
         check_packages()
         from runtime.errors import BenchError, GateError
@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GateError as error:
         return _failed(str(error), code=3)
     except OSError as error:
-        return _failed(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return _failed(
+            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        )
 
 
 def _failed(sentence: str, code: int = 1) -> int:
@@ -54,13 +56,17 @@ def _failed(sentence: str, code: int = 1) -> int:
 
 
 def check_packages() -> None:
-    """`exporters` and `runtime` are common names: another package of that name, found first, must not be taken for ours."""
+    """`exporters` and `runtime` are common names: another package of that name, found first, must
+    not be taken for ours."""
     for name in ("exporters", "runtime"):
         ours = Path(__file__).parents[2] / name / "__init__.py"
         found = find_spec(name)
         if found is None or found.origin != str(ours):
             place = found.origin if found else "nothing"
-            raise MarrqError(f"marrq's package {name!r} is shadowed by {place}: run from another folder, or remove that package")
+            raise MarrqError(
+                f"marrq's package {name!r} is shadowed by {place}: run from another folder, or "
+                "remove that package"
+            )
 
 
 def run() -> None:

@@ -1,4 +1,5 @@
-"""`marrq bench`: accuracy, size and latency of exported files beside their float baselines, under ONNX Runtime, in one run."""
+"""`marrq bench`: accuracy, size and latency of exported files beside their float baselines, under
+ONNX Runtime, in one run."""
 
 import json
 import tempfile
@@ -40,26 +41,48 @@ class _File(NamedTuple):
 
 
 def bench(
-    paths: Annotated[list[Path], typer.Argument(help="Artifacts, or ONNX files that `marrq export` wrote.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Artifacts, or ONNX files that `marrq export` wrote.")
+    ],
     data: DataOption = None,
     flavor: Annotated[
-        str | None, typer.Option(help="Of artifacts: integer, matmulnbits or qdq; left out: what suits the scheme best.")
+        str | None,
+        typer.Option(
+            help="Of artifacts: integer, matmulnbits or qdq; left out: what suits the scheme best."
+        ),
     ] = None,
-    baseline: Annotated[list[str], typer.Option(help="fp16 or fp32; may be repeated.")] = ["fp16", "fp32"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Batch size to time; may be repeated.", min=1)] = [1, 8],  # noqa: B006
+    baseline: Annotated[list[str], typer.Option(help="fp16 or fp32; may be repeated.")] = [
+        "fp16",
+        "fp32",
+    ],
+    batch: Annotated[
+        list[int], typer.Option(help="Batch size to time; may be repeated.", min=1)
+    ] = [1, 8],
     threads: ThreadsOption = None,
     provider: ProviderOption = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of timing.", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="Time on each model, batch size and round.", min=0.0)] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time on each model, batch size and round.", min=0.0)
+    ] = 1.0,
     parity: Annotated[
-        bool, typer.Option("--parity", help="Tell what quantization, export and preprocessing lose, and name the first that does.")
+        bool,
+        typer.Option(
+            "--parity",
+            help="Tell what quantization, export and preprocessing lose, and name the first that does.",
+        ),
     ] = False,
-    artifact: Annotated[list[Path], typer.Option(help="What an ONNX file was exported from, for --parity; may be repeated.")] = [],  # noqa: B006
-    parity_images: Annotated[int, typer.Option(help="Images that --parity compares, drawn at random.", min=1)] = 256,
+    artifact: Annotated[
+        list[Path],
+        typer.Option(help="What an ONNX file was exported from, for --parity; may be repeated."),
+    ] = [],
+    parity_images: Annotated[
+        int, typer.Option(help="Images that --parity compares, drawn at random.", min=1)
+    ] = 256,
     throughput: Annotated[
         bool,
         typer.Option(
-            "--throughput", help="Images per second with 1, 2, 4 … threads too, up to --threads: marrq bench artifact --throughput"
+            "--throughput",
+            help="Images per second with 1, 2, 4 … threads too, up to --threads: marrq bench artifact --throughput",
         ),
     ] = False,
     max_drop: Annotated[
@@ -77,9 +100,13 @@ def bench(
         ),
     ] = False,
     json_file: JsonOption = None,
-    page_file: Annotated[Path | None, typer.Option("--report", help="Also write it here as a page for people, .html.")] = None,
+    page_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Also write it here as a page for people, .html."),
+    ] = None,
 ) -> None:
-    """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json bench.json"""
+    """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json
+    bench.json"""
     from marrq.data import find_images
     from marrq.preprocessing import Preprocessing
     from runtime.bench import BenchSettings, Progress
@@ -98,19 +125,39 @@ def bench(
     counts = thread_counts(threads or usable_cores()) if throughput else ()
     plan = Plan(tuple(batch), rounds, seconds)
     settings = BenchSettings(SessionSettings(provider, threads), plan, counts, max_drop, recommend)
-    artifacts = {str(path): artifact_of(path, artifact, settings.session) for path in paths} if parity else {}
+    artifacts = (
+        {str(path): artifact_of(path, artifact, settings.session) for path in paths}
+        if parity
+        else {}
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        files = [item for path in paths for item in _onnx_files(path, flavor, recommend, Path(scratch))]
+        files = [
+            item for path in paths for item in _onnx_files(path, flavor, recommend, Path(scratch))
+        ]
         entries, metadata = _entries(files, baseline, Path(scratch), settings.session)
         preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
         name = data_for(json.loads(metadata["marrq.source"])["name"], data)
         images = find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
         if parity:
-            entries = _with_parity(entries, artifacts, images.draw(min(parity_images, len(images)), 0), settings.session)
-        batches = ((pixels.numpy(), targets.numpy()) for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE))
+            entries = _with_parity(
+                entries,
+                artifacts,
+                images.draw(min(parity_images, len(images)), 0),
+                settings.session,
+            )
+        batches = (
+            (pixels.numpy(), targets.numpy())
+            for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE)
+        )
         sessions = rounds * len(entries) * (1 + len(counts))
         with progress_bars(accuracy=len(images), speed=sessions) as [looking, timing]:
-            report = run_bench(entries, batches, images.description(), settings, Progress(looking.advance, timing.advance))
+            report = run_bench(
+                entries,
+                batches,
+                images.description(),
+                settings,
+                Progress(looking.advance, timing.advance),
+            )
     write_json(json_file, report)
     if page_file is not None:
         write_text(page_file, page(report))
@@ -125,11 +172,22 @@ def bench(
     _check_gate(report)
 
 
-def _with_parity(entries: "list[Entry]", artifacts: dict[str, Path], images: "ImageSet", settings: "SessionSettings") -> "list[Entry]":
-    """The entries, candidates with how they compare with their artifacts. artifacts: by the path that the user gave."""
+def _with_parity(
+    entries: "list[Entry]",
+    artifacts: dict[str, Path],
+    images: "ImageSet",
+    settings: "SessionSettings",
+) -> "list[Entry]":
+    """The entries, candidates with how they compare with their artifacts. artifacts: by the path
+    that the user gave."""
     candidates = [entry for entry in entries if entry.role == "candidate"]
     with progress_bars(parity=len(images) * len(candidates)) as [bar]:
-        sections = {entry.name: measure_parity(artifacts[entry.path], entry.file, images, settings, bar.advance) for entry in candidates}
+        sections = {
+            entry.name: measure_parity(
+                artifacts[entry.path], entry.file, images, settings, bar.advance
+            )
+            for entry in candidates
+        }
     return [replace(entry, parity=sections.get(entry.name)) for entry in entries]
 
 
@@ -138,15 +196,27 @@ def _check_gate(report: dict[str, Any]) -> None:
     from runtime.errors import GateError
 
     gate = report["gate"] or {"models": []}
-    names = {verdict: [model["name"] for model in gate["models"] if model["verdict"] == verdict] for verdict in ("failed", "undecided")}
+    names = {
+        verdict: [model["name"] for model in gate["models"] if model["verdict"] == verdict]
+        for verdict in ("failed", "undecided")
+    }
     if names["undecided"]:
-        say(f"warning: the gate of {gate['max_drop']:g} points is undecided for {', '.join(names['undecided'])}: too few images")
+        say(
+            f"warning: the gate of {gate['max_drop']:g} points is undecided for "
+            f"{', '.join(names['undecided'])}: too few images"
+        )
     if names["failed"]:
-        raise GateError(f"{', '.join(names['failed'])} lost more than {gate['max_drop']:g} points against {gate['baseline']}")
+        raise GateError(
+            f"{', '.join(names['failed'])} lost more than {gate['max_drop']:g} points against "
+            f"{gate['baseline']}"
+        )
 
 
-def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: "SessionSettings") -> "tuple[list[Entry], dict[str, str]]":
-    """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing, labels."""
+def _entries(
+    files: list[_File], baselines: list[str], scratch: Path, settings: "SessionSettings"
+) -> "tuple[list[Entry], dict[str, str]]":
+    """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing,
+    labels."""
     from exporters.onnx_file import write_baseline
     from marrq.artifact import REPORTS
     from marrq.models import ModelSource, load_source
@@ -159,33 +229,68 @@ def _entries(files: list[_File], baselines: list[str], scratch: Path, settings: 
         opened = Model(given.file, settings)
         metadata = opened.metadata()
         if "marrq.source" not in metadata:
-            raise MarrqError(f"{str(given.path)!r} was not written by `marrq export`: it does not say how its images are preprocessed")
+            raise MarrqError(
+                f"{str(given.path)!r} was not written by `marrq export`: it does not say how its "
+                "images are preprocessed"
+            )
         if opened.input.type != "tensor(float)":
             raise MarrqError(
-                f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it as exported without --preprocess"
+                f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it "
+                "as exported without --preprocess"
             )
         if shared and metadata["marrq.source"] != shared["marrq.source"]:
-            raise MarrqError(f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench them apart")
+            raise MarrqError(
+                f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench "
+                "them apart"
+            )
         shared = metadata
-        flavor, scheme, method = (metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method"))
+        flavor, scheme, method = (
+            metadata[f"marrq.{key}"] for key in ("flavor", "scheme", "method")
+        )
         name = " ".join(filter(None, (scheme, method, given.variant)))
         if any(entry.name == name for entry in candidates):
             name += f" {given.path.name}"
-        quantization = json.loads((given.path / REPORTS).read_text()) if given.path.is_dir() else None
+        quantization = (
+            json.loads((given.path / REPORTS).read_text()) if given.path.is_dir() else None
+        )
         bits = float(metadata["marrq.bits_per_weight"])
-        candidates.append(Entry(name, given.file, str(given.path), "candidate", flavor, scheme, method, bits, quantization))
+        candidates.append(
+            Entry(
+                name,
+                given.file,
+                str(given.path),
+                "candidate",
+                flavor,
+                scheme,
+                method,
+                bits,
+                quantization,
+            )
+        )
     entries = []
     model = load_source(ModelSource(**json.loads(shared["marrq.source"]))) if baselines else None
     for name in dict.fromkeys(baselines):
         assert model is not None
         say(f"exporting the baseline {name}")
         bits = write_baseline(model, name, scratch / f"{name}.onnx")
-        entries.append(Entry(name, scratch / f"{name}.onnx", model.source.name, "baseline", name, name, "none", bits))
+        entries.append(
+            Entry(
+                name,
+                scratch / f"{name}.onnx",
+                model.source.name,
+                "baseline",
+                name,
+                name,
+                "none",
+                bits,
+            )
+        )
     return entries + candidates, shared
 
 
 def _onnx_files(path: Path, flavor: str | None, recommend: bool, scratch: Path) -> list[_File]:
-    """The file itself, or the export of an artifact: in the flavour asked for or the most suitable one, or in each that can express it."""
+    """The file itself, or the export of an artifact: in the flavour asked for or the most suitable
+    one, or in each that can express it."""
     from exporters.onnx_file import NO_OPTIONS, VARIANTS, suitable_flavor, variants, write
     from marrq.artifact import artifact_hash, load
 

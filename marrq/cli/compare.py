@@ -1,4 +1,5 @@
-"""`marrq compare`: methods × schemes × seeds on one model, as a table, JSON (schema marrq.compare/2) and a plot."""
+"""`marrq compare`: methods × schemes × seeds on one model, as a table, JSON (schema
+marrq.compare/2) and a plot."""
 
 import itertools
 import json
@@ -40,22 +41,36 @@ if TYPE_CHECKING:
 
 def compare(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file; runs that it holds already are not done again.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="JSON file; runs that it holds already are not done again."
+        ),
+    ],
     data: DataOption = None,
-    scheme: Annotated[list[str], typer.Option(help="As for quantize, :per-token for dynamic activations; may be repeated.")] = ["W4A8"],  # noqa: B006
+    scheme: Annotated[
+        list[str],
+        typer.Option(help="As for quantize, :per-token for dynamic activations; may be repeated."),
+    ] = ["W4A8"],
     method: Annotated[
-        list[str], typer.Option(help="NAME[,KEY=VALUE…], e.g. marr-gptaq,alpha=grid; may be repeated; all if left out.")
-    ] = [],  # noqa: B006
+        list[str],
+        typer.Option(
+            help="NAME[,KEY=VALUE…], e.g. marr-gptaq,alpha=grid; may be repeated; all if left out."
+        ),
+    ] = [],
     seeds: Annotated[int, typer.Option(help="Draws of the calibration images.", min=1)] = 3,
     samples: SamplesOption = 256,
     device: DeviceOption = "auto",
     plot: PlotOption = None,
     ray: Annotated[
         str | None,
-        typer.Option(help="Do the runs on Ray, one to a CPU or GPU: local, or the address of a cluster that has marrq, model and images."),
+        typer.Option(
+            help="Do the runs on Ray, one to a CPU or GPU: local, or the address of a cluster that has marrq, model and images."
+        ),
     ] = None,
 ) -> None:
-    """Compare methods over calibration seeds: marrq compare demo --scheme W4A4:per-token --method gptq --method marr -o compare.json"""
+    """Compare methods over calibration seeds: marrq compare demo --scheme W4A4:per-token --method
+    gptq --method marr -o compare.json"""
     from marrq.methods import METHODS
     from marrq.methods.settings import parse_method, text_of
     from marrq.schemes import parse_scheme
@@ -63,7 +78,10 @@ def compare(
 
     methods = [parse_method(text) for text in method or METHODS]
     parted = [text.partition(":") for text in scheme]
-    numbers = [parse_scheme(name, cast("ActivationStrategy", strategy or "per-tensor")) for name, _, strategy in parted]
+    numbers = [
+        parse_scheme(name, cast("ActivationStrategy", strategy or "per-tensor"))
+        for name, _, strategy in parted
+    ]
     if plot is not None:
         from runtime.plots import check_plot, plot_comparison
 
@@ -72,7 +90,9 @@ def compare(
     kind = device if ray is not None and device in ("cpu", "cuda") else choose_device(device).type
     task = Task(model, data_for(model, data), samples, kind)
     runner = Runner(task)
-    comparison = _Comparison(runner, output, list(itertools.product(range(seeds), numbers, methods)))
+    comparison = _Comparison(
+        runner, output, list(itertools.product(range(seeds), numbers, methods))
+    )
     missing, count = comparison.missing(), len(comparison.combinations)
     with progress_bars(runs=count) as [bar]:
 
@@ -86,7 +106,9 @@ def compare(
             comparison.add(run)
             bar.advance()
         bar.show(count, count, "")
-    report = comparison.selected({(one.description, text_of(spec)) for one in numbers for spec in methods}, seeds)
+    report = comparison.selected(
+        {(one.description, text_of(spec)) for one in numbers for spec in methods}, seeds
+    )
     stdout.print(table(report))
     stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
     if plot is not None:
@@ -108,8 +130,8 @@ class Task:
 
 
 class Runner:
-    """Does runs one after the other, in this process. They share model, images, float logits, and the full-precision tokens of a seed,
-    rotation and kind of edges."""
+    """Does runs one after the other, in this process. They share model, images, float logits, and
+    the full-precision tokens of a seed, rotation and kind of edges."""
 
     def __init__(self, task: Task) -> None:
         import torch
@@ -124,14 +146,20 @@ class Runner:
         self.tokens: dict[tuple[int, int | None, bool, bool], FullPrecisionTokens] = {}
 
     def run(self, combination: Combination) -> dict[str, Any]:
-        """Quantize and measure: what the report has of a run, and as `float` the accuracy of the model in full precision."""
+        """Quantize and measure: what the report has of a run, and as `float` the accuracy of the
+        model in full precision."""
         seed, scheme, spec = combination
         reference = self.reference
         start = time.perf_counter()
         with peak_memory() as peak:
             model = self._quantized(scheme, spec, seed)
         seconds = time.perf_counter() - start
-        measured = {**_key(combination), **self._measured(model, reference), "seconds": seconds, "peak_memory_mb": peak()}
+        measured = {
+            **_key(combination),
+            **self._measured(model, reference),
+            "seconds": seconds,
+            "peak_memory_mb": peak(),
+        }
         return {**measured, "float": self.accuracy}
 
     @cached_property
@@ -161,12 +189,24 @@ class Runner:
         images = self.train.draw(self.task.samples, seed)
         drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
         if drawn not in self.tokens:
-            self.tokens = {drawn: FullPrecisionTokens()}  # those of another seed are not needed again
+            self.tokens = {
+                drawn: FullPrecisionTokens()
+            }  # those of another seed are not needed again
         calibration = CalibrationSet(images.name, self.task.samples, seed, images.sha256)
         pixels = images.pixels(self.original.preprocessing)
-        return quantize(load_model(self.task.model), pixels, calibration, scheme, spec, self.device, shared=self.tokens[drawn])
+        return quantize(
+            load_model(self.task.model),
+            pixels,
+            calibration,
+            scheme,
+            spec,
+            self.device,
+            shared=self.tokens[drawn],
+        )
 
-    def _measured(self, model: "QuantizedModel", reference: "NDArray[np.float32]") -> dict[str, Any]:
+    def _measured(
+        self, model: "QuantizedModel", reference: "NDArray[np.float32]"
+    ) -> dict[str, Any]:
         from marrq.modules import bits_per_weight
         from runtime.accuracy import measure_accuracy
 
@@ -183,7 +223,9 @@ class Runner:
     def _logits(self, model: "VisionModel | QuantizedModel") -> "NDArray[np.float32]":
         from marrq.evaluate import predict
 
-        logits: NDArray[np.float32] = predict(model.module, self.held_out, self.original.preprocessing, self.device).numpy()
+        logits: NDArray[np.float32] = predict(
+            model.module, self.held_out, self.original.preprocessing, self.device
+        ).numpy()
         return logits
 
 
@@ -211,24 +253,43 @@ class _Comparison:
             "data": runner.held_out.description(),
             "samples": runner.task.samples,
         }
-        self.report = {**about, "environment": {**describe_machine(), "torch": version("torch")}, "runs": []}
+        self.report = {
+            **about,
+            "environment": {**describe_machine(), "torch": version("torch")},
+            "runs": [],
+        }
         if file.exists():
             self.report = _resumed(file, about)
 
     def missing(self) -> list[Combination]:
         """What the file does not hold yet."""
-        return [one for one in self.combinations if not any(_key(one).items() <= run.items() for run in self.report["runs"])]
+        return [
+            one
+            for one in self.combinations
+            if not any(_key(one).items() <= run.items() for run in self.report["runs"])
+        ]
 
     def add(self, run: dict[str, Any]) -> None:
-        """Take a run into the file, behind those that it had; new ones stand in the order of the combinations, whichever was done first."""
+        """Take a run into the file, behind those that it had; new ones stand in the order of the
+        combinations, whichever was done first."""
         self.report["float"] = run.pop("float")
         self.added.append(run)
-        self.added.sort(key=lambda run: next(place for place, one in enumerate(self.combinations) if _key(one).items() <= run.items()))
+        self.added.sort(
+            key=lambda run: next(
+                place
+                for place, one in enumerate(self.combinations)
+                if _key(one).items() <= run.items()
+            )
+        )
         write_json(self.file, {**self.report, "runs": self.report["runs"] + self.added})
 
     def selected(self, wanted: set[tuple[str, str]], seeds: int) -> dict[str, Any]:
         """The report with the runs that were asked for, whatever else the file holds."""
-        runs = [run for run in self.report["runs"] + self.added if (run["scheme"], run["method"]) in wanted and run["seed"] < seeds]
+        runs = [
+            run
+            for run in self.report["runs"] + self.added
+            if (run["scheme"], run["method"]) in wanted and run["seed"] < seeds
+        ]
         return {**self.report, "runs": runs}
 
 
@@ -238,7 +299,11 @@ def _resumed(file: Path, about: dict[str, Any]) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(file.read_text())
         differing = [key for key, value in about.items() if report[key] != value]
     except (ValueError, KeyError, TypeError) as error:
-        raise MarrqError(f"{str(file)!r} is no comparison: choose another file to write to") from error
+        raise MarrqError(
+            f"{str(file)!r} is no comparison: choose another file to write to"
+        ) from error
     if differing:
-        raise MarrqError(f"{str(file)!r} compares with another {differing[0]}: choose another file to write to")
+        raise MarrqError(
+            f"{str(file)!r} compares with another {differing[0]}: choose another file to write to"
+        )
     return report

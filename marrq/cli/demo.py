@@ -12,12 +12,16 @@ from marrq.cli.quantize import quantize
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifact, the ONNX file and the report.")] = Path(
-        "marrq-demo"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for the artifact, the ONNX file and the report."
+        ),
+    ] = Path("marrq-demo"),
     force: ForceOption = False,
 ) -> None:
-    """Quantize, export and measure the built-in ViT on 1,000 held-out digits, in under two minutes."""
+    """Quantize, export and measure the built-in ViT on 1,000 held-out digits, in under two
+    minutes."""
     import runtime.session  # noqa: F401  (says at once when ONNX Runtime is missing)
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"

@@ -1,5 +1,5 @@
-"""`marrq doctor`: what this machine has, what an ONNX file or a Triton repository needs, and whether ONNX Runtime here or on a server loads
-it."""
+"""`marrq doctor`: what this machine has, what an ONNX file or a Triton repository needs, and
+whether ONNX Runtime here or on a server loads it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +17,31 @@ if TYPE_CHECKING:
 def doctor(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="FILE|REPOSITORY", help="An ONNX file of any tool, or a Triton repository; left out: the machine alone."),
+        typer.Argument(
+            metavar="FILE|REPOSITORY",
+            help="An ONNX file of any tool, or a Triton repository; left out: the machine alone.",
+        ),
     ] = None,
-    server: Annotated[str | None, typer.Option("--ort", metavar="VERSION", help="ONNX Runtime of the server that is to load it.")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--ort", metavar="VERSION", help="ONNX Runtime of the server that is to load it."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Say what keeps a file from running, here or on a server: marrq doctor model.onnx --ort 1.18. Exits with 3 when something does."""
+    """Say what keeps a file from running, here or on a server: marrq doctor model.onnx --ort 1.18.
+    Exits with 3 when something does."""
     if path is None and server is not None:
-        raise MarrqError(f"--ort {server} is about a file that a server is to load: marrq doctor FILE --ort {server}")
+        raise MarrqError(
+            f"--ort {server} is about a file that a server is to load: marrq doctor FILE --ort "
+            f"{server}"
+        )
     if path is not None and not path.exists():
-        raise MarrqError(f"{str(path)!r} does not exist: give an ONNX file, a Triton repository, or nothing to examine the machine alone")
+        raise MarrqError(
+            f"{str(path)!r} does not exist: give an ONNX file, a Triton repository, or nothing to "
+            "examine the machine alone"
+        )
 
     from runtime.doctor import diagnose, diagnosis, examine_file, examine_machine, parse_version
     from runtime.errors import GateError
@@ -34,8 +49,16 @@ def doctor(
     if server is not None:
         parse_version(server)
     models = _models(path) if path is not None and path.is_dir() else []
-    paths = [file for model in models for file in model.files] if models else [path] if path is not None else []
-    report = diagnose(examine_machine(_torch()), [examine_file(file) for file in paths], server, models)
+    paths = (
+        [file for model in models for file in model.files]
+        if models
+        else [path]
+        if path is not None
+        else []
+    )
+    report = diagnose(
+        examine_machine(_torch()), [examine_file(file) for file in paths], server, models
+    )
     write_json(json_file, report)
     stdout.print(diagnosis(report))
     if report["problems"]:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marrq.cli.common import DataOption, DeviceOption, JsonOption, choose_device, data_for, progress_bars, stdout, write_json
+from marrq.cli.common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    choose_device,
+    data_for,
+    progress_bars,
+    stdout,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from marrq.models import VisionModel
@@ -19,7 +28,8 @@ def evaluate(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Top-1 and top-5 in torch, an artifact also against its float model: marrq evaluate artifact --data demo"""
+    """Top-1 and top-5 in torch, an artifact also against its float model: marrq evaluate artifact
+    --data demo"""
     import numpy as np
 
     from marrq.data import find_images
@@ -36,22 +46,37 @@ def evaluate(
     if isinstance(loaded, VisionModel):
         candidates["float"] = loaded
     else:
-        candidates = {"float": load_source(loaded.source), f"{loaded.scheme.description} {loaded.method.name}": loaded}
+        candidates = {
+            "float": load_source(loaded.source),
+            f"{loaded.scheme.description} {loaded.method.name}": loaded,
+        }
     results = {}
-    with joined(target) as team, progress_bars(team.leads, images=len(images) * len(candidates)) as [bar]:
+    with (
+        joined(target) as team,
+        progress_bars(team.leads, images=len(images) * len(candidates)) as [bar],
+    ):
         reference = None
         for title, candidate in candidates.items():
-            logits = predict(candidate.module, images, loaded.preprocessing, target, bar.advance, team).numpy()
+            logits = predict(
+                candidate.module, images, loaded.preprocessing, target, bar.advance, team
+            ).numpy()
             reference = logits if reference is None else reference
             results[title] = asdict(measure_accuracy(logits, np.array(images.targets), reference))
     if not team.leads:
         return
-    report = {"schema": "marrq.evaluate/1", "model": name, "data": images.description(), "models": results}
+    report = {
+        "schema": "marrq.evaluate/1",
+        "model": name,
+        "data": images.description(),
+        "models": results,
+    }
     for title, accuracy in results.items():
         interval = f"{100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f}"
         stdout.print(
-            f"{title}: top-1 {100 * accuracy['top1']:.2f} % ({interval}), top-5 {100 * accuracy['top5']:.2f} %, "
-            f"agreement {100 * accuracy['agreement']:.2f} %, divergence {accuracy['divergence']:.4f}, {accuracy['images']} images",
+            f"{title}: top-1 {100 * accuracy['top1']:.2f} % ({interval}), top-5 "
+            f"{100 * accuracy['top5']:.2f} %, "
+            f"agreement {100 * accuracy['agreement']:.2f} %, divergence "
+            f"{accuracy['divergence']:.4f}, {accuracy['images']} images",
             highlight=False,
         )
     write_json(json_file, report)

@@ -1,4 +1,5 @@
-"""`marrq export`: an artifact in; an ONNX file, or a model in a repository of Triton Inference Server, out."""
+"""`marrq export`: an artifact in; an ONNX file, or a model in a repository of Triton Inference
+Server, out."""
 
 import json
 from inspect import signature
@@ -22,44 +23,90 @@ BENCH_SCHEMA = "marrq.bench/2"
 def export(
     artifact: Annotated[Path, typer.Argument(help="A folder that `marrq quantize` wrote.")],
     output: OutputOption,
-    format: Annotated[str, typer.Option(help="onnx: a file; triton: a model in a repository, which is made or added to.")] = "onnx",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx: a file; triton: a model in a repository, which is made or added to."
+        ),
+    ] = "onnx",
     flavor: Annotated[
         str | None,
-        typer.Option(help="integer, matmulnbits, qdq, or a float baseline: fp32, fp16. Left out: what suits the scheme best."),
+        typer.Option(
+            help="integer, matmulnbits, qdq, or a float baseline: fp32, fp16. Left out: what suits the scheme best."
+        ),
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric", help="qdq: only what TensorRT takes; needs a scheme such as W4A16-g128-sym.")
+        bool | None,
+        typer.Option(
+            "--symmetric",
+            help="qdq: only what TensorRT takes; needs a scheme such as W4A16-g128-sym.",
+        ),
     ] = None,
     accuracy_level: Annotated[
-        int | None, typer.Option(help="matmulnbits: 1 computes in float32 (default), 4 quantizes activations to int8.")
+        int | None,
+        typer.Option(
+            help="matmulnbits: 1 computes in float32 (default), 4 quantizes activations to int8."
+        ),
     ] = None,
     fuse: Annotated[
         bool | None,
         typer.Option(
-            "--fuse/--no-fuse", help="integer, matmulnbits: attention as one operator (default; ONNX Runtime 1.24.1), or as two products."
+            "--fuse/--no-fuse",
+            help="integer, matmulnbits: attention as one operator (default; ONNX Runtime 1.24.1), or as two products.",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Of the model, as clients address it.", rich_help_panel=SERVER)] = "vit",
-    model_version: Annotated[int, typer.Option(help="A server takes the highest.", min=1, rich_help_panel=SERVER)] = 1,
+    name: Annotated[
+        str, typer.Option(help="Of the model, as clients address it.", rich_help_panel=SERVER)
+    ] = "vit",
+    model_version: Annotated[
+        int, typer.Option(help="A server takes the highest.", min=1, rich_help_panel=SERVER)
+    ] = 1,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime; or python, which runs onnxruntime where a server lacks that backend.", rich_help_panel=SERVER)
+        str,
+        typer.Option(
+            help="onnxruntime; or python, which runs onnxruntime where a server lacks that backend.",
+            rich_help_panel=SERVER,
+        ),
     ] = "onnxruntime",
     device: Annotated[str, typer.Option(help="cpu or gpu.", rich_help_panel=SERVER)] = "cpu",
-    instances: Annotated[int, typer.Option(help="Copies that run at once; on each GPU.", min=1, rich_help_panel=SERVER)] = 1,
-    threads: Annotated[int | None, typer.Option(help="Of one operator; left out: one a core.", min=1, rich_help_panel=SERVER)] = None,
-    max_batch: Annotated[int, typer.Option(help="Images in one run at most.", min=1, rich_help_panel=SERVER)] = 8,
+    instances: Annotated[
+        int,
+        typer.Option(help="Copies that run at once; on each GPU.", min=1, rich_help_panel=SERVER),
+    ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of one operator; left out: one a core.", min=1, rich_help_panel=SERVER),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(help="Images in one run at most.", min=1, rich_help_panel=SERVER)
+    ] = 8,
     queue_delay: Annotated[
-        int, typer.Option(help="Microseconds that a request may wait for others to join it.", min=0, rich_help_panel=SERVER)
+        int,
+        typer.Option(
+            help="Microseconds that a request may wait for others to join it.",
+            min=0,
+            rich_help_panel=SERVER,
+        ),
     ] = 0,
     bench: Annotated[
-        Path | None, typer.Option(help="A JSON of `marrq bench`: its fastest batch sizes are preferred.", rich_help_panel=SERVER)
+        Path | None,
+        typer.Option(
+            help="A JSON of `marrq bench`: its fastest batch sizes are preferred.",
+            rich_help_panel=SERVER,
+        ),
     ] = None,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess", help="Take uint8 images, and normalize them in the graph.", rich_help_panel=SERVER)
+        bool,
+        typer.Option(
+            "--preprocess",
+            help="Take uint8 images, and normalize them in the graph.",
+            rich_help_panel=SERVER,
+        ),
     ] = False,
     force: ForceOption = False,
 ) -> None:
-    """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o repository --name vit"""
+    """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o
+    repository --name vit"""
     from exporters.onnx_file import check_flavor, suitable_flavor
     from marrq.artifact import artifact_hash, load
 
@@ -84,11 +131,14 @@ def export(
     if format == "onnx":
         _export_file(model, artifact_hash(artifact), flavor, output, options)
     else:
-        _export_to_repository(model, artifact_hash(artifact), flavor, output, options, force, bench, server)
+        _export_to_repository(
+            model, artifact_hash(artifact), flavor, output, options, force, bench, server
+        )
 
 
 def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]) -> None:
-    """Raise MarrqError for an unknown format, for an option that the format does not have, and for a file that is there."""
+    """Raise MarrqError for an unknown format, for an option that the format does not have, and for
+    a file that is there."""
     from exporters.onnx_file import external_data
     from marrq.artifact import check_output
 
@@ -97,12 +147,16 @@ def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]
     if format == "onnx":
         for option, value in server.items():
             if value != signature(export).parameters[option].default:
-                raise MarrqError(f"--{option.replace('_', '-')} is about a server: use it with --format triton")
+                raise MarrqError(
+                    f"--{option.replace('_', '-')} is about a server: use it with --format triton"
+                )
         for place in (output, external_data(output)):
             check_output(place, force)
 
 
-def _export_file(model: "QuantizedModel", artifact: str, flavor: str, output: Path, options: "Options") -> None:
+def _export_file(
+    model: "QuantizedModel", artifact: str, flavor: str, output: Path, options: "Options"
+) -> None:
     from exporters.onnx_file import write
     from runtime.graph import size_bytes
 
@@ -122,10 +176,17 @@ def _export_to_repository(
 ) -> None:
     from exporters.triton import Serving, preferred_batches, write_repository
 
-    preferred = preferred_batches(_bench_report(bench), flavor, str(model.scheme), server["max_batch"]) if bench else ()
+    preferred = (
+        preferred_batches(_bench_report(bench), flavor, str(model.scheme), server["max_batch"])
+        if bench
+        else ()
+    )
     serving = Serving(**server, preferred=preferred)
     folder = write_repository(model, artifact, flavor, repository, serving, options, force)
-    say(f"wrote {folder / str(serving.model_version)}; serve it with: tritonserver --model-repository {repository}")
+    say(
+        f"wrote {folder / str(serving.model_version)}; serve it with: tritonserver "
+        f"--model-repository {repository}"
+    )
 
 
 def _bench_report(file: Path) -> dict[str, Any]:
@@ -134,7 +195,12 @@ def _bench_report(file: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(file.read_text())
         schema = report["schema"]
     except (KeyError, TypeError, ValueError) as error:
-        raise MarrqError(f"{str(file)!r} is no bench: give what `marrq bench --json` wrote") from error
+        raise MarrqError(
+            f"{str(file)!r} is no bench: give what `marrq bench --json` wrote"
+        ) from error
     if schema != BENCH_SCHEMA:
-        raise MarrqError(f"{str(file)!r} has schema {schema!r}, not {BENCH_SCHEMA!r}: give what `marrq bench --json` wrote")
+        raise MarrqError(
+            f"{str(file)!r} has schema {schema!r}, not {BENCH_SCHEMA!r}: give what `marrq bench "
+            "--json` wrote"
+        )
     return report

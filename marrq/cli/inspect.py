@@ -1,4 +1,5 @@
-"""`marrq inspect`: what really runs each linear of an ONNX file, with how many bits; or how each linear of an artifact was quantized."""
+"""`marrq inspect`: what really runs each linear of an ONNX file, with how many bits; or how each
+linear of an artifact was quantized."""
 
 import json
 from dataclasses import asdict
@@ -16,25 +17,40 @@ SCHEMA = "marrq.inspect/1"
 def inspect(
     path: Annotated[Path, typer.Argument(help="An ONNX file, of any tool; or an artifact folder.")],
     strict: Annotated[
-        bool, typer.Option("--strict", help="Of a file: exit with 3 when a linear runs in float against its scheme.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Of a file: exit with 3 when a linear runs in float against its scheme.",
+        ),
     ] = False,
     json_file: JsonOption = None,
     provider: ProviderOption = "cpu",
-    optimization: Annotated[str, typer.Option(help="Graph optimization of ONNX Runtime: none, basic, extended or all.")] = "all",
+    optimization: Annotated[
+        str, typer.Option(help="Graph optimization of ONNX Runtime: none, basic, extended or all.")
+    ] = "all",
     plot: PlotOption = None,
 ) -> None:
-    """Show what really runs a file, and why: marrq inspect model.onnx --strict. Or how an artifact was quantized: --plot alpha.svg"""
+    """Show what really runs a file, and why: marrq inspect model.onnx --strict. Or how an artifact
+    was quantized: --plot alpha.svg"""
     if path.is_file():
         if plot is not None:
-            raise MarrqError(f"--plot draws the search of alpha, which {str(path)!r} does not hold: give the artifact's folder")
+            raise MarrqError(
+                f"--plot draws the search of alpha, which {str(path)!r} does not hold: give the "
+                "artifact's folder"
+            )
         _inspect_file(path, strict, json_file, provider, optimization)
     elif strict or json_file is not None:
-        raise MarrqError(f"--strict and --json are about an ONNX file: export {str(path)!r} with `marrq export`, and inspect that")
+        raise MarrqError(
+            f"--strict and --json are about an ONNX file: export {str(path)!r} with `marrq "
+            "export`, and inspect that"
+        )
     else:
         _inspect_artifact(path, plot)
 
 
-def _inspect_file(file: Path, strict: bool, json_file: Path | None, provider: str, optimization: str) -> None:
+def _inspect_file(
+    file: Path, strict: bool, json_file: Path | None, provider: str, optimization: str
+) -> None:
     from runtime.audit import audit, demand_integers, examine
     from runtime.inspection import audit_table, inspection
     from runtime.precision import measure_precision

@@ -35,29 +35,59 @@ def quantize(
             "-e8: patch embedding and head in 8 bits."
         ),
     ] = "W4A8",
-    activations: Annotated[str, typer.Option(help="per-tensor (static) or per-token (dynamic).")] = "per-tensor",
-    method: Annotated[str, typer.Option(help="rtn, gptq, gptaq, rescomp, exact, stream, or marr- before one of the last four.")] = "marr",
-    alpha: Annotated[str | None, typer.Option(help="pid, grid or global=VALUE: how the residual strength is found.")] = None,
-    feedback: Annotated[str | None, typer.Option(help="held-out or calibration: the images that judge it.")] = None,
-    lowrank: Annotated[
-        str | None, typer.Option(help="srr:RANK, qera:RANK or lqer:RANK, with :int8 smaller: a branch beside the codes.")
+    activations: Annotated[
+        str, typer.Option(help="per-tensor (static) or per-token (dynamic).")
+    ] = "per-tensor",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rtn, gptq, gptaq, rescomp, exact, stream, or marr- before one of the last four."
+        ),
+    ] = "marr",
+    alpha: Annotated[
+        str | None,
+        typer.Option(help="pid, grid or global=VALUE: how the residual strength is found."),
     ] = None,
-    rotate: Annotated[bool, typer.Option("--rotate", help="Rotate the residual stream first.")] = False,
-    setting: Annotated[list[str], typer.Option("--set", help="KEY=VALUE, another setting of the method; may be repeated.")] = [],  # noqa: B006
+    feedback: Annotated[
+        str | None, typer.Option(help="held-out or calibration: the images that judge it.")
+    ] = None,
+    lowrank: Annotated[
+        str | None,
+        typer.Option(
+            help="srr:RANK, qera:RANK or lqer:RANK, with :int8 smaller: a branch beside the codes."
+        ),
+    ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Rotate the residual stream first.")
+    ] = False,
+    setting: Annotated[
+        list[str],
+        typer.Option("--set", help="KEY=VALUE, another setting of the method; may be repeated."),
+    ] = [],
     data: DataOption = None,
     samples: SamplesOption = 256,
     seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
     device: DeviceOption = "auto",
     work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for calibration tokens, in memory-mapped files, and for the checkpoint.", file_okay=False)
+        Path | None,
+        typer.Option(
+            help="Folder for calibration tokens, in memory-mapped files, and for the checkpoint.",
+            file_okay=False,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; do nothing where it is complete.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run that was stopped; do nothing where it is complete."
+        ),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
-    """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o artifact
+    """Quantize a pretrained vision transformer to a low-bit artifact: marrq quantize demo -o
+    artifact
 
-    torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same artifact.
-    """
+    torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same
+    artifact."""
     from marrq.artifact import check_output, description, save
     from marrq.checkpoint import FolderCheckpoint, remove_checkpoint
     from marrq.data import find_images
@@ -71,9 +101,17 @@ def quantize(
 
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
-    options = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": "0" if rotate else None}
+    options = {
+        "alpha": alpha,
+        "feedback": feedback,
+        "lowrank": lowrank,
+        "rotate": "0" if rotate else None,
+    }
     settings = {key: value for key, value in options.items() if value is not None}
-    spec = with_settings(method, settings | {key: value for key, _, value in (text.partition("=") for text in setting)})
+    spec = with_settings(
+        method,
+        settings | {key: value for key, _, value in (text.partition("=") for text in setting)},
+    )
     work = (output.parent if work_dir is None else work_dir) / f".{output.name}.checkpoint"
     if not resume:
         check_output(output, force)
@@ -117,12 +155,16 @@ def _check_checkpoint(folder: Path, overwrite: bool) -> None:
 
     if is_checkpoint(folder):
         if not overwrite:
-            raise MarrqError(f"an unfinished run is in {str(folder)!r}: pass --resume to go on with it, or --force to begin again")
+            raise MarrqError(
+                f"an unfinished run is in {str(folder)!r}: pass --resume to go on with it, or "
+                "--force to begin again"
+            )
         remove_checkpoint(folder)
 
 
 def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the output is what this run would write. Raises MarrqError where it is something else and may not be replaced."""
+    """Whether the output is what this run would write. Raises MarrqError where it is something else
+    and may not be replaced."""
     from marrq.artifact import check_output, is_artifact, read_config
 
     if is_artifact(output) and about.items() <= read_config(output).items():
@@ -139,7 +181,10 @@ def _warnings(model: "QuantizedModel") -> list[str]:
     reports, method = model.reports, model.method
     found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]
     if method.name in STREAM_METHODS and not any(report.writes_stream for report in reports):
-        found.append(f"no linear writes to a residual stream: {method.name} did what {method.name.replace('stream', 'exact')} does")
+        found.append(
+            f"no linear writes to a residual stream: {method.name} did what "
+            f"{method.name.replace('stream', 'exact')} does"
+        )
     return found
 
 

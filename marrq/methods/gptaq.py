@@ -1,12 +1,13 @@
-"""GPTAQ (arXiv 2504.02692): GPTQ with asymmetric calibration, the target being the output on full-precision inputs, W X̃.
+"""GPTAQ (arXiv 2504.02692): GPTQ with asymmetric calibration, the target being the output on
+full-precision inputs, W X̃.
 
-The sweep gets a residual term that moves what the drift of neuron j's input changes into the columns after it:
+The sweep gets a residual term that moves what the drift of neuron j's input changes into the
+columns after it:
 
     P1 = ((D L) ∘ M) Lᵀ,        L = Uᵀ,   M the strictly upper 0/1 mask,   D = Σ dx xᵀ
 
-The paper has α = 1; its released code multiplies P1 by a constant 0.25, which is the default here too. The mask goes on D L before the
-product with Lᵀ (after it, P1 would be another matrix).
-"""
+The paper has α = 1; its released code multiplies P1 by a constant 0.25, which is the default here
+too. The mask goes on D L before the product with Lᵀ (after it, P1 would be another matrix)."""
 
 from typing import ClassVar
 
@@ -37,7 +38,9 @@ class GptaqPath:
         count = len(alphas)
         grid = stack_grids([self.grid] * count)
         rows = alphas.repeat_interleave(len(self.weight))
-        return Rounding(sweep(self.weight.repeat(count, 1), grid, self.factor, self.residuals, rows), grid)
+        return Rounding(
+            sweep(self.weight.repeat(count, 1), grid, self.factor, self.residuals, rows), grid
+        )
 
     def direction(self, alpha: float) -> Tensor:
         """T = w̃ P1 (I - αP1)⁻¹: two triangular solves."""
@@ -48,6 +51,10 @@ class GptaqPath:
     @staticmethod
     def _solve(rows: Tensor, strictly_upper: Tensor) -> Tensor:
         """Rows (I - strictly_upper)⁻¹."""
-        system = torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device) - strictly_upper
-        solved: Tensor = torch.linalg.solve_triangular(system, rows, upper=True, left=False, unitriangular=True)
+        system = (
+            torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device) - strictly_upper
+        )
+        solved: Tensor = torch.linalg.solve_triangular(
+            system, rows, upper=True, left=False, unitriangular=True
+        )
         return solved

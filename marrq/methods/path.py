@@ -1,8 +1,9 @@
-"""The residual methods, seen from what MARR needs: a path of roundings with the residual strength α as its parameter.
+"""The residual methods, seen from what MARR needs: a path of roundings with the residual strength α
+as its parameter.
 
-A path belongs to one weight and one set of statistics. It sweeps at any α, for one α or many at once, and knows in which direction the
-compensated weights move with α when rounding is left out (the mean-field path w̃(α)); gptaq.py, rescomp.py and exact.py have theirs.
-"""
+A path belongs to one weight and one set of statistics. It sweeps at any α, for one α or many at
+once, and knows in which direction the compensated weights move with α when rounding is left out
+(the mean-field path w̃(α)); gptaq.py, rescomp.py and exact.py have theirs."""
 
 from typing import ClassVar, Protocol
 
@@ -15,7 +16,8 @@ from marrq.team import Team
 
 
 class Path(Protocol):
-    """Roundings of a weight [m, n] as a function of α. constant: the α of the method without a search."""
+    """Roundings of a weight [m, n] as a function of α. constant: the α of the method without a
+    search."""
 
     constant: ClassVar[float]
 
@@ -30,12 +32,13 @@ class Path(Protocol):
         ...
 
 
-def final(path: Path, weight: Tensor, team: Team, alpha: float, trajectory: tuple[Step, ...] = ()) -> Rounding:
+def final(
+    path: Path, weight: Tensor, team: Team, alpha: float, trajectory: tuple[Step, ...] = ()
+) -> Rounding:
     """The rounding at α.
 
-    A residual term feeds the compensated columns back into themselves and can overflow on a coarse grid; then α = 0 is used, and said: for
-    all rows, whichever process of the team has them.
-    """
+    A residual term feeds the compensated columns back into themselves and can overflow on a coarse
+    grid; then α = 0 is used, and said: for all rows, whichever process of the team has them."""
     fallback = None
     rounding = path.round_at(weight.new_tensor([alpha]))
     if not team.everywhere(bool(torch.isfinite(rounding.codes).all())):
@@ -45,7 +48,9 @@ def final(path: Path, weight: Tensor, team: Team, alpha: float, trajectory: tupl
     return Rounding(rounding.codes, rounding.grid, alpha, trajectory, fallback)
 
 
-def with_constant(path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
+def with_constant(
+    path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSpec
+) -> Rounding:
     """The method with one residual strength for every module."""
     alpha = path_type.constant if spec.alpha.value is None else spec.alpha.value
     return final(path_type(weight, problem.whole, problem.weights), weight, problem.team, alpha)

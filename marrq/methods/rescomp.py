@@ -1,7 +1,8 @@
-"""ResComp (arXiv 2604.07955): GPTAQ with a second residual term, for what compensation itself has changed in the weights.
+"""ResComp (arXiv 2604.07955): GPTAQ with a second residual term, for what compensation itself has
+changed in the weights.
 
-The output to be reached is that of the original column W0_j, while the column that is rounded has been moved to w_j by the columns before
-it. The difference goes into the columns after it:
+The output to be reached is that of the original column W0_j, while the column that is rounded has
+been moved to w_j by the columns before it. The difference goes into the columns after it:
 
     + α (W0_j - w_j) ⊗ P2[j, >j],        P2 = ((C L) ∘ M) Lᵀ,   C = Σ x̃ xᵀ = H + D
 
@@ -25,4 +26,6 @@ class RescompPath(GptaqPath):
         first, second = (residual.to(self.weight) for residual in self.residuals)
         weight, difference = self.weight[:, self.factor.order], first - second
         moved = self._solve(weight + alpha * (weight @ second), alpha * difference)
-        return self._solve(weight @ second + moved @ difference, alpha * difference)[:, self.factor.order.argsort()]
+        return self._solve(weight @ second + moved @ difference, alpha * difference)[
+            :, self.factor.order.argsort()
+        ]

@@ -1,4 +1,5 @@
-"""Round to nearest: each weight goes to the nearest value of its row's grid. The baseline that uses no data."""
+"""Round to nearest: each weight goes to the nearest value of its row's grid. The baseline that uses
+no data."""
 
 from torch import Tensor
 

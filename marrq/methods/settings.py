@@ -20,7 +20,8 @@ SWITCH = {"on": True, "off": False}
 
 
 def parse_method(text: str) -> MethodSpec:
-    """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError naming the unknown name, key or value."""
+    """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError naming the unknown name, key or
+    value."""
     name, *settings = text.split(",")
     pairs = [setting.partition("=") for setting in settings]
     return with_settings(name, {key: value for key, _, value in pairs})
@@ -35,14 +36,22 @@ def with_settings(name: str, settings: dict[str, str]) -> MethodSpec:
         elif key in SETTINGS:
             spec = SETTINGS[key](spec, value)
         else:
-            raise MarrqError(f"unknown setting {key!r} of a method: choose one of {', '.join((*SETTINGS, 'pid.GAIN'))}")
+            raise MarrqError(
+                f"unknown setting {key!r} of a method: choose one of "
+                f"{', '.join((*SETTINGS, 'pid.GAIN'))}"
+            )
     return _checked(spec)
 
 
 def text_of(spec: MethodSpec) -> str:
     """The text that `parse_method` reads back: only what differs from the defaults."""
     default = _told(MethodSpec())
-    return ",".join([spec.name, *(f"{key}={value}" for key, value in _told(spec).items() if value != default[key])])
+    return ",".join(
+        [
+            spec.name,
+            *(f"{key}={value}" for key, value in _told(spec).items() if value != default[key]),
+        ]
+    )
 
 
 def _told(spec: MethodSpec) -> dict[str, str]:
@@ -75,17 +84,23 @@ def _on_or_off(value: bool) -> str:
 
 
 def _checked(spec: MethodSpec) -> MethodSpec:
-    """What a method would not use is refused, not ignored: a search belongs to the marr methods, a value of α to all that have one."""
+    """What a method would not use is refused, not ignored: a search belongs to the marr methods, a
+    value of α to all that have one."""
     is_constant = spec.name in PATHS and spec.alpha.value is not None
     if not spec.name.startswith("marr-") and spec.alpha != AlphaSpec() and not is_constant:
-        raise MarrqError(f"method {spec.name!r} searches no alpha: choose marr-{spec.name if spec.name in PATHS else 'stream'}")
+        raise MarrqError(
+            f"method {spec.name!r} searches no alpha: choose "
+            f"marr-{spec.name if spec.name in PATHS else 'stream'}"
+        )
     return spec
 
 
 def _alpha(spec: MethodSpec, text: str) -> MethodSpec:
     strategy, _, value = text.partition("=")
     number = _number("alpha", value) if value else None
-    return replace(spec, alpha=replace(spec.alpha, strategy=cast(AlphaStrategy, strategy), value=number))
+    return replace(
+        spec, alpha=replace(spec.alpha, strategy=cast(AlphaStrategy, strategy), value=number)
+    )
 
 
 def _feedback(spec: MethodSpec, text: str) -> MethodSpec:
@@ -96,7 +111,12 @@ def _with_gain(spec: MethodSpec, gain: str, text: str) -> MethodSpec:
     types = {field.name: int if field.name == "steps" else float for field in fields(PID)}
     if gain not in types:
         raise MarrqError(f"unknown setting of the PID {gain!r}: choose one of {', '.join(types)}")
-    return replace(spec, alpha=replace(spec.alpha, pid=replace(spec.alpha.pid, **{gain: _number(gain, text, types[gain])})))
+    return replace(
+        spec,
+        alpha=replace(
+            spec.alpha, pid=replace(spec.alpha.pid, **{gain: _number(gain, text, types[gain])})
+        ),
+    )
 
 
 def _number(key: str, text: str, kind: type = float) -> Any:
@@ -120,7 +140,9 @@ def _clip(text: str) -> Clip:
 
 def _balance(text: str) -> Balance:
     if text not in get_args(Balance):
-        raise MarrqError(f"setting 'balance' must be one of {', '.join(get_args(Balance))}: got {text!r}")
+        raise MarrqError(
+            f"setting 'balance' must be one of {', '.join(get_args(Balance))}: got {text!r}"
+        )
     return cast(Balance, text)
 
 
@@ -128,8 +150,12 @@ SETTINGS: dict[str, Callable[[MethodSpec, str], MethodSpec]] = {
     "alpha": _alpha,
     "feedback": _feedback,
     "damping": lambda spec, text: replace(spec, damping=_number("damping", text)),
-    "target-damping": lambda spec, text: replace(spec, target_damping=_number("target-damping", text)),
-    "bias-correction": lambda spec, text: replace(spec, correct_bias=_switch("bias-correction", text)),
+    "target-damping": lambda spec, text: replace(
+        spec, target_damping=_number("target-damping", text)
+    ),
+    "bias-correction": lambda spec, text: replace(
+        spec, correct_bias=_switch("bias-correction", text)
+    ),
     "equalize": lambda spec, text: replace(spec, equalize=_switch("equalize", text)),
     "balance": lambda spec, text: replace(spec, balance=_balance(text)),
     "act-order": lambda spec, text: replace(spec, act_order=_switch("act-order", text)),

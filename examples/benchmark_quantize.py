@@ -16,15 +16,16 @@ from typing import Annotated
 import torch
 import typer
 
-from marrq.affine import search_weight_grid
 from marrq.cli.common import peak_memory
-from marrq.data import find_images
 from marrq.methods.gptq import BLOCK_SIZE, sweep
 from marrq.methods.settings import parse_method
-from marrq.models import load_model
-from marrq.pipeline import CalibrationSet, quantize
+from marrq.methods.statistics import factorize
+from marrq.models.images import find_images
+from marrq.models.load import load_model
+from marrq.pipeline.quantize import quantize
+from marrq.quantized_model import CalibrationRecord
+from marrq.quantizers.affine import search_weight_grid
 from marrq.schemes import WeightSpec, parse_scheme
-from marrq.statistics import factorize
 
 CPU = torch.device("cpu")
 app = typer.Typer(add_completion=False)
@@ -98,7 +99,7 @@ def methods(
             quantize(
                 loaded,
                 images,
-                CalibrationSet(data, samples, 0, ""),
+                CalibrationRecord(data, samples, 0, ""),
                 parse_scheme(scheme),
                 parse_method(name),
                 CPU,
@@ -131,8 +132,8 @@ def memory(
     weights, as much."""
     import timm
 
-    from marrq.models import ModelSource, VisionModel
-    from marrq.preprocessing import Preprocessing
+    from marrq.models.load import ModelSource, VisionModel
+    from marrq.models.preprocessing import Preprocessing
 
     module = timm.create_model(model, num_classes=10, depth=depth).eval()
     preprocessing = Preprocessing(
@@ -147,7 +148,7 @@ def memory(
         quantize(
             loaded,
             images,
-            CalibrationSet("noise", samples, 0, ""),
+            CalibrationRecord("noise", samples, 0, ""),
             parse_scheme("W4A8"),
             parse_method(method),
             torch.device(device),

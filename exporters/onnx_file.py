@@ -6,7 +6,7 @@ Every file carries what is needed to serve and to judge it, as metadata: `marrq.
 `marrq.container_bits` (of one weight code in this file), `marrq.schemes` (paths of the quantized
 linears, by their scheme), the options of the flavour, and `marrq.lowest_onnxruntime`. The opset and
 IR version are the lowest that the graph needs: servers refuse versions newer than they know.
-`marrq.linears` says where each linear begins and ends in the graph (exporters/lowering.py).
+`marrq.linears` says where each linear begins and ends in the graph (exporters/flavors/lowering.py).
 
 A protobuf ends at 2 GiB. The tensors of a larger model are kept beside it, in one file named like
 it with `.data` behind, which has to go where the model goes."""
@@ -23,17 +23,17 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.floating import export_float16, export_float32
-from exporters.integer import Integer
-from exporters.lowering import weight_bits
-from exporters.matmulnbits import MatMulNBits
+from exporters.flavors.floating import export_float16, export_float32
+from exporters.flavors.integer import Integer
+from exporters.flavors.lowering import weight_bits
+from exporters.flavors.matmulnbits import MatMulNBits
+from exporters.flavors.qdq import Qdq
 from exporters.pixels import take_images
-from exporters.qdq import Qdq
 from marrq import __version__
 from marrq.errors import MarrqError
-from marrq.models import VisionModel, load_source
-from marrq.modules import quantized_linears
-from marrq.pipeline import QuantizedModel
+from marrq.models.load import VisionModel, load_source
+from marrq.quantized_model import QuantizedModel
+from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import Scheme
 
 IR_VERSIONS = {20: 9, 21: 10, 23: 11, 25: 13}

@@ -3,15 +3,15 @@ arithmetic.
 
     pixels, uint8 [batch, height, width, channels]  →  (x / 255 - mean) / std  →  float32 [batch, channels, height, width]
 
-The operations are those of the preprocessing outside (marrq/preprocessing.py), in its order and in
-float32, so that the model reads the same numbers. Resizing stays with the client: no operator of
-ONNX resizes as Pillow does."""
+The operations are those of the preprocessing outside (marrq/models/preprocessing.py), in its order
+and in float32, so that the model reads the same numbers. Resizing stays with the client: no
+operator of ONNX resizes as Pillow does."""
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters.passes import add_constant
-from marrq.preprocessing import Preprocessing
+from marrq.models.preprocessing import Preprocessing
 
 CHANNELS_FIRST = [0, 3, 1, 2]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marrq.errors import MarrqError
-from marrq.modules import quantized_linears
+from marrq.quantizers.linear import quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
 PLACEHOLDER = "QuantizedLinear"

@@ -8,7 +8,7 @@ Weights lie on one asymmetric grid per output channel unless a suffix says other
     W4A8-sym        zero point 0, as TensorRT wants it; goes with -g128 too: W4A16-g128-sym
     W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two that the block shares
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
-    W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/edges.py); without it they stay in floating point
+    W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/models/first_last.py); without it they stay in floating point
 
 Activations lie on one grid per tensor, found in calibration (`per-tensor`, static), or on one grid
 per token, found at run time (`per-token`, dynamic)."""

@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import noise, quantized, vit
 
-from marrq.artifact import CONFIG, REPORTS, TENSORS, _sha256, load, save
+from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, _sha256, load, save
 from marrq.errors import MarrqError
-from runtime.memory import resident_peak_mb
+from runtime.measure.memory import resident_peak_mb
 
 HEADROOM = 512 * 2**20
 """Bytes of address space beyond what the process has when it begins; the artifact has 80 kB."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  # loaded before the forks, which then begin at once
 
-from marrq.artifact import load
+from marrq.artifact.folder import load
 from marrq.cli import main
 
 COMMAND = ["quantize", "demo", "--samples", "64", "--resume", "-o"]

@@ -14,11 +14,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from marrq.artifact import tensors_of
+from marrq.artifact.folder import tensors_of
 from marrq.methods.settings import parse_method
-from marrq.models import ATTENTION, ModelSource, TransformersOutput, VisionModel
-from marrq.pipeline import BATCH_SIZE, CalibrationSet, QuantizedModel, quantize
-from marrq.preprocessing import Preprocessing
+from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel
+from marrq.models.preprocessing import Preprocessing
+from marrq.pipeline.quantize import quantize
+from marrq.quantized_model import BATCH_SIZE, CalibrationRecord, QuantizedModel
 from marrq.schemes import ActivationStrategy, parse_scheme
 
 VIT = {
@@ -140,7 +141,7 @@ def quantized(
 ) -> QuantizedModel:
     """The module quantized in place; method as `parse_method` takes it, options as the pipeline
     does."""
-    calibration = CalibrationSet("noise", len(images), 0, "", batch_size)
+    calibration = CalibrationRecord("noise", len(images), 0, "", batch_size)
     spec, numbers = parse_method(method), parse_scheme(scheme, strategy)
     return quantize(
         vision_model(module), images, calibration, numbers, spec, torch.device(device), **options

@@ -38,12 +38,12 @@ from tools import REQUIREMENTS, TOOLS, Source
 
 from exporters.onnx_file import write_baseline
 from marrq.cli.common import JsonOption, ThreadsOption, say, stdout, write_json
-from marrq.data import find_images
-from marrq.models import ModelSource, VisionModel, load_model
-from marrq.pipeline import CalibrationSet
-from marrq.preprocessing import Preprocessing
+from marrq.models.images import find_images
+from marrq.models.load import ModelSource, VisionModel, load_model
+from marrq.models.preprocessing import Preprocessing
+from marrq.quantized_model import CalibrationRecord
 from runtime.environment import describe
-from runtime.latency import Latency, Plan, TimedModel, measure_latency
+from runtime.measure.latency import Latency, Plan, TimedModel, measure_latency
 from runtime.session import Model, SessionSettings
 
 SCHEMA = "marrq.compare_tools/1"
@@ -140,7 +140,12 @@ def prepared(
         shape = (samples + images, *loaded.preprocessing.input_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         source = Source(
-            loaded, file, noise[:samples], CalibrationSet("noise", samples, 0, ""), scheme, method
+            loaded,
+            file,
+            noise[:samples],
+            CalibrationRecord("noise", samples, 0, ""),
+            scheme,
+            method,
         )
         return source, [part.numpy() for part in noise[samples:].split(IMAGES_AT_ONCE)]
     drawn = find_images(data, "train", loaded.labels).draw(samples, 0)
@@ -149,7 +154,7 @@ def prepared(
         loaded,
         file,
         drawn.pixels(loaded.preprocessing),
-        CalibrationSet(data, samples, 0, drawn.sha256),
+        CalibrationRecord(data, samples, 0, drawn.sha256),
         scheme,
         method,
     )

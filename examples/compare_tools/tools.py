@@ -33,8 +33,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from exporters.onnx_file import write, write_baseline
 from exporters.trace import INPUT
 from marrq.methods.settings import parse_method
-from marrq.models import VisionModel
-from marrq.pipeline import CalibrationSet, Images, quantize
+from marrq.models.load import VisionModel
+from marrq.pipeline.quantize import Images, quantize
+from marrq.quantized_model import CalibrationRecord
 from marrq.schemes import parse_scheme
 
 logging.getLogger().setLevel(
@@ -52,7 +53,7 @@ class Source:
     model: VisionModel
     file: Path
     images: Images
-    calibration: CalibrationSet
+    calibration: CalibrationRecord
     scheme: str
     method: str
 

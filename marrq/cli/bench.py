@@ -21,12 +21,12 @@ from marrq.cli.common import (
     write_json,
     write_text,
 )
-from marrq.cli.parity import artifact_of, measure_parity
 from marrq.errors import MarrqError
+from marrq.workflows.parity import artifact_of, measure_parity
 
 if TYPE_CHECKING:
-    from marrq.data import ImageSet
-    from runtime.bench import Entry
+    from marrq.models.images import ImageSet
+    from runtime.measure.bench import Entry
     from runtime.session import SessionSettings
 
 IMAGES_AT_ONCE = 8
@@ -107,15 +107,15 @@ def bench(
 ) -> None:
     """Measure files and artifacts beside their baselines: marrq bench artifact --data demo --json
     bench.json"""
-    from marrq.data import find_images
-    from marrq.preprocessing import Preprocessing
-    from runtime.bench import BenchSettings, Progress
-    from runtime.bench import bench as run_bench
+    from marrq.models.images import find_images
+    from marrq.models.preprocessing import Preprocessing
     from runtime.environment import usable_cores
-    from runtime.html import check_page, page
-    from runtime.inspection import shortfalls
-    from runtime.latency import Plan, thread_counts
-    from runtime.report import parity_table, sentences, table, throughput_table
+    from runtime.measure.bench import BenchSettings, Progress
+    from runtime.measure.bench import bench as run_bench
+    from runtime.measure.latency import Plan, thread_counts
+    from runtime.report.html import check_page, page
+    from runtime.report.inspection import shortfalls
+    from runtime.report.tables import parity_table, sentences, table, throughput_table
     from runtime.session import SessionSettings
 
     if page_file is not None:
@@ -218,9 +218,9 @@ def _entries(
     """Baselines, exported, and candidates, and the metadata that they share: source, preprocessing,
     labels."""
     from exporters.onnx_file import write_baseline
-    from marrq.artifact import REPORTS
-    from marrq.models import ModelSource, load_source
-    from runtime.bench import Entry
+    from marrq.artifact.folder import REPORTS
+    from marrq.models.load import ModelSource, load_source
+    from runtime.measure.bench import Entry
     from runtime.session import Model
 
     candidates: list[Entry] = []
@@ -292,7 +292,7 @@ def _onnx_files(path: Path, flavor: str | None, recommend: bool, scratch: Path) 
     """The file itself, or the export of an artifact: in the flavour asked for or the most suitable
     one, or in each that can express it."""
     from exporters.onnx_file import NO_OPTIONS, VARIANTS, suitable_flavor, variants, write
-    from marrq.artifact import artifact_hash, load
+    from marrq.artifact.folder import artifact_hash, load
 
     if not path.exists():
         raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")

@@ -137,7 +137,7 @@ def choose_device(name: str) -> "torch.device":
 def peak_memory() -> Iterator[Callable[[], float | None]]:
     """Inside: a function that gives the largest resident memory of the process since the start of
     the block, in MB, or None where the system does not tell it (it does on Linux)."""
-    from runtime.memory import resident_peak_mb
+    from runtime.measure.memory import resident_peak_mb
 
     reset = Path("/proc/self/clear_refs")
     if reset.exists():

@@ -26,16 +26,17 @@ from marrq.cli.common import (
     stdout,
     write_json,
 )
-from marrq.cli.on_ray import runs_on_ray
 from marrq.errors import MarrqError
+from marrq.workflows.compare_on_ray import runs_on_ray
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from marrq.methods.problem import MethodSpec
-    from marrq.models import VisionModel
-    from marrq.pipeline import FullPrecisionTokens, QuantizedModel
+    from marrq.methods.spec import MethodSpec
+    from marrq.models.load import VisionModel
+    from marrq.pipeline.quantize import FullPrecisionInputs
+    from marrq.quantized_model import QuantizedModel
     from marrq.schemes import ActivationStrategy, Scheme
 
 
@@ -71,10 +72,10 @@ def compare(
 ) -> None:
     """Compare methods over calibration seeds: marrq compare demo --scheme W4A4:per-token --method
     gptq --method marr -o compare.json"""
-    from marrq.methods import METHODS
     from marrq.methods.settings import parse_method, text_of
+    from marrq.methods.solve import METHODS
     from marrq.schemes import parse_scheme
-    from runtime.comparison import markdown, table
+    from runtime.report.comparison import markdown, table
 
     methods = [parse_method(text) for text in method or METHODS]
     parted = [text.partition(":") for text in scheme]
@@ -83,7 +84,7 @@ def compare(
         for name, _, strategy in parted
     ]
     if plot is not None:
-        from runtime.plots import check_plot, plot_comparison
+        from runtime.report.plots import check_plot, plot_comparison
 
         check_plot(plot)
     # A cluster may have GPUs where this process has none.
@@ -136,14 +137,14 @@ class Runner:
     def __init__(self, task: Task) -> None:
         import torch
 
-        from marrq.data import find_images
-        from marrq.models import load_model
+        from marrq.models.images import find_images
+        from marrq.models.load import load_model
 
         self.task, self.device = task, torch.device(task.device)
         self.original = load_model(task.model)
         self.train = find_images(task.data, "train", self.original.labels)
         self.held_out = find_images(task.data, "val", self.original.labels)
-        self.tokens: dict[tuple[int, int | None, bool, bool], FullPrecisionTokens] = {}
+        self.tokens: dict[tuple[int, int | None, bool, bool], FullPrecisionInputs] = {}
 
     def run(self, combination: Combination) -> dict[str, Any]:
         """Quantize and measure: what the report has of a run, and as `float` the accuracy of the
@@ -177,22 +178,23 @@ class Runner:
     @cached_property
     def accuracy(self) -> dict[str, Any]:
         """Of the float model, as the report has it."""
-        from runtime.accuracy import measure_accuracy
+        from runtime.measure.accuracy import measure_accuracy
 
         accuracy = measure_accuracy(self.reference, self.targets)
         return {"top1": accuracy.top1, "images": accuracy.images}
 
     def _quantized(self, scheme: "Scheme", spec: "MethodSpec", seed: int) -> "QuantizedModel":
-        from marrq.models import load_model
-        from marrq.pipeline import CalibrationSet, FullPrecisionTokens, quantize
+        from marrq.models.load import load_model
+        from marrq.pipeline.quantize import FullPrecisionInputs, quantize
+        from marrq.quantized_model import CalibrationRecord
 
         images = self.train.draw(self.task.samples, seed)
         drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
         if drawn not in self.tokens:
             self.tokens = {
-                drawn: FullPrecisionTokens()
+                drawn: FullPrecisionInputs()
             }  # those of another seed are not needed again
-        calibration = CalibrationSet(images.name, self.task.samples, seed, images.sha256)
+        calibration = CalibrationRecord(images.name, self.task.samples, seed, images.sha256)
         pixels = images.pixels(self.original.preprocessing)
         return quantize(
             load_model(self.task.model),
@@ -207,8 +209,8 @@ class Runner:
     def _measured(
         self, model: "QuantizedModel", reference: "NDArray[np.float32]"
     ) -> dict[str, Any]:
-        from marrq.modules import bits_per_weight
-        from runtime.accuracy import measure_accuracy
+        from marrq.quantizers.linear import bits_per_weight
+        from runtime.measure.accuracy import measure_accuracy
 
         reports = model.reports
         return {
@@ -221,7 +223,7 @@ class Runner:
         }
 
     def _logits(self, model: "VisionModel | QuantizedModel") -> "NDArray[np.float32]":
-        from marrq.evaluate import predict
+        from marrq.workflows.evaluate import predict
 
         logits: NDArray[np.float32] = predict(
             model.module, self.held_out, self.original.preprocessing, self.device
@@ -241,8 +243,8 @@ class _Comparison:
     """The report in its file, and which runs it is to have."""
 
     def __init__(self, runner: Runner, file: Path, combinations: list[Combination]) -> None:
-        from runtime.comparison import SCHEMA
         from runtime.environment import describe_machine
+        from runtime.report.comparison import SCHEMA
 
         self.file, self.combinations = file, combinations
         self.added: list[dict[str, Any]] = []

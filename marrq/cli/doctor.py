@@ -11,7 +11,7 @@ from marrq.cli.common import JsonOption, stdout, write_json
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from runtime.repository import ServedModel
+    from runtime.doctor.repository import ServedModel
 
 
 def doctor(
@@ -43,7 +43,13 @@ def doctor(
             "examine the machine alone"
         )
 
-    from runtime.doctor import diagnose, diagnosis, examine_file, examine_machine, parse_version
+    from runtime.doctor.doctor import (
+        diagnose,
+        diagnosis,
+        examine_file,
+        examine_machine,
+        parse_version,
+    )
     from runtime.errors import GateError
 
     if server is not None:
@@ -66,7 +72,7 @@ def doctor(
 
 
 def _models(repository: Path) -> "list[ServedModel]":
-    from runtime.repository import examine_repository
+    from runtime.doctor.repository import examine_repository
 
     return examine_repository(repository)
 

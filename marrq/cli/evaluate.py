@@ -18,8 +18,8 @@ from marrq.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from marrq.models import VisionModel
-    from marrq.pipeline import QuantizedModel
+    from marrq.models.load import VisionModel
+    from marrq.quantized_model import QuantizedModel
 
 
 def evaluate(
@@ -32,11 +32,11 @@ def evaluate(
     --data demo"""
     import numpy as np
 
-    from marrq.data import find_images
-    from marrq.evaluate import predict
-    from marrq.models import VisionModel, load_source
-    from marrq.team import joined, local_device
-    from runtime.accuracy import measure_accuracy
+    from marrq.distributed import local_device, process_group
+    from marrq.models.images import find_images
+    from marrq.models.load import VisionModel, load_source
+    from marrq.workflows.evaluate import predict
+    from runtime.measure.accuracy import measure_accuracy
 
     target = local_device(choose_device(device))
     loaded = _load(model)
@@ -52,17 +52,17 @@ def evaluate(
         }
     results = {}
     with (
-        joined(target) as team,
-        progress_bars(team.leads, images=len(images) * len(candidates)) as [bar],
+        process_group(target) as processes,
+        progress_bars(processes.is_first, images=len(images) * len(candidates)) as [bar],
     ):
         reference = None
         for title, candidate in candidates.items():
             logits = predict(
-                candidate.module, images, loaded.preprocessing, target, bar.advance, team
+                candidate.module, images, loaded.preprocessing, target, bar.advance, processes
             ).numpy()
             reference = logits if reference is None else reference
             results[title] = asdict(measure_accuracy(logits, np.array(images.targets), reference))
-    if not team.leads:
+    if not processes.is_first:
         return
     report = {
         "schema": "marrq.evaluate/1",
@@ -84,7 +84,7 @@ def evaluate(
 
 def _load(name: str) -> "VisionModel | QuantizedModel":
     """An artifact where the folder is one, else a float model."""
-    from marrq.artifact import is_artifact, load
-    from marrq.models import load_model
+    from marrq.artifact.folder import is_artifact, load
+    from marrq.models.load import load_model
 
     return load(Path(name)) if is_artifact(Path(name)) else load_model(name)

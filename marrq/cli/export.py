@@ -13,7 +13,7 @@ from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
     from exporters.onnx_file import Options
-    from marrq.pipeline import QuantizedModel
+    from marrq.quantized_model import QuantizedModel
 
 FORMATS = ("onnx", "triton")
 SERVER = "For --format triton"
@@ -108,7 +108,7 @@ def export(
     """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o
     repository --name vit"""
     from exporters.onnx_file import check_flavor, suitable_flavor
-    from marrq.artifact import artifact_hash, load
+    from marrq.artifact.folder import artifact_hash, load
 
     server = {
         "name": name,
@@ -140,7 +140,7 @@ def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]
     """Raise MarrqError for an unknown format, for an option that the format does not have, and for
     a file that is there."""
     from exporters.onnx_file import external_data
-    from marrq.artifact import check_output
+    from marrq.artifact.folder import check_output
 
     if format not in FORMATS:
         raise MarrqError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
@@ -158,7 +158,7 @@ def _export_file(
     model: "QuantizedModel", artifact: str, flavor: str, output: Path, options: "Options"
 ) -> None:
     from exporters.onnx_file import write
-    from runtime.graph import size_bytes
+    from runtime.audit.graph import size_bytes
 
     write(model, artifact, flavor, output, options)
     say(f"wrote {output}: {size_bytes(output) / 1e6:.2f} MB")
@@ -174,7 +174,7 @@ def _export_to_repository(
     bench: Path | None,
     server: dict[str, Any],
 ) -> None:
-    from exporters.triton import Serving, preferred_batches, write_repository
+    from exporters.triton.repository import Serving, preferred_batches, write_repository
 
     preferred = (
         preferred_batches(_bench_report(bench), flavor, str(model.scheme), server["max_batch"])

@@ -51,9 +51,9 @@ def inspect(
 def _inspect_file(
     file: Path, strict: bool, json_file: Path | None, provider: str, optimization: str
 ) -> None:
-    from runtime.audit import audit, demand_integers, examine
-    from runtime.inspection import audit_table, inspection
-    from runtime.precision import measure_precision
+    from runtime.audit.audit import audit, demand_integers, examine
+    from runtime.audit.precision import measure_precision
+    from runtime.report.inspection import audit_table, inspection
     from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
 
     examined = examine(file, SessionSettings(provider, optimization=optimization))
@@ -79,7 +79,7 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from marrq.artifact import REPORTS, read_config
+    from marrq.artifact.folder import REPORTS, read_config
 
     read_config(artifact)
     reports: list[dict[str, Any]] = json.loads((artifact / REPORTS).read_text())
@@ -97,7 +97,7 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
             f"{report['damping']:g}",
         )
     if plot is not None:
-        from runtime.plots import plot_alphas
+        from runtime.report.plots import plot_alphas
 
         plot_alphas(reports, plot)
     stdout.print(table)

@@ -21,7 +21,7 @@ from marrq.cli.common import (
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from marrq.pipeline import ModuleReport, QuantizedModel
+    from marrq.quantized_model import ModuleReport, QuantizedModel
     from marrq.schemes import ActivationStrategy
 
 
@@ -88,16 +88,16 @@ def quantize(
 
     torchrun --nproc-per-node N -m marrq quantize … shares the work out to N processes, for the same
     artifact."""
-    from marrq.artifact import check_output, description, save
-    from marrq.checkpoint import FolderCheckpoint, remove_checkpoint
-    from marrq.data import find_images
+    from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
+    from marrq.artifact.folder import check_output, description, save
+    from marrq.distributed import local_device, process_group
     from marrq.methods.settings import with_settings
-    from marrq.models import load_model
-    from marrq.pipeline import CalibrationSet
-    from marrq.pipeline import quantize as run_pipeline
+    from marrq.models.images import find_images
+    from marrq.models.load import load_model
+    from marrq.pipeline.block_inputs import in_files, in_memory
+    from marrq.pipeline.quantize import quantize as run_pipeline
+    from marrq.quantized_model import CalibrationRecord
     from marrq.schemes import parse_scheme
-    from marrq.team import joined, local_device
-    from marrq.tokens import in_files, in_memory
 
     # Whatever can be wrong is checked before the long part.
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
@@ -121,13 +121,16 @@ def quantize(
     loaded = load_model(model)
     images = find_images(name, "train", loaded.labels).draw(samples, seed)
     pixels = images.pixels(loaded.preprocessing)
-    with joined(target) as team, progress_bars(team.leads, quantizing=None) as [bar]:
-        calibration = CalibrationSet(images.name, samples, seed, images.sha256)
+    with (
+        process_group(target) as processes,
+        progress_bars(processes.is_first, quantizing=None) as [bar],
+    ):
+        calibration = CalibrationRecord(images.name, samples, seed, images.sha256)
         about = description(loaded, numbers, spec, calibration)
         if resume and _is_complete(output, about, force):
             remove_checkpoint(work)
             return
-        checkpoint = FolderCheckpoint(work, about | {"device": target.type}, numbers, team)
+        checkpoint = FolderCheckpoint(work, about | {"device": target.type}, numbers, processes)
         quantized = run_pipeline(
             loaded,
             pixels,
@@ -136,11 +139,11 @@ def quantize(
             spec,
             target,
             lambda done, count, reports: bar.show(done, count, _alphas(reports)),
-            team=team,
+            processes=processes,
             keep=in_memory if work_dir is None else in_files(work_dir),
             checkpoint=checkpoint,
         )
-        if not team.leads:
+        if not processes.is_first:
             return
         for warning in _warnings(quantized):
             say(f"warning: {warning}")
@@ -151,7 +154,7 @@ def quantize(
 
 def _check_checkpoint(folder: Path, overwrite: bool) -> None:
     """Raise MarrqError where an unfinished run would be lost; with `overwrite` remove it."""
-    from marrq.checkpoint import is_checkpoint, remove_checkpoint
+    from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint
 
     if is_checkpoint(folder):
         if not overwrite:
@@ -165,7 +168,7 @@ def _check_checkpoint(folder: Path, overwrite: bool) -> None:
 def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:
     """Whether the output is what this run would write. Raises MarrqError where it is something else
     and may not be replaced."""
-    from marrq.artifact import check_output, is_artifact, read_config
+    from marrq.artifact.folder import check_output, is_artifact, read_config
 
     if is_artifact(output) and about.items() <= read_config(output).items():
         say(f"{output} is complete")
@@ -176,7 +179,7 @@ def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:
 
 def _warnings(model: "QuantizedModel") -> list[str]:
     """What was asked for and could not be done, as the reports have it."""
-    from marrq.methods import STREAM_METHODS
+    from marrq.methods.solve import STREAM_METHODS
 
     reports, method = model.reports, model.method
     found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]

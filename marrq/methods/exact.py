@@ -27,13 +27,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid, stack_grids
 from marrq.methods.gptq import choose_grid, sweep
-from marrq.methods.problem import Compensation, Rounding
+from marrq.methods.problem import Rounding, SweepData
+from marrq.quantizers.affine import Grid, stack_grids
 from marrq.schemes import WeightSpec
 
 
-def correction(weight: Tensor, swept: Compensation) -> Tensor:
+def correction(weight: Tensor, swept: SweepData) -> Tensor:
     """Δ [m, n] for a weight [m, n], in its type."""
     upper = swept.inputs.target_factor.upper
     return (swept.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
@@ -44,7 +44,7 @@ class ExactPath:
 
     constant: ClassVar[float] = 1.0
 
-    def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
+    def __init__(self, weight: Tensor, swept: SweepData, weights: WeightSpec) -> None:
         self.weight, self.weights, self.swept = weight, weights, swept
         self.grid: Grid | None = None
         self.delta = correction(weight, swept)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from marrq.affine import stack_grids
 from marrq.methods.gptq import choose_grid, sweep
-from marrq.methods.problem import Compensation, Rounding
+from marrq.methods.problem import Rounding, SweepData
+from marrq.quantizers.affine import stack_grids
 from marrq.schemes import WeightSpec
 
 
@@ -25,12 +25,12 @@ class GptaqPath:
 
     constant: ClassVar[float] = 0.25
 
-    def __init__(self, weight: Tensor, swept: Compensation, weights: WeightSpec) -> None:
+    def __init__(self, weight: Tensor, swept: SweepData, weights: WeightSpec) -> None:
         self.weight, self.factor = weight, swept.inputs.factor
         self.grid = choose_grid(weight, swept, weights)
         self.residuals = self._residuals(swept)
 
-    def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:
+    def _residuals(self, swept: SweepData) -> tuple[Tensor, ...]:
         return (swept.inputs.drift_residual,)
 
     def round_at(self, alphas: Tensor) -> Rounding:

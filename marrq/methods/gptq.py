@@ -27,18 +27,19 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from marrq.affine import (
+from marrq.distributed import ROW_TILE
+from marrq.methods.problem import Problem, Rounding, SweepData
+from marrq.methods.spec import MethodSpec
+from marrq.methods.statistics import Factor
+from marrq.quantizers.affine import (
+    ColumnGrid,
     Grid,
-    Steps,
     clipped_weight_grids,
     search_weight_grid,
     select_rows,
     stack_grids,
 )
-from marrq.methods.problem import Compensation, MethodSpec, Problem, Rounding
 from marrq.schemes import WeightSpec
-from marrq.statistics import Factor
-from marrq.team import ROW_TILE
 
 BLOCK_SIZE = 128
 STACKED_ROWS = 4096
@@ -99,7 +100,7 @@ def sweep(
 def round_columns(
     w: Tensor,
     kernels: Tensor,
-    grids: Sequence[Steps],
+    grids: Sequence[ColumnGrid],
     original: Tensor,
     alpha: float | Tensor,
     steps: Tensor,
@@ -141,20 +142,20 @@ def block_rounding(w: Tensor) -> Callable[..., None]:
     return sweep_columns
 
 
-def choose_grid(weight: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
+def choose_grid(weight: Tensor, swept: SweepData, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a
     sweep, as `swept.clip` says."""
     if swept.clip == "weights" or spec.grid == "mxint":  # which has but one
         return search_weight_grid(weight, spec)
     # In tiles: products then come out the same for a row, whichever rows are beside it
-    # (marrq/team.py).
+    # (marrq/processes.py).
     rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1) // ROW_TILE) * ROW_TILE
     return stack_grids(
         [_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)]
     )
 
 
-def _least_output_error(rows: Tensor, swept: Compensation, spec: WeightSpec) -> Grid:
+def _least_output_error(rows: Tensor, swept: SweepData, spec: WeightSpec) -> Grid:
     """For each row of a weight, of the clipped grids the one with the least error of its output."""
     grids = [*clipped_weight_grids(rows, spec, CLIP_FACTORS), search_weight_grid(rows, spec)]
     stacked = stack_grids(grids)

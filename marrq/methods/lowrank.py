@@ -31,10 +31,11 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from marrq.affine import Grid
+from marrq.distributed import one_thread
 from marrq.errors import MarrqError
-from marrq.statistics import ResidualStatistics
-from marrq.threads import one_thread
+from marrq.methods.statistics import ResidualStatistics
+from marrq.quantizers.affine import Grid
+from marrq.quantizers.linear import LowRank, StoredFactor
 
 LowRankKind = Literal["srr", "qera", "lqer"]
 
@@ -85,47 +86,6 @@ def parse_lowrank(text: str) -> LowRankSpec:
             "example srr:32"
         )
     return LowRankSpec(cast(LowRankKind, match[1]), int(match[2]), NUM_BITS[match[3]])
-
-
-@dataclass(frozen=True)
-class StoredFactor:
-    """L [m, r] or R [r, n] as it is stored. codes: float16 values and no scale, or int8 with
-    float32 scales, [1, r] for L, [r, 1] for R."""
-
-    codes: Tensor
-    scale: Tensor | None = None
-
-    @property
-    def values(self) -> Tensor:
-        """What the codes stand for, in float32."""
-        return self.codes.float() if self.scale is None else self.codes.float() * self.scale
-
-    @property
-    def stored_bits(self) -> int:
-        """What codes and scales take."""
-        return 8 * sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in (self.codes, self.scale)
-            if tensor is not None
-        )
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The branch L R as it is stored."""
-
-    left: StoredFactor
-    right: StoredFactor
-
-    @property
-    def product(self) -> Tensor:
-        """L R of the stored values, [m, n] in float32."""
-        return self.left.values @ self.right.values
-
-    @property
-    def stored_bits(self) -> int:
-        """What L and R take in all."""
-        return self.left.stored_bits + self.right.stored_bits
 
 
 @dataclass(frozen=True)

@@ -30,29 +30,24 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from marrq.methods.path import Path, final, with_constant
-from marrq.methods.problem import (
-    AlphaSpec,
-    AlphaStrategy,
-    Compensation,
-    MethodSpec,
-    Problem,
-    Rounding,
-    Step,
-)
-from marrq.statistics import Judge
+from marrq.methods.objective import ReconstructionLoss
+from marrq.methods.problem import Problem, Rounding, SearchStep, SweepData
+from marrq.methods.residual import Path, final, with_constant
+from marrq.methods.spec import AlphaSpec, AlphaStrategy, MethodSpec
 
-Search = Callable[[Path, Judge, AlphaSpec, int | None], list[Step]]
+Search = Callable[[Path, ReconstructionLoss, AlphaSpec, int | None], list[SearchStep]]
 
 
-def pid_search(path: Path, judge: Judge, spec: AlphaSpec, half: int | None) -> list[Step]:
+def pid_search(
+    path: Path, judge: ReconstructionLoss, spec: AlphaSpec, half: int | None
+) -> list[SearchStep]:
     """The steps of one PID run; the caller picks from them."""
     pid = spec.pid
-    steps: list[Step] = []
+    steps: list[SearchStep] = []
     alpha, integral, previous = pid.initial, 0.0, 0.0
     while len(steps) < pid.steps:
         value, gradient = judge(path.round_at(judge.weight.new_tensor([alpha])).quantized)
-        steps.append(Step(half, alpha, value))
+        steps.append(SearchStep(half, alpha, value))
         error = judge.newton_step(gradient, path.direction(alpha))
         integral = pid.leak * integral + error
         change = (
@@ -68,11 +63,13 @@ def pid_search(path: Path, judge: Judge, spec: AlphaSpec, half: int | None) -> l
     return steps
 
 
-def grid_search(path: Path, judge: Judge, spec: AlphaSpec, half: int | None) -> list[Step]:
+def grid_search(
+    path: Path, judge: ReconstructionLoss, spec: AlphaSpec, half: int | None
+) -> list[SearchStep]:
     """A step for every α of the grid, all from one stacked sweep."""
     stacked = path.round_at(judge.weight.new_tensor(spec.grid)).quantized
     return [
-        Step(half, alpha, judge(part)[0])
+        SearchStep(half, alpha, judge(part)[0])
         for alpha, part in zip(spec.grid, stacked.chunk(len(spec.grid)), strict=True)
     ]
 
@@ -81,7 +78,7 @@ SEARCHES: dict[AlphaStrategy, Search] = {"pid": pid_search, "grid": grid_search}
 """How α is searched, by strategy; `global` searches nothing."""
 
 
-def best(steps: list[Step]) -> Step:
+def best(steps: list[SearchStep]) -> SearchStep:
     """The step with the least J; a step that overflowed counts as the worst."""
     return min(steps, key=lambda step: step.error if math.isfinite(step.error) else math.inf)
 
@@ -105,13 +102,11 @@ def marr(path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSp
         alpha = 2 * alpha / (1 + alpha)
     steps = tuple(step for steps in searches for step in steps)
     return final(
-        path_type(weight, problem.whole, problem.weights), weight, problem.team, alpha, steps
+        path_type(weight, problem.whole, problem.weights), weight, problem.processes, alpha, steps
     )
 
 
-def _rounds(
-    problem: Problem, spec: MethodSpec
-) -> list[tuple[Compensation, Compensation, int | None]]:
+def _rounds(problem: Problem, spec: MethodSpec) -> list[tuple[SweepData, SweepData, int | None]]:
     """What sweeps, what judges, and which half that is."""
     if spec.alpha.feedback == "calibration":
         return [(problem.whole, problem.whole, None)]

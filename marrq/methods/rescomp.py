@@ -12,13 +12,13 @@ beside GPTAQ's term, with the same α (0.25 by default as there). Nothing new ha
 from torch import Tensor
 
 from marrq.methods.gptaq import GptaqPath
-from marrq.methods.problem import Compensation
+from marrq.methods.problem import SweepData
 
 
 class RescompPath(GptaqPath):
     """w̃(α) = W (I + αP2) (I - α(P1 - P2))⁻¹ without rounding."""
 
-    def _residuals(self, swept: Compensation) -> tuple[Tensor, ...]:
+    def _residuals(self, swept: SweepData) -> tuple[Tensor, ...]:
         return (swept.inputs.drift_residual, swept.inputs.error_residual)
 
     def direction(self, alpha: float) -> Tensor:

@@ -3,8 +3,9 @@ no data."""
 
 from torch import Tensor
 
-from marrq.affine import search_weight_grid
-from marrq.methods.problem import MethodSpec, Problem, Rounding
+from marrq.methods.problem import Problem, Rounding
+from marrq.methods.spec import MethodSpec
+from marrq.quantizers.affine import search_weight_grid
 
 
 def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:

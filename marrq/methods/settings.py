@@ -12,9 +12,9 @@ from dataclasses import fields, replace
 from typing import Any, cast, get_args
 
 from marrq.errors import MarrqError
-from marrq.methods import PATHS, method_named
 from marrq.methods.lowrank import parse_lowrank
-from marrq.methods.problem import PID, AlphaSpec, AlphaStrategy, Balance, Clip, Feedback, MethodSpec
+from marrq.methods.solve import PATHS, method_named
+from marrq.methods.spec import PID, AlphaSpec, AlphaStrategy, Balance, Clip, Feedback, MethodSpec
 
 SWITCH = {"on": True, "off": False}
 

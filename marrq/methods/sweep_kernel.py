@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from marrq.affine import Steps
+from marrq.quantizers.affine import ColumnGrid
 
 ROWS = 32
 """Rows of a tile: with 128 columns, 16 kB on the chip."""
@@ -76,7 +76,7 @@ def _columns(
 def sweep_columns(
     w: Tensor,
     kernels: Tensor,
-    grids: Sequence[Steps],
+    grids: Sequence[ColumnGrid],
     original: Tensor,
     alpha: float | Tensor,
     steps: Tensor,
@@ -103,6 +103,6 @@ def sweep_columns(
         )
 
 
-def _joined(grids: Sequence[Steps], part: str) -> Tensor:
+def _joined(grids: Sequence[ColumnGrid], part: str) -> Tensor:
     """One part of the grids, [grids, m] in float32."""
     return torch.stack([getattr(grid, part) for grid in grids]).float()

@@ -1,0 +1,1 @@
+"""One file a flavour: how a quantized linear becomes ONNX operators."""

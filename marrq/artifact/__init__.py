@@ -1,0 +1,1 @@
+"""The artifact: a quantized model as a folder, and the checkpoint of an unfinished run."""

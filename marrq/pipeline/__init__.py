@@ -1,0 +1,1 @@
+"""The loop over the blocks of a model."""

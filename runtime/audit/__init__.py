@@ -1,0 +1,1 @@
+"""What really runs each linear of an ONNX file, and with how many bits."""

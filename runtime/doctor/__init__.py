@@ -1,0 +1,1 @@
+"""What keeps a file from running, here or on a server."""

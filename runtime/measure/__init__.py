@@ -1,0 +1,1 @@
+"""Accuracy, latency, memory and parity of ONNX files."""

@@ -1,0 +1,75 @@
+"""Memory that a model takes when it runs.
+
+    peak memory = peak of a process that opens the file and runs it - peak of a process that imports ONNX Runtime alone
+
+Both are fresh processes, as each would be in serving: in one that has run other models, what they
+left behind would count too. Peak is the largest resident memory (VmHWM of Linux), which has pages
+of the file that are mapped, and the arena that ONNX Runtime keeps. It is memory of the host, under
+CUDA and TensorRT too. `ru_maxrss` will not do: a child inherits it from its parent."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from runtime.errors import BenchError
+from runtime.session import Model, SessionSettings
+
+RUNS = 3  # the arena grows in the first, and again in the second when ONNX Runtime has seen the pattern
+
+
+def resident_peak_mb() -> float | None:
+    """The largest resident memory of this process so far, in MB (10^6 bytes), or None where the
+    system does not tell it."""
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) * 1024 / 1e6 if match else None
+
+
+def measure_peak_memory(
+    paths: list[Path], batch: int, settings: SessionSettings
+) -> list[float | None]:
+    """Peak memory of each model at a batch size, in MB, or None where the system does not tell
+    it."""
+    alone = _peak_of_process({"path": None, "batch": batch, "settings": asdict(settings)})
+    peaks = [
+        _peak_of_process(
+            {"path": str(path.resolve()), "batch": batch, "settings": asdict(settings)}
+        )
+        for path in paths
+    ]
+    return [None if peak is None or alone is None else peak - alone for peak in peaks]
+
+
+def _peak_of_process(task: dict[str, object]) -> float | None:
+    """The peak of a fresh process that does a task. It starts beside this package, so that no other
+    one named `runtime` is found first."""
+    command = [sys.executable, "-m", "runtime.measure.memory", json.dumps(task)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BenchError(
+            f"the process that measures memory of {task['path']!r} ended with {done.returncode}: "
+            f"{reason}"
+        )
+    peak: float | None = json.loads(done.stdout)
+    return peak
+
+
+def _main(task: str) -> None:
+    """In the fresh process: do the task and print the peak."""
+    given = json.loads(task)
+    if given["path"] is not None:
+        model = Model(Path(given["path"]), SessionSettings(**given["settings"]))
+        pixels = model.random_input(given["batch"])
+        for _ in range(RUNS):
+            model.run(pixels)
+    print(json.dumps(resident_peak_mb()))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,456 @@
+"""Commands do what the README says, and bad input is one sentence, an exit code, and nothing
+half-written."""
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marrq.cli import main
+from marrq.cli.bench import bench
+from runtime.measure.accuracy import PairedDrop
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
+    """The block under "Use", with the model and the data of the demo."""
+    block = re.search(r"## Use\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    lines = [
+        line.split("#")[0].split()
+        for line in block.group(1).splitlines()
+        if line.startswith("marrq ")
+    ]
+    assert [words[1] for words in lines] == [
+        "quantize",
+        "inspect",
+        "export",
+        "inspect",
+        "bench",
+        "evaluate",
+        "compare",
+    ]
+    for words in lines:
+        words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words[1:]]
+        few = ["--samples", "32"]
+        quick = {
+            "quantize": few,
+            "bench": ["--rounds", "1", "--seconds", "0"],
+            "compare": [*few, "--seeds", "1"],
+        }.get(words[0], [])
+        assert main([*words, *quick]) == 0
+    assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/2"
+    assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/2"
+    assert all(
+        (somewhere / name).read_text().startswith("<?xml") for name in ("alpha.svg", "compare.svg")
+    )
+
+
+def test_the_bench_report_has_the_schema_it_names(
+    demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [
+        "--data",
+        "demo",
+        "--batch",
+        "1",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--json",
+        "b.json",
+    ]
+    assert main(["bench", str(demo_artifact), *arguments]) == 0
+    report = json.loads(Path("b.json").read_text())
+    assert set(report) == {"schema", "environment", "data", "models", "gate", "recommendation"}
+    assert report["gate"] is report["recommendation"] is None
+    assert set(report["data"]) == {"path", "images", "hash"}
+    assert [(model["flavor"], model["role"]) for model in report["models"]] == [
+        ("fp16", "baseline"),
+        ("fp32", "baseline"),
+        ("integer", "candidate"),
+    ]
+    for model in report["models"]:
+        about = {
+            "name",
+            "path",
+            "role",
+            "flavor",
+            "scheme",
+            "method",
+            "size_bytes",
+            "bits_per_weight",
+        }
+        speed = {"latency", "load_ms", "peak_memory_mb", "throughput", "executed", "executed_on"}
+        assert (
+            set(model)
+            == about | {"accuracy", "audit", "precision", "parity", "quantization"} | speed
+        )
+        shares = {
+            "top1",
+            "top1_low",
+            "top1_high",
+            "top5",
+            "top5_low",
+            "top5_high",
+            "agreement",
+            "divergence",
+        }
+        assert set(model["accuracy"]) == shares | {"images", "against", "hits"}
+        assert (
+            model["accuracy"]["top1_low"]
+            < model["accuracy"]["top1"]
+            < model["accuracy"]["top1_high"]
+        )
+        for row, batch in zip(model["latency"], (1, 2), strict=True):
+            assert set(row) == {
+                "batch",
+                "p50_ms",
+                "p90_ms",
+                "p99_ms",
+                "images_per_s",
+                "rounds_ms",
+                "ratio_fp16",
+                "ratio_fp32",
+            }
+            assert row["batch"] == batch
+        assert model["load_ms"] > 0
+        assert model["throughput"] == []
+        assert model["executed_on"] == {"CPUExecutionProvider": sum(model["executed"].values())}
+        against = model["accuracy"]["against"]
+        if model["name"] == "fp32":
+            assert against is None
+        else:
+            assert set(against) == {
+                "baseline",
+                "drop",
+                "drop_low",
+                "drop_high",
+                "only_baseline",
+                "only_model",
+                "p_value",
+            }
+            assert against["baseline"] == "fp32"
+            assert against["drop"] == pytest.approx(
+                report["models"][1]["accuracy"]["top1"] - model["accuracy"]["top1"]
+            )
+    assert [model["scheme"] for model in report["models"]] == ["fp16", "fp32", "W4A8"]
+    linears = [row for row in report["models"][2]["audit"] if row["nominal"] == "W4A8"]
+    assert len(linears) == 16
+    assert all(row["integer"] and row["reason"] is None for row in linears)
+    assert [model["precision"]["kernel_weight_bits"] for model in report["models"]] == [
+        32,
+        32,
+        8,
+    ]  # the CPU casts float16
+    sizes = {model["flavor"]: model["size_bytes"] for model in report["models"]}
+    assert sizes["integer"] < 0.2 * sizes["fp32"]
+    assert (
+        report["models"][2]["executed"]["MatMulIntegerToFloat"] == 24
+    )  # 16 linears, q, k and v apart
+    assert report["models"][2]["accuracy"]["agreement"] >= 0.95
+    printed = capsys.readouterr()
+    assert "fp32" in printed.out
+    assert "\x1b" not in printed.err  # no bars where stderr is no terminal
+    assert max(map(len, printed.out.splitlines())) <= 80
+
+
+@pytest.fixture(scope="module")
+def tiny_artifact(tiny: str, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a scheme that two flavours, one of them in two variants, can express."""
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    few = ["--data", str(image_folder), "--samples", "8", "--method", "rtn", "--scheme", "W4A16"]
+    assert main(["quantize", tiny, *few, "-o", str(folder)]) == 0
+    return folder
+
+
+def bench_tiny(artifact: Path, images: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of a quick bench beside fp32 alone."""
+    quick = [
+        "--baseline",
+        "fp32",
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--data",
+        str(images),
+        "--json",
+        "b.json",
+    ]
+    return main(["bench", str(artifact), *quick, *options]), json.loads(Path("b.json").read_text())
+
+
+def example_of(parameter: str) -> list[str]:
+    """The options in the command at the end of an option's help."""
+    text = inspect.signature(bench).parameters[parameter].annotation.__metadata__[0].help
+    return text.partition("marrq bench artifact ")[2].split()
+
+
+def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(
+        tiny_artifact, image_folder, *example_of("throughput"), "--threads", "3", "--batch", "2"
+    )
+    assert code == 0
+    for model in report["models"]:
+        assert [(row["batch"], row["threads"]) for row in model["throughput"]] == [
+            (b, t) for t in (1, 2, 3) for b in (1, 2)
+        ]
+        assert all(row["images_per_s"] > 0 for row in model["throughput"])
+    assert "images per second" in capsys.readouterr().out
+
+
+def test_a_gate_on_few_images_is_undecided_and_says_how_many_would_tell(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    assert code == 0
+    [verdict] = report["gate"]["models"]
+    assert verdict["verdict"] == "undecided"  # 24 images cannot tell a point
+    assert verdict["images_needed"] > 24
+    printed = capsys.readouterr()
+    assert verdict["sentence"] in printed.out
+    assert "warning: the gate of 1 points is undecided for W4A16 rtn" in printed.err
+
+
+def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
+    tiny_artifact: Path,
+    image_folder: Path,
+    somewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    drops = iter([PairedDrop(0.5, 0.3, 0.7, 12, 0, 0.0)])
+    monkeypatch.setattr("runtime.measure.bench.paired_drop", lambda baseline, model: next(drops))
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    assert code == 3
+    assert report["gate"]["models"][0]["verdict"] == "failed"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "marrq: W4A16 rtn lost more than 1 points against fp32"
+    )
+
+
+def test_recommend_measures_every_flavour_that_can_express_the_scheme(
+    tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("recommend"))
+    assert code == 0
+    names = [model["name"] for model in report["models"] if model["role"] == "candidate"]
+    assert names == ["W4A16 rtn matmulnbits", "W4A16 rtn matmulnbits level 4", "W4A16 rtn qdq"]
+    assert list(report["recommendation"]) == ["size", "latency", "accuracy"]
+    printed = capsys.readouterr().out
+    for choice in report["recommendation"].values():
+        assert set(choice) == {"name", "flavor", "value", "sentence"}
+        assert choice["name"] in names
+        assert choice["sentence"] in printed
+
+
+def test_recommend_does_not_take_a_flavour(
+    tiny_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["bench", str(tiny_artifact), "--recommend", "--flavor", "qdq"]) == 1
+    assert "leave out --flavor qdq" in capsys.readouterr().err
+
+
+def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, somewhere: Path):
+    assert main(["evaluate", str(demo_artifact), "--json", "e.json"]) == 0
+    models = json.loads(Path("e.json").read_text())["models"]
+    assert list(models) == ["float", "W4A8 per-tensor marr-stream"]
+    assert models["float"]["agreement"] == 1
+    assert 0.95 <= models["W4A8 per-tensor marr-stream"]["agreement"] < 1.0001
+
+
+def test_a_flavour_that_cannot_express_the_scheme_leaves_nothing_behind_and_another_takes_it(
+    somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    quantize = [
+        "quantize",
+        "demo",
+        "--scheme",
+        "W4A16",
+        "--method",
+        "gptq",
+        "--samples",
+        "16",
+        "-o",
+        "a",
+    ]
+    assert main(quantize) == 0
+    assert main(["export", "a", "--flavor", "integer", "-o", "m.onnx"]) == 1
+    assert not Path("m.onnx").exists()
+    assert "use --flavor matmulnbits or qdq" in capsys.readouterr().err.replace("\n", " ")
+    for options in ([], ["--flavor", "qdq"], ["--flavor", "matmulnbits", "--accuracy-level", "4"]):
+        assert main(["export", "a", *options, "-o", "m.onnx", "--force"]) == 0
+    report = [
+        "--baseline",
+        "fp32",
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--json",
+        "b.json",
+    ]
+    assert main(["bench", "a", *report]) == 0
+    assert json.loads(Path("b.json").read_text())["models"][1]["executed"]["MatMulNBits"] == 24
+    assert main(["evaluate", "a"]) == 0
+
+
+QUANTIZE = ["quantize", "demo", "-o", "out"]
+BAD_INPUT = {
+    "unknown model": (
+        ["quantize", "no_such_model", "--data", "demo", "-o", "out"],
+        "unknown model 'no_such_model'",
+    ),
+    "unknown scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
+    "unknown method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
+    "unknown activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
+    "missing data folder": (
+        [*QUANTIZE, "--data", "nowhere"],
+        "data folder 'nowhere' does not exist",
+    ),
+    "no data": (["quantize", "vit_tiny_patch16_224", "-o", "out"], "pass --data"),
+    "fewer images than samples": (
+        [*QUANTIZE, "--samples", "600"],
+        "512 images for calibration, fewer than the 600 samples",
+    ),
+    "no cuda": ([*QUANTIZE, "--device", "cuda"], "device 'cuda' is not available"),
+    "unknown device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
+    "no such artifact": (["export", "nowhere", "-o", "out"], "'nowhere' is no artifact"),
+    "no such bench file": (["bench", "nowhere"], "'nowhere' does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    case: str, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments, expected = BAD_INPUT[case]
+    if case == "no cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("marrq: ")
+    assert len(error.strip().splitlines()) == 1
+    assert list(somewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize"],
+        ["quantize", "demo", "-o", "x", "--samples", "1"],
+        ["polish", "demo"],
+        ["bench", "--batch", "0", "x"],
+    ],
+)
+def test_wrong_usage_exits_with_two(arguments: list[str], somewhere: Path):
+    assert main(arguments) == 2
+    assert list(somewhere.iterdir()) == []
+
+
+def test_a_corrupt_image_is_named_and_nothing_is_written(
+    tiny: str, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = shutil.copytree(image_folder, somewhere / "data")
+    for name in "01234567":
+        (data / "train" / "dog" / f"{name}.png").write_bytes(b"no image")
+    assert main(["quantize", tiny, "--data", str(data), "--samples", "24", "-o", "out"]) == 1
+    assert ".png'" in capsys.readouterr().err
+    assert not (somewhere / "out").exists()
+
+
+def test_a_truncated_artifact_and_one_of_a_later_version_are_refused(
+    demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    artifact = shutil.copytree(demo_artifact, somewhere / "a")
+    config = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    assert main(["export", "a", "-o", "m.onnx"]) == 1
+    assert "upgrade marrq" in capsys.readouterr().err
+    (artifact / "config.json").write_text(json.dumps(config))
+    (artifact / "model.safetensors").write_bytes(
+        (artifact / "model.safetensors").read_bytes()[:-100]
+    )
+    assert main(["bench", "a"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert [entry.name for entry in somewhere.iterdir()] == ["a"]
+
+
+def test_an_output_that_exists_is_kept_without_force(
+    demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    Path("out").write_text("mine")
+    assert main(QUANTIZE) == 1
+    assert main(["export", str(demo_artifact), "-o", "out"]) == 1
+    assert "pass --force" in capsys.readouterr().err
+    assert Path("out").read_text() == "mine"
+    assert main(["export", str(demo_artifact), "-o", "out", "--force"]) == 0
+    assert Path("out").stat().st_size > 100_000
+
+
+def test_without_onnx_runtime_the_bench_says_which_extra_to_install(
+    demo_artifact: Path, somewhere: Path
+):
+    code = f"import sys; sys.modules['onnxruntime'] = None\nfrom marrq.cli import main; sys.exit(main(['bench', {str(demo_artifact)!r}]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "pip install 'marrq[cpu]'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_of_another_tool_is_refused(somewhere: Path, capsys: pytest.CaptureFixture[str]):
+    from onnx import TensorProto, helper, save
+
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3]) for name in ("x", "y")
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:]
+    )
+    save(
+        helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)]),
+        "other.onnx",
+    )
+    assert main(["bench", "other.onnx", "--data", "demo"]) == 1
+    assert "was not written by `marrq export`" in capsys.readouterr().err
+
+
+def test_a_package_that_shadows_one_of_ours_is_named(somewhere: Path):
+    (somewhere / "runtime").mkdir()
+    (somewhere / "runtime" / "__init__.py").write_text("")
+    code = "from marrq.cli import main; import sys; sys.exit(main(['demo']))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=somewhere
+    )
+    assert result.returncode == 1
+    assert f"'runtime' is shadowed by {somewhere / 'runtime' / '__init__.py'}" in result.stderr

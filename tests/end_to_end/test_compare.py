@@ -1,0 +1,207 @@
+"""`marrq compare` and `marrq inspect`: runs once each, resumable, and drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from marrq.cli import main
+from marrq.cli.common import peak_memory
+
+RUN = {
+    "scheme",
+    "method",
+    "seed",
+    "top1",
+    "top1_low",
+    "top1_high",
+    "top5",
+    "top5_low",
+    "top5_high",
+    "agreement",
+    "images",
+} | {
+    "divergence",
+    "error",
+    "relative_error",
+    "bits_per_weight",
+    "seconds",
+    "peak_memory_mb",
+    "alphas",
+    "fallbacks",
+}
+
+
+@pytest.fixture
+def arguments(tiny: str, image_folder: Path, tmp_path: Path) -> list[str]:
+    schemes = ["--scheme", "W4A4:per-token", "--scheme", "W3A8"]
+    return [
+        "compare",
+        tiny,
+        "--data",
+        str(image_folder),
+        *schemes,
+        "--samples",
+        "8",
+        "-o",
+        str(tmp_path / "c.json"),
+    ]
+
+
+def test_every_run_is_in_the_report_once_and_is_not_done_again(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    few = [*arguments, "--method", "gptq", "--method", "marr-gptaq,alpha=grid", "--seeds", "2"]
+    assert main(few) == 0
+    first = json.loads((tmp_path / "c.json").read_text())
+    assert first["schema"] == "marrq.compare/2"
+    assert all(set(run) == RUN for run in first["runs"])
+    assert (
+        len({(run["scheme"], run["method"], run["seed"]) for run in first["runs"]})
+        == len(first["runs"])
+        == 8
+    )
+    printed = capsys.readouterr().out
+    assert "| gptq |" in printed
+    assert main([*few, "--method", "rtn"]) == 0
+    assert json.loads((tmp_path / "c.json").read_text())["runs"][:8] == first["runs"]
+    assert "rtn" in capsys.readouterr().out
+    assert main(few) == 0
+    assert "rtn" not in capsys.readouterr().out, "runs that were not asked for are not shown"
+
+
+def test_sharing_the_full_precision_tokens_changes_no_result(arguments: list[str], tmp_path: Path):
+    def errors(*methods: str) -> dict[str, float]:
+        (tmp_path / "c.json").unlink(missing_ok=True)
+        assert (
+            main(
+                [
+                    *arguments,
+                    "--seeds",
+                    "1",
+                    *(word for method in methods for word in ("--method", method)),
+                ]
+            )
+            == 0
+        )
+        runs = json.loads((tmp_path / "c.json").read_text())["runs"]
+        return {run["scheme"]: run["error"] for run in runs if run["method"] == "marr-stream"}
+
+    assert errors("gptq,equalize=off", "gptq", "marr-stream") == errors("marr-stream")
+
+
+def test_another_model_or_sample_does_not_get_into_the_same_file(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "c.json").write_text("{}")
+    assert main(arguments) == 1
+    assert "is no comparison" in capsys.readouterr().err
+    (tmp_path / "c.json").unlink()
+    assert main([*arguments, "--method", "rtn", "--seeds", "1"]) == 0
+    assert main([*arguments, "--method", "rtn", "--seeds", "1", "--samples", "9"]) == 1
+    assert "compares with another samples" in capsys.readouterr().err
+
+
+def test_a_plot_that_could_not_be_written_is_refused_before_the_work(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*arguments, "--plot", str(tmp_path / "c.gif")]) == 1
+    assert ".png or .svg" in capsys.readouterr().err
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_the_comparison_is_drawn(arguments: list[str], tmp_path: Path):
+    assert (
+        main([*arguments, "--method", "rtn", "--seeds", "1", "--plot", str(tmp_path / "c.svg")])
+        == 0
+    )
+    assert "rtn" in (tmp_path / "c.svg").read_text()
+
+
+def test_inspect_shows_every_linear_and_draws_the_search(
+    demo_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["inspect", str(demo_artifact), "--plot", str(tmp_path / "alpha.svg")]) == 0
+    printed = capsys.readouterr().out
+    paths = [
+        report["path"] for report in json.loads((demo_artifact / "quantization.json").read_text())
+    ]
+    assert all(path in printed for path in paths)
+    assert "α" in (tmp_path / "alpha.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq", "--alpha", "grid"], "searches no alpha"),
+        (["--alpha", "newton"], "pid, grid or global"),
+        (["--feedback", "both"], "held-out or calibration"),
+        (["--lowrank", "svd:4"], "one of srr, qera, lqer"),
+        (["--set", "pid.speed=3"], "unknown setting of the PID"),
+        (["--set", "order=1"], "unknown setting 'order'"),
+        (["--scheme", "W4A16-mxint-g8"], "unknown scheme"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_one_sentence(
+    tiny: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+):
+    assert (
+        main(["quantize", tiny, "--data", str(image_folder), "-o", str(tmp_path / "a"), *options])
+        == 1
+    )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_all_settings_together_give_an_artifact_that_loads(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
+    from marrq.artifact.folder import load
+
+    named = ["--alpha", "grid", "--lowrank", "srr:4:int8", "--rotate"]
+    settings = [*named, "--set", "equalize=off", "--set", "damping=0.05", "--set", "clip=weights"]
+    folder = tmp_path / "a"
+    scheme = ["--scheme", "W3A4-g16-sym", "--activations", "per-token"]
+    assert (
+        main(
+            [
+                "quantize",
+                tiny,
+                "--data",
+                str(image_folder),
+                "--samples",
+                "8",
+                "-o",
+                str(folder),
+                *scheme,
+                *settings,
+            ]
+        )
+        == 0
+    )
+    method = load(folder).method
+    assert (method.alpha.strategy, str(method.lowrank), method.rotation, method.equalize) == (
+        "grid",
+        "srr:4:int8",
+        0,
+        False,
+    )
+    assert (method.damping, method.clip, method.name) == (0.05, "weights", "marr-stream")
+
+
+def test_the_peak_is_that_of_the_block_alone():
+    with peak_memory() as peak:
+        before = peak()
+        if before is None:
+            pytest.skip("the system does not tell the peak")
+        held = bytearray(200_000_000)
+        del held
+    highest = peak() or 0
+    assert 190 < highest - before < 400
+    with peak_memory() as later:
+        assert (later() or 0) < highest - 150

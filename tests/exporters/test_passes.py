@@ -1,0 +1,190 @@
+"""Rewrites of the float remainder change no logits, and take away what they say they do."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from tiny_models import dinov2, distilled, noise, randomized, swin, transformers_vit, vit
+from torch import nn
+
+from exporters.flavors.lowering import ATTENTION_OPSET
+from exporters.passes import (
+    add_constant,
+    attend_on_tokens,
+    drop_copies,
+    drop_open_masks,
+    drop_unread_tokens,
+    flatten_patches,
+    fuse_attention,
+)
+from exporters.trace import INPUT, trace
+from marrq.models.first_last import put_patches
+
+
+def averaged() -> nn.Module:
+    return vit(global_pool="avg")
+
+
+Passes = tuple[Callable[[ir.Graph], None], ...]
+FUSED: Passes = (drop_open_masks, fuse_attention, attend_on_tokens)
+
+
+def rewritten(model: nn.Module, *passes: Callable[[ir.Graph], None], size: int = 32) -> ir.Model:
+    traced = trace(model, (3, size, size), ATTENTION_OPSET)
+    for rewrite in passes:
+        rewrite(traced.graph)
+    RemoveUnusedNodesPass()(traced)
+    return traced
+
+
+def assert_the_logits_stay(model: nn.Module, traced: ir.Model, size: int = 32) -> None:
+    pixels = noise(3)[..., :size, :size]
+    session = ort.InferenceSession(
+        ir.to_proto(traced).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            session.run(None, {INPUT: pixels.numpy()})[0],
+            model(pixels).numpy(),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def tokens_of(traced: ir.Model, op_type: str) -> list[object]:
+    """Length of the token axis at each operator of a kind, in order."""
+    return [
+        node.outputs[0].shape[1]
+        for node in traced.graph
+        if node.op_type == op_type and node.outputs[0].shape is not None
+    ]
+
+
+def test_attention_takes_and_gives_tokens_without_a_transpose():
+    model = transformers_vit()
+    traced = rewritten(model, *FUSED)
+    assert [
+        node.attributes["perm"].as_ints() for node in traced.graph if node.op_type == "Transpose"
+    ] == [(0, 2, 1)]  # of the patches
+    assert_the_logits_stay(model, traced)
+
+
+@pytest.mark.parametrize(("make", "name"), [(transformers_vit, "vit"), (dinov2, "dinov2")])
+def test_patches_that_a_linear_reads_are_moved_once(make: Callable[[], nn.Module], name: str):
+    model = make()
+    put_patches(model, f"model.{name}.embeddings.patch_embeddings.projection")
+    traced = rewritten(model, *FUSED, flatten_patches)
+    assert [
+        node.attributes["perm"].as_ints() for node in traced.graph if node.op_type == "Transpose"
+    ] == [(0, 2, 4, 1, 3, 5)]
+    assert_the_logits_stay(model, traced)
+
+
+@pytest.mark.parametrize("fused", [(), FUSED])
+@pytest.mark.parametrize(("make", "read"), [(vit, 1), (transformers_vit, 1), (distilled, 2)])
+def test_behind_the_last_attention_only_tokens_that_are_read_are_computed(
+    make: Callable[[], nn.Module], read: int, fused: tuple[Callable[[ir.Graph], None], ...]
+):
+    model = make()
+    traced = rewritten(model, *fused, drop_unread_tokens)
+    assert tokens_of(traced, "Gelu") == [16 + read, read]
+    assert_the_logits_stay(model, traced)
+
+
+def test_queries_of_tokens_that_are_not_read_are_not_made():
+    traced = rewritten(transformers_vit(), *FUSED, drop_unread_tokens)
+    last = [node for node in traced.graph if node.op_type == "Attention"][-1]
+    assert [
+        value.shape[1] for value in last.inputs if value is not None and value.shape is not None
+    ] == [1, 17, 17]
+
+
+def test_where_the_head_reads_the_mean_of_all_tokens_nothing_is_dropped():
+    model = averaged()
+    assert tokens_of(rewritten(model, *FUSED, drop_unread_tokens), "Gelu") == [17, 17]
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"), [(vit, 0), (distilled, 0), (transformers_vit, 0), (dinov2, 0), (swin, 2)]
+)
+def test_attention_becomes_one_operator_unless_its_mask_differs_from_window_to_window(
+    make: Callable[[], nn.Module], plain: int
+):
+    model = make()
+    traced = rewritten(model, *FUSED)
+    kinds = [node.op_type for node in traced.graph]
+    assert (kinds.count("Attention"), kinds.count("Softmax")) == (2, plain)
+    assert_the_logits_stay(model, traced)
+
+
+def test_a_mask_that_hides_a_token_stays():
+    for condition, left in (
+        (np.array([[True, False], [True, True]]), 1),
+        (np.ones((2, 2), bool), 0),
+    ):
+        graph = ir.Graph([], [], nodes=[], opset_imports={"": ATTENTION_OPSET})
+        given = [condition, np.float32(0), np.float32(-1e38), np.zeros((1, 1, 2, 2), np.float32)]
+        seen, zero, hidden, scores = (
+            add_constant(graph, f"given_{index}", np.asarray(array))
+            for index, array in enumerate(given)
+        )
+        mask = ir.node("Where", [seen, zero, hidden])
+        masked = ir.node("Add", [scores, mask.outputs[0]])
+        graph.extend([mask, masked, ir.node("Softmax", masked.outputs)])
+        drop_open_masks(graph)
+        assert sum(node.op_type == "Add" for node in graph) == left
+
+
+def swin_v2() -> nn.Module:
+    arguments = {
+        "img_size": 16,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": (2,),
+        "num_heads": (2,),
+        "window_size": 4,
+    }
+    return randomized(timm.create_model("swinv2_tiny_window8_256", num_classes=5, **arguments))
+
+
+def test_operators_that_only_copy_go():
+    model = swin_v2()
+    before, after = (
+        [node.op_type for node in rewritten(model, *passes, size=16).graph]
+        for passes in ((), (drop_copies,))
+    )
+    assert (before.count("Pad"), before.count("Expand")) == (2, 4)
+    assert (after.count("Pad"), after.count("Expand")) == (0, 0)
+    assert_the_logits_stay(model, rewritten(model, drop_copies, size=16), size=16)
+
+
+def test_a_pad_that_adds_something_stays_and_so_does_an_expand_that_gives_the_shape():
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": ATTENTION_OPSET})
+    row, column, shape = (
+        add_constant(graph, f"given_{index}", array)
+        for index, array in enumerate(
+            (np.ones((1, 3), np.float32), np.ones((2, 1), np.float32), np.array([2, 3]))
+        )
+    )
+    padded = ir.node("Pad", [row, add_constant(graph, "pads", np.array([0, 0, 1, 0]))])
+    expanded = ir.node("Expand", [row, shape])
+    expanded.outputs[0].shape = ir.Shape([2, 3])
+    graph.extend([padded, expanded, ir.node("Add", [expanded.outputs[0], column])])
+    drop_copies(graph)
+    assert [node.op_type for node in graph] == ["Pad", "Expand", "Add"]
+
+
+def test_what_does_not_depend_on_the_images_is_a_constant_in_the_graph():
+    """Swin v2 makes relative positions by an MLP in every forward: no Relu of it, no gathering, no
+    sigmoid is left."""
+    model = swin_v2()
+    traced = rewritten(model, size=16)
+    assert not {"Relu", "GatherND", "Gather", "Sigmoid"}.intersection(
+        node.op_type for node in traced.graph
+    )
+    assert_the_logits_stay(model, traced, size=16)

@@ -1,0 +1,204 @@
+"""Models come with their own preprocessing and labels; data errors name the file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from marrq.errors import MarrqError
+from marrq.models.images import find_images
+from marrq.models.load import build, load_model, load_source
+from marrq.models.preprocessing import Preprocessing, from_image_processor
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def transformers_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    config = ViTConfig(
+        **sizes, id2label={0: "cat", 1: "dog", 2: "eel"}, label2id={"cat": 0, "dog": 1, "eel": 2}
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_model_carries_labels_and_reaches_the_accuracy_it_was_trained_to():
+    model = load_model("demo")
+    assert model.labels == tuple("0123456789")
+    assert sum(parameter.numel() for parameter in model.module.parameters()) <= 1_500_000
+    images = find_images("demo", "val", model.labels)
+    assert len(images) == 1000
+    assert len(find_images("demo", "train", model.labels)) == 512
+    pixels, targets = next(images.batches(model.preprocessing, 1000))
+    with torch.no_grad():
+        assert (model.module(pixels).argmax(1) == targets).float().mean() >= 0.97
+
+
+def test_a_timm_folder_is_preprocessed_by_timms_own_transform(tiny: str, photo: Image.Image):
+    preprocessing = load_model(tiny).preprocessing
+    expected = create_transform(
+        (3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9
+    )(photo)
+    assert torch.equal(preprocessing.transform()(photo), expected)
+
+
+def test_preprocessing_survives_json(tiny: str):
+    from dataclasses import asdict
+
+    preprocessing = load_model(tiny).preprocessing
+    assert Preprocessing.from_json(json.loads(json.dumps(asdict(preprocessing)))) == preprocessing
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 32, "width": 32}},
+        {
+            "size": {"height": 48, "width": 48},
+            "do_center_crop": True,
+            "crop_size": {"height": 32, "width": 32},
+            "resample": 3,
+        },
+        {
+            "size": {"shortest_edge": 37},
+            "do_center_crop": True,
+            "crop_size": {"height": 32, "width": 32},
+            "resample": 3,
+        },
+        {
+            "size": {"height": 32, "width": 32},
+            "image_mean": [0.4, 0.5, 0.6],
+            "image_std": [0.2, 0.3, 0.4],
+            "rescale_factor": 1 / 127.5,
+        },
+    ],
+)
+def test_a_transformers_processor_is_followed_to_a_rounding_of_its_pixels(
+    settings: dict, photo: Image.Image
+):
+    processor = ViTImageProcessor(**settings)
+    expected = processor(photo, return_tensors="pt").pixel_values[0]
+    ours = from_image_processor(processor.to_dict()).transform()(photo)
+    assert ours.shape == expected.shape
+    one_level = processor.rescale_factor / min(processor.image_std)
+    assert (ours - expected).abs().max() <= 2.01 * one_level
+
+
+def test_a_processor_step_that_cannot_be_followed_is_refused():
+    with pytest.raises(MarrqError, match="do_pad"):
+        from_image_processor({**ViTImageProcessor().to_dict(), "do_pad": True})
+
+
+def test_a_transformers_folder_loads_with_labels_and_can_be_built_again(transformers_folder: Path):
+    model = load_model(str(transformers_folder))
+    assert model.labels == ("cat", "dog", "eel")
+    again = build(model.source)
+    again.load_state_dict(model.module.state_dict())
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(pixels), model.module(pixels))
+
+
+def test_weights_that_changed_since_are_noticed(tiny_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    source = load_model(f"local-dir:{copy}").source
+    assert load_source(source).source == source
+    tensors = load_file(copy / "model.safetensors")
+    tensors["head.bias"] += 1
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(MarrqError, match="other weights now"):
+        load_source(source)
+
+
+def test_weights_with_nan_are_refused_by_name(tiny_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(MarrqError, match=r"blocks\.1\.mlp\.fc1\.weight"):
+        load_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "local-dir:/no/such/folder", "/no/such/folder"])
+def test_an_unknown_model_is_refused_by_name(name: str):
+    with pytest.raises(MarrqError, match=r"no_such_model|/no/such/folder"):
+        load_model(name)
+
+
+def test_train_and_val_are_told_apart_and_targets_follow_the_labels(image_folder: Path):
+    labels = ("dog", "bee", "eel", "cat")
+    images = find_images(str(image_folder), "val", labels)
+    assert len(images) == 24
+    assert all(
+        labels[target] == file.parent.name
+        for file, target in zip(images.files, images.targets, strict=True)
+    )
+    assert all("val" in file.parts for file in images.files if isinstance(file, Path))
+
+
+def test_a_model_that_only_numbers_its_classes_takes_the_sorted_folders(image_folder: Path):
+    images = find_images(str(image_folder), "val", ("0", "1", "2"))
+    assert {
+        file.parent.name: target for file, target in zip(images.files, images.targets, strict=True)
+    } == {"cat": 0, "dog": 1, "eel": 2}
+
+
+def test_the_draw_is_random_repeatable_and_hashed(image_folder: Path):
+    images = find_images(str(image_folder), "train", ("cat", "dog", "eel"))
+    first, again, other = images.draw(10, seed=1), images.draw(10, seed=1), images.draw(10, seed=2)
+    assert first.files == again.files
+    assert first.sha256 == again.sha256
+    assert len(set(first.files)) == 10
+    assert first.sha256 != other.sha256
+
+
+def test_more_samples_than_images_is_an_error(image_folder: Path):
+    with pytest.raises(MarrqError, match="24 images for calibration, fewer than the 25 samples"):
+        find_images(str(image_folder), "train", ("cat", "dog", "eel")).draw(25, seed=0)
+
+
+def test_an_unknown_class_folder_is_named(image_folder: Path):
+    with pytest.raises(MarrqError, match="eel' is not among the model's 2 classes"):
+        find_images(str(image_folder), "val", ("cat", "dog"))
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path):
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(MarrqError, match=f"no images in '{tmp_path}'"):
+        find_images(str(tmp_path), "val", ("cat",))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_image_is_named(image_folder: Path, tmp_path: Path, content: bytes | None):
+    (tmp_path / "cat").mkdir()
+    whole = (image_folder / "val" / "cat" / "0.png").read_bytes()
+    (tmp_path / "cat" / "bad.png").write_bytes(
+        whole[: len(whole) // 2] if content is None else content
+    )
+    images = find_images(str(tmp_path), "val", ("cat",))
+    preprocessing = Preprocessing((3, 32, 32), "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(MarrqError, match=r"bad\.png"):
+        images.pixels(preprocessing)[:]

@@ -1,0 +1,245 @@
+"""The pipeline's two streams, its activation grids and its report, on a tiny model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import noise, quantized, vision_model, vit
+from torch import Tensor, nn
+
+from marrq.errors import MarrqError
+from marrq.methods.solve import ALIASES
+from marrq.methods.spec import MethodSpec
+from marrq.pipeline.quantize import FullPrecisionInputs, quantize
+from marrq.quantized_model import CalibrationRecord
+from marrq.quantizers.activations import (
+    CLIP_FACTORS,
+    TOKENS_PER_BATCH,
+    ActivationQuantizer,
+    RangeObserver,
+)
+from marrq.quantizers.affine import grid_from_range
+from marrq.quantizers.linear import quantized_linears
+from marrq.schemes import ActivationSpec, ActivationStrategy, parse_scheme
+
+IMAGES = noise(24)
+METHODS = [
+    "rtn",
+    "gptaq",
+    "marr-rescomp",
+    "marr-exact",
+    "gptq,bias-correction=off",
+    "marr-exact,lowrank=srr:4",
+    "exact,lowrank=qera:4:int8",
+]
+
+
+def output_of(model: nn.Module, path: str) -> Tensor:
+    seen: list[Tensor] = []
+    with (
+        torch.no_grad(),
+        model.get_submodule(path).register_forward_hook(
+            lambda _, arguments, output: seen.append(output)
+        ),
+    ):
+        model(IMAGES)
+    return seen[0]
+
+
+@pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
+@pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
+def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
+    path: str, strategy: ActivationStrategy
+):
+    """The input of the last fc2 comes through everything quantized before it, its target through
+    nothing."""
+    model = quantized(vit(), IMAGES, "W4A8", "marr-exact", strategy=strategy)
+    expected = output_of(vit(), path)
+    error = float((output_of(model.module, path) - expected).double().square().sum())
+    report = next(report for report in model.reports if report.path == path)
+    assert report.error == pytest.approx(error, rel=1e-3)
+    assert report.mse == pytest.approx(error / expected.numel(), rel=1e-3)
+    power = (expected - expected.flatten(0, 1).mean(0)).double().square().sum()
+    assert report.relative_error == pytest.approx(error / float(power), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_j_is_told_for_all_that_a_linear_becomes(method: str):
+    path = "blocks.1.mlp.fc2"
+    model = quantized(vit(), IMAGES, "W3A8", method)
+    error = (output_of(model.module, path) - output_of(vit(), path)).double().square().sum()
+    assert model.reports[-1].error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_corrected_biases_leave_no_mean_error_even_where_there_was_no_bias():
+    for arguments in ({}, {"qkv_bias": False}):
+        drifts = {}
+        for setting in ("on", "off"):
+            model = quantized(
+                vit(**arguments), IMAGES, "W3A8", f"gptq,bias-correction={setting}"
+            ).module
+            difference = output_of(model, "blocks.1.attn.qkv") - output_of(
+                vit(**arguments), "blocks.1.attn.qkv"
+            )
+            drifts[setting] = difference.flatten(0, 1).mean(0).abs().max()
+        assert drifts["on"] < 1e-5 < 1e-3 < drifts["off"]
+
+
+def test_eight_bits_lose_almost_nothing_and_fewer_bits_lose_more():
+    with torch.no_grad():
+        expected = vit()(IMAGES)
+        schemes = ("W8A16", "W8A8", "W4A8", "W2A8")
+        losses = [
+            F.mse_loss(quantized(vit(), IMAGES, scheme, "gptq").module(IMAGES), expected).item()
+            for scheme in schemes
+        ]
+    assert losses == sorted(losses)
+    assert losses[0] < 1e-4 * expected.var().item()
+
+
+def test_a_rotated_model_is_quantized_as_the_function_it_was():
+    with torch.no_grad():
+        expected = vit()(IMAGES)
+        rotated = quantized(vit(), IMAGES, "W8A16", "gptq,rotate=0")
+        assert F.mse_loss(rotated.module(IMAGES), expected) < 1e-3 * expected.var()
+    plain = quantized(vit(), IMAGES, "W8A16", "gptq")
+    assert (
+        rotated.module.blocks[0].attn.qkv.weight - plain.module.blocks[0].attn.qkv.weight
+    ).abs().max() > 0.1
+
+
+def test_every_block_linear_is_replaced_and_nothing_else():
+    model = quantized(vit(), IMAGES, "W2A8", "rtn")
+    expected = [
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+    assert (
+        list(quantized_linears(model.module))
+        == [report.path for report in model.reports]
+        == expected
+    )
+    assert isinstance(model.module.get_submodule("head"), nn.Linear)
+    for linear in quantized_linears(model.module).values():
+        assert linear.codes.dtype == torch.int8
+        assert linear.codes.min() >= -2
+        assert linear.codes.max() <= 1
+
+
+def test_the_report_says_how_each_linear_was_quantized():
+    model = quantized(vit(), IMAGES, "W3A8", "marr")
+    assert model.method.name == ALIASES["marr"]
+    for report in model.reports:
+        assert 0 < report.alpha <= 1.5
+        assert {step.half for step in report.trajectory} == {0, 1}
+        assert report.damping == 0.01
+        assert 0 <= report.clipped < 0.1
+        assert report.fallback is None
+
+
+def codes_of(module: nn.Module) -> dict[str, Tensor]:
+    return {path: linear.codes for path, linear in quantized_linears(module).items()}
+
+
+def assert_same_codes(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[path], second[path]) for path in first)
+
+
+def test_the_same_images_give_the_same_codes():
+    first, second = (codes_of(quantized(vit(), IMAGES, "W3A8", "marr").module) for _ in range(2))
+    assert_same_codes(first, second)
+
+
+def test_runs_that_share_the_full_precision_tokens_give_what_each_gives_alone():
+    shared, told = FullPrecisionInputs(), []
+    for method in ("gptaq", "exact"):
+        scheme, calibration = parse_scheme("W3A8"), CalibrationRecord("noise", 24, 0, "")
+        arguments = (
+            vision_model(vit()),
+            IMAGES,
+            calibration,
+            scheme,
+            MethodSpec(method),
+            torch.device("cpu"),
+        )
+        together = quantize(
+            *arguments,
+            lambda done, count, reports: told.append((done, count, len(reports))),
+            shared,
+        )
+        assert_same_codes(
+            codes_of(together.module), codes_of(quantized(vit(), IMAGES, "W3A8", method).module)
+        )
+    assert told == [(1, 2, 4), (2, 2, 4)] * 2
+
+
+def test_images_that_are_not_finite_are_an_error_that_names_the_layer():
+    broken = IMAGES.clone()
+    broken[3, 0, 0, 0] = torch.nan
+    with pytest.raises(
+        MarrqError, match=r"blocks\.0\.attn\.qkv: the inputs of the layer are not finite"
+    ):
+        quantized(vit(), broken, "W4A16", "marr")
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(MarrqError, match="at least 2 images: got 1"):
+        quantized(vit(), IMAGES[:1], "W4A8", "marr")
+
+
+def heavy_tailed_input_and_weight() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(TOKENS_PER_BATCH, 40, generator=generator) ** 3, torch.randn(
+        6, 40, generator=generator
+    )
+
+
+@pytest.mark.parametrize("num_bits", [3, 4, 8])
+def test_the_static_grid_is_the_clipped_range_that_harms_the_outputs_least(num_bits: int):
+    (x, weight), spec = heavy_tailed_input_and_weight(), ActivationSpec(num_bits)
+    observer = RangeObserver()
+    observer.observe(x)
+    quantizer = observer.quantizer(spec, weight)
+
+    def harm(factor: float) -> Tensor:
+        quantized_x = grid_from_range(x.min() * factor, x.max() * factor, spec.code_range).nearest(
+            x
+        )
+        return ((quantized_x - x) @ weight.T).square().sum()
+
+    best = min(CLIP_FACTORS, key=harm)
+    assert quantizer.scale == grid_from_range(x.min() * best, x.max() * best, spec.code_range).scale
+    assert (best < 1) == (num_bits < 8)
+
+
+@pytest.mark.parametrize("num_bits", [3, 4])
+def test_per_token_grids_are_the_tokens_ranges_clipped_by_one_factor(num_bits: int):
+    (x, weight), spec = heavy_tailed_input_and_weight(), ActivationSpec(num_bits, "per-token")
+    observer = RangeObserver()
+    observer.observe(x)
+    quantizer = observer.quantizer(spec, weight)
+    errors = [
+        ((ActivationQuantizer(spec, torch.tensor(factor))(x) - x) @ weight.T).square().sum()
+        for factor in CLIP_FACTORS
+    ]
+    assert quantizer.clip == torch.tensor(CLIP_FACTORS[int(torch.stack(errors).argmin())])
+    token = x[5]
+    grid = grid_from_range(
+        token.min() * quantizer.clip, token.max() * quantizer.clip, spec.code_range
+    )
+    assert torch.equal(quantizer(x)[5], grid.nearest(token))
+
+
+def test_the_observer_sees_the_exact_range_over_all_batches_whatever_it_samples():
+    x = torch.randn(3, 500, 16, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    x[1, 1, 7] = 5
+    observer = RangeObserver()
+    for batch in x:
+        observer.observe(batch)
+    quantizer = observer.quantizer(ActivationSpec(8), torch.eye(16))
+    spans = [
+        grid_from_range(x.min() * factor, x.max() * factor, (0, 255)).scale
+        for factor in CLIP_FACTORS
+    ]
+    assert quantizer.scale in spans

@@ -22,8 +22,8 @@ from marrq.methods.settings import parse_method
 from marrq.methods.statistics import factorize
 from marrq.models.images import find_images
 from marrq.models.load import load_model
-from marrq.pipeline.quantize import quantize
-from marrq.quantized_model import CalibrationRecord
+from marrq.pipeline.quantize import RunOptions, quantize
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.affine import search_weight_grid
 from marrq.schemes import WeightSpec, parse_scheme
 
@@ -99,10 +99,12 @@ def methods(
             quantize(
                 loaded,
                 images,
-                CalibrationRecord(data, samples, 0, ""),
-                parse_scheme(scheme),
-                parse_method(name),
-                CPU,
+                QuantizationSettings(
+                    parse_scheme(scheme),
+                    parse_method(name),
+                    CalibrationRecord(data, samples, 0, ""),
+                ),
+                RunOptions(CPU),
             )
             seconds[name].append(time.perf_counter() - begin)
     ratios = {
@@ -148,10 +150,12 @@ def memory(
         quantize(
             loaded,
             images,
-            CalibrationRecord("noise", samples, 0, ""),
-            parse_scheme("W4A8"),
-            parse_method(method),
-            torch.device(device),
+            QuantizationSettings(
+                parse_scheme("W4A8"),
+                parse_method(method),
+                CalibrationRecord("noise", samples, 0, ""),
+            ),
+            RunOptions(torch.device(device)),
         )
     tokens = samples * 197 * module.embed_dim * 4
     sizes = {"peak_mb": peak(), "stream_mb": tokens / 1e6}

@@ -28,6 +28,15 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class QuantizationSettings:
+    """What the user chooses, and what the codes follow from, the model and the images apart."""
+
+    scheme: Scheme
+    method: MethodSpec
+    calibration: CalibrationRecord
+
+
+@dataclass(frozen=True)
 class ModuleReport:
     """How one linear was quantized.
 

@@ -18,8 +18,13 @@ from marrq.artifact.folder import tensors_of
 from marrq.methods.settings import parse_method
 from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel
 from marrq.models.preprocessing import Preprocessing
-from marrq.pipeline.quantize import quantize
-from marrq.quantized_model import BATCH_SIZE, CalibrationRecord, QuantizedModel
+from marrq.pipeline.quantize import RunOptions, quantize
+from marrq.quantized_model import (
+    BATCH_SIZE,
+    CalibrationRecord,
+    QuantizationSettings,
+    QuantizedModel,
+)
 from marrq.schemes import ActivationStrategy, parse_scheme
 
 VIT = {
@@ -139,13 +144,15 @@ def quantized(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> QuantizedModel:
-    """The module quantized in place; method as `parse_method` takes it, options as the pipeline
+    """The module quantized in place; method as `parse_method` takes it, options as `RunOptions`
     does."""
-    calibration = CalibrationRecord("noise", len(images), 0, "", batch_size)
-    spec, numbers = parse_method(method), parse_scheme(scheme, strategy)
-    return quantize(
-        vision_model(module), images, calibration, numbers, spec, torch.device(device), **options
+    settings = QuantizationSettings(
+        parse_scheme(scheme, strategy),
+        parse_method(method),
+        CalibrationRecord("noise", len(images), 0, "", batch_size),
     )
+    run = RunOptions(torch.device(device), **options)
+    return quantize(vision_model(module), images, settings, run)
 
 
 def hashed(model: QuantizedModel) -> str:

@@ -31,11 +31,11 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from exporters.onnx_file import write, write_baseline
-from exporters.trace import INPUT
+from exporters.trace import INPUT, trace_quantized
 from marrq.methods.settings import parse_method
 from marrq.models.load import VisionModel
-from marrq.pipeline.quantize import Images, quantize
-from marrq.quantized_model import CalibrationRecord
+from marrq.pipeline.quantize import Images, RunOptions, quantize
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.schemes import parse_scheme
 
 logging.getLogger().setLevel(
@@ -87,11 +87,11 @@ def integer(source: Source, folder: Path) -> Path:
     model = replace(
         source.model, module=copy.deepcopy(source.model.module)
     )  # quantize works in place
-    scheme, method = parse_scheme(source.scheme), parse_method(source.method)
-    quantized = quantize(
-        model, source.images, source.calibration, scheme, method, torch.device("cpu")
+    settings = QuantizationSettings(
+        parse_scheme(source.scheme), parse_method(source.method), source.calibration
     )
-    write(quantized, "none", "integer", folder / "integer.onnx")
+    quantized = quantize(model, source.images, settings, RunOptions(torch.device("cpu")))
+    write(trace_quantized(quantized, "none"), "integer", folder / "integer.onnx")
     return folder / "integer.onnx"
 
 

@@ -42,7 +42,12 @@ from marrq.methods.spec import PID, AlphaSpec, MethodSpec
 from marrq.models.first_last import put_patches
 from marrq.models.load import ModelSource, VisionModel, build
 from marrq.models.preprocessing import Preprocessing
-from marrq.quantized_model import CalibrationRecord, ModuleReport, QuantizedModel
+from marrq.quantized_model import (
+    CalibrationRecord,
+    ModuleReport,
+    QuantizationSettings,
+    QuantizedModel,
+)
 from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import LowRank, QuantLinear, StoredFactor, quantized_linears
@@ -330,10 +335,7 @@ def _restored_quantizer(tensors: dict[str, Tensor], spec: ActivationSpec) -> Act
 
 
 def description(
-    model: QuantizedModel | VisionModel,
-    scheme: Scheme,
-    method: MethodSpec,
-    calibration: CalibrationRecord,
+    model: QuantizedModel | VisionModel, settings: QuantizationSettings
 ) -> dict[str, Any]:
     """What an artifact is a function of, as its config.json has it."""
     packages = ("marrq", "torch", "timm", "transformers")
@@ -341,16 +343,18 @@ def description(
         "model": asdict(model.source),
         "preprocessing": asdict(model.preprocessing),
         "labels": list(model.labels),
-        "scheme": asdict(scheme),
-        "method": asdict(method),
-        "calibration": asdict(calibration),
+        "scheme": asdict(settings.scheme),
+        "method": asdict(settings.method),
+        "calibration": asdict(settings.calibration),
         "versions": {name: version(name) for name in packages},
     }
     return cast(dict[str, Any], json.loads(json.dumps(fields)))
 
 
 def _config(model: QuantizedModel, tensors_sha256: str) -> dict[str, Any]:
-    about = description(model, model.scheme, model.method, model.calibration)
+    about = description(
+        model, QuantizationSettings(model.scheme, model.method, model.calibration)
+    )
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -185,8 +185,8 @@ class Runner:
 
     def _quantized(self, scheme: "Scheme", spec: "MethodSpec", seed: int) -> "QuantizedModel":
         from marrq.models.load import load_model
-        from marrq.pipeline.quantize import FullPrecisionInputs, quantize
-        from marrq.quantized_model import CalibrationRecord
+        from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions, quantize
+        from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 
         images = self.train.draw(self.task.samples, seed)
         drawn = (seed, spec.rotation, scheme.edges, spec.balances(scheme))
@@ -199,11 +199,8 @@ class Runner:
         return quantize(
             load_model(self.task.model),
             pixels,
-            calibration,
-            scheme,
-            spec,
-            self.device,
-            shared=self.tokens[drawn],
+            QuantizationSettings(scheme, spec, calibration),
+            RunOptions(self.device, shared=self.tokens[drawn]),
         )
 
     def _measured(

@@ -95,8 +95,9 @@ def quantize(
     from marrq.models.images import find_images
     from marrq.models.load import load_model
     from marrq.pipeline.block_inputs import in_files, in_memory
+    from marrq.pipeline.quantize import RunOptions
     from marrq.pipeline.quantize import quantize as run_pipeline
-    from marrq.quantized_model import CalibrationRecord
+    from marrq.quantized_model import CalibrationRecord, QuantizationSettings
     from marrq.schemes import parse_scheme
 
     # Whatever can be wrong is checked before the long part.
@@ -126,7 +127,8 @@ def quantize(
         progress_bars(processes.is_first, quantizing=None) as [bar],
     ):
         calibration = CalibrationRecord(images.name, samples, seed, images.sha256)
-        about = description(loaded, numbers, spec, calibration)
+        chosen = QuantizationSettings(numbers, spec, calibration)
+        about = description(loaded, chosen)
         if resume and _is_complete(output, about, force):
             remove_checkpoint(work)
             return
@@ -134,14 +136,14 @@ def quantize(
         quantized = run_pipeline(
             loaded,
             pixels,
-            calibration,
-            numbers,
-            spec,
-            target,
-            lambda done, count, reports: bar.show(done, count, _alphas(reports)),
-            processes=processes,
-            keep=in_memory if work_dir is None else in_files(work_dir),
-            checkpoint=checkpoint,
+            chosen,
+            RunOptions(
+                target,
+                processes,
+                store=in_memory if work_dir is None else in_files(work_dir),
+                checkpoint=checkpoint,
+                block_done=lambda done, count, reports: bar.show(done, count, _alphas(reports)),
+            ),
         )
         if not processes.is_first:
             return

@@ -36,7 +36,7 @@ from marrq.models.first_last import Edge, Stem, with_edges
 from marrq.models.load import VisionModel, weights_sha256
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer, read_stream
 from marrq.pipeline.block_inputs import Batch, BlockInputs, Store, Tokens, cut, in_memory, share_of
-from marrq.quantized_model import CalibrationRecord, ModuleReport, QuantizedModel
+from marrq.quantized_model import ModuleReport, QuantizationSettings, QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer, RangeObserver, smoothed
 from marrq.quantizers.linear import QuantLinear
 from marrq.schemes import Scheme
@@ -94,31 +94,39 @@ class Checkpoint(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is done. The codes do not depend on any of the options but the device.
+
+    device: where blocks run and statistics are summed.
+    processes: the processes that quantize this model together, each with the same arguments.
+    store: keeps the tokens that enter a block, in memory or in files.
+    checkpoint: gives the blocks that an earlier run has finished, and takes those of this run.
+    shared: full-precision tokens that several runs on the same images have in common.
+    block_done: called after each block."""
+
+    device: torch.device
+    processes: Processes = ONE_PROCESS
+    store: Store = in_memory
+    checkpoint: Checkpoint | None = None
+    shared: FullPrecisionInputs | None = None
+    block_done: BlockDone = lambda done, count, reports: None
+
+
 @torch.no_grad()
 def quantize(
-    model: VisionModel,
-    images: Images,
-    calibration: CalibrationRecord,
-    scheme: Scheme,
-    method: MethodSpec,
-    device: torch.device,
-    block_done: BlockDone = lambda done, count, reports: None,
-    shared: FullPrecisionInputs | None = None,
-    processes: Processes = ONE_PROCESS,
-    keep: Store = in_memory,
-    checkpoint: Checkpoint | None = None,
+    model: VisionModel, images: Images, settings: QuantizationSettings, run: RunOptions
 ) -> QuantizedModel:
     """Quantize `model` in place: its linears are replaced, and the model given is the one returned.
 
     images: preprocessed calibration images [samples, channels, height, width], at least two, in
     random order, each read once but for the first two, and once more for each block that does not
-    follow from the one before. shared: keeps what all runs on these images, and with this rotation,
-    have in common; those with edges have their own. processes: the processes that do this together,
-    each with the same arguments; keep: where tokens are kept; checkpoint: what has blocks that are
-    done, and takes those that will be."""
+    follow from the one before."""
+    device, processes, checkpoint, shared = run.device, run.processes, run.checkpoint, run.shared
+    scheme, calibration = settings.scheme, settings.calibration
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
-    method = replace(method, name=method_named(method.name))
+    method = replace(settings.method, name=method_named(settings.method.name))
     module = model.module.to(device)
     if method.rotation is not None:
         rotate(module, images[:2].to(device), method.rotation)
@@ -130,7 +138,7 @@ def quantize(
         _Run(scheme.of_edges, replace(method, lowrank=None), device, processes),
     )
     batches = cut(len(images), calibration.batch_size)
-    source = _Source(module, images, device, share_of(batches, processes), keep)
+    source = _Source(module, images, device, share_of(batches, processes), run.store)
     original = (
         source
         if all(block.follows for block in blocks[1:])
@@ -140,14 +148,14 @@ def quantize(
     streams = BlockInputs.of(batches, start, start, processes)
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
-        untouched, run = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
-        balanced = _balance(block, untouched, streams, run)
+        untouched, same = block.copied(), at_edges if isinstance(block, Edge) else in_blocks
+        balanced = _balance(block, untouched, streams, same)
         in_block = None if checkpoint is None else checkpoint.restore(index, block)
         if in_block is None:
             in_block = [
                 report
                 for group in block.groups
-                for report in _quantize_group(block, untouched, group, streams, run, balanced)
+                for report in _quantize_group(block, untouched, group, streams, same, balanced)
             ]
             if processes.size > 1:
                 processes.check_agreement(weights_sha256(block.module), f"block {block.path!r}")
@@ -164,7 +172,7 @@ def quantize(
                 processes,
             )
         reports += in_block
-        block_done(index + 1, len(blocks), in_block)
+        run.block_done(index + 1, len(blocks), in_block)
     return QuantizedModel(
         module,
         model.source,

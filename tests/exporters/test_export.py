@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from exporters.onnx_file import IR_VERSIONS, write, write_baseline
+from exporters.trace import trace_quantized
 from marrq.methods.spec import MethodSpec
 from marrq.models.images import find_images
 from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel, load_model
 from marrq.models.preprocessing import Preprocessing
-from marrq.pipeline.quantize import quantize
-from marrq.quantized_model import CalibrationRecord, QuantizedModel
+from marrq.pipeline.quantize import RunOptions, quantize
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings, QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.packing import unpack
 from marrq.schemes import parse_scheme
@@ -38,15 +39,12 @@ SCHEMES = ["W2A8", "W3A8", "W4A8", "W8A8", "W4A4", "W3A3", "W2A4"]
 def quantized_model(
     model: VisionModel, images: torch.Tensor, scheme: str, strategy: str = "per-tensor"
 ) -> QuantizedModel:
-    calibration = CalibrationRecord("test", len(images), 0, "")
-    return quantize(
-        model,
-        images,
-        calibration,
-        parse_scheme(scheme, strategy),
+    settings = QuantizationSettings(
+        parse_scheme(scheme, strategy),  # type: ignore[arg-type]
         MethodSpec("gptq"),
-        torch.device("cpu"),
-    )  # type: ignore[arg-type]
+        CalibrationRecord("test", len(images), 0, ""),
+    )
+    return quantize(model, images, settings, RunOptions(torch.device("cpu")))
 
 
 def run(file: Path, pixels: torch.Tensor) -> np.ndarray:
@@ -70,7 +68,7 @@ def exported(
     held_out = find_images("demo", "val", model.labels).draw(200, 0).pixels(model.preprocessing)[:]
     quantized = quantized_model(model, calibration, request.param)
     file = tmp_path_factory.mktemp("export") / "model.onnx"
-    write(quantized, "hash", "integer", file)
+    write(trace_quantized(quantized, "hash"), "integer", file)
     return quantized, file, held_out
 
 
@@ -226,7 +224,7 @@ def test_transformers_models_run_on_integer_kernels_too(make: object, tmp_path: 
     model = make()  # type: ignore[operator]
     pixels = torch.randn(6, 3, 32, 32)
     quantized = quantized_model(model, pixels, "W4A8")
-    write(quantized, "hash", "integer", tmp_path / "model.onnx")
+    write(trace_quantized(quantized, "hash"), "integer", tmp_path / "model.onnx")
     with torch.no_grad():
         assert (
             cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min()
@@ -254,7 +252,7 @@ def test_layer_scale_costs_nothing_and_changes_nothing(tmp_path: Path):
     model = VisionModel(module, ModelSource("test", "timm", {}, ""), preprocessing, tuple("abcde"))
     pixels = torch.randn(6, 3, 32, 32)
     quantized = quantized_model(model, pixels, "W4A8")
-    write(quantized, "hash", "integer", tmp_path / "model.onnx")
+    write(trace_quantized(quantized, "hash"), "integer", tmp_path / "model.onnx")
     with torch.no_grad():
         assert (
             cosines(run(tmp_path / "model.onnx", pixels), quantized.module(pixels).numpy()).min()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from marrq.errors import MarrqError
 from marrq.methods.solve import ALIASES
 from marrq.methods.spec import MethodSpec
-from marrq.pipeline.quantize import FullPrecisionInputs, quantize
-from marrq.quantized_model import CalibrationRecord
+from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions, quantize
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.activations import (
     CLIP_FACTORS,
     TOKENS_PER_BATCH,
@@ -154,20 +154,15 @@ def test_the_same_images_give_the_same_codes():
 def test_runs_that_share_the_full_precision_tokens_give_what_each_gives_alone():
     shared, told = FullPrecisionInputs(), []
     for method in ("gptaq", "exact"):
-        scheme, calibration = parse_scheme("W3A8"), CalibrationRecord("noise", 24, 0, "")
-        arguments = (
-            vision_model(vit()),
-            IMAGES,
-            calibration,
-            scheme,
-            MethodSpec(method),
+        settings = QuantizationSettings(
+            parse_scheme("W3A8"), MethodSpec(method), CalibrationRecord("noise", 24, 0, "")
+        )
+        run = RunOptions(
             torch.device("cpu"),
+            shared=shared,
+            block_done=lambda done, count, reports: told.append((done, count, len(reports))),
         )
-        together = quantize(
-            *arguments,
-            lambda done, count, reports: told.append((done, count, len(reports))),
-            shared,
-        )
+        together = quantize(vision_model(vit()), IMAGES, settings, run)
         assert_same_codes(
             codes_of(together.module), codes_of(quantized(vit(), IMAGES, "W3A8", method).module)
         )

@@ -94,7 +94,7 @@ def test_tokens_in_files_give_what_tokens_in_memory_give_and_leave_no_file(tmp_p
     for build in (vit, mobilevit):
         models = [
             quantized(build(), noise(10), "W4A4", "marr", batch_size=4, **options)
-            for options in ({}, {"keep": in_files(tmp_path)})
+            for options in ({}, {"store": in_files(tmp_path)})
         ]
         assert hashed(models[0]) == hashed(models[1])
     assert not list(tmp_path.iterdir())

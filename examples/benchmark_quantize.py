@@ -18,7 +18,7 @@ import typer
 
 from marrq.cli.common import peak_memory
 from marrq.methods.gptq import BLOCK_SIZE, sweep
-from marrq.methods.settings import parse_method
+from marrq.methods.spec import parse_method
 from marrq.methods.statistics import factorize
 from marrq.models.images import find_images
 from marrq.models.load import load_model

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from marrq.artifact.folder import tensors_of
-from marrq.methods.settings import parse_method
+from marrq.methods.spec import parse_method
 from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel
 from marrq.models.preprocessing import Preprocessing
 from marrq.pipeline.quantize import RunOptions, quantize

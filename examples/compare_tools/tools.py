@@ -32,7 +32,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from exporters.onnx_file import write, write_baseline
 from exporters.trace import INPUT, trace_quantized
-from marrq.methods.settings import parse_method
+from marrq.methods.spec import parse_method
 from marrq.models.load import VisionModel
 from marrq.pipeline.quantize import Images, RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings

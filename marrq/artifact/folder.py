@@ -36,9 +36,8 @@ from marrq.artifact.validate import (
     real_file,
 )
 from marrq.errors import MarrqError
-from marrq.methods.lowrank import LowRankSpec
 from marrq.methods.problem import SearchStep
-from marrq.methods.spec import PID, AlphaSpec, MethodSpec
+from marrq.methods.spec import PID, AlphaSpec, LowRankSpec, MethodSpec
 from marrq.models.first_last import put_patches
 from marrq.models.load import ModelSource, VisionModel, build
 from marrq.models.preprocessing import Preprocessing
@@ -50,7 +49,13 @@ from marrq.quantized_model import (
 )
 from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.affine import Grid
-from marrq.quantizers.linear import LowRank, QuantLinear, StoredFactor, quantized_linears
+from marrq.quantizers.linear import (
+    LowRank,
+    QuantizedWeight,
+    QuantLinear,
+    StoredFactor,
+    quantized_linears,
+)
 from marrq.quantizers.packing import pack, unpack
 from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 
@@ -312,11 +317,14 @@ def _restored_linear(tensors: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
             for side in ("left", "right")
         )
         lowrank = LowRank(left, right)
-    return QuantLinear(
+    weight = QuantizedWeight(
         scheme.weight,
         unpack(tensors["weight_packed"], scheme.weight.num_bits, (rows, columns)),
         scale,
         tensors.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8)),
+    )
+    return QuantLinear(
+        weight,
         tensors.get("bias"),
         None if scheme.activation is None else _restored_quantizer(tensors, scheme.activation),
         lowrank,

@@ -72,8 +72,7 @@ def compare(
 ) -> None:
     """Compare methods over calibration seeds: marrq compare demo --scheme W4A4:per-token --method
     gptq --method marr -o compare.json"""
-    from marrq.methods.settings import parse_method, text_of
-    from marrq.methods.solve import METHODS
+    from marrq.methods.spec import METHODS, parse_method, text_of
     from marrq.schemes import parse_scheme
     from runtime.report.comparison import markdown, table
 
@@ -230,7 +229,7 @@ class Runner:
 
 def _key(combination: Combination) -> dict[str, Any]:
     """What tells a run from the others of a report."""
-    from marrq.methods.settings import text_of
+    from marrq.methods.spec import text_of
 
     seed, scheme, spec = combination
     return {"scheme": scheme.description, "method": text_of(spec), "seed": seed}

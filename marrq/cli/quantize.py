@@ -91,7 +91,7 @@ def quantize(
     from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
     from marrq.artifact.folder import check_output, description, save
     from marrq.distributed import local_device, process_group
-    from marrq.methods.settings import with_settings
+    from marrq.methods.spec import with_settings
     from marrq.models.images import find_images
     from marrq.models.load import load_model
     from marrq.pipeline.block_inputs import in_files, in_memory
@@ -181,11 +181,11 @@ def _is_complete(output: Path, about: dict[str, Any], overwrite: bool) -> bool:
 
 def _warnings(model: "QuantizedModel") -> list[str]:
     """What was asked for and could not be done, as the reports have it."""
-    from marrq.methods.solve import STREAM_METHODS
+    from marrq.methods.spec import RESIDUAL_STREAM
 
     reports, method = model.reports, model.method
     found = [f"{report.path}: {report.fallback}" for report in reports if report.fallback]
-    if method.name in STREAM_METHODS and not any(report.writes_stream for report in reports):
+    if method.wants == RESIDUAL_STREAM and not any(report.writes_stream for report in reports):
         found.append(
             f"no linear writes to a residual stream: {method.name} did what "
             f"{method.name.replace('stream', 'exact')} does"

@@ -24,68 +24,21 @@ well, because what is orthogonal between the two cancels. SRR keeps L₁ R₁ as
 k to the rest; here all r are fitted to W - Q, which is never worse, L₁ R₁ + L₂ R₂ being one of the
 candidates."""
 
-import re
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from marrq.distributed import one_thread
 from marrq.errors import MarrqError
+from marrq.methods.spec import LowRankKind, LowRankSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import LowRank, StoredFactor
 
-LowRankKind = Literal["srr", "qera", "lqer"]
-
-LOW_RANK = re.compile(r"(\w+):(\d+)(?::(\w+))?", re.ASCII)
-NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
 INT8_LIMIT = 127
 DAMPINGS = tuple(10.0**exponent for exponent in range(-6, 1))
 NOISE_SEED = 0
-
-
-@dataclass(frozen=True)
-class LowRankSpec:
-    """The kind, the rank r, and how L and R are stored: 16 bits are float16; 8 bits int8 with a
-    float32 scale per component of each."""
-
-    kind: LowRankKind
-    rank: int
-    num_bits: int = 16
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(LowRankKind):
-            raise MarrqError(
-                f"a low-rank branch must be one of {', '.join(get_args(LowRankKind))}: got "
-                f"{self.kind!r}"
-            )
-        if self.rank < 1:
-            raise MarrqError(
-                f"the rank of a low-rank branch must be 1 or more: got {self.rank}; leave the "
-                "branch out for none"
-            )
-        if self.num_bits not in NUM_BITS.values():
-            raise MarrqError(
-                "a low-rank branch is stored with 8 (int8) or 16 (float16) bits: got "
-                f"{self.num_bits}"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.rank}" + (":int8" if self.num_bits == 8 else "")
-
-
-def parse_lowrank(text: str) -> LowRankSpec:
-    """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
-    anything else."""
-    match = LOW_RANK.fullmatch(text)
-    if not match or match[3] not in NUM_BITS:
-        raise MarrqError(
-            f"unknown low-rank branch {text!r}: write {{srr,qera,lqer}}:RANK[:fp16|:int8], for "
-            "example srr:32"
-        )
-    return LowRankSpec(cast(LowRankKind, match[1]), int(match[2]), NUM_BITS[match[3]])
 
 
 @dataclass(frozen=True)

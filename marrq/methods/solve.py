@@ -28,27 +28,19 @@ from marrq.quantizers.linear import LowRank
 
 Method = Callable[[Tensor, Problem, MethodSpec], Rounding]
 
-PATHS: dict[str, type[Path]] = {
+TARGETS: dict[str, type[Path]] = {
     "gptaq": GptaqPath,
     "rescomp": RescompPath,
     "exact": ExactPath,
     "stream": ExactPath,
 }
 
-METHODS: dict[str, Method] = {
+IMPLEMENTATIONS: dict[str, Method] = {
     "rtn": rtn,
     "gptq": gptq,
-    **{name: partial(with_constant, path) for name, path in PATHS.items()},
-    **{f"marr-{name}": partial(marr, path) for name, path in PATHS.items()},
+    **{name: partial(with_constant, path) for name, path in TARGETS.items()},
+    **{f"marr-{name}": partial(marr, path) for name, path in TARGETS.items()},
 }
-
-STREAM_METHODS = ("stream", "marr-stream")
-"""Methods whose wanted outputs are those of the residual stream; the statistics they are given hold
-the difference."""
-
-ALIASES = {"marr": "marr-stream"}
-"""Of the MARR methods the best; the README says how far `stream`, with one α for all, is from
-it."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +59,6 @@ class Solution:
     relative_error: float
     damping: float
     lowrank_damping: float | None
-
-
-def method_named(name: str) -> str:
-    """The full name of a method; an unknown name raises with the known ones."""
-    name = ALIASES.get(name, name)
-    if name not in METHODS:
-        raise MarrqError(
-            f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
-        )
-    return name
 
 
 def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
@@ -137,7 +119,7 @@ def _by_rows(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     of each other, α and J apart."""
     processes, count = problem.processes, len(weight)
     rows = processes.rows(count)
-    part = METHODS[spec.name](weight[rows], problem.of_rows(rows, count), spec)
+    part = IMPLEMENTATIONS[spec.name](weight[rows], problem.of_rows(rows, count), spec)
     codes, scale, zero_point = (
         processes.gather_rows(tensor, count)
         for tensor in (part.codes, part.grid.scale, part.grid.zero_point)

@@ -1,43 +1,181 @@
-"""What the user chooses about the method."""
+"""What the user chooses about the method: its name, its settings, and both written as text.
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+    marr-exact
+    gptaq,alpha=global=0.5
+    marr-gptaq,alpha=grid,feedback=calibration,lowrank=srr:32,rotate=0,pid.initial=0.5
+
+METHODS has every method by name. A setting is a field of MethodSpec, AlphaSpec or PID. The field
+carries its key, its meaning and the form of its values; reading, writing, the list of known
+settings and the table of the README all come from there. Nothing here imports torch, so that the
+command line knows methods and settings before it loads a model.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast, get_args
 
 from marrq.errors import MarrqError
-from marrq.methods.lowrank import LowRankSpec
+from marrq.methods.setting import (
+    COUNT,
+    NUMBER,
+    ON_OFF,
+    SEED,
+    Form,
+    Setting,
+    choice,
+    none_or,
+    setting,
+    settings_of,
+)
 from marrq.schemes import Scheme
 
 AlphaStrategy = Literal["pid", "grid", "global"]
-
-
 Feedback = Literal["held-out", "calibration"]
-
-
 Clip = Literal["weights", "outputs"]
-
-
 Balance = Literal["auto", "on", "off"]
+LowRankKind = Literal["srr", "qera", "lqer"]
+Wants = Literal["input drift", "residual stream"]
+
+INPUT_DRIFT: Wants = "input drift"
+"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision ones."""
+RESIDUAL_STREAM: Wants = "residual stream"
+"""The same, but for linears that write to the residual stream the sums of what that stream lacks
+(methods/exact.py)."""
+
+LOW_RANK = re.compile(r"(\w+):(\d+)(?::(\w+))?", re.ASCII)
+NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method without its code.
+
+    summary: what the codes aim at, for people; wants: the statistics to collect; has_alpha: whether
+    a residual strength α multiplies its correction; searches_alpha: whether it finds an α for each
+    module."""
+
+    summary: str
+    wants: Wants = INPUT_DRIFT
+    has_alpha: bool = False
+    searches_alpha: bool = False
+
+
+RESIDUAL_METHODS: dict[str, MethodInfo] = {
+    "gptaq": MethodInfo(
+        "the full-precision output, by a residual term in the sweep; α = 0.25", has_alpha=True
+    ),
+    "rescomp": MethodInfo("as gptaq, with a second residual term; α = 0.25", has_alpha=True),
+    "exact": MethodInfo(
+        "the full-precision output, by the weight that comes nearest to it; α = 1", has_alpha=True
+    ),
+    "stream": MethodInfo(
+        "as exact; linears that write to the residual stream aim at the full-precision stream",
+        wants=RESIDUAL_STREAM,
+        has_alpha=True,
+    ),
+}
+"""Methods with one residual strength α for all modules."""
+
+METHODS: dict[str, MethodInfo] = {
+    "rtn": MethodInfo("nothing: each weight goes to the nearest value of its grid"),
+    "gptq": MethodInfo("the output of the original weight on the quantized inputs"),
+    **RESIDUAL_METHODS,
+    **{
+        f"marr-{name}": replace(
+            info, summary=f"MARR: as {name}, with an α for each module", searches_alpha=True
+        )
+        for name, info in RESIDUAL_METHODS.items()
+    },
+}
+"""Every method by name; methods/solve.py has their implementations."""
+
+ALIASES = {"marr": "marr-stream"}
+"""Short names; marr-stream is the best of the MARR methods."""
+
+
+def parse_lowrank(text: str) -> "LowRankSpec":
+    """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
+    anything else."""
+    match = LOW_RANK.fullmatch(text)
+    if not match or match[3] not in NUM_BITS:
+        raise MarrqError(
+            f"unknown low-rank branch {text!r}: write {{srr,qera,lqer}}:RANK[:fp16|:int8], for "
+            "example srr:32"
+        )
+    return LowRankSpec(cast(LowRankKind, match[1]), int(match[2]), NUM_BITS[match[3]])
+
+
+BRANCH = Form(
+    "srr, qera or lqer, then :RANK, then :int8 if stored in 8 bits",
+    lambda key, text: parse_lowrank(text),
+    none_or(str),
+)
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """A low-rank branch L R beside the codes (methods/lowrank.py).
+
+    kind: how L and R are found; rank: r; num_bits: 16 stores L and R as float16, 8 as int8 with a
+    float32 scale for each of the r components of L and of R."""
+
+    kind: LowRankKind
+    rank: int
+    num_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(LowRankKind):
+            raise MarrqError(
+                f"a low-rank branch must be one of {', '.join(get_args(LowRankKind))}: got "
+                f"{self.kind!r}"
+            )
+        if self.rank < 1:
+            raise MarrqError(
+                f"the rank of a low-rank branch must be 1 or more: got {self.rank}; leave the "
+                "branch out for none"
+            )
+        if self.num_bits not in NUM_BITS.values():
+            raise MarrqError(
+                "a low-rank branch is stored with 8 (int8) or 16 (float16) bits: got "
+                f"{self.num_bits}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.rank}" + (":int8" if self.num_bits == 8 else "")
 
 
 @dataclass(frozen=True)
 class PID:
-    """Settings of MARR's controller; see methods/marr.py for the law. The paper publishes none of
-    them but `tolerance`.
+    """Settings of MARR's controller; methods/marr.py has its law. The paper publishes `tolerance`
+    alone."""
 
-    proportional, integral, derivative: the gains; leak: of the integral; initial: the first α;
-    lower, upper: its bounds; steps: at most so many; settled: the smallest move of α worth another
-    step, since the jitter that rounding gives J hides smaller ones."""
-
-    proportional: float = 0.6
-    integral: float = 0.1
-    derivative: float = 0.1
-    leak: float = 0.5
-    initial: float = 0.25
-    lower: float = 0.0
-    upper: float = 1.5
-    steps: int = 8
-    tolerance: float = 1e-5
-    settled: float = 0.02
+    proportional: float = field(
+        default=0.6, metadata=setting("proportional", "gain of the error", NUMBER)
+    )
+    integral: float = field(
+        default=0.1, metadata=setting("integral", "gain of the sum of errors", NUMBER)
+    )
+    derivative: float = field(
+        default=0.1, metadata=setting("derivative", "gain of the change of the error", NUMBER)
+    )
+    leak: float = field(
+        default=0.5, metadata=setting("leak", "share of the sum that is kept at each step", NUMBER)
+    )
+    initial: float = field(default=0.25, metadata=setting("initial", "first α", NUMBER))
+    lower: float = field(default=0.0, metadata=setting("lower", "least α", NUMBER))
+    upper: float = field(default=1.5, metadata=setting("upper", "largest α", NUMBER))
+    steps: int = field(default=8, metadata=setting("steps", "most steps of a search", COUNT))
+    tolerance: float = field(
+        default=1e-5,
+        metadata=setting(
+            "tolerance", "the search ends if J changes by less, as a share of the first J", NUMBER
+        ),
+    )
+    # Rounding makes J jitter, which hides what a smaller move of α would gain.
+    settled: float = field(
+        default=0.02, metadata=setting("settled", "the search ends if α moves by less", NUMBER)
+    )
 
     def __post_init__(self) -> None:
         if not self.lower <= self.initial <= self.upper or self.steps < 1:
@@ -50,14 +188,27 @@ class PID:
 class AlphaSpec:
     """How the residual strength α of a module is found.
 
-    strategy: `pid` and `grid` search it for each module, `global` takes `value` for all; value:
-    None is the constant of the method itself; feedback: what judges a search, the half of the
-    calibration images that its sweep has not seen, or the images it has; grid: the values that
-    `grid` tries."""
+    strategy: `pid` and `grid` search α for each module, `global` takes `value` for all modules;
+    value: None stands for the method's own constant; grid: the values that `grid` tries."""
 
-    strategy: AlphaStrategy = "pid"
+    strategy: AlphaStrategy = field(
+        default="pid",
+        metadata=setting(
+            "alpha",
+            "how α is found: a search by pid or grid for each module, or global=VALUE for all",
+            choice(AlphaStrategy),
+            argument="value",
+        ),
+    )
     value: float | None = None
-    feedback: Feedback = "held-out"
+    feedback: Feedback = field(
+        default="held-out",
+        metadata=setting(
+            "feedback",
+            "images that judge an α: the half that its sweep has not seen, or those it has",
+            choice(Feedback),
+        ),
+    )
     grid: tuple[float, ...] = tuple(i / 8 for i in range(13))
     pid: PID = field(default_factory=PID)
 
@@ -69,41 +220,140 @@ class AlphaSpec:
             )
         if (self.value is not None) != (self.strategy == "global"):
             raise MarrqError(
-                f"a value of alpha goes with the strategy global alone: got {self.strategy}, "
-                f"{self.value}"
+                "a value of alpha goes with the strategy global alone, as in global=0.5: got "
+                f"{self.strategy}, {self.value}"
             )
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """The method and its settings.
-
-    name: one of METHODS; damping: λ / mean(diag H) of the sweep; target_damping: the same of the
-    solve for the exact target; act_order: sweep columns by descending diag H; clip: what the range
-    of a row's grid is searched by, the rounding error of its weights (the papers') or the error of
-    its output after a sweep (methods/gptq.py); correct_bias: let the bias take up the mean error of
-    the outputs; lowrank: a branch in floating point beside the codes, or None; rotation: seed of
-    the rotation of the residual stream, or None; equalize: a scale per channel between linears and
-    what they read (marrq/transforms/equalization.py); balance: the values of the heads in another basis
-    (marrq/transforms/value_basis.py), see `balances`."""
+    """The method and its settings. name: one of METHODS."""
 
     name: str = "marr-stream"
-    damping: float = 0.01
-    target_damping: float = 0.1
-    act_order: bool = True
-    clip: Clip = "outputs"
+    damping: float = field(
+        default=0.01,
+        metadata=setting(
+            "damping", "λ / mean(diag H) of the Hessian that the sweep factors", NUMBER
+        ),
+    )
+    target_damping: float = field(
+        default=0.1,
+        metadata=setting(
+            "target-damping", "λ / mean(diag H) of the solve for the exact target", NUMBER
+        ),
+    )
+    act_order: bool = field(
+        default=True,
+        metadata=setting(
+            "act-order", "sweep columns by descending diag H, the most active inputs first", ON_OFF
+        ),
+    )
+    clip: Clip = field(
+        default="outputs",
+        metadata=setting(
+            "clip",
+            "error that chooses a row's clipped grid: of its weights, or of its outputs after a sweep",
+            choice(Clip),
+        ),
+    )
     alpha: AlphaSpec = field(default_factory=AlphaSpec)
-    correct_bias: bool = True
-    lowrank: LowRankSpec | None = None
-    rotation: int | None = None
-    equalize: bool = True
-    balance: Balance = "auto"
+    correct_bias: bool = field(
+        default=True,
+        metadata=setting(
+            "bias-correction", "the bias takes up the mean error of the outputs", ON_OFF
+        ),
+    )
+    lowrank: LowRankSpec | None = field(
+        default=None,
+        metadata=setting("lowrank", "a low-rank branch in floating point beside the codes", BRANCH),
+    )
+    rotation: int | None = field(
+        default=None, metadata=setting("rotate", "seed of a rotation of the residual stream", SEED)
+    )
+    equalize: bool = field(
+        default=True,
+        metadata=setting(
+            "equalize", "a scale per channel between a linear and what gives its input", ON_OFF
+        ),
+    )
+    balance: Balance = field(
+        default="auto",
+        metadata=setting(
+            "balance",
+            "another basis for the values of the heads; auto: if activations have 4 bits or fewer",
+            choice(Balance),
+        ),
+    )
+
+    @property
+    def wants(self) -> Wants:
+        """The statistics that the method works from."""
+        return METHODS[self.name].wants
 
     def balances(self, scheme: Scheme) -> bool:
-        """Whether the values of the heads get another basis: left to `auto`, where activations are
-        coarse.
+        """Whether the values of the heads get another basis (marrq/transforms/value_basis.py).
 
-        On a DINOv2-S, not equalized, it gained 4 points of top-1 at W4A4, and lost 1 at W3A8 and 3
-        at W2A8: there the weights alone are coarse, and a sweep that compensates makes more of
-        inputs that are correlated."""
+        `auto` says yes if activations are coarse. If the weights alone are coarse, the basis costs
+        accuracy: a sweep that compensates makes more of inputs that are correlated."""
         return scheme.has_coarse_activations if self.balance == "auto" else self.balance == "on"
+
+
+SETTINGS: dict[str, Setting] = {
+    **settings_of(AlphaSpec, ("alpha",)),
+    **settings_of(MethodSpec),
+    **settings_of(PID, ("alpha", "pid"), "pid."),
+}
+"""Every setting by key, in the order in which a text has them."""
+
+
+def method_named(name: str) -> str:
+    """The full name of a method. Raises MarrqError with the known names for an unknown one."""
+    name = ALIASES.get(name, name)
+    if name not in METHODS:
+        raise MarrqError(
+            f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
+        )
+    return name
+
+
+def parse_method(text: str) -> MethodSpec:
+    """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError that names the unknown name, key or
+    value."""
+    name, *pairs = text.split(",")
+    return with_settings(name, {key: value for key, _, value in (p.partition("=") for p in pairs)})
+
+
+def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
+    """The method of that name with settings as text. Raises MarrqError for an unknown name, an
+    unknown key, a wrong value, and for a setting that the method would not use."""
+    spec = MethodSpec(method_named(name))
+    for key, value in settings.items():
+        if key not in SETTINGS:
+            raise MarrqError(
+                f"unknown setting {key!r} of a method: choose one of {', '.join(SETTINGS)}"
+            )
+        spec = SETTINGS[key].read(spec, value)
+    info = METHODS[spec.name]
+    # A search belongs to the marr methods, a value of α to all methods that have an α.
+    is_constant = info.has_alpha and spec.alpha.value is not None
+    if not info.searches_alpha and spec.alpha != AlphaSpec() and not is_constant:
+        searching = f"marr-{spec.name}" if info.has_alpha else ALIASES["marr"]
+        raise MarrqError(f"method {spec.name!r} searches no alpha: choose {searching}")
+    return spec
+
+
+def text_of(spec: MethodSpec) -> str:
+    """The text that `parse_method` reads back: the name, and the settings that are not at their
+    defaults."""
+    texts = {key: one.write(spec) for key, one in SETTINGS.items()}
+    changed = [f"{key}={text}" for key, text in texts.items() if text != DEFAULTS[key]]
+    return ",".join([spec.name, *changed])
+
+
+DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in SETTINGS.items()}
+"""The default of every setting as text."""
+
+
+def settings_table() -> list[tuple[str, str, str, str]]:
+    """Key, default, values and meaning of every setting, for `--help` and the README."""
+    return [(key, DEFAULTS[key], one.form.values, one.meaning) for key, one in SETTINGS.items()]

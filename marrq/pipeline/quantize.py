@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.methods.problem import Problem
-from marrq.methods.solve import STREAM_METHODS, Solution, method_named, solve
-from marrq.methods.spec import MethodSpec
+from marrq.methods.solve import Solution, solve
+from marrq.methods.spec import RESIDUAL_STREAM, MethodSpec, method_named
 from marrq.methods.statistics import OutputDrift, ResidualStatistics, Units
 from marrq.models.blocks import Block, find_blocks, first_input
 from marrq.models.first_last import Edge, Stem, with_edges
@@ -38,7 +38,7 @@ from marrq.models.residual_writers import ResidualWriter, find_residual_writer, 
 from marrq.pipeline.block_inputs import Batch, BlockInputs, Store, Tokens, cut, in_memory, share_of
 from marrq.quantized_model import ModuleReport, QuantizationSettings, QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer, RangeObserver, smoothed
-from marrq.quantizers.linear import QuantLinear
+from marrq.quantizers.linear import QuantizedWeight, QuantLinear
 from marrq.schemes import Scheme
 from marrq.transforms.equalization import Equalized, equalize, find_norm
 from marrq.transforms.rotation import rotate
@@ -363,7 +363,7 @@ def _statistics(
     features = block.linear(group[0]).in_features
     change = quantizer or nn.Identity()
     writer = None
-    if run.method.name in STREAM_METHODS and len(group) == 1:
+    if run.method.wants == RESIDUAL_STREAM and len(group) == 1:
         writer = find_residual_writer(block, group[0], streams.first_quantized.to(run.device))
     importance = None if writer is None else writer.gain.square()
     halves: list[ResidualStatistics] = []
@@ -449,16 +449,8 @@ def _quant_linear(
     bias = None if linear.bias is None else linear.bias.detach().clone()
     if solution.bias_shift is not None:
         bias = solution.bias_shift if bias is None else bias + solution.bias_shift
-    codes = solution.rounding.codes.to(torch.int8)
-    return QuantLinear(
-        scheme.weight,
-        codes,
-        grid.scale,
-        grid.zero_point.to(torch.int8),
-        bias,
-        quantizer,
-        solution.lowrank,
-    )
+    weight = QuantizedWeight.on_grid(scheme.weight, solution.rounding.codes, grid)
+    return QuantLinear(weight, bias, quantizer, solution.lowrank)
 
 
 def _replace(module: nn.Module, path: str, child: nn.Module) -> None:

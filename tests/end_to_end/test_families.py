@@ -8,7 +8,6 @@ trace, as they would one by one."""
 import copy
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,15 +23,14 @@ from safetensors.torch import save_file
 from tiny_models import noise, randomized
 from torch import Tensor, nn
 
-import exporters.flavors.lowering
 from exporters.onnx_file import write, write_baseline
-from exporters.trace import trace
+from exporters.trace import trace_quantized
 from marrq.artifact.folder import load, save
 from marrq.errors import MarrqError
-from marrq.methods.settings import parse_method
+from marrq.methods.spec import parse_method
 from marrq.models.load import TransformersOutput, VisionModel, load_model
-from marrq.pipeline.quantize import quantize
-from marrq.quantized_model import CalibrationRecord, QuantizedModel
+from marrq.pipeline.quantize import RunOptions, quantize
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings, QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import parse_scheme
 from runtime.session import Model, SessionSettings
@@ -201,7 +199,7 @@ class Found:
 
 @cache
 def found(family: Family) -> Found:
-    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"
         folder.mkdir()
         expected = family.write_checkpoint(folder)
@@ -220,9 +218,9 @@ def found(family: Family) -> Found:
         for flavor in ("fp32", "fp16"):
             write_baseline(model, flavor, folder / f"{flavor}.onnx")
         for scheme, artifact in artifacts.items():
-            patch.setattr(exporters.lowering, "trace", traced_once())
+            traced = trace_quantized(artifact, "hash")
             for flavor in (flavor for flavor, taken in QUANTIZED.items() if taken == scheme):
-                write(artifact, "hash", flavor, folder / f"{flavor}.onnx")
+                write(traced, flavor, folder / f"{flavor}.onnx")
         sources = {
             flavor: artifacts[QUANTIZED[flavor]] if flavor in QUANTIZED else model
             for flavor in PARITY
@@ -245,26 +243,13 @@ def found(family: Family) -> Found:
 
 def quantized(model: VisionModel, family: Family, scheme: str, folder: Path) -> QuantizedModel:
     """The artifact of a copy of the model, saved and loaded."""
-    copied, calibration = (
-        replace(model, module=copy.deepcopy(model.module)),
-        CalibrationRecord("noise", 4, 0, ""),
+    copied = replace(model, module=copy.deepcopy(model.module))
+    settings = QuantizationSettings(
+        parse_scheme(scheme), parse_method("rtn"), CalibrationRecord("noise", 4, 0, "")
     )
-    numbers, method = parse_scheme(scheme, "per-tensor"), parse_method("rtn")
-    made = quantize(copied, family.images(4), calibration, numbers, method, torch.device("cpu"))
+    made = quantize(copied, family.images(4), settings, RunOptions(torch.device("cpu")))
     save(made, folder)
     return load(folder)
-
-
-def traced_once() -> Callable[..., ir.Model]:
-    """`trace` that hands out copies of its first result."""
-    kept: list[ir.Model] = []
-
-    def again(*arguments: Any) -> ir.Model:
-        if not kept:
-            kept.append(trace(*arguments))
-        return kept[0].clone()
-
-    return again
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import pytest
 from marrq.cli import main
 from marrq.cli.compare import Task
 from marrq.errors import MarrqError
-from marrq.methods.settings import parse_method
+from marrq.methods.spec import parse_method
 from marrq.schemes import parse_scheme
 from marrq.workflows.compare_on_ray import runs_on_ray
 

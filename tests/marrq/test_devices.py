@@ -5,7 +5,6 @@ raises as it would on a GPU, and so does whatever needs a value: on a GPU it wou
 device. Where the code has to wait, `Answers` gives it a value."""
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from marrq.artifact.folder import tensors_of
 from marrq.methods.gptq import sweep
 from marrq.methods.problem import Problem
-from marrq.methods.settings import parse_method
 from marrq.methods.solve import METHODS, solve
+from marrq.methods.spec import parse_method
 from marrq.methods.statistics import Factor, ResidualStatistics
 from marrq.models.blocks import Block
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer
@@ -88,8 +87,12 @@ def known_writer(block: Block, linear: str, tokens: Tensor) -> ResidualWriter | 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation without values takes as long as one on many: searches are kept short."""
-    for module in ("affine", "activations", "methods.gptq"):
-        monkeypatch.setattr(sys.modules[f"marrq.{module}"], "CLIP_FACTORS", (1.0, 0.9))
+    for name in (
+        "quantizers.affine.WEIGHT_CLIP_FACTORS",
+        "quantizers.activations.ACTIVATION_CLIP_FACTORS",
+        "methods.gptq.CLIP_FACTORS",
+    ):
+        monkeypatch.setattr(f"marrq.{name}", (1.0, 0.9))
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,13 @@ from torch import Tensor
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import (
     NOISE_SEED,
-    LowRankKind,
-    LowRankSpec,
     Scaling,
     input_scaling,
-    parse_lowrank,
     preserved,
     refit,
     split,
 )
+from marrq.methods.spec import LowRankKind, LowRankSpec, parse_lowrank
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.linear import LowRank
 

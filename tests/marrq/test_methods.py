@@ -14,13 +14,23 @@ from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.methods.gptq import sweep
-from marrq.methods.lowrank import LowRankSpec, parse_lowrank
 from marrq.methods.marr import best, pid_search
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.problem import Problem, Rounding
-from marrq.methods.settings import parse_method, text_of
-from marrq.methods.solve import ALIASES, METHODS, PATHS, method_named, solve
-from marrq.methods.spec import PID, AlphaSpec, Clip, MethodSpec
+from marrq.methods.solve import IMPLEMENTATIONS, TARGETS, solve
+from marrq.methods.spec import (
+    ALIASES,
+    METHODS,
+    PID,
+    AlphaSpec,
+    Clip,
+    LowRankSpec,
+    MethodSpec,
+    method_named,
+    parse_lowrank,
+    parse_method,
+    text_of,
+)
 from marrq.methods.statistics import ResidualStatistics
 from marrq.schemes import WeightSpec
 
@@ -163,7 +173,7 @@ def test_codes_are_those_of_the_papers_arithmetic(
         make_case(seed),
         constant(name, alpha, act_order=act_order, correct_bias=correct_bias, clip=clip),
     )
-    codes = METHODS[name](case.weight, case.problem(spec), spec).codes
+    codes = IMPLEMENTATIONS[name](case.weight, case.problem(spec), spec).codes
     assert np.array_equal(codes.numpy(), expected_codes(case, spec, alpha))
 
 
@@ -175,7 +185,7 @@ def test_codes_on_other_grids_are_those_of_the_papers_arithmetic(
     name: str, alpha: float, kind: WeightSpec
 ):
     case, spec = make_case(0), constant(name, alpha)
-    codes = METHODS[name](case.weight, case.problem(spec, kind), spec).codes
+    codes = IMPLEMENTATIONS[name](case.weight, case.problem(spec, kind), spec).codes
     assert np.array_equal(codes.numpy(), expected_codes(case, spec, alpha, kind))
 
 
@@ -183,7 +193,7 @@ def test_codes_on_other_grids_are_those_of_the_papers_arithmetic(
 @pytest.mark.parametrize("name", ["marr-gptaq", "marr-rescomp", "marr-exact", "marr-stream"])
 def test_marr_gives_the_codes_of_its_method_at_the_alpha_it_found(name: str, correct_bias: bool):
     case, spec = case_for(name, 3), MethodSpec(name, correct_bias=correct_bias)
-    rounding = METHODS[name](case.weight, case.problem(spec), spec)
+    rounding = IMPLEMENTATIONS[name](case.weight, case.problem(spec), spec)
     assert rounding.fallback is None
     assert 0 < rounding.alpha < 1.5
     assert np.array_equal(rounding.codes.numpy(), expected_codes(case, spec, rounding.alpha))
@@ -192,14 +202,14 @@ def test_marr_gives_the_codes_of_its_method_at_the_alpha_it_found(name: str, cor
 @pytest.mark.parametrize("seed", range(2))
 def test_stream_aims_at_the_shortfall_it_is_told(seed: int):
     case, spec = stream_case(seed), constant("stream", 0.7)
-    codes = METHODS["stream"](case.weight, case.problem(spec), spec).codes
+    codes = IMPLEMENTATIONS["stream"](case.weight, case.problem(spec), spec).codes
     assert np.array_equal(codes.numpy(), expected_codes(case, spec, 0.7))
 
 
 def test_a_method_without_a_value_takes_its_own_constant():
     for name, alpha in (("gptaq", 0.25), ("rescomp", 0.25), ("exact", 1.0), ("stream", 1.0)):
         case, spec = make_case(0), MethodSpec(name)
-        rounding = METHODS[name](case.weight, case.problem(spec), spec)
+        rounding = IMPLEMENTATIONS[name](case.weight, case.problem(spec), spec)
         assert rounding.alpha == alpha
         assert np.array_equal(rounding.codes.numpy(), expected_codes(case, spec, alpha))
 
@@ -207,7 +217,8 @@ def test_a_method_without_a_value_takes_its_own_constant():
 def test_rounding_to_nearest_looks_at_no_data():
     spec = MethodSpec("rtn")
     first, second = (
-        METHODS["rtn"](make_case(0).weight, make_case(seed).problem(spec), spec) for seed in (0, 1)
+        IMPLEMENTATIONS["rtn"](make_case(0).weight, make_case(seed).problem(spec), spec)
+        for seed in (0, 1)
     )
     assert torch.equal(first.codes, second.codes)
 
@@ -300,7 +311,7 @@ def test_the_error_told_counts_the_low_rank_branch(name: str, correct_bias: bool
 @pytest.mark.parametrize("name", ["gptaq", "rescomp"])
 def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
     case, spec = make_case(1), MethodSpec(name)
-    path = PATHS[name](case.weight, case.problem(spec).whole, kind)
+    path = TARGETS[name](case.weight, case.problem(spec).whole, kind)
     whole, *others = (
         sweep(case.weight, path.grid, path.factor, path.residuals, 0.8, block_size)
         for block_size in (INPUTS, 1, 5, 8)
@@ -309,11 +320,11 @@ def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
         assert torch.equal(codes, whole)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("kind", [WeightSpec(3), WeightSpec(3, 8)])
 def test_alphas_swept_together_give_what_each_gives_alone(name: str, kind: WeightSpec):
     case, spec = make_case(2), MethodSpec(name)
-    path = PATHS[name](case.weight, case.problem(spec).whole, kind)
+    path = TARGETS[name](case.weight, case.problem(spec).whole, kind)
     alphas = torch.tensor([0.0, 0.3, 1.0, 1.4], dtype=torch.float64)
     stacked = path.round_at(alphas)
     alone = [path.round_at(alpha[None]) for alpha in alphas]
@@ -337,12 +348,12 @@ def path_without_rounding(case: Case, name: str, alpha: float, spec: MethodSpec)
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.2])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(
     name: str, act_order: bool, alpha: float
 ):
     case, spec, step = case_for(name, 0), MethodSpec(name, act_order=act_order), 1e-5
-    direction = PATHS[name](case.weight, case.problem(spec).whole, THREE_BITS).direction(alpha)
+    direction = TARGETS[name](case.weight, case.problem(spec).whole, THREE_BITS).direction(alpha)
     ahead, behind = (
         path_without_rounding(case, name, alpha + sign * step, spec) for sign in (1, -1)
     )
@@ -364,12 +375,12 @@ def test_a_newton_step_lands_on_the_least_j_along_the_direction(make: Callable[[
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
     case, spec = case_for(name, seed), MethodSpec(name)
     first, second = case.problem(spec).halves
     path, judge = (
-        PATHS[name](case.weight, first, Smooth(8)),
+        TARGETS[name](case.weight, first, Smooth(8)),
         ReconstructionLoss(second.statistics, case.weight),
     )
     if name in (
@@ -393,7 +404,7 @@ def test_the_controller_keeps_to_its_bounds_and_its_number_of_steps():
     alpha = AlphaSpec(
         pid=PID(initial=0.1, lower=0.1, upper=0.2, steps=3, settled=0.0, tolerance=0.0)
     )
-    rounding = METHODS["marr-exact"](
+    rounding = IMPLEMENTATIONS["marr-exact"](
         case.weight, case.problem(MethodSpec()), MethodSpec(alpha=alpha)
     )
     assert [step.alpha for step in rounding.trajectory] == pytest.approx([0.1, 0.2, 0.2] * 2)
@@ -405,15 +416,15 @@ def by_half(rounding: Rounding, half: int | None) -> list:
 
 
 @pytest.mark.parametrize("strategy", ["pid", "grid"])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_whole(
     name: str, strategy: str
 ):
     case, spec = case_for(name, 4), MethodSpec(f"marr-{name}", alpha=AlphaSpec(strategy))
     problem = case.problem(spec)
-    rounding = METHODS[spec.name](case.weight, problem, spec)
+    rounding = IMPLEMENTATIONS[spec.name](case.weight, problem, spec)
     for half, other in ((0, 1), (1, 0)):
-        path = PATHS[name](case.weight, problem.halves[other], THREE_BITS)
+        path = TARGETS[name](case.weight, problem.halves[other], THREE_BITS)
         judge = ReconstructionLoss(problem.halves[half].statistics, case.weight)
         for step in by_half(rounding, half):
             quantized = path.round_at(torch.tensor([step.alpha], dtype=torch.float64)).quantized
@@ -428,7 +439,7 @@ def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_w
 def test_with_feedback_from_the_calibration_data_there_is_one_search_on_all_of_it():
     case, spec = make_case(0), MethodSpec("marr-gptaq", alpha=AlphaSpec(feedback="calibration"))
     problem = case.problem(spec)
-    rounding = METHODS[spec.name](case.weight, problem, spec)
+    rounding = IMPLEMENTATIONS[spec.name](case.weight, problem, spec)
     assert {step.half for step in rounding.trajectory} == {None}
     least = min(rounding.trajectory, key=lambda step: step.error)
     assert rounding.alpha == least.alpha
@@ -437,7 +448,7 @@ def test_with_feedback_from_the_calibration_data_there_is_one_search_on_all_of_i
 
 def test_a_grid_search_tries_every_alpha_of_its_grid():
     case, spec = make_case(0), MethodSpec(alpha=AlphaSpec("grid", grid=(0.0, 0.3, 0.9)))
-    rounding = METHODS["marr-exact"](case.weight, case.problem(spec), spec)
+    rounding = IMPLEMENTATIONS["marr-exact"](case.weight, case.problem(spec), spec)
     assert (
         [step.alpha for step in by_half(rounding, 0)]
         == [step.alpha for step in by_half(rounding, 1)]
@@ -447,7 +458,7 @@ def test_a_grid_search_tries_every_alpha_of_its_grid():
 
 def test_a_constant_asked_of_marr_is_the_method_without_a_search():
     case, spec = make_case(0), constant("marr-rescomp", 0.4)
-    rounding = METHODS["marr-rescomp"](case.weight, case.problem(spec), spec)
+    rounding = IMPLEMENTATIONS["marr-rescomp"](case.weight, case.problem(spec), spec)
     assert (rounding.alpha, rounding.trajectory) == (0.4, ())
     assert np.array_equal(rounding.codes.numpy(), expected_codes(case, spec, 0.4))
 
@@ -456,7 +467,7 @@ def test_without_drift_alpha_has_no_effect_and_the_search_ends_at_once():
     case = make_case(0, drift=0.0)
     for name in ("marr-gptaq", "marr-exact"):
         spec = MethodSpec(name)
-        rounding = METHODS[name](case.weight, case.problem(spec), spec)
+        rounding = IMPLEMENTATIONS[name](case.weight, case.problem(spec), spec)
         assert len(rounding.trajectory) == 2
         assert np.array_equal(rounding.codes.numpy(), expected_codes(case, MethodSpec("gptq"), 0.0))
 
@@ -464,7 +475,7 @@ def test_without_drift_alpha_has_no_effect_and_the_search_ends_at_once():
 @pytest.mark.parametrize("name", ["gptaq", "rescomp"])
 def test_a_residual_that_overflows_falls_back_to_alpha_0_and_says_so(name: str):
     case, spec = make_case(0), constant(name, 1e300)
-    rounding = METHODS[name](case.weight, case.problem(spec), spec)
+    rounding = IMPLEMENTATIONS[name](case.weight, case.problem(spec), spec)
     assert rounding.alpha == 0
     assert rounding.fallback == "alpha 1e+300 gave non-finite weights, alpha 0 was used"
     assert np.array_equal(rounding.codes.numpy(), expected_codes(case, MethodSpec("gptq"), 0.0))
@@ -536,12 +547,12 @@ around = {
 specs = (
     st.builds(
         MethodSpec,
-        st.sampled_from([f"marr-{name}" for name in PATHS]),
+        st.sampled_from([f"marr-{name}" for name in TARGETS]),
         alpha=searches | constants,
         **around,
     )
     | st.builds(
-        MethodSpec, st.sampled_from(list(PATHS)), alpha=constants | st.just(AlphaSpec()), **around
+        MethodSpec, st.sampled_from(list(TARGETS)), alpha=constants | st.just(AlphaSpec()), **around
     )
     | st.builds(MethodSpec, st.sampled_from(["rtn", "gptq"]), **around)
 )
@@ -566,15 +577,15 @@ def test_only_what_differs_is_written():
 
 REFUSED = {
     "awq": "unknown method 'awq'",
-    "gptq,bits=4": r"unknown setting 'bits' of a method: choose one of alpha, .*pid\.GAIN",
-    "marr,pid.gain=1": "unknown setting of the PID 'gain': choose one of proportional",
+    "gptq,bits=4": r"unknown setting 'bits' of a method: choose one of alpha, .*pid\.settled",
+    "marr,pid.gain=1": "unknown setting 'pid.gain' of a method",
     "gptq,damping=much": "setting 'damping' must be a number: got 'much'",
-    "marr,rotate=0.5": "setting 'rotate' must be a number: got '0.5'",
+    "marr,rotate=0.5": "setting 'rotate' must be a whole number: got '0.5'",
     "gptq,clip=tokens": "setting 'clip' must be one of weights, outputs: got 'tokens'",
-    "gptq,act-order=yes": "setting 'act-order' must be on or off: got 'yes'",
-    "marr,alpha=global": "goes with the strategy global alone: got global, None",
-    "marr,alpha=pid=0.5": "goes with the strategy global alone: got pid, 0.5",
-    "marr,feedback=test": "judged held-out or calibration: got pid, test",
+    "gptq,act-order=yes": "setting 'act-order' must be one of on, off: got 'yes'",
+    "marr,alpha=global": "goes with the strategy global alone, .*: got global, None",
+    "marr,alpha=pid=0.5": "goes with the strategy global alone, .*: got pid, 0.5",
+    "marr,feedback=test": "setting 'feedback' must be one of held-out, calibration: got 'test'",
     "marr,pid.initial=9": "lower <= initial <= upper",
     "marr,lowrank=svd": "unknown low-rank branch 'svd'",
     "gptaq,alpha=grid": "method 'gptaq' searches no alpha: choose marr-gptaq",

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from marrq.errors import MarrqError
 from marrq.methods.problem import Problem
-from marrq.methods.settings import parse_method
 from marrq.methods.solve import METHODS, PATHS, Solution, solve
-from marrq.methods.spec import AlphaSpec, MethodSpec
+from marrq.methods.spec import AlphaSpec, MethodSpec, parse_method
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears

@@ -7,12 +7,11 @@ from tiny_models import noise, quantized, vision_model, vit
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.methods.solve import ALIASES
-from marrq.methods.spec import MethodSpec
+from marrq.methods.spec import ALIASES, MethodSpec
 from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.activations import (
-    CLIP_FACTORS,
+    ACTIVATION_CLIP_FACTORS,
     TOKENS_PER_BATCH,
     ActivationQuantizer,
     RangeObserver,
@@ -203,7 +202,7 @@ def test_the_static_grid_is_the_clipped_range_that_harms_the_outputs_least(num_b
         )
         return ((quantized_x - x) @ weight.T).square().sum()
 
-    best = min(CLIP_FACTORS, key=harm)
+    best = min(ACTIVATION_CLIP_FACTORS, key=harm)
     assert quantizer.scale == grid_from_range(x.min() * best, x.max() * best, spec.code_range).scale
     assert (best < 1) == (num_bits < 8)
 
@@ -216,9 +215,11 @@ def test_per_token_grids_are_the_tokens_ranges_clipped_by_one_factor(num_bits: i
     quantizer = observer.quantizer(spec, weight)
     errors = [
         ((ActivationQuantizer(spec, torch.tensor(factor))(x) - x) @ weight.T).square().sum()
-        for factor in CLIP_FACTORS
+        for factor in ACTIVATION_CLIP_FACTORS
     ]
-    assert quantizer.clip == torch.tensor(CLIP_FACTORS[int(torch.stack(errors).argmin())])
+    assert quantizer.clip == torch.tensor(
+        ACTIVATION_CLIP_FACTORS[int(torch.stack(errors).argmin())]
+    )
     token = x[5]
     grid = grid_from_range(
         token.min() * quantizer.clip, token.max() * quantizer.clip, spec.code_range
@@ -235,6 +236,6 @@ def test_the_observer_sees_the_exact_range_over_all_batches_whatever_it_samples(
     quantizer = observer.quantizer(ActivationSpec(8), torch.eye(16))
     spans = [
         grid_from_range(x.min() * factor, x.max() * factor, (0, 255)).scale
-        for factor in CLIP_FACTORS
+        for factor in ACTIVATION_CLIP_FACTORS
     ]
     assert quantizer.scale in spans

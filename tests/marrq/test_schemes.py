@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from marrq.errors import MarrqError
-from marrq.methods.lowrank import LowRankSpec, input_scaling, refit
+from marrq.methods.lowrank import input_scaling, refit
+from marrq.methods.spec import LowRankSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import search_weight_grid
-from marrq.quantizers.linear import QuantLinear, bits_per_weight
+from marrq.quantizers.linear import QuantizedWeight, QuantLinear, bits_per_weight
 from marrq.schemes import (
     ACTIVATION_BITS,
     FLOAT_BITS,
@@ -138,13 +139,13 @@ def quant_linear(text: str, lowrank: LowRankSpec | None = None) -> QuantLinear:
         torch.randn(48, 64, generator=torch.Generator().manual_seed(0)),
     )
     grid = search_weight_grid(weight, spec)
-    codes = grid.spread(64).quantize(weight).to(torch.int8)
+    codes = grid.spread(64).quantize(weight)
     branch = None
     if lowrank is not None:
         statistics = ResidualStatistics.zeros(64, weight.device)
         statistics.add(weight, weight)
         branch = refit(weight, input_scaling(statistics, lowrank.kind), lowrank)
-    return QuantLinear(spec, codes, grid.scale, grid.zero_point.to(torch.int8), None, None, branch)
+    return QuantLinear(QuantizedWeight.on_grid(spec, codes, grid), None, None, branch)
 
 
 # Beside the codes: 32 bits of scale and 8 of zero point for each row or group; no zero points where

@@ -1,7 +1,9 @@
-"""The error that marrq raises on purpose: one sentence that names the thing, the value and the way
-out."""
+"""The error that marrq raises on purpose."""
 
 
 class MarrqError(Exception):
-    """Something the user can mend. The command line prints its message as it is and exits with
-    1."""
+    """A problem that the user can solve.
+
+    The message is one sentence that names the thing, its value and the way out. The command line
+    prints the message without a traceback and exits with 1.
+    """

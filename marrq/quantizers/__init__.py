@@ -1,1 +1,1 @@
-"""Grids of weights and activations, the packing of codes, and the quantized linear."""
+"""Grids of weights and activations, packed codes, and the quantized linear that holds them."""

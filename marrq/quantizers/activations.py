@@ -1,20 +1,20 @@
-"""Quantization of a linear's input: one grid for the tensor, found in calibration, or one grid per
-token, found at run time.
+"""Quantization of a linear's input: one static grid per tensor, or one dynamic grid per token.
 
-The range is searched, not taken as seen: clipping a few outliers buys a finer grid for the rest. Of
-a range [c · min, c · max] the factor c is chosen that does least harm to the outputs of the linears
-that read the input,
+    per-tensor    [min, max] is taken over all calibration tokens; the grid is fixed in calibration
+    per-token     [min, max] is taken over the token at hand; the grid is found at run time
+
+The range is clipped to [c · min, c · max]: to lose a few outliers buys a finer grid for the rest.
+Calibration chooses the c that changes the outputs of the linears which read x the least,
 
     c = argmin ‖(q_c(x) - x) Wᵀ‖²
 
-over a sample of tokens, so that no layer's inputs are kept. min and max are
+over a sample of tokens, so that no layer's inputs need to be kept. With per-token grids c is the
+only thing that calibration finds.
 
-    per-tensor    those of the tensor over all calibration tokens
-    per-token     those of the token at hand
-
-and with the latter c alone is found in calibration. Where channels differ much in size and nothing
-before the linear can even them out, x is first multiplied by a number per channel, its smoothing
-(marrq/transforms/equalization.py), and the grid is one for what comes of that."""
+If the channels of x differ much in size and no norm can even them out, x is first multiplied by a
+factor per channel, its `smoothing` (marrq/transforms/equalization.py). All ranges and grids above
+are then those of the smoothed x.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,17 @@ from marrq.quantizers.affine import Grid, grid_from_range
 from marrq.schemes import ActivationSpec
 
 TOKENS_PER_BATCH = 64
-CLIP_FACTORS = tuple(0.95**i for i in range(40))
+"""Tokens of each calibration batch in the sample."""
+
+ACTIVATION_CLIP_FACTORS = tuple(0.95**i for i in range(40))
+"""Values of c that calibration tries: 1, 0.95, … 0.135."""
 
 
 class ActivationQuantizer(nn.Module):
-    """x, smoothed, to the nearest values of its grid, in floating point, as the integer kernel will
-    see them."""
+    """Smooths x and rounds it to the nearest grid values, in floating point.
+
+    The result holds the values that the integer kernel works with.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -39,8 +44,11 @@ class ActivationQuantizer(nn.Module):
     def __init__(
         self, spec: ActivationSpec, grid: Grid | Tensor, smoothing: Tensor | None = None
     ) -> None:
-        """grid: the static one; for dynamic activations the factor c, a scalar, since their grids
-        are found anew for every x. smoothing: [n], by which x is multiplied first, or None."""
+        """Build a quantizer from what calibration found.
+
+        grid: the static grid; for per-token activations the clip factor c, a scalar tensor.
+        smoothing: [n], factors of the channels, or None.
+        """
         super().__init__()
         self.spec = spec
         self.register_buffer("smoothing", smoothing)
@@ -51,36 +59,39 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer("clip", grid)
 
     def grid(self, x: Tensor) -> Grid:
-        """The grid for x, smoothed already: per tensor [], or per token [..., 1]."""
+        """The grid of an x that is smoothed already: scales [] per tensor, [..., 1] per token."""
         if self.spec.is_static:
             return Grid(self.scale, self.zero_point, *self.spec.code_range)
-        minimum, maximum = x.aminmax(dim=-1, keepdim=True)
+        minimum, maximum = x.aminmax(dim=-1, keepdim=True)  # [..., 1] each
         return grid_from_range(minimum * self.clip, maximum * self.clip, self.spec.code_range)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., n]."""
+        """The quantized x. x: [..., n]."""
         x = smoothed(x, self.smoothing)
         return self.grid(x).nearest(x)
 
 
 def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """The input with its channels multiplied, where there is something to multiply them by."""
+    """x [..., n] with its channels multiplied by `smoothing` [n]; x itself if that is None."""
     return x if smoothing is None else x * smoothing
 
 
 class RangeObserver:
-    """Sees a linear's input batch by batch; then gives the quantizer for it. smoothing: see
-    ActivationQuantizer; processes: the processes that see consecutive batches each."""
+    """Sees a linear's input batch by batch, then gives the quantizer for this input.
+
+    smoothing: see ActivationQuantizer.
+    processes: the processes that see consecutive batches each.
+    """
 
     def __init__(self, smoothing: Tensor | None = None, processes: Processes = ONE_PROCESS) -> None:
-        self._smoothing, self._team = smoothing, processes
+        self._smoothing, self._processes = smoothing, processes
         self._minimum: list[Tensor] = []
         self._maximum: list[Tensor] = []
         self._sample: list[Tensor] = []
 
     def observe(self, x: Tensor) -> None:
-        """Take the range of a batch and an evenly spaced sample of its tokens. x: [..., n]."""
-        tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])
+        """Record the range of a batch and an evenly spaced sample of its tokens. x: [..., n]."""
+        tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])  # [tokens, n]
         self._minimum.append(tokens.amin())
         self._maximum.append(tokens.amax())
         rows = torch.linspace(
@@ -89,29 +100,34 @@ class RangeObserver:
         self._sample.append(tokens[rows])
 
     def quantizer(self, spec: ActivationSpec, weight: Tensor) -> ActivationQuantizer:
-        """The quantizer with the least error in the outputs. weight: [m, n], of all linears that
-        read the input, for what smoothing makes of it."""
-        sample = self._team.gather(torch.cat([weight.new_zeros(0, weight.shape[1]), *self._sample]))
+        """The quantizer that changes the outputs of the linears the least.
+
+        weight: [m, n], the weights of all linears that read the input, stacked. They must take the
+            smoothed input.
+        """
+        # The empty tensor lets a process without batches take part in the gathering.
+        sample = torch.cat([weight.new_zeros(0, weight.shape[1]), *self._sample])
+        sample = self._processes.gather(sample)  # [tokens, n], of all processes
         minimum, maximum = self._ranges(spec, sample)
         grids = [
             grid_from_range(minimum * factor, maximum * factor, spec.code_range)
-            for factor in CLIP_FACTORS
+            for factor in ACTIVATION_CLIP_FACTORS
         ]
+        # ‖(q_c(x) - x) Wᵀ‖² for every c. Two sums, so that the order of addition is fixed: first
+        # over the outputs of a token, then over tokens.
         errors = torch.stack(
             [((grid.nearest(sample) - sample) @ weight.T).square().sum(1).sum() for grid in grids]
         )
         best = int(errors.argmin())
-        return ActivationQuantizer(
-            spec,
-            grids[best] if spec.is_static else sample.new_tensor(CLIP_FACTORS[best]),
-            self._smoothing,
-        )
+        factor = sample.new_tensor(ACTIVATION_CLIP_FACTORS[best])
+        return ActivationQuantizer(spec, grids[best] if spec.is_static else factor, self._smoothing)
 
     def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value that the grid of each token of the sample spans: [], or
-        [tokens, 1]."""
+        """Minimum and maximum before clipping: [] for a static grid, else [tokens, 1]."""
         if not spec.is_static:
             return sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)
+        # A static range covers every token that was seen, not the sample alone.
         seen = zip(self._minimum, self._maximum, strict=True)
-        ranges = self._team.gather(torch.stack([sample.new_zeros(2), *map(torch.stack, seen)])[1:])
+        own = torch.stack([sample.new_zeros(2), *map(torch.stack, seen)])[1:]  # [batches, 2]
+        ranges = self._processes.gather(own)
         return ranges[:, 0].amin(), ranges[:, 1].amax()

@@ -1,14 +1,20 @@
-"""Affine grids: choose one, quantize to its codes, dequantize. The only place in marrq that rounds
-and clamps.
+"""Affine grids: choose a grid, quantize to its codes, dequantize the codes.
 
-    code = clamp(round(x / scale) + zero_point, low, high)          value = (code - zero_point) · scale
+    code  = clamp(round(x / scale) + zero_point, low, high)
+    value = (code - zero_point) · scale
 
-Rounding is half to even and the division is a division, as in ONNX QuantizeLinear, so that torch
-and ONNX Runtime give the same codes. Every grid represents 0 exactly. The weight grid is GPTQ's
-(arXiv 2210.17323, released code): min/max per output channel or group of inputs, then a search over
-clipped ranges with the error |q - w|^2.4. The grid of mxint is not searched: the scale is the power
-of two that the largest magnitude of the block asks for, with one sign bit and b - 1 bits of
-mantissa."""
+No other file of marrq turns numbers into codes. Rounding is half to even, and x is divided by the
+scale, not multiplied by its reciprocal. ONNX QuantizeLinear does the same, so torch and ONNX
+Runtime give the same codes. Every grid represents 0 exactly.
+
+A weight has one grid per output channel or per group of inputs:
+
+    asymmetric    from min/max; of 80 clipped ranges the one with the least Σ |q - w|^2.4, as in
+                  GPTQ's released code (arXiv 2210.17323)
+    symmetric     the same from max |w|, with zero_point = 0
+    mxint         scale = 2^(e - b + 2) with b bits, e the exponent of the largest magnitude in a
+                  block of 32; nothing is searched (OCP MX; SRR, arXiv 2602.02001)
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,17 +25,22 @@ from torch import Tensor
 from marrq.errors import MarrqError
 from marrq.schemes import WeightSpec
 
-CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
+WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
+"""Shares of the range of a weight that the search tries: 1, 0.99, … 0.21."""
+
 WEIGHT_ERROR_POWER = 2.4
+"""Exponent of the rounding error in that search."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An affine grid of integers `low` … `high`.
+    """An affine grid with the integer codes `low` … `high`.
 
-    scale, zero_point: floating-point tensors that broadcast against what is quantized: [m, 1] for
-    weights [m, n] (per channel), [] per tensor, [..., 1] per token. Weights in groups have [m,
-    groups], to be `spread` first. The zero point holds an integer between `low` and `high`."""
+    scale, zero_point: floating-point tensors that broadcast against the quantized tensor:
+        [m, 1] for a weight [m, n] with a grid per channel, [] per tensor, [..., 1] per token.
+        With groups they are [m, groups]; `spread` them before use. A zero point is an integer in
+        `low` … `high`, held in floating point.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -37,7 +48,10 @@ class Grid:
     high: int
 
     def quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Codes of x, in x's floating-point type; NaN stays NaN. out: where to write them."""
+        """Codes of x, in the floating-point type of x. NaN stays NaN.
+
+        out: tensor for the codes, or None for a new one.
+        """
         return (
             torch.div(x, self.scale, out=out)
             .round_()
@@ -49,9 +63,12 @@ class Grid:
         """Values of codes, in the type of the scale."""
         return (codes - self.zero_point).mul_(self.scale)
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """The grid value that each x is rounded to."""
+        return self.dequantize(self.quantize(x))
+
     def spread(self, columns: int) -> "Grid":
-        """The grid with each group's scale and zero point repeated for its columns: [m,
-        columns]."""
+        """The same grid with a scale and a zero point for every column: [m, columns]."""
         size = columns // self.scale.shape[1]
         return Grid(
             self.scale.repeat_interleave(size, 1),
@@ -61,35 +78,37 @@ class Grid:
         )
 
     def columns(self, order: Tensor) -> list["ColumnGrid"]:
-        """The grid of each column of a weight, in the order given: [n] of scales [m]."""
-        lowest, highest = self.low - self.zero_point, self.high - self.zero_point
-        if self.scale.shape[1] == 1:
-            return [
-                ColumnGrid(*(part[:, 0].contiguous() for part in (self.scale, lowest, highest)))
-            ] * len(order)
-        spread = (
-            part.repeat_interleave(len(order) // part.shape[1], 1).T[order]
-            for part in (self.scale, lowest, highest)
-        )
-        return [ColumnGrid(*parts) for parts in zip(*spread, strict=True)]
+        """The grids of the columns of a weight [m, n], in the given order.
 
-    def shaped(self, rows: int) -> "Grid":
-        """The same scales, as [rows, groups]."""
+        order: [n], indices of columns.
+        """
+        lowest, highest = self.low - self.zero_point, self.high - self.zero_point
+        parts = (self.scale, lowest, highest)  # each [m, groups]
+        if self.scale.shape[1] == 1:
+            # One group: all columns share one object, so nothing is copied n times.
+            return [ColumnGrid(*(part[:, 0].contiguous() for part in parts))] * len(order)
+        spread = (
+            part.repeat_interleave(len(order) // part.shape[1], 1).T[order]  # [n, m]
+            for part in parts
+        )
+        return [ColumnGrid(*column) for column in zip(*spread, strict=True)]
+
+    def reshaped(self, rows: int) -> "Grid":
+        """The same grid with its scales as [rows, groups]."""
         return Grid(
             self.scale.reshape(rows, -1), self.zero_point.reshape(rows, -1), self.low, self.high
         )
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """The value of the grid that each x is rounded to."""
-        return self.dequantize(self.quantize(x))
-
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """A grid counted from its zero: value = steps · scale, code = steps + zero point. Half as many
-    operations as by way of the codes, for the same integers.
+    """The grid of one column of a weight, counted in steps from its zero.
 
-    scale, lowest, highest: [m], lowest and highest being the grid's ends minus its zero points.
+        steps = code - zero_point,  value = steps · scale
+
+    Steps need half as many operations as codes and give the same integers.
+
+    scale, lowest, highest: [m]; `lowest` and `highest` are `low` and `high` minus the zero point.
     """
 
     scale: Tensor
@@ -97,39 +116,66 @@ class ColumnGrid:
     highest: Tensor
 
     def round(self, x: Tensor, out: Tensor) -> Tensor:
-        """ColumnGrid of x [m], written to `out`; NaN stays NaN."""
+        """Steps of x [m], written to `out`. NaN stays NaN."""
         return torch.div(x, self.scale, out=out).round_().clamp_(self.lowest, self.highest)
 
 
 def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int]) -> Grid:
-    """The grid that spans [min(minimum, 0), max(maximum, 0)]; an empty range gets scale 1."""
+    """The grid that spans [min(minimum, 0), max(maximum, 0)]. An empty range gets scale 1."""
     low, high = code_range
+    # The range is widened to include 0, so that 0 has an exact code.
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
     scale = (maximum - minimum) / (high - low)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # The zero point is the code of 0; `minimum` then gets the code `low`, up to half a step.
     zero_point = torch.clamp(torch.round(low - minimum / scale), low, high)
     return Grid(scale, zero_point, low, high)
 
 
 def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
-    """The grid of a weight [m, n], by the weight alone; scales: [m, groups]. Raises MarrqError when
-    n is no multiple of the group size."""
+    """The grid of a weight [m, n], chosen by the weight alone; its scales are [m, groups].
+
+    Raises MarrqError if n is not a multiple of the group size.
+    """
     groups = _groups(weight, spec)
     if spec.grid == "mxint":
-        return _mxint_grid(groups, spec.code_range).shaped(len(weight))
-    grids = (_clipped(groups, spec, factor) for factor in CLIP_FACTORS)
-    return _least_error(groups, grids).shaped(len(weight))
+        return _mxint_grid(groups, spec.code_range).reshaped(len(weight))
+    grids = (_clipped_grid(groups, spec, factor) for factor in WEIGHT_CLIP_FACTORS)
+    return _least_error(groups, grids).reshaped(len(weight))
 
 
 def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[float]) -> list[Grid]:
-    """The grids of a weight [m, n] with the ranges clipped by each factor; mxint has but one."""
+    """One grid of a weight [m, n] for each factor by which its ranges are clipped.
+
+    An mxint grid has no range to clip: the list then holds that grid alone. Raises MarrqError if n
+    is not a multiple of the group size.
+    """
+    groups = _groups(weight, spec)
     if spec.grid == "mxint":
-        return [_mxint_grid(_groups(weight, spec), spec.code_range).shaped(len(weight))]
-    return [_clipped(_groups(weight, spec), spec, factor).shaped(len(weight)) for factor in factors]
+        return [_mxint_grid(groups, spec.code_range).reshaped(len(weight))]
+    return [_clipped_grid(groups, spec, factor).reshaped(len(weight)) for factor in factors]
+
+
+def stack_grids(grids: Sequence[Grid]) -> Grid:
+    """The grid of several weights stacked on each other: scales [Σ m, groups]."""
+    return Grid(
+        torch.cat([grid.scale for grid in grids]),
+        torch.cat([grid.zero_point for grid in grids]),
+        grids[0].low,
+        grids[0].high,
+    )
+
+
+def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
+    """The grid whose row i is row i of grids[choice[i]]. choice: [m], indices of `grids`."""
+    rows = torch.arange(len(choice), device=choice.device)
+    scale = torch.stack([grid.scale for grid in grids])[choice, rows]
+    zero_point = torch.stack([grid.zero_point for grid in grids])[choice, rows]
+    return Grid(scale, zero_point, grids[0].low, grids[0].high)
 
 
 def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """The parts of a weight that have one scale each, as rows."""
+    """The parts of a weight that share a scale, one a row: [m · groups, size]."""
     size = spec.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise MarrqError(
@@ -139,23 +185,24 @@ def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     return weight.reshape(-1, size)
 
 
-def _clipped(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
+def _clipped_grid(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
     """The grid of each row with its range multiplied by a factor."""
     low, high = spec.code_range
     if spec.grid == "asymmetric":
         return grid_from_range(
             rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high)
         )
+    # Symmetric: max |w| gets the code `high`; `low` = -high - 1 is reached by rounding alone.
     largest = rows.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest * factor / high, torch.ones_like(largest))
     return Grid(scale, torch.zeros_like(scale), low, high)
 
 
 def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
-    """For each row the grid with the least Σ |q - w|^2.4, the first of equals."""
+    """For each row the grid with the least Σ |q - w|^2.4; of equals the first."""
     candidates = list(grids)
-    # |d|^p as exp(p · log|d|), which is seven times as fast on a CPU as pow; log 0 = -∞ comes back
-    # as 0.
+    # |d|^p is computed as exp(p · log |d|), seven times as fast on a CPU as pow. An error of 0
+    # survives: log 0 = -∞ and exp(-∞) = 0.
     errors = [
         grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1)
         for grid in candidates
@@ -163,30 +210,16 @@ def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
     return select_rows(candidates, torch.stack(errors).argmin(0))
 
 
-def stack_grids(grids: Sequence[Grid]) -> Grid:
-    """The grid of weights stacked upon each other: [Σ m, groups]."""
-    scale, zero_point = (
-        torch.cat([grid.scale for grid in grids]),
-        torch.cat([grid.zero_point for grid in grids]),
-    )
-    return Grid(scale, zero_point, grids[0].low, grids[0].high)
-
-
-def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
-    """A grid with each row taken from one of several. choice: [m], indices of grids."""
-    rows = torch.arange(len(choice), device=choice.device)
-    scale = torch.stack([grid.scale for grid in grids])[choice, rows]
-    zero_point = torch.stack([grid.zero_point for grid in grids])[choice, rows]
-    return Grid(scale, zero_point, grids[0].low, grids[0].high)
-
-
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:
-    """The scale 2^(e - b + 2), e the exponent of the largest magnitude of a block [32], so that b -
-    1 bits of mantissa reach it."""
+    """The mxint grid of each row of `blocks`: one sign bit and b - 1 bits of mantissa."""
     _, high = code_range
     largest = blocks.abs().amax(1, keepdim=True)
-    exponent = torch.frexp(largest).exponent - 1  # largest = 1.xxx · 2^exponent
+    # frexp gives a mantissa in [0.5, 1); minus 1 the exponent is e with largest = 1.xxx · 2^e.
+    exponent = torch.frexp(largest).exponent - 1
+    # high = 2^(b - 1) - 1 has b - 1 binary digits, so this is 2^(e - b + 2): the largest magnitude
+    # takes between 2^(b - 2) and 2^(b - 1) steps.
     scale = torch.ldexp(
         torch.ones_like(largest), torch.where(largest > 0, exponent, 0) + 2 - high.bit_length() - 1
     )
+    # The grid is symmetric: the code -high - 1 is not used.
     return Grid(scale, torch.zeros_like(scale), -high, high)

@@ -1,10 +1,15 @@
-"""The quantized linear, simulated in torch: y = dequantize(codes) · q(x) + L (R q(x)) + bias.
+"""The quantized linear, simulated in torch:
 
-It holds the same integers that the artifact stores and the exported graph contains; only the order
-of float sums differs from the integer kernel's."""
+    y = dequantize(codes) · q(x) + L (R q(x)) + bias
+
+It holds the integers that the artifact stores and the exported graph contains. Only the order of
+floating-point sums differs from an integer kernel's. L R is an optional low-rank branch
+(marrq/methods/lowrank.py).
+"""
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,54 +18,93 @@ from marrq.quantizers.affine import Grid
 from marrq.quantizers.packing import packed_size
 from marrq.schemes import WeightSpec
 
+SCALE_BITS = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}
+"""Bits of a stored scale with its zero point, by the kind of grid."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as integers.
+
+    codes: int8 [out, in].
+    scale: float32 [out, groups].
+    zero_point: int8 [out, groups].
+    """
+
+    spec: WeightSpec
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def on_grid(cls, spec: WeightSpec, codes: Tensor, grid: Grid) -> "QuantizedWeight":
+        """A weight from codes and a grid in floating point. codes: [out, in], integers."""
+        return cls(spec, codes.to(torch.int8), grid.scale, grid.zero_point.to(torch.int8))
+
+    @property
+    def values(self) -> Tensor:
+        """The dequantized weight: [out, in], in the type of the scale."""
+        grid = Grid(self.scale, self.zero_point, *self.spec.code_range).spread(self.codes.shape[1])
+        return grid.dequantize(self.codes.to(self.scale))
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the packed codes, the scales, and the zero points unless all of them are 0."""
+        return (
+            8 * packed_size(self.codes.numel(), self.spec.num_bits)
+            + SCALE_BITS[self.spec.grid] * self.scale.numel()
+        )
+
 
 @dataclass(frozen=True)
 class StoredFactor:
-    """L [m, r] or R [r, n] as it is stored. codes: float16 values and no scale, or int8 with
-    float32 scales, [1, r] for L, [r, 1] for R."""
+    """L [m, r] or R [r, n] as the artifact stores it.
+
+    codes: float16 values without a scale, or int8 codes with a scale.
+    scale: float32, [1, r] for L and [r, 1] for R; None for float16 values.
+    """
 
     codes: Tensor
     scale: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
-        """What the codes stand for, in float32."""
+        """The factor in float32."""
         return self.codes.float() if self.scale is None else self.codes.float() * self.scale
 
     @property
     def stored_bits(self) -> int:
-        """What codes and scales take."""
-        return 8 * sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in (self.codes, self.scale)
-            if tensor is not None
-        )
+        """Bits of codes and scale."""
+        tensors = [self.codes] if self.scale is None else [self.codes, self.scale]
+        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The branch L R as it is stored."""
+    """The low-rank branch L R as the artifact stores it."""
 
     left: StoredFactor
     right: StoredFactor
 
     @property
     def product(self) -> Tensor:
-        """L R of the stored values, [m, n] in float32."""
+        """L R of the stored values: float32 [m, n]."""
         return self.left.values @ self.right.values
 
     @property
     def stored_bits(self) -> int:
-        """What L and R take in all."""
+        """Bits of both factors."""
         return self.left.stored_bits + self.right.stored_bits
 
 
 class QuantLinear(nn.Module):
     """A linear with integer weight codes.
 
-    codes: int8 [out, in]; scale: float32 [out, groups]; zero_point: int8 [out, groups]; bias:
-    float32 [out] or None; input: quantizes x, or None where activations stay in floating point;
-    lowrank: a branch beside the codes, or None."""
+    weight: codes, scales and zero points.
+    bias: float32 [out], or None.
+    input: quantizes x; None if activations stay in floating point.
+    lowrank: branch beside the codes, or None.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -73,31 +117,33 @@ class QuantLinear(nn.Module):
 
     def __init__(
         self,
-        spec: WeightSpec,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
+        weight: QuantizedWeight,
         bias: Tensor | None,
         input: ActivationQuantizer | None,
         lowrank: LowRank | None = None,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = weight.spec
+        # The order of the buffers is the order of the names in the state dict.
         for side in ("left", "right"):
             factor: StoredFactor | None = getattr(lowrank, side, None)
             self.register_buffer(f"lowrank_{side}", None if factor is None else factor.codes)
             self.register_buffer(f"lowrank_{side}_scale", None if factor is None else factor.scale)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero_point", weight.zero_point)
         self.register_buffer("bias", bias)
         self.input = input
 
     @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """Codes, scales and zero points, as they are on the module's device now."""
+        return QuantizedWeight(self.spec, self.codes, self.scale, self.zero_point)
+
+    @property
     def weight(self) -> Tensor:
-        """The dequantized weight: float32 [out, in]."""
-        grid = Grid(self.scale, self.zero_point, *self.spec.code_range).spread(self.codes.shape[1])
-        return grid.dequantize(self.codes.to(self.scale))
+        """The dequantized weight, without the low-rank branch: float32 [out, in]."""
+        return self.quantized_weight.values
 
     @property
     def lowrank(self) -> LowRank | None:
@@ -111,31 +157,23 @@ class QuantLinear(nn.Module):
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the weight in the artifact: codes, scales, zero points where they are not all 0,
-        the low-rank branch, and the input's smoothing."""
-        per_scale = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}[self.spec.grid]
-        branch = 0 if self.lowrank is None else self.lowrank.stored_bits
-        smoothing = (
-            0
-            if self.input is None or self.input.smoothing is None
-            else 32 * self.input.smoothing.numel()
-        )
-        return (
-            8 * packed_size(self.codes.numel(), self.spec.num_bits)
-            + per_scale * self.scale.numel()
-            + branch
-            + smoothing
-        )
+        """Bits that the artifact takes for the weight: codes, grid, low-rank branch, smoothing."""
+        branch, smoothing = self.lowrank, None if self.input is None else self.input.smoothing
+        bits = self.quantized_weight.stored_bits
+        if branch is not None:
+            bits += branch.stored_bits
+        if smoothing is not None:
+            bits += 32 * smoothing.numel()
+        return bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] to [..., out]."""
+        """Outputs [..., out] of inputs x [..., in]."""
         x = x if self.input is None else self.input(x)
         y, branch = F.linear(x, self.weight, self.bias), self.lowrank
-        return (
-            y
-            if branch is None
-            else y + F.linear(F.linear(x, branch.right.values.to(x)), branch.left.values.to(x))
-        )
+        if branch is None:
+            return y
+        # The branch reads the quantized x too: R first, since r is much smaller than in and out.
+        return y + F.linear(F.linear(x, branch.right.values.to(x)), branch.left.values.to(x))
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
@@ -146,8 +184,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits that the quantized linears' weights take, per weight, everything counted that belongs to
-    them (QuantLinear.stored_bits)."""
+    """Stored bits of the quantized linears (see QuantLinear.stored_bits), per weight."""
     linears = quantized_linears(model).values()
     return sum(linear.stored_bits for linear in linears) / sum(
         linear.codes.numel() for linear in linears

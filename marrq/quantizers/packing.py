@@ -1,10 +1,15 @@
-"""Dense packing of signed 2-, 3-, 4- and 8-bit codes into bytes. The layout, stated once:
+"""Dense packing of signed 2-, 3-, 4- and 8-bit codes into bytes.
 
-Codes are flattened row by row. A b-bit code goes in as its low b bits (two's complement), the first
-code in the lowest bits of a byte. With 2, 4 and 8 bits this is the layout of ONNX INT2, INT4 and
-INT8 tensors. With 3 bits the plane of all low 2-bit parts comes first, then the plane of all high
-bits, eight to a byte: each plane can be unpacked by shifts and masks alone. Unused bits at an end
-are 0."""
+The layout: codes are flattened row by row. Of a b-bit code the low b bits of its two's complement
+are stored, the first code in the lowest bits of a byte.
+
+    2, 4, 8 bits    the layout of ONNX tensors of type INT2, INT4 and INT8
+    3 bits          two planes one after the other: the low two bits of every code, four to a byte;
+                    then the high bit of every code, eight to a byte
+
+Three bits do not divide a byte, but each plane can be unpacked by shifts and masks alone. Unused
+bits at the end of a plane are 0.
+"""
 
 import math
 
@@ -18,14 +23,17 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def packed_planes(codes: Tensor, num_bits: int) -> list[Tensor]:
-    """One tensor of bytes (uint8, 1-D) a plane. codes: any shape, integers that fit `num_bits`
-    bits."""
+    """The planes of the codes, each uint8 [bytes]. codes: integers of any shape.
+
+    Raises MarrqError if a code does not fit in `num_bits` bits.
+    """
     low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
         raise MarrqError(
             f"codes must lie in {low} … {high} to be packed in {num_bits} bits: got "
             f"{int(codes.min())} … {int(codes.max())}"
         )
+    # The mask keeps the low bits of the two's complement: -1 becomes 0b11…1.
     remaining: Tensor = codes.reshape(-1).to(torch.int32) & (2**num_bits - 1)
     planes = []
     for bits in PLANES[num_bits]:
@@ -35,13 +43,18 @@ def packed_planes(codes: Tensor, num_bits: int) -> list[Tensor]:
 
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
-    """All planes of the codes, one after the other: uint8, 1-D."""
+    """All planes of the codes, one after the other: uint8 [bytes].
+
+    Raises MarrqError if a code does not fit in `num_bits` bits.
+    """
     return torch.cat(packed_planes(codes, num_bits))
 
 
 def unpack(packed: Tensor, num_bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: int8 codes of the given shape. Raises MarrqError when the bytes do not
-    fit the shape."""
+    """The inverse of `pack`: int8 codes of the given shape.
+
+    Raises MarrqError if the number of bytes does not fit the shape.
+    """
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, num_bits):
         raise MarrqError(
@@ -49,11 +62,12 @@ def unpack(packed: Tensor, num_bits: int, shape: tuple[int, ...]) -> Tensor:
             f"{packed.numel()} of {packed.dtype}"
         )
     codes = torch.zeros(count, dtype=torch.int32, device=packed.device)
-    start = filled = 0
+    start = filled = 0  # bytes read so far; bits of each code filled so far
     for bits in PLANES[num_bits]:
         end = start + _plane_size(count, bits)
         codes |= _unpack_plane(packed[start:end], bits)[:count] << filled
         start, filled = end, filled + bits
+    # Sign extension: flipping the sign bit and subtracting its value maps 2^b - 1 back to -1.
     sign = 2 ** (num_bits - 1)
     signed: Tensor = (codes ^ sign) - sign
     return signed.to(torch.int8).reshape(shape)
@@ -75,6 +89,7 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 def _pack_plane(parts: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(parts, (0, -len(parts) % per_byte))
+    # The shifted parts of a byte do not overlap, so their sum is their union.
     placed: Tensor = padded.reshape(-1, per_byte) << _shifts(bits, parts.device)
     return placed.sum(1).to(torch.uint8)
 
@@ -82,4 +97,4 @@ def _pack_plane(parts: Tensor, bits: int) -> Tensor:
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
     shifted: Tensor = packed.to(torch.int32).unsqueeze(1) >> _shifts(bits, packed.device)
     parts: Tensor = shifted & (2**bits - 1)
-    return parts.reshape(-1)
+    return parts.reshape(-1)  # zeros from the padding are still at the end

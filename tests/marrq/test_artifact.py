@@ -16,7 +16,13 @@ from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.affine import Grid
-from marrq.quantizers.linear import LowRank, QuantLinear, StoredFactor, quantized_linears
+from marrq.quantizers.linear import (
+    LowRank,
+    QuantizedWeight,
+    QuantLinear,
+    StoredFactor,
+    quantized_linears,
+)
 from marrq.schemes import ActivationSpec, ActivationStrategy, WeightSpec
 
 IMAGES = noise(4)
@@ -101,9 +107,8 @@ def test_the_tensors_of_a_linear_are_these_bytes():
         spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range)
     )
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1], [2]], dtype=torch.int8)
-    linear = QuantLinear(
-        WeightSpec(3), CODES, scale, zero_point, torch.tensor([5.0, 6.0]), quantizer
-    )
+    weight = QuantizedWeight(WeightSpec(3), CODES, scale, zero_point)
+    linear = QuantLinear(weight, torch.tensor([5.0, 6.0]), quantizer)
     assert stored(linear) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0], [2.0]]),
@@ -122,7 +127,8 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
         torch.tensor([[0, 1], [2, 3]], dtype=torch.int8),
     )
-    assert stored(QuantLinear(WeightSpec(3, 2), CODES, scale, zero_point, None, quantizer)) == {
+    weight = QuantizedWeight(WeightSpec(3, 2), CODES, scale, zero_point)
+    assert stored(QuantLinear(weight, None, quantizer)) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0, 2.0], [3.0, 4.0]]),
         "weight_zero_point": ("int8", [[0, 1], [2, 3]]),
@@ -137,9 +143,8 @@ def test_the_smoothing_of_a_linears_input_is_these_bytes():
         ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0])
     )
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
-    assert stored(
-        QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, quantizer)
-    ) == {
+    weight = QuantizedWeight(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point)
+    assert stored(QuantLinear(weight, None, quantizer)) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[1.0], [2.0]]),
         "weight_shape": SHAPE,
@@ -151,14 +156,14 @@ def test_the_smoothing_of_a_linears_input_is_these_bytes():
 def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
     """Pins format version 6."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
-    symmetric = QuantLinear(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None)
-    assert stored(symmetric) == {
+    symmetric = QuantizedWeight(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point)
+    assert stored(QuantLinear(symmetric, None, None)) == {
         "weight_packed": PACKED,
         "weight_scale": ("float32", [[0.125], [2.0]]),
         "weight_shape": SHAPE,
     }
-    mxint = QuantLinear(WeightSpec(3, 32, "mxint"), CODES, scale, zero_point, None, None)
-    assert stored(mxint) == {
+    mxint = QuantizedWeight(WeightSpec(3, 32, "mxint"), CODES, scale, zero_point)
+    assert stored(QuantLinear(mxint, None, None)) == {
         "weight_packed": PACKED,
         "weight_scale": ("float8_e8m0fnu", [[124], [128]]),
         "weight_shape": SHAPE,
@@ -174,13 +179,9 @@ def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
         StoredFactor(left.to(torch.int8), left[:1]),
         StoredFactor(right.to(torch.int8), right[:, :1]),
     )
+    weight = QuantizedWeight(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point)
     with_halves, with_integers = (
-        stored(
-            QuantLinear(
-                WeightSpec(3, None, "symmetric"), CODES, scale, zero_point, None, None, branch
-            )
-        )
-        for branch in (halves, integers)
+        stored(QuantLinear(weight, None, None, branch)) for branch in (halves, integers)
     )
     common = {
         "weight_packed": PACKED,

@@ -14,7 +14,7 @@ it with `.data` behind, which has to go where the model goes."""
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -29,6 +29,7 @@ from exporters.flavors.lowering import weight_bits
 from exporters.flavors.matmulnbits import MatMulNBits
 from exporters.flavors.qdq import Qdq
 from exporters.pixels import take_images
+from exporters.trace import TracedModel, trace_quantized
 from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.models.load import VisionModel, load_source
@@ -58,8 +59,8 @@ class Flavor(Protocol):
         """First ONNX Runtime that was seen to run such a file, of 1.17.0, 1.18.0 and so on to
         1.23.0, and 1.24.1."""
 
-    def export(self, model: QuantizedModel) -> ir.Model:
-        """The graph, unstamped."""
+    def lower(self, traced: TracedModel) -> ir.Model:
+        """The graph with the placeholders replaced, unstamped."""
 
 
 FLAVORS: dict[str, Callable[..., Flavor]] = {
@@ -141,30 +142,27 @@ def check_flavor(model: QuantizedModel, flavor: str, options: Options = NO_OPTIO
 
 
 def write(
-    model: QuantizedModel,
-    artifact: str,
+    traced: TracedModel,
     flavor: str,
     path: Path,
     options: Options = NO_OPTIONS,
     takes_images: bool = False,
 ) -> None:
-    """Write an artifact's graph in one flavour; a file that exists is replaced. artifact: its hash.
-    takes_images: uint8 images, which the graph normalizes, in place of normalized pixels. Raises
-    MarrqError as `check_flavor`.
+    """Write a quantized model's graph in one flavour; a file that exists is replaced.
 
-    The float flavours are the model that the artifact was made from, loaded again and checked to
-    have the same weights."""
+    flavor: a key of FLAVORS. takes_images: the graph takes uint8 images and normalizes them itself.
+    Raises MarrqError as `check_flavor`."""
+    model = traced.model
     check_flavor(model, flavor, options)
     if flavor in BASELINES:
-        write_baseline(load_source(model.source), flavor, path, takes_images)
-        return
+        raise MarrqError(f"{flavor!r} is no lowering of a quantized model: use write_baseline")
     chosen = FLAVORS[flavor](**options)
-    graph = chosen.export(model)
+    graph = chosen.lower(traced)
     described = {
         "flavor": flavor,
         "scheme": str(model.scheme),
         "method": model.method.name,
-        "artifact": artifact,
+        "artifact": traced.artifact_hash,
         "bits_per_weight": f"{weight_bits(graph.graph, model):.4f}",
         "schemes": json.dumps(_paths_by_scheme(model)),
         "container_bits": str(chosen.container_bits(model.scheme)),
@@ -177,6 +175,34 @@ def write(
         path,
         takes_images,
     )
+
+
+@dataclass(frozen=True)
+class Export:
+    """A quantized model in the flavour that it is exported in.
+
+    artifact_hash: of the artifact that the model was read from; flavor: a key of FLAVORS or of
+    BASELINES. Raises MarrqError as `check_flavor`.
+    """
+
+    model: QuantizedModel
+    artifact_hash: str
+    flavor: str
+    options: Options = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_flavor(self.model, self.flavor, self.options)
+
+    def write(self, path: Path, takes_images: bool = False) -> None:
+        """Write the ONNX file; a file that exists is replaced. takes_images: as in `write`.
+
+        A float flavour is the model that the artifact was made from: it is loaded again, and its
+        weights are checked to be the same."""
+        if self.flavor in BASELINES:
+            write_baseline(load_source(self.model.source), self.flavor, path, takes_images)
+        else:
+            traced = trace_quantized(self.model, self.artifact_hash)
+            write(traced, self.flavor, path, self.options, takes_images)
 
 
 def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,11 +22,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marrq.errors import MarrqError
-from marrq.quantizers.linear import quantized_linears
+from marrq.quantized_model import QuantizedModel
+from marrq.quantizers.linear import QuantLinear, quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
 PLACEHOLDER = "QuantizedLinear"
 INPUT = "pixels"
+
+OPSET = 20
+"""The opset of a trace: the lowest that has Gelu."""
 
 
 class _Placeholder(nn.Module):
@@ -55,6 +60,35 @@ def with_placeholders(model: nn.Module) -> nn.Module:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _Placeholder(path, len(linear.codes)))
     return model
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A quantized model and its graph, traced once for all flavours.
+
+    model: what was traced; artifact_hash: of the artifact that the model was read from; graph: the
+    float graph with a placeholder for each quantized linear, which nothing changes.
+    """
+
+    model: QuantizedModel
+    artifact_hash: str
+    graph: ir.Model
+
+    @property
+    def linears(self) -> dict[str, QuantLinear]:
+        """The quantized linears by their module paths, as the placeholders carry them."""
+        return quantized_linears(self.model.module)
+
+    def clone(self) -> ir.Model:
+        """A copy of the graph that a flavour may rewrite; the constants are shared."""
+        return self.graph.clone()
+
+
+def trace_quantized(model: QuantizedModel, artifact_hash: str) -> TracedModel:
+    """Trace a quantized model. Raises MarrqError if torch cannot export it."""
+    module = with_placeholders(model.module)
+    graph = trace(module, model.preprocessing.input_size, OPSET, model.output)
+    return TracedModel(model, artifact_hash, graph)
 
 
 def trace(

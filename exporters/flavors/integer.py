@@ -53,7 +53,7 @@ from exporters.flavors.lowering import (
     opset_of,
     with_lowrank,
 )
-from marrq.quantized_model import QuantizedModel
+from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
 KERNEL = "MatMulIntegerToFloat"
@@ -88,10 +88,10 @@ class Integer:
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return max(widened, "1.19.0") if opset_of(scheme) >= BLOCK_OPSET else widened
 
-    def export(self, model: QuantizedModel) -> ir.Model:
+    def lower(self, traced: TracedModel) -> ir.Model:
         """The graph of a quantized model on integer kernels."""
-        opset = opset_of(model.scheme)
-        return lower(model, max(opset, ATTENTION_OPSET) if self.fuse else opset, _product)
+        opset = opset_of(traced.model.scheme)
+        return lower(traced, max(opset, ATTENTION_OPSET) if self.fuse else opset, _product)
 
 
 def _product(site: LinearLowering) -> ir.Value:

@@ -39,7 +39,7 @@ from exporters.passes import (
     placeholders,
     split_qkv,
 )
-from exporters.trace import PLACEHOLDER_DOMAIN, trace, with_placeholders
+from exporters.trace import OPSET, PLACEHOLDER_DOMAIN, TracedModel
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.linear import QuantLinear, StoredFactor, quantized_linears
@@ -48,9 +48,6 @@ from marrq.schemes import Scheme
 
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 """Where ONNX Runtime keeps operators of its own."""
-
-OPSET = 20
-"""The lowest that has Gelu."""
 
 WEIGHT_OPSETS = {2: 25, 3: OPSET, 4: 21, 8: OPSET}
 """Lowest opset whose types hold codes of that width."""
@@ -235,14 +232,12 @@ class LinearLowering:
 
 
 def lower(
-    model: QuantizedModel, opset: int, lowering: Callable[[LinearLowering], ir.Value]
+    traced: TracedModel, opset: int, lowering: Callable[[LinearLowering], ir.Value]
 ) -> ir.Model:
     """The graph of a quantized model with each placeholder replaced by what the lowering makes of
     it."""
-    linears = quantized_linears(model.module)
-    lowered = trace(
-        with_placeholders(model.module), model.preprocessing.input_size, OPSET, model.output
-    )
+    linears = traced.linears
+    lowered = traced.clone()
     lowered.opset_imports[""] = (
         opset  # later ones take more types in what the trace is made of, and change nothing else
     )

@@ -28,13 +28,12 @@ from exporters.flavors.lowering import (
     ATTENTION_OPSET,
     FUSED_ONNXRUNTIME,
     ONNXRUNTIME_DOMAIN,
-    OPSET,
     LinearLowering,
     lower,
     with_lowrank,
 )
+from exporters.trace import OPSET, TracedModel
 from marrq.errors import MarrqError
-from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.packing import pack
 from marrq.schemes import EDGE_BITS, Scheme
 
@@ -83,9 +82,9 @@ class MatMulNBits:
         widths = {self.container_bits(scheme), *([EDGE_BITS] if scheme.edges else [])}
         return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
-    def export(self, model: QuantizedModel) -> ir.Model:
+    def lower(self, traced: TracedModel) -> ir.Model:
         """The graph of a quantized model on MatMulNBits."""
-        return lower(model, ATTENTION_OPSET if self.fuse else OPSET, self._product)
+        return lower(traced, ATTENTION_OPSET if self.fuse else OPSET, self._product)
 
     def _product(self, site: LinearLowering) -> ir.Value:
         rows = site.rows

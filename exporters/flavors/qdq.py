@@ -41,7 +41,7 @@ from exporters.flavors.lowering import (
     with_bias,
     with_lowrank,
 )
-from marrq.quantized_model import QuantizedModel
+from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
 
@@ -72,14 +72,14 @@ class Qdq:
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return widened if _fits_integer_kernel(scheme) else max(widened, "1.20.0")
 
-    def export(self, model: QuantizedModel) -> ir.Model:
+    def lower(self, traced: TracedModel) -> ir.Model:
         """The graph of a quantized model in Q/DQ form."""
         if self.symmetric:
-            return lower(model, BLOCK_OPSET, _symmetric)
-        opset = opset_of(model.scheme)
+            return lower(traced, BLOCK_OPSET, _symmetric)
+        opset = opset_of(traced.model.scheme)
         return lower(
-            model,
-            opset if _fits_integer_kernel(model.scheme) else max(opset, BLOCK_OPSET),
+            traced,
+            opset if _fits_integer_kernel(traced.model.scheme) else max(opset, BLOCK_OPSET),
             _standard,
         )
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import onnx
 
-from exporters.onnx_file import BASELINES, NO_OPTIONS, Options, write
+from exporters.onnx_file import BASELINES, Export
 from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
@@ -97,28 +97,25 @@ class Serving:
 
 
 def write_repository(
-    model: QuantizedModel,
-    artifact: str,
-    flavor: str,
+    export: Export,
     repository: Path,
     serving: Serving,
-    options: Options = NO_OPTIONS,
     force: bool = False,
 ) -> Path:
     """Add a version of a model to a repository, which is made where there is none, and return the
-    model's folder. artifact: its hash; force: replace the version, and settings of the config that
-    clients do not see. Raises MarrqError as `check_flavor`, for what the device, the scheme or the
+    model's folder. force: replace the version, and settings of the config that
+    clients do not see. Raises MarrqError for what the device, the scheme or the
     file system do not allow, and for what is there already."""
     folder = repository / serving.name
     version = folder / str(serving.model_version)
-    _check_serving(flavor, serving)
+    _check_serving(export.flavor, serving)
     if version.exists() and not force:
         raise MarrqError(
             f"{str(version)!r} exists: pass another --model-version, or --force to replace it"
         )
     with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
         made = Path(temporary) / serving.name
-        _write_folder(made, model, artifact, flavor, serving, options)
+        _write_folder(made, export, serving)
         repository.mkdir(exist_ok=True)
         if folder.exists():
             _put_version(made, folder, version.name, force)
@@ -180,21 +177,19 @@ def _content(file: Path) -> bytes | None:
 
 def _write_folder(
     made: Path,
-    model: QuantizedModel,
-    artifact: str,
-    flavor: str,
+    export: Export,
     serving: Serving,
-    options: Options,
 ) -> None:
     """A model's folder with one version."""
+    model = export.model
     place = made / str(serving.model_version)
-    write(model, artifact, flavor, place / MODEL, options, serving.preprocess)
+    export.write(place / MODEL, serving.preprocess)
     script = BACKEND_FILES[serving.backend]
     if script is not None:
         shutil.copyfile(script, place / "model.py")
     config = config_of(place / MODEL, model, serving)
     (made / CONFIG).write_text(text_format.MessageToString(config), encoding="utf-8")
-    (place / CARD).write_text(_card(model, flavor, config, serving), encoding="utf-8")
+    (place / CARD).write_text(_card(model, export.flavor, config, serving), encoding="utf-8")
     if model.labels:
         (made / LABELS).write_text(
             "".join(f"{label}\n" for label in model.labels), encoding="utf-8"

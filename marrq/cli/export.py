@@ -12,8 +12,7 @@ from marrq.cli.common import ForceOption, OutputOption, say
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from exporters.onnx_file import Options
-    from marrq.quantized_model import QuantizedModel
+    from exporters.onnx_file import Export, Options
 
 FORMATS = ("onnx", "triton")
 SERVER = "For --format triton"
@@ -107,7 +106,7 @@ def export(
 ) -> None:
     """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o
     repository --name vit"""
-    from exporters.onnx_file import check_flavor, suitable_flavor
+    from exporters.onnx_file import Export, suitable_flavor
     from marrq.artifact.folder import artifact_hash, load
 
     server = {
@@ -126,14 +125,12 @@ def export(
     flavor = flavor or suitable_flavor(model)
     given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
     options: Options = {option: value for option, value in given.items() if value is not None}
-    check_flavor(model, flavor, options)
+    exported = Export(model, artifact_hash(artifact), flavor, options)
     say(f"tracing {model.source.name} as {flavor}")
     if format == "onnx":
-        _export_file(model, artifact_hash(artifact), flavor, output, options)
+        _export_file(exported, output)
     else:
-        _export_to_repository(
-            model, artifact_hash(artifact), flavor, output, options, force, bench, server
-        )
+        _export_to_repository(exported, output, force, bench, server)
 
 
 def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]) -> None:
@@ -154,22 +151,16 @@ def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]
             check_output(place, force)
 
 
-def _export_file(
-    model: "QuantizedModel", artifact: str, flavor: str, output: Path, options: "Options"
-) -> None:
-    from exporters.onnx_file import write
+def _export_file(exported: "Export", output: Path) -> None:
     from runtime.audit.graph import size_bytes
 
-    write(model, artifact, flavor, output, options)
+    exported.write(output)
     say(f"wrote {output}: {size_bytes(output) / 1e6:.2f} MB")
 
 
 def _export_to_repository(
-    model: "QuantizedModel",
-    artifact: str,
-    flavor: str,
+    exported: "Export",
     repository: Path,
-    options: "Options",
     force: bool,
     bench: Path | None,
     server: dict[str, Any],
@@ -177,12 +168,14 @@ def _export_to_repository(
     from exporters.triton.repository import Serving, preferred_batches, write_repository
 
     preferred = (
-        preferred_batches(_bench_report(bench), flavor, str(model.scheme), server["max_batch"])
+        preferred_batches(
+            _bench_report(bench), exported.flavor, str(exported.model.scheme), server["max_batch"]
+        )
         if bench
         else ()
     )
     serving = Serving(**server, preferred=preferred)
-    folder = write_repository(model, artifact, flavor, repository, serving, options, force)
+    folder = write_repository(exported, repository, serving, force)
     say(
         f"wrote {folder / str(serving.model_version)}; serve it with: tritonserver "
         f"--model-repository {repository}"

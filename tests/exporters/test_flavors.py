@@ -14,6 +14,7 @@ from tiny_models import noise, quantized, swin, vit, vit_with_layer_scale, vit_w
 
 from exporters.flavors.matmulnbits import block_size
 from exporters.onnx_file import FLAVORS, IR_VERSIONS, check_flavor, suitable_flavor, write
+from exporters.trace import trace_quantized
 from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight, quantized_linears
@@ -96,7 +97,7 @@ def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_
     model: str, scheme: str, lowrank: str | None, strategy: str, tmp_path: Path
 ):
     made = make(model, scheme, lowrank, strategy)
-    write(made, "hash", "integer", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "integer", tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
     products = sum(
@@ -113,7 +114,7 @@ def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(
     strategy: str, flavor: str, tmp_path: Path
 ):
     made = quantized(vit_with_strong_channels(), noise(8), "W4A4", "gptq", strategy=strategy)  # type: ignore[arg-type]
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     linears = quantized_linears(made.module)
     smoothed = {
@@ -143,7 +144,7 @@ def test_the_codes_of_every_token_are_torchs(flavor: str, scheme: str, tmp_path:
     """The input of each linear as ONNX Runtime has it, quantized by torch, gives the graph's own
     codes: every one of them."""
     made = make("vit", scheme, strategy="per-token")
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     quantizing = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
     clipped = {node.input[0]: node.output[0] for node in graph.graph.node if node.op_type == "Clip"}
@@ -170,7 +171,7 @@ def test_the_codes_of_every_token_are_torchs(flavor: str, scheme: str, tmp_path:
 
 def test_a_token_of_zeros_gives_the_bias(tmp_path: Path):
     made = make("vit", "W4A8", strategy="per-token")
-    write(made, "hash", "integer", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "integer", tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     first = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear")
     path = "blocks.0.attn.qkv.q"
@@ -204,7 +205,7 @@ def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
     model: str, scheme: str, lowrank: str | None, strategy: str, tmp_path: Path
 ):
     made = make(model, scheme, lowrank, strategy)
-    write(made, "hash", "qdq", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "qdq", tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     assert {entry.domain for entry in onnx.load(tmp_path / "m.onnx").opset_import} == {""}
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
@@ -229,7 +230,7 @@ def codes_of(file: Path, path: str, num_bits: int, shape: tuple[int, int]) -> np
 def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, tmp_path: Path):
     for scheme, transposed in ((f"W{bits}A8", True), (f"W{bits}A16-g16", False)):
         made = make("vit", scheme)
-        write(made, "hash", "qdq", tmp_path / "m.onnx")
+        write(trace_quantized(made, "hash"), "qdq", tmp_path / "m.onnx")
         found = initializers(tmp_path / "m.onnx")
         path = "blocks.1.mlp.fc1"
         linear = quantized_linears(made.module)[path]
@@ -255,7 +256,7 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
 )
 def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
     made = make(model, scheme)
-    write(made, "hash", "qdq", tmp_path / "m.onnx", SYMMETRIC)
+    write(trace_quantized(made, "hash"), "qdq", tmp_path / "m.onnx", SYMMETRIC)
     assert agree(made, tmp_path / "m.onnx", level="1")
     graph, found = onnx.load(tmp_path / "m.onnx"), initializers(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import} == {"": 21}
@@ -317,7 +318,7 @@ def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(
     model: str, scheme: str, lowrank: str | None, tmp_path: Path
 ):
     made = make(model, scheme, lowrank)
-    write(made, "hash", "matmulnbits", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / "m.onnx")
     assert agree(made, tmp_path / "m.onnx")
     found = initializers(tmp_path / "m.onnx")
     nodes = [
@@ -356,7 +357,7 @@ def test_a_block_is_as_large_as_divides_the_group(group: int, block: int):
 
 def test_accuracy_level_4_is_another_model_and_must_be_asked_for(tmp_path: Path):
     made = make("vit", "W4A16")
-    write(made, "hash", "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
+    write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
     assert not agree(made, tmp_path / "m.onnx")
     assert metadata(tmp_path / "m.onnx")["accuracy_level"] == "4"
     with pytest.raises(
@@ -380,7 +381,7 @@ def test_a_file_asks_for_no_more_than_it_needs_and_counts_its_own_bits(
     flavor: str, scheme: str, strategy: str, opset: int, tmp_path: Path
 ):
     made = make("vit", scheme, strategy="per-token")
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == opset
     assert graph.ir_version == IR_VERSIONS[opset]
@@ -403,7 +404,7 @@ def test_without_fusion_a_file_asks_for_an_older_onnx_runtime_and_gives_the_same
     flavor: str, scheme: str, strategy: str, opset: int, lowest: str, tmp_path: Path
 ):
     made = make("vit", scheme, strategy=strategy)
-    write(made, "hash", flavor, tmp_path / "m.onnx", {"fuse": False})
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx", {"fuse": False})
     graph = onnx.load(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == opset
     assert metadata(tmp_path / "m.onnx")["lowest_onnxruntime"] == lowest
@@ -412,7 +413,7 @@ def test_without_fusion_a_file_asks_for_an_older_onnx_runtime_and_gives_the_same
 
 def test_repeated_scales_and_wider_containers_show_in_the_bits_per_weight(tmp_path: Path):
     made = make("swin", "W3A16")
-    write(made, "hash", "matmulnbits", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / "m.onnx")
     assert (
         float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) > bits_per_weight(made.module) + 1
     )
@@ -512,7 +513,7 @@ def test_what_a_flavour_cannot_express_is_refused_with_the_flavour_that_can(
 ):
     made = make("vit", scheme, strategy=strategy)
     with pytest.raises(MarrqError) as refused:
-        write(made, "hash", flavor, tmp_path / "m.onnx", options)
+        write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx", options)
     assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,7 @@ from tiny_models import noise, quantized, vit
 
 import exporters.onnx_file
 from exporters.onnx_file import external_data, write
+from exporters.trace import trace_quantized
 from marrq.cli import main
 from marrq.quantized_model import QuantizedModel
 from runtime.audit.graph import size_bytes
@@ -39,7 +40,7 @@ def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(
     model: QuantizedModel, flavor: str, tmp_path: Path
 ):
     file, folder = tmp_path / "m.onnx", tmp_path / "elsewhere"
-    write(model, "hash", flavor, file)
+    write(trace_quantized(model, "hash"), flavor, file)
     assert {entry.name for entry in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     tensors = onnx.load(file, load_external_data=False).graph.initializer
     outside = [tensor for tensor in tensors if uses_external_data(tensor)]
@@ -59,10 +60,10 @@ def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(
 def test_the_size_of_a_model_counts_the_data_beside_it(
     model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write(model, "hash", "integer", tmp_path / "one.onnx")
+    write(trace_quantized(model, "hash"), "integer", tmp_path / "one.onnx")
     external_data(tmp_path / "one.onnx").write_bytes(b"of another")
     monkeypatch.setattr(exporters.onnx_file, "INLINE_BYTES", 10_000)
-    write(model, "hash", "integer", tmp_path / "two.onnx")
+    write(trace_quantized(model, "hash"), "integer", tmp_path / "two.onnx")
     assert size_bytes(tmp_path / "one.onnx") == (tmp_path / "one.onnx").stat().st_size
     parts = [tmp_path / "two.onnx", external_data(tmp_path / "two.onnx")]
     assert size_bytes(tmp_path / "two.onnx") == sum(part.stat().st_size for part in parts)
@@ -81,7 +82,7 @@ def test_a_file_that_is_replaced_takes_its_data_with_it(
         for after in limits:
             for limit in (before, after):
                 monkeypatch.setattr(exporters.onnx_file, "INLINE_BYTES", limits[limit])
-                write(model, "hash", "integer", file)
+                write(trace_quantized(model, "hash"), "integer", file)
             assert external_data(file).exists() == (after == "small")
             sizes[before, after] = size_bytes(file)
             assert np.isfinite(logits(file)).all()

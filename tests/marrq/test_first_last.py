@@ -23,6 +23,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from exporters.onnx_file import write
+from exporters.trace import trace_quantized
 from marrq.errors import MarrqError
 from marrq.models.blocks import find_blocks, first_input
 from marrq.models.first_last import put_patches, with_edges
@@ -224,7 +225,7 @@ def test_edges_that_are_no_linears_are_refused_with_the_reason(
 
 def test_the_codes_of_the_pixels_are_torchs_and_both_edges_run_on_integer_kernels(tmp_path: Path):
     made = quantized(vit_with_layer_scale(), IMAGES, "W4A8-e8", "gptq")
-    write(made, "hash", "integer", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "integer", tmp_path / "m.onnx")
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
     assert executed["MatMulIntegerToFloat"] == 2 * 6 + 2
     assert not {"Conv", "Gemm", "MatMul", "FusedMatMul"} & executed.keys()

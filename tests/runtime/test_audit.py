@@ -22,6 +22,7 @@ from rich.console import Console
 from tiny_models import VIT, noise, quantized, randomized, swin, vit
 
 from exporters.onnx_file import write, write_baseline
+from exporters.trace import trace_quantized
 from marrq.cli import main
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight, quantized_linears
@@ -79,7 +80,7 @@ def test_a_healthy_file_raises_no_alarm_whatever_the_widths(
     model: str, flavor: str, scheme: str, tmp_path: Path
 ):
     made = make(model, scheme)
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     rows = audit(examine(tmp_path / "m.onnx", CPU))
     assert alarms(rows) == {}
     of_scheme = {row.linear: row for row in rows if row.nominal != "float"}
@@ -111,7 +112,7 @@ def test_tokens_grids_group_scales_and_branches_are_no_alarm_and_no_linears_of_t
     flavor: str, scheme: str, strategy: str, operators: set[int], tmp_path: Path
 ):
     made = make("vit", scheme, "gptq,lowrank=srr:4", strategy)
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     examined = examine(tmp_path / "m.onnx", CPU)
     rows = audit(examined)
     assert alarms(rows) == {}
@@ -152,7 +153,7 @@ def test_what_qdq_cannot_have_on_a_kernel_is_told(
     tmp_path: Path,
 ):
     made = make("vit", scheme, strategy=strategy)
-    write(made, "hash", "qdq", tmp_path / "m.onnx", options)
+    write(trace_quantized(made, "hash"), "qdq", tmp_path / "m.onnx", options)
     rows = [row for row in audit(examine(tmp_path / "m.onnx", CPU)) if row.nominal != "float"]
     assert {row.operator for row in rows} == {operator}
     assert all(row.reason is not None and reason in row.reason for row in rows)
@@ -162,7 +163,7 @@ def test_what_qdq_cannot_have_on_a_kernel_is_told(
 @pytest.fixture(scope="module")
 def qdq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("audit") / "qdq.onnx"
-    write(make("vit", "W4A8"), "hash", "qdq", file)
+    write(trace_quantized(make("vit", "W4A8"), "hash"), "qdq", file)
     return file
 
 
@@ -285,7 +286,7 @@ def test_a_node_that_another_provider_runs_is_named(qdq_file: Path):
 def test_accuracy_level_4_is_eight_bit_activations_whatever_the_scheme_says(tmp_path: Path):
     made = make("vit", "W4A16")
     for level in (1, 4):
-        write(made, "hash", "matmulnbits", tmp_path / f"{level}.onnx", {"accuracy_level": level})
+        write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / f"{level}.onnx", {"accuracy_level": level})
     quiet, told = (examine(tmp_path / f"{level}.onnx", CPU) for level in (1, 4))
     assert alarms(audit(quiet)) == {}
     assert set(alarms(audit(told))) == set(quantized_linears(made.module))
@@ -573,7 +574,7 @@ def test_bits_are_counted_in_the_file_and_in_the_kernels(
     flavor: str, scheme: str, method: str, kernel: tuple[int, int], container: int, tmp_path: Path
 ):
     made = make("vit", scheme, method)
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     examined = examine(tmp_path / "m.onnx", CPU)
     precision = measure_precision(examined)
     assert precision.nominal == scheme

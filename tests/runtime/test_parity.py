@@ -17,7 +17,7 @@ from tiny_models import dinov2, noise, quantized, swin, vit, vit_with_layer_scal
 from torch import nn
 
 from exporters.onnx_file import write
-from exporters.trace import trace, with_placeholders
+from exporters.trace import trace, trace_quantized, with_placeholders
 from marrq.artifact.folder import load
 from marrq.cli import main
 from marrq.models.images import ImageSet, find_images
@@ -83,7 +83,7 @@ def test_each_linear_alone_gives_what_torch_gives_for_the_same_input(
     """LayerScale inside, q, k and v apart, the last block's tokens dropped, patches flattened, as
     it comes."""
     made = quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)
-    write(made, "hash", flavor, tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
     errors = linear_errors(made, tmp_path / "m.onnx", noise(2, seed=3), SESSION)
     assert list(errors) == list(quantized_linears(made.module))
     assert 0 < max(errors.values()) < HEALTHY
@@ -245,7 +245,7 @@ def test_a_fault_between_the_linears_is_a_loss_of_export_too(
 
 def test_accuracy_level_4_is_found_to_be_another_model(tmp_path: Path):
     made = quantized(vit(), noise(8), "W4A16", "gptq")
-    write(made, "hash", "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
+    write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
     assert wrong(linear_errors(made, tmp_path / "m.onnx", noise(2), SESSION)) == list(
         quantized_linears(made.module)
     )
@@ -281,7 +281,7 @@ def test_a_rewrite_leaves_an_initializer_as_it_was_for_its_other_users(tmp_path:
         linear.bias is not None and linear.bias.any()
         for linear in quantized_linears(made.module).values()
     )
-    write(made, "hash", "integer", tmp_path / "m.onnx")
+    write(trace_quantized(made, "hash"), "integer", tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     norms = [node for node in graph.node if node.op_type == "LayerNormalization"]

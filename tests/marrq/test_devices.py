@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from marrq.artifact.folder import tensors_of
 from marrq.methods.gptq import sweep
 from marrq.methods.problem import Problem
-from marrq.methods.solve import METHODS, solve
-from marrq.methods.spec import parse_method
+from marrq.methods.solve import solve
+from marrq.methods.spec import METHODS, parse_method
 from marrq.methods.statistics import Factor, ResidualStatistics
 from marrq.models.blocks import Block
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from marrq.errors import MarrqError
 from marrq.methods.problem import Problem
-from marrq.methods.solve import METHODS, PATHS, Solution, solve
-from marrq.methods.spec import AlphaSpec, MethodSpec, parse_method
+from marrq.methods.solve import TARGETS, Solution, solve
+from marrq.methods.spec import METHODS, AlphaSpec, MethodSpec, parse_method
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
@@ -138,7 +138,7 @@ def test_an_outlier_channel_does_not_drown_what_its_weights_are_worth(
         assert solution.relative_error < 0.1
 
 
-@pytest.mark.parametrize("name", [*PATHS, *(f"marr-{name}" for name in PATHS)])
+@pytest.mark.parametrize("name", [*TARGETS, *(f"marr-{name}" for name in TARGETS)])
 def test_an_alpha_that_overflows_float32_falls_back_to_0_and_says_so(name: str):
     x = normal(200, INPUTS)
     spec = MethodSpec(name, alpha=AlphaSpec("global", 1e39))

@@ -10,7 +10,7 @@ the shares stay as they are, so that n (1.96 / T)² images bring the interval's 
 import math
 from typing import Any
 
-from runtime.errors import BenchError
+from runtime.errors import BenchError, GateError
 from runtime.measure.accuracy import NORMAL_95, drop_score
 
 
@@ -66,6 +66,29 @@ def images_needed(against: dict[str, Any], images: int, limit: float) -> int | N
     limit: a share."""
     score = drop_score(against["only_baseline"], against["only_model"], images, limit)
     return math.ceil(images * (NORMAL_95 / score) ** 2) if score else None
+
+
+def undecided(gate: dict[str, Any]) -> list[str]:
+    """A sentence about the candidates that too few images decide; none if all are decided."""
+    names = _named(gate, "undecided")
+    return (
+        [f"the gate of {gate['max_drop']:g} points is undecided for {names}: too few images"]
+        if names
+        else []
+    )
+
+
+def demand_held(gate: dict[str, Any]) -> None:
+    """Raise GateError if a candidate failed."""
+    names = _named(gate, "failed")
+    if names:
+        raise GateError(
+            f"{names} lost more than {gate['max_drop']:g} points against {gate['baseline']}"
+        )
+
+
+def _named(gate: dict[str, Any], verdict: str) -> str:
+    return ", ".join(model["name"] for model in gate["models"] if model["verdict"] == verdict)
 
 
 def _rounded(number: int) -> int:

@@ -6,6 +6,20 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from runtime.report.inspection import shortfalls
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """All tables of a report: models, throughput and parity of those that have it."""
+    throughput = any(model["throughput"] for model in report["models"])
+    parities = [parity_table(model) for model in report["models"] if model["parity"] is not None]
+    return [table(report), *([throughput_table(report)] if throughput else []), *parities]
+
+
+def below_tables(report: dict[str, Any]) -> list[str]:
+    """All sentences of a report: linears that do not run as their scheme says, then the rest."""
+    return [*shortfalls(report), *sentences(report)]
+
 
 def table(report: dict[str, Any]) -> Table:
     """The report for people; fits 80 columns with two batch sizes. A positive drop is a loss."""

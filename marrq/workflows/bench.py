@@ -1,0 +1,318 @@
+"""What `marrq bench` and `marrq.bench` do: export what is not exported yet, export the float
+baselines, read the images, and have all files measured in one run (runtime/measure/bench.py).
+
+All files of one run come from one float model. Its metadata name the images' preprocessing and
+labels, so that a file can be measured without the artifact that it was exported from.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from marrq.errors import MarrqError
+from marrq.workflows.parity import artifact_of, measure_parity
+from runtime.environment import usable_cores
+from runtime.measure.bench import BenchSettings, Entry, Progress
+from runtime.measure.bench import bench as measure
+from runtime.measure.latency import Plan, thread_counts
+from runtime.session import Model, SessionSettings
+
+if TYPE_CHECKING:
+    from marrq.models.images import ImageSet
+
+IMAGES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `bench` measures, and how.
+
+    flavor: in which artifacts are exported; None for the flavour that suits the scheme best.
+    baselines: float flavours of the model to measure beside the files, of fp16 and fp32.
+    batches: batch sizes to time.
+    rounds: how often each session is opened and timed, in turn with all others.
+    seconds: time on each model, batch size and round.
+    provider: cpu, cuda or tensorrt.
+    threads: of one operator; None for ONNX Runtime's choice.
+    throughput: also measure images per second with 1, 2, 4 … threads.
+    max_drop: points of top-1 that a file may lose against the baseline; None for no gate.
+    recommend: measure every flavour of an artifact, and name the best.
+    parity_images: images on which files are compared with torch; None for no comparison.
+    artifacts: what ONNX files were exported from; needed for parity.
+    """
+
+    flavor: str | None = None
+    baselines: tuple[str, ...] = ("fp16", "fp32")
+    batches: tuple[int, ...] = (1, 8)
+    rounds: int = 5
+    seconds: float = 1.0
+    provider: str = "cpu"
+    threads: int | None = None
+    throughput: bool = False
+    max_drop: float | None = None
+    recommend: bool = False
+    parity_images: int | None = None
+    artifacts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recommend and self.flavor is not None:
+            raise MarrqError(
+                f"--recommend measures every flavour: leave out --flavor {self.flavor}"
+            )
+
+    @property
+    def session(self) -> SessionSettings:
+        """How every file is opened."""
+        return SessionSettings(self.provider, self.threads)
+
+    @property
+    def settings(self) -> BenchSettings:
+        """The part that the measuring itself has to know."""
+        counts = thread_counts(self.threads or usable_cores()) if self.throughput else ()
+        plan = Plan(self.batches, self.rounds, self.seconds)
+        return BenchSettings(self.session, plan, counts, self.max_drop, self.recommend)
+
+
+class Bar(Protocol):
+    """A progress bar."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Go on by `amount`."""
+
+
+Bars = Callable[..., AbstractContextManager[Sequence[Bar]]]
+"""Called with a total for each name: shows a progress bar for each, in that order, while its block
+runs."""
+
+
+class _HiddenBar:
+    def advance(self, amount: int = 1) -> None:
+        """Nothing is shown."""
+
+
+@contextmanager
+def hidden_bars(**totals: int) -> Iterator[list[Bar]]:
+    """Bars that nobody sees."""
+    yield [_HiddenBar() for _ in totals]
+
+
+class BenchedFile(NamedTuple):
+    """An ONNX file to measure.
+
+    path: what the user named, the file itself or an artifact.
+    file: the ONNX file.
+    variant: which of several exports of one artifact it is; empty for the only one.
+    """
+
+    path: Path
+    file: Path
+    variant: str = ""
+
+
+def bench(
+    paths: Sequence[str | Path],
+    data: str | None = None,
+    options: BenchOptions = BenchOptions(),
+    say: Callable[[str], None] = lambda text: None,
+    bars: Bars = hidden_bars,
+) -> dict[str, Any]:
+    """Measure accuracy, size and latency of files and artifacts beside their float baselines.
+
+    paths: artifacts, or ONNX files that `marrq export` wrote, all of one model.
+    data: folder of class folders of images; None for the demo's own.
+    options: what is measured, and how.
+    say: called with a line for people before each export.
+    bars: shows how far the measuring is.
+
+    Raises MarrqError for paths that cannot be measured together, and BenchError for files that
+    ONNX Runtime cannot run.
+    """
+    given = [Path(path) for path in paths]
+    # Artifacts are looked for first: a missing one must not show after minutes of measuring.
+    artifacts = (
+        {str(path): artifact_of(path, options.artifacts, options.session) for path in given}
+        if options.parity_images is not None
+        else {}
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = [item for path in given for item in _onnx_files(path, options, folder, say)]
+        candidates, metadata = _candidates(files, options.session)
+        entries = [*_baselines(metadata, options.baselines, folder, say), *candidates]
+        images = _images(metadata, data)
+        if options.parity_images is not None:
+            drawn = images.draw(min(options.parity_images, len(images)), 0)
+            entries = _with_parity(entries, artifacts, drawn, options.session, bars)
+        return _measured(entries, metadata, images, options, bars)
+
+
+def _onnx_files(
+    path: Path, options: BenchOptions, scratch: Path, say: Callable[[str], None]
+) -> list[BenchedFile]:
+    """The file itself; or exports of an artifact: in one flavour, or for a recommendation in each
+    flavour that can express the scheme."""
+    from exporters.onnx_file import VARIANTS, Export, suitable_flavor, variants, write
+    from exporters.trace import trace_quantized
+    from marrq.artifact.folder import artifact_hash, load
+
+    if not path.exists():
+        raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
+    if path.is_file():
+        return [BenchedFile(path, path)]
+    # The hash keeps exports of two artifacts apart that have the same folder name.
+    model, artifact = load(path), artifact_hash(path)
+    if not options.recommend:
+        flavor, file = options.flavor or suitable_flavor(model), scratch / f"{artifact}.onnx"
+        say(f"exporting {path} as {flavor}")
+        Export(model, artifact, flavor).write(file)
+        return [BenchedFile(path, file)]
+    traced, files = trace_quantized(model, artifact), []
+    for variant in variants(model.scheme):
+        flavor, flavor_options = VARIANTS[variant]
+        say(f"exporting {path} as {variant}")
+        files.append(BenchedFile(path, scratch / f"{artifact} {variant}.onnx", variant))
+        write(traced, flavor, files[-1].file, flavor_options)
+    return files
+
+
+def _candidates(
+    files: Sequence[BenchedFile], session: SessionSettings
+) -> tuple[list[Entry], dict[str, str]]:
+    """The files as entries of the bench, and the metadata of the last: source, preprocessing and
+    labels are the same in all."""
+    entries: list[Entry] = []
+    shared: dict[str, str] = {}
+    for given in files:
+        metadata = _checked_metadata(given, session)
+        if shared and metadata["marrq.source"] != shared["marrq.source"]:
+            raise MarrqError(
+                f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench "
+                "them apart"
+            )
+        shared = metadata
+        entries.append(_candidate(given, metadata, {entry.name for entry in entries}))
+    return entries, shared
+
+
+def _checked_metadata(given: BenchedFile, session: SessionSettings) -> dict[str, str]:
+    """The metadata of a file. Raises MarrqError for a file that the bench cannot feed."""
+    opened = Model(given.file, session)
+    metadata = opened.metadata()
+    if "marrq.source" not in metadata:
+        raise MarrqError(
+            f"{str(given.path)!r} was not written by `marrq export`: it does not say how its "
+            "images are preprocessed"
+        )
+    if opened.input.type != "tensor(float)":
+        raise MarrqError(
+            f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it as "
+            "exported without --preprocess"
+        )
+    return metadata
+
+
+def _candidate(given: BenchedFile, metadata: dict[str, str], taken: set[str]) -> Entry:
+    """A file as an entry. taken: names that other entries have."""
+    from marrq.artifact.folder import REPORTS
+
+    scheme, method = metadata["marrq.scheme"], metadata["marrq.method"]
+    name = " ".join(filter(None, (scheme, method, given.variant)))
+    is_artifact = given.path.is_dir()
+    return Entry(
+        name=name if name not in taken else f"{name} {given.path.name}",
+        file=given.file,
+        path=str(given.path),
+        role="candidate",
+        flavor=metadata["marrq.flavor"],
+        scheme=scheme,
+        method=method,
+        bits_per_weight=float(metadata["marrq.bits_per_weight"]),
+        quantization=json.loads((given.path / REPORTS).read_text()) if is_artifact else None,
+    )
+
+
+def _baselines(
+    metadata: dict[str, str], flavors: Sequence[str], scratch: Path, say: Callable[[str], None]
+) -> list[Entry]:
+    """The float model that the files come from, exported in each of the flavours."""
+    from exporters.onnx_file import write_baseline
+    from marrq.models.load import ModelSource, load_source
+
+    if not flavors:
+        return []
+    model = load_source(ModelSource(**json.loads(metadata["marrq.source"])))
+    entries = []
+    for flavor in dict.fromkeys(flavors):
+        say(f"exporting the baseline {flavor}")
+        file = scratch / f"{flavor}.onnx"
+        entries.append(
+            Entry(
+                name=flavor,
+                file=file,
+                path=model.source.name,
+                role="baseline",
+                flavor=flavor,
+                scheme=flavor,
+                method="none",
+                bits_per_weight=write_baseline(model, flavor, file),
+            )
+        )
+    return entries
+
+
+def _images(metadata: dict[str, str], data: str | None) -> "ImageSet":
+    """The labelled images to measure accuracy on."""
+    from marrq.cli.common import data_for
+    from marrq.models.images import find_images
+
+    name = data_for(json.loads(metadata["marrq.source"])["name"], data)
+    return find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
+
+
+def _with_parity(
+    entries: Sequence[Entry],
+    artifacts: dict[str, Path],
+    images: "ImageSet",
+    session: SessionSettings,
+    bars: Bars,
+) -> list[Entry]:
+    """The entries, candidates with how they compare with their artifacts.
+
+    artifacts: by the path that the user gave.
+    """
+    candidates = [entry for entry in entries if entry.role == "candidate"]
+    with bars(parity=len(images) * len(candidates)) as [bar]:
+        sections = {
+            entry.name: measure_parity(
+                artifacts[entry.path], entry.file, images, session, bar.advance
+            )
+            for entry in candidates
+        }
+    return [replace(entry, parity=sections.get(entry.name)) for entry in entries]
+
+
+def _measured(
+    entries: Sequence[Entry],
+    metadata: dict[str, str],
+    images: "ImageSet",
+    options: BenchOptions,
+    bars: Bars,
+) -> dict[str, Any]:
+    """Accuracy on all images, and speed."""
+    from marrq.models.preprocessing import Preprocessing
+
+    preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
+    batches = (
+        (pixels.numpy(), targets.numpy())
+        for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE)
+    )
+    settings = options.settings
+    # Latency opens every model once a round; throughput opens it once for each number of threads.
+    sessions = options.rounds * len(entries) * (1 + len(settings.throughput_threads))
+    with bars(accuracy=len(images), speed=sessions) as [looking, timing]:
+        progress = Progress(looking.advance, timing.advance)
+        return measure(entries, batches, images.description(), settings, progress)

@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 import typer
 
-from marrq.cli.common import peak_memory
+from marrq.workflows.devices import peak_memory
+from marrq.methods.factor import factorize
 from marrq.methods.gptq import BLOCK_SIZE, sweep
 from marrq.methods.spec import parse_method
-from marrq.methods.statistics import factorize
 from marrq.models.images import find_images
 from marrq.models.load import load_model
 from marrq.pipeline.quantize import RunOptions, quantize

@@ -1,26 +1,27 @@
 """The exact target: GPTQ's plain sweep on the weight whose outputs on the quantized inputs come
-nearest to the wanted ones.
+nearest to the wanted outputs.
 
     ‖Q X - W X̃‖² = ‖(Q - W*) X‖² + const,        W* = W (I + D H⁻¹)
 
 (QEP, arXiv 2504.09629). GPTAQ's term keeps only the strictly upper part of this correction, so that
-the drift of an input is taken up by later columns alone. Here α is the share of the correction that
-is applied, with a damping of its own in the solve:
+the drift of an input is taken up by later columns alone. α is the share of the correction that is
+applied:
 
     W_α = W + α Δ,        Δ = G (H + λI)⁻¹,   G = Σ e xᵀ = W D,   λ = target_damping · mean(diag H)
 
-α = 1 without a search. The solve is a ridge regression from a few thousand tokens, so α and λ are
-both regularizers: 0.1 serves it better than the sweep's 0.01. The grid of the weights is found on
-W_α.
+Differs from the paper: the solve has a damping of its own. It is a ridge regression from a few
+thousand tokens, so that α and λ are both regularizers; 0.1 serves the solve better than the sweep's
+0.01. Without a search α = 1. The grid of the weights is found on W_α.
 
-The method `stream` [ours] is the same with another e for the linears that write to the residual
-stream (proj and fc2 of a ViT):
+The method `stream` [ours] is the same with another e for linears that write to the residual stream
+(proj and fc2 of a ViT). With r and r̃ the stream on the quantized and on the full-precision path,
+before the linear's output is added:
 
     ‖(r + Q X) - (r̃ + W X̃)‖²,                    e = W dx + (r̃ - r)
 
-r and r̃ being the stream before the linear's output is added, on either path. What earlier blocks
-did wrong passes every later block by on the stream, and no linear that only repeats its own output
-can mend it; a writer can, as far as the error shows in its input."""
+What earlier blocks did wrong passes every later block by on the stream. A linear that only repeats
+its own output cannot mend it; a writer can, as far as the error shows in its input.
+"""
 
 from typing import ClassVar
 
@@ -33,33 +34,34 @@ from marrq.quantizers.affine import Grid, stack_grids
 from marrq.schemes import WeightSpec
 
 
-def correction(weight: Tensor, swept: SweepData) -> Tensor:
-    """Δ [m, n] for a weight [m, n], in its type."""
-    upper = swept.inputs.target_factor.upper
-    return (swept.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
+def correction(weight: Tensor, data: SweepData) -> Tensor:
+    """Δ = G (H + λI)⁻¹ = G Uᵀ U, [m, n], for a weight [m, n], in the weight's type."""
+    upper = data.factors.target_factor.upper  # U, [n, n]
+    return (data.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
 
 
-class ExactPath:
-    """w̃(α) = W + αΔ without rounding: a straight line."""
+class ExactTarget:
+    """w̃(α) = W + α Δ without rounding: a straight line."""
 
     constant: ClassVar[float] = 1.0
 
-    def __init__(self, weight: Tensor, swept: SweepData, weights: WeightSpec) -> None:
-        self.weight, self.weights, self.swept = weight, weights, swept
+    def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None:
+        self.weight, self.data, self.weight_spec = weight, data, weight_spec
         self.grid: Grid | None = None
-        self.delta = correction(weight, swept)
+        self.delta = correction(weight, data)
 
     def round_at(self, alphas: Tensor) -> Rounding:
-        """The sweep on W_α for each α, on the grid of the first that is asked for: within a search
-        J then moves with α alone."""
+        """The sweep on W_α for each α of [a]: codes [a · m, n].
+
+        All are rounded on the grid of the first α that is asked for, so that J moves with α alone
+        within a search."""
         targets = [self.weight + alpha * self.delta for alpha in alphas]
-        if (
-            self.grid is None or not self.grid.scale.isfinite().all()
-        ):  # an α that overflowed leaves none
-            self.grid = choose_grid(targets[0], self.swept, self.weights)
+        # An α that overflowed left a grid that is of no use to the next.
+        if self.grid is None or not self.grid.scale.isfinite().all():
+            self.grid = choose_grid(targets[0], self.data, self.weight_spec)
         grid = stack_grids([self.grid] * len(alphas))
-        return Rounding(sweep(torch.cat(targets), grid, self.swept.inputs.factor), grid)
+        return Rounding(sweep(torch.cat(targets), grid, self.data.factors.factor), grid)
 
     def direction(self, alpha: float) -> Tensor:
-        """T = Δ, at every α."""
+        """T = Δ, at every α: [m, n]."""
         return self.delta

@@ -1,13 +1,19 @@
-"""GPTAQ (arXiv 2504.02692): GPTQ with asymmetric calibration, the target being the output on
+"""GPTAQ (arXiv 2504.02692): GPTQ with asymmetric calibration. The target is the output on
 full-precision inputs, W X̃.
 
-The sweep gets a residual term that moves what the drift of neuron j's input changes into the
-columns after it:
+The sweep (methods/gptq.py) gets a residual term. It moves what the drift of column j's input
+changes in the outputs into the columns behind:
 
-    P1 = ((D L) ∘ M) Lᵀ,        L = Uᵀ,   M the strictly upper 0/1 mask,   D = Σ dx xᵀ
+    + α w_j ⊗ P1[j, >j]         P1 = ((D L) ∘ M) Lᵀ,   L = Uᵀ,   D = Σ dx xᵀ
 
-The paper has α = 1; its released code multiplies P1 by a constant 0.25, which is the default here
-too. The mask goes on D L before the product with Lᵀ (after it, P1 would be another matrix)."""
+with M the strictly upper 0/1 mask. The mask goes on D L before the product with Lᵀ; masked after
+the product, P1 would be another matrix. Without rounding the sweep is linear, and its result is
+
+    w̃(α) = W (I - α P1)⁻¹
+
+Differs from the paper: α is 0.25. The paper has α = 1; its released code multiplies P1 by a
+constant 0.25. The end of a block is in methods/gptq.py.
+"""
 
 from typing import ClassVar
 
@@ -20,41 +26,42 @@ from marrq.quantizers.affine import stack_grids
 from marrq.schemes import WeightSpec
 
 
-class GptaqPath:
-    """w̃(α) = W (I - αP1)⁻¹ without rounding."""
+class GptaqTarget:
+    """w̃(α) = W (I - α P1)⁻¹ without rounding."""
 
     constant: ClassVar[float] = 0.25
 
-    def __init__(self, weight: Tensor, swept: SweepData, weights: WeightSpec) -> None:
-        self.weight, self.factor = weight, swept.inputs.factor
-        self.grid = choose_grid(weight, swept, weights)
-        self.residuals = self._residuals(swept)
+    def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None:
+        self.weight, self.factor = weight, data.factors.factor
+        # The grid is found on W, once: it does not depend on α.
+        self.grid = choose_grid(weight, data, weight_spec)
+        self.residuals = self._residuals(data)
 
-    def _residuals(self, swept: SweepData) -> tuple[Tensor, ...]:
-        return (swept.inputs.drift_residual,)
+    def _residuals(self, data: SweepData) -> tuple[Tensor, ...]:
+        """The residual matrices of the sweep, [n, n] float64."""
+        return (data.factors.drift_residual,)
 
     def round_at(self, alphas: Tensor) -> Rounding:
-        """The sweep at each α."""
+        """The sweep at each α of [a]: codes [a · m, n]."""
         count = len(alphas)
         grid = stack_grids([self.grid] * count)
-        rows = alphas.repeat_interleave(len(self.weight))
-        return Rounding(
-            sweep(self.weight.repeat(count, 1), grid, self.factor, self.residuals, rows), grid
-        )
+        stacked = self.weight.repeat(count, 1)  # [a · m, n]
+        row_alphas = alphas.repeat_interleave(len(self.weight))  # [a · m]
+        return Rounding(sweep(stacked, grid, self.factor, self.residuals, row_alphas), grid)
 
     def direction(self, alpha: float) -> Tensor:
-        """T = w̃ P1 (I - αP1)⁻¹: two triangular solves."""
+        """T = w̃ P1 (I - α P1)⁻¹, by two triangular solves: [m, n]."""
         residual = self.residuals[0].to(self.weight)
+        # w̃ = W (I - α P1)⁻¹, in sweep order.
         moved = self._solve(self.weight[:, self.factor.order], alpha * residual)
+        # d/dα (I - α P1)⁻¹ = (I - α P1)⁻¹ P1 (I - α P1)⁻¹; back to the order of the inputs.
         return self._solve(moved @ residual, alpha * residual)[:, self.factor.order.argsort()]
 
     @staticmethod
     def _solve(rows: Tensor, strictly_upper: Tensor) -> Tensor:
-        """Rows (I - strictly_upper)⁻¹."""
-        system = (
-            torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device) - strictly_upper
-        )
+        """R (I - strictly_upper)⁻¹ for the rows R [m, n]."""
+        identity = torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device)
         solved: Tensor = torch.linalg.solve_triangular(
-            system, rows, upper=True, left=False, unitriangular=True
+            identity - strictly_upper, rows, upper=True, left=False, unitriangular=True
         )
         return solved

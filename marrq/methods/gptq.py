@@ -1,38 +1,43 @@
-"""GPTQ (arXiv 2210.17323) and the column sweep that every error-compensating method here shares.
+"""GPTQ (arXiv 2210.17323), and the column sweep that every error-compensating method here shares.
 
 Columns are rounded one after the other; what the rounding of column j does to the outputs is
 compensated in the columns not yet rounded. With U from (H + λI)⁻¹ = Uᵀ U, q(·) the rounding to the
-row's grid and w_j the compensated column just before it is rounded:
+row's grid, w_j the compensated column just before it is rounded, and W0 the weight as given:
 
     e = (w_j - q(w_j)) / U_jj
     W[:, >j] += - e ⊗ U[j, >j]                       GPTQ
-                + α w_j ⊗ P1[j, >j]                  GPTAQ        (methods/gptaq.py has P1)
-                + α (W0_j - w_j) ⊗ P2[j, >j]         ResComp      (methods/rescomp.py has P2); W0 is the weight as given
+                + α w_j ⊗ P1[j, >j]                  GPTAQ, P1 in methods/gptaq.py
+                + α (W0_j - w_j) ⊗ P2[j, >j]         ResComp, P2 in methods/rescomp.py
 
-The sweep is lazy: within a block of columns updates are applied at once, beyond it in one matrix
-product at the block's end. Both residual factors at a block's end are the compensated columns
-themselves ("pre"); GPTAQ's released code uses the rounded ones there, which makes 7–10 % of the
-codes depend on the block size. Rows are independent of each other, so that many values of α are
-swept at the price of one column loop: the weight stacked upon itself, with an α for each row.
+Each line is a term [m] times a kernel [n]: the error w_j - q(w_j) times -U[j] / U_jj, the drift
+α w_j times P1[j], the change α (W0_j - w_j) times P2[j].
 
-The same stacking finds better grids than the papers' search, which looks at the rounding error of a
-row's weights and knows nothing of compensation [ours]: the weight is swept on several clipped grids
-at once, and each row keeps the one with the least error of its output, (q - w) H (q - w)ᵀ. On
-images that were not used this error is lower by 2 to 10 % in most layers of a DINOv2-S, and by half
-in some."""
+The sweep is lazy, as in the paper: inside a block of columns the terms act at once, on the columns
+behind the block in one matrix product.
 
-from collections.abc import Callable, Sequence
+Differs from the released code of GPTAQ: the drift at the end of a block is formed from the
+compensated columns, as inside the block, and not from the rounded ones, which would make 7–10 % of
+the codes depend on the block size.
+
+Two things are ours. Rows do not depend on each other, so that many values of α are swept at the
+price of one column loop: the weight is stacked upon itself, with an α for each row. The same
+stacking finds better grids than the papers' search, which looks at the rounding error of a row's
+weights and knows nothing of compensation: the weight is swept on several clipped grids at once, and
+each row keeps the grid with the least error of its output, (q - w) H (q - w)ᵀ.
+"""
+
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from marrq.distributed import ROW_TILE
+from marrq.methods.column_block import ColumnBlock
+from marrq.methods.factor import Factor
 from marrq.methods.problem import Problem, Rounding, SweepData
 from marrq.methods.spec import MethodSpec
-from marrq.methods.statistics import Factor
 from marrq.quantizers.affine import (
-    ColumnGrid,
     Grid,
     clipped_weight_grids,
     search_weight_grid,
@@ -43,9 +48,10 @@ from marrq.schemes import WeightSpec
 
 BLOCK_SIZE = 128
 STACKED_ROWS = 4096
-"""Rows swept at once in the search of grids: enough to hide the column loop, and memory stays
-small."""
-CLIP_FACTORS = tuple(1 - 0.06 * i for i in range(12))
+"""Rows swept at once in the search of grids: enough to hide the column loop, few enough to need
+little memory."""
+OUTPUT_CLIP_FACTORS = tuple(1 - 0.06 * i for i in range(12))
+"""The ranges that are tried by their outputs, as shares of the whole range of a row."""
 
 
 def sweep(
@@ -56,80 +62,75 @@ def sweep(
     alpha: float | Tensor = 0.0,
     block_size: int = BLOCK_SIZE,
 ) -> Tensor:
-    """Codes [m, n] of weight [m, n], in weight's type and on its device.
+    """Codes [m, n] of a weight [m, n], in the weight's type and on its device.
 
-    residuals: none, (P1,) or (P1, P2), each [n, n] in sweep order, strictly upper triangular;
-    alpha: one, or [m], one a row. The result does not depend on `block_size`, except that sums are
-    taken in another order. Where the weight is float32 on CUDA and the package triton is installed,
-    the columns of a block are one kernel (methods/sweep_kernel.py); else they are a loop."""
+    grid: one grid for each row, or for each group of inputs in a row
+    factor: U and the order of the columns
+    residuals: (), (P1,) or (P1, P2), each [n, n] in sweep order, strictly upper triangular
+    alpha: the residual strength, one for all rows or [m], one for each row
+    block_size: columns of a block; the result depends on it by the order of sums alone
+
+    For a float32 weight on CUDA, if the package triton is installed, the columns of a block are one
+    kernel (methods/sweep_kernel.py); otherwise they are a loop."""
     order, upper = factor.order, factor.upper.to(weight)
-    w = weight.T.contiguous().index_select(
-        0, order
-    )  # [n, m]: a column of the weight is a contiguous row here
+    # A column of the weight becomes a contiguous row: w is [n, m], in sweep order.
+    w = weight.T.contiguous().index_select(0, order)
+    # Only ResComp's term asks for W0; the others need no copy.
     original = w.clone() if len(residuals) > 1 else w
     grids = grid.columns(order)
+    # e U[j] = (w_j - q(w_j)) U[j] / U_jj: the division is done once, for all rows of the weight.
     kernels = [
         upper.div(upper.diagonal()[:, None]).neg_(),
         *(residual.to(w) for residual in residuals),
-    ]  # of e · U_jj = w - q
-    steps = torch.empty_like(w)
+    ]
+    steps = torch.empty_like(w)  # codes minus zero points
     round_block = block_rounding(w)
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
-        terms = w.new_empty(
-            end - start, len(kernels), w.shape[1]
-        )  # [width, terms, m]: what multiplies the kernels
-        inside = torch.stack(
-            [kernel[start:end, start:end] for kernel in kernels], 2
-        )  # [width, width, terms]
+        terms = w.new_empty(end - start, len(kernels), w.shape[1])  # [width, terms, m]
+        inside = torch.stack([kernel[start:end, start:end] for kernel in kernels], 2)
         round_block(
-            w[start:end],
-            inside,
-            grids[start:end],
-            original[start:end],
-            alpha,
-            steps[start:end],
-            terms,
+            ColumnBlock(
+                columns=w[start:end],
+                original=original[start:end],
+                kernels=inside,
+                grids=grids[start:end],
+                alpha=alpha,
+                steps=steps[start:end],
+                terms=terms,
+            )
         )
+        # Lazy update: Σ_j kernel[j, >end] ⊗ term_j over the whole block, in one product.
         for kernel, term in zip(kernels, terms.unbind(1), strict=True):
             w[end:].addmm_(kernel[start:end, end:].T, term)
+    # Back to the order of the inputs, and from steps to codes.
     steps = steps.index_select(0, order.argsort()).T.contiguous()
     return steps.add_(grid.spread(steps.shape[1]).zero_point)
 
 
-def round_columns(
-    w: Tensor,
-    kernels: Tensor,
-    grids: Sequence[ColumnGrid],
-    original: Tensor,
-    alpha: float | Tensor,
-    steps: Tensor,
-    terms: Tensor,
-) -> None:
-    """Round the columns of a block one after the other. w, original: [width, m], compensated for
-    the blocks before, and as given; kernels: [width, width, terms]; grids: of each column. Written
-    to: w; steps [width, m]; terms [width, terms, m]."""
+def round_columns(block: ColumnBlock) -> None:
+    """Round the columns of a block one after the other: the column loop, in torch."""
     # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
-    columns, originals, rounded = w.unbind(), original.unbind(), steps.unbind()
-    for j, (row, term) in enumerate(zip(kernels, terms, strict=True)):
-        error, *drifts = term.unbind()
-        torch.addcmul(
-            columns[j],
-            grids[j].round(columns[j], out=rounded[j]),
-            grids[j].scale,
-            value=-1,
-            out=error,
-        )
-        if drifts:
-            torch.mul(columns[j], alpha, out=drifts[0])
-        if len(drifts) > 1:
-            torch.sub(originals[j], columns[j], out=drifts[1]).mul_(alpha)
-        w[j + 1 :].addmm_(row[j + 1 :], term)
+    w, grids, alpha = block.columns, block.grids, block.alpha
+    columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
+    for j, (kernel, term) in enumerate(zip(block.kernels, block.terms, strict=True)):
+        error, *residual = term.unbind()  # each [m], a view into block.terms
+        # GPTQ: error = w_j - q(w_j), with q(w_j) = step · scale.
+        step = grids[j].round(columns[j], out=rounded[j])
+        torch.addcmul(columns[j], step, grids[j].scale, value=-1, out=error)
+        # GPTAQ: α w_j, the compensated column and not the rounded one.
+        if residual:
+            torch.mul(columns[j], alpha, out=residual[0])
+        # ResComp: α (W0_j - w_j), what compensation has changed in this column.
+        if len(residual) > 1:
+            torch.sub(originals[j], columns[j], out=residual[1]).mul_(alpha)
+        # All terms act on the columns behind: [width - j - 1, terms] × [terms, m].
+        w[j + 1 :].addmm_(kernel[j + 1 :], term)
 
 
-def block_rounding(w: Tensor) -> Callable[..., None]:
-    """What rounds the columns of a block: for float32 on CUDA with the package triton one kernel,
-    else the loop in torch."""
+def block_rounding(w: Tensor) -> Callable[[ColumnBlock], None]:
+    """What rounds the columns of a block: one kernel for float32 on CUDA if the package triton is
+    installed, otherwise the loop in torch."""
     if (
         w.device.type != "cuda"
         or w.dtype != torch.float32
@@ -142,34 +143,38 @@ def block_rounding(w: Tensor) -> Callable[..., None]:
     return sweep_columns
 
 
-def choose_grid(weight: Tensor, swept: SweepData, spec: WeightSpec) -> Grid:
+def choose_grid(weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], by its rounding error or by the error of its outputs after a
-    sweep, as `swept.clip` says."""
-    if swept.clip == "weights" or spec.grid == "mxint":  # which has but one
-        return search_weight_grid(weight, spec)
-    # In tiles: products then come out the same for a row, whichever rows are beside it
-    # (marrq/processes.py).
-    rows_at_once = max(1, STACKED_ROWS // (len(CLIP_FACTORS) + 1) // ROW_TILE) * ROW_TILE
-    return stack_grids(
-        [_least_output_error(rows, swept, spec) for rows in weight.split(rows_at_once)]
-    )
+    sweep, as `data.clip` says."""
+    # An mxint scale is given by the largest magnitude: there is nothing to search.
+    if data.clip == "weights" or weight_spec.grid == "mxint":
+        return search_weight_grid(weight, weight_spec)
+    # Rows in whole tiles: the products of a row then come out the same to the last bit, whichever
+    # rows are beside it (marrq/distributed.py).
+    candidates = len(OUTPUT_CLIP_FACTORS) + 1
+    rows_at_once = max(1, STACKED_ROWS // candidates // ROW_TILE) * ROW_TILE
+    parts = [_least_output_error(rows, data, weight_spec) for rows in weight.split(rows_at_once)]
+    return stack_grids(parts)
 
 
-def _least_output_error(rows: Tensor, swept: SweepData, spec: WeightSpec) -> Grid:
-    """For each row of a weight, of the clipped grids the one with the least error of its output."""
-    grids = [*clipped_weight_grids(rows, spec, CLIP_FACTORS), search_weight_grid(rows, spec)]
+def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) -> Grid:
+    """For each row [n] of a weight, the candidate grid with the least error of its output."""
+    # The grid by the weights alone is a candidate too, so that the outputs never get worse.
+    grids = [
+        *clipped_weight_grids(rows, weight_spec, OUTPUT_CLIP_FACTORS),
+        search_weight_grid(rows, weight_spec),
+    ]
     stacked = stack_grids(grids)
-    repeated = rows.repeat(len(grids), 1)
-    error = (
-        stacked.spread(rows.shape[1])
-        .dequantize(sweep(repeated, stacked, swept.inputs.factor))
-        .sub_(repeated)
-    )
-    outputs = (error @ swept.statistics.hessian.to(rows)).mul_(error).sum(1).view(len(grids), -1)
+    repeated = rows.repeat(len(grids), 1)  # [grids · m, n]
+    codes = sweep(repeated, stacked, data.factors.factor)
+    error = stacked.spread(rows.shape[1]).dequantize(codes).sub_(repeated)  # E = Q - W
+    # diag(E H Eᵀ), the square error of each row's output: [grids, m].
+    hessian = data.statistics.hessian.to(rows)
+    outputs = (error @ hessian).mul_(error).sum(1).view(len(grids), -1)
     return select_rows(grids, outputs.argmin(0))
 
 
 def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
-    """The sweep with no residual term: exact inputs are taken for granted."""
-    grid = choose_grid(weight, problem.whole, problem.weights)
-    return Rounding(sweep(weight, grid, problem.whole.inputs.factor), grid)
+    """The sweep without a residual term: what the inputs have drifted is not corrected."""
+    grid = choose_grid(weight, problem.whole, problem.weight_spec)
+    return Rounding(sweep(weight, grid, problem.whole.factors.factor), grid)

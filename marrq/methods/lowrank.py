@@ -1,28 +1,33 @@
 """A low-rank branch beside the quantized weight, W ≈ Q + L R: what is kept out of the quantizer,
-and what is fitted to its residual.
+and what is fitted to the residual that the quantizer leaves.
 
 With H = Σ x xᵀ over the calibration inputs and any S with Sᵀ S = H, the square error that a weight
-error E (m × n) makes in the outputs is ‖E Sᵀ‖², so the best L R of rank r for the residual E = W -
-Q is, by Eckart and Young,
+error E (m × n) makes in the outputs is ‖E Sᵀ‖². So the best L R of rank r for the residual
+E = W - Q is, by Eckart and Young,
 
     L R = SVD_r(E Sᵀ) S⁻ᵀ = U_r U_rᵀ E,        U_r the r leading left singular vectors of E Sᵀ
 
 The second form (our algebra) needs no inverse: L R is the residual projected on the r output
-directions in which it errs most. Only H up to a factor matters. The kinds are
+directions in which it errs most. A factor of H cancels. The kinds:
 
-    lqer    S = diag(rms x_i)           Q of the whole W                                            LQER, arXiv 2402.02446
-    qera    Sᵀ S = H, exact             Q of the whole W                                            QERA-exact, arXiv 2410.06040
-    srr     Sᵀ S = H, exact             Q of W - L₁ R₁, with L₁ R₁ = SVD_k(W Sᵀ) S⁻ᵀ kept back      SRR, arXiv 2602.02001
+    kind    S                    quantized            paper
+    lqer    diag(rms x_i)        W                    LQER, arXiv 2402.02446
+    qera    Sᵀ S = H, exact      W                    QERA-exact, arXiv 2410.06040
+    srr     Sᵀ S = H, exact      W - L₁ R₁            SRR, arXiv 2602.02001
 
-SRR's k = argmin over 0 ≤ k ≤ r of ρ_k(W Sᵀ) · ρ_{r-k}(N Sᵀ), where N is iid uniform in [-1, 1],
-standing in for rounding noise, and ρ_p(A) = 1 - Σ_{i≤p} σ_i² / ‖A‖² is the share of A's energy that
-rank p leaves.
+SRR keeps L₁ R₁ = SVD_k(W Sᵀ) S⁻ᵀ out of the quantizer, with
+
+    k = argmin over 0 ≤ k ≤ r of ρ_k(W Sᵀ) · ρ_{r-k}(N Sᵀ),    ρ_p(A) = 1 - Σ_{i≤p} σ_i² / ‖A‖²
+
+ρ_p(A) is the share of A's energy that rank p leaves. N is iid uniform in [-1, 1] and stands in for
+rounding noise.
 
 Differs from the papers: LQER scales by mean |x_i|, which second moments do not give; the rms is
 what QERA-approx takes. QERA takes the symmetric square root of H for S; a Cholesky factor serves as
-well, because what is orthogonal between the two cancels. SRR keeps L₁ R₁ as it is and fits rank r -
-k to the rest; here all r are fitted to W - Q, which is never worse, L₁ R₁ + L₂ R₂ being one of the
-candidates."""
+well, because what is orthogonal between the two cancels. SRR keeps L₁ R₁ as it is and fits rank
+r - k to the rest. Here all r ranks are fitted to W - Q, which is never worse: L₁ R₁ + L₂ R₂ is one
+of the candidates.
+"""
 
 from dataclasses import dataclass
 
@@ -43,17 +48,16 @@ NOISE_SEED = 0
 
 @dataclass(frozen=True)
 class Scaling:
-    """Sᵀ up to a factor, lower triangular, [n, n] in float64; linears that share an input share it.
+    """Sᵀ up to a factor, [n, n] float64, lower triangular. Linears that share an input share it.
 
-    damping: the λ / mean(diag H) that was added to H to factor it, 0 where none was needed.
-    """
+    damping: λ / mean(diag H) that was added to H to factor it, 0 if none was needed."""
 
     transposed: Tensor
     damping: float
 
 
 def input_scaling(statistics: ResidualStatistics, kind: LowRankKind) -> Scaling:
-    """S of the kind. Raises MarrqError when H is not finite."""
+    """S of that kind. Raises MarrqError if H is not finite or cannot be factored."""
     hessian = statistics.hessian
     if not torch.isfinite(hessian).all():
         raise MarrqError(
@@ -61,19 +65,18 @@ def input_scaling(statistics: ResidualStatistics, kind: LowRankKind) -> Scaling:
             "weights or the images"
         )
     if kind == "lqer":
-        return Scaling(
-            hessian.diagonal().clamp(min=0).sqrt().diag(), 0.0
-        )  # centred sums of a constant input can come out below 0
+        # Centred sums of a constant input can come out slightly below 0.
+        return Scaling(hessian.diagonal().clamp(min=0).sqrt().diag(), 0.0)
     return _exact_scaling(hessian)
 
 
 @one_thread()
 def _exact_scaling(hessian: Tensor) -> Scaling:
-    """The Cholesky factor of H + λI with the least damping that works: H is often singular, and its
-    products are float32 sums."""
+    """The Cholesky factor of H + λI with the least damping that works."""
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()
     mean = mean if mean > 0 else torch.ones_like(mean)
+    # H is often singular, and sums of float32 products can make it slightly indefinite.
     for damping in DAMPINGS:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * identity)
         if not failed:
@@ -85,11 +88,10 @@ def _exact_scaling(hessian: Tensor) -> Scaling:
 
 
 def preserved(weight: Tensor, scaling: Scaling, spec: LowRankSpec) -> tuple[Tensor, int]:
-    """What is kept out of the quantizer, L₁ R₁ of the weight [m, n] in its type, and its rank k:
-    zeros and 0 but for `srr`.
+    """What is kept out of the quantizer: L₁ R₁ [m, n] in the weight's type, and its rank k.
 
-    Raises MarrqError when the rank is larger than the weight has.
-    """
+    Zeros and 0 for every kind but `srr`. Raises MarrqError if the rank is larger than that of any
+    weight of this shape."""
     _check_rank(weight, spec)
     kept = split(weight, scaling, spec.rank) if spec.kind == "srr" else 0
     if kept == 0:
@@ -100,13 +102,12 @@ def preserved(weight: Tensor, scaling: Scaling, spec: LowRankSpec) -> tuple[Tens
 
 def refit(residual: Tensor, scaling: Scaling, spec: LowRankSpec) -> LowRank:
     """The best L R of the whole rank for a residual W - Q [m, n], rounded as it is stored. Raises
-    MarrqError as `preserved` does.
-
-    Each component is balanced, column of L and row of R with one norm, so that neither leaves the
-    range of float16."""
+    MarrqError as `preserved` does."""
     _check_rank(residual, spec)
     left, right = _project(residual.double(), scaling, spec.rank)
-    norm = right.norm(dim=1).sqrt()  # columns of L have norm 1
+    # Columns of L have norm 1, rows of R have any. Give both the square root of that norm, so that
+    # neither leaves the range of float16.
+    norm = right.norm(dim=1).sqrt()  # [r]
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     return LowRank(
         _stored(left * norm, 0, spec.num_bits), _stored(right / norm[:, None], 1, spec.num_bits)
@@ -117,19 +118,19 @@ def split(weight: Tensor, scaling: Scaling, rank: int) -> int:
     """SRR's k: how many of the ranks preserve the weight [m, n]; the others are left for the
     rounding error."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    noise = (
-        torch.rand(weight.shape, dtype=torch.float64, generator=generator).to(weight.device) * 2 - 1
-    )
-    exposed = _unexplained(weight.double() @ scaling.transposed, rank)
-    unrecovered = _unexplained(noise @ scaling.transposed, rank).flip(0)
+    # Drawn on the CPU, so that a GPU finds the same k.
+    noise = torch.rand(weight.shape, dtype=torch.float64, generator=generator)
+    noise = noise.to(weight.device) * 2 - 1  # N
+    exposed = _unexplained(weight.double() @ scaling.transposed, rank)  # ρ_k(W Sᵀ), k = 0 … r
+    unrecovered = _unexplained(noise @ scaling.transposed, rank).flip(0)  # ρ_{r-k}(N Sᵀ)
     return int((exposed * unrecovered).argmin())
 
 
 def _unexplained(matrix: Tensor, rank: int) -> Tensor:
-    """ρ_0 … ρ_rank of a matrix, [rank + 1]; zeros for a matrix of zeros. Summed from the smallest,
-    which 1 - Σ would lose."""
+    """ρ_0 … ρ_rank of a matrix, [rank + 1]; zeros for a matrix of zeros."""
     with one_thread():
         energies = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)  # σ², ascending
+    # Tails are summed from the smallest σ²: the difference 1 - Σ would lose small tails.
     tails = torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
     return tails[: rank + 1] / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)
 
@@ -137,13 +138,14 @@ def _unexplained(matrix: Tensor, rank: int) -> Tensor:
 def _project(matrix: Tensor, scaling: Scaling, rank: int) -> tuple[Tensor, Tensor]:
     """U_r [m, r] of the matrix times Sᵀ, and U_rᵀ times the matrix [r, n].
 
-    The eigenvectors of the smaller Gram matrix take a quarter of the time of an SVD at 1536 × 384,
-    or less. Where they are right singular vectors they give a basis of the same outputs, which QR
-    makes orthonormal even if the matrix has not that rank."""
+    By eigenvectors of the smaller Gram matrix: at 1536 × 384 they take a quarter of the time of an
+    SVD."""
     scaled = matrix @ scaling.transposed
     with one_thread():
         _, vectors = torch.linalg.eigh(_small_gram(scaled))
-        leading = vectors[:, -rank:].flip(1)
+        leading = vectors[:, -rank:].flip(1)  # by descending σ²
+        # Of A Aᵀ they are U_r itself. Of Aᵀ A they are right singular vectors V_r, and A V_r spans
+        # the same outputs; QR makes it orthonormal even if A has a lower rank.
         left = leading if len(leading) == len(scaled) else torch.linalg.qr(scaled @ leading).Q
     return left, left.T @ matrix
 
@@ -154,8 +156,8 @@ def _small_gram(matrix: Tensor) -> Tensor:
 
 
 def _stored(factor: Tensor, dim: int, num_bits: int) -> StoredFactor:
-    """Rounded to float16, or to a symmetric int8 grid per component. dim: the one that is not the
-    rank."""
+    """A factor rounded to float16, or to a symmetric int8 grid for each component. dim: the
+    dimension that is not the rank."""
     factor = factor.float()
     if num_bits == 16:
         return StoredFactor(factor.half())
@@ -167,9 +169,9 @@ def _stored(factor: Tensor, dim: int, num_bits: int) -> StoredFactor:
 
 def _check_rank(weight: Tensor, spec: LowRankSpec) -> None:
     out_features, in_features = weight.shape
-    if spec.rank > min(out_features, in_features):
-        limit = f"use {min(out_features, in_features)} or less"
+    largest = min(out_features, in_features)
+    if spec.rank > largest:
         raise MarrqError(
             f"the rank of {spec} is larger than a weight of {out_features} × {in_features} can "
-            f"have: {limit}"
+            f"have: use {largest} or less"
         )

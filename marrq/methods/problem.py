@@ -1,8 +1,9 @@
 """What a method is given and what it returns.
 
 A method is a function (weight [m, n], Problem, MethodSpec) -> Rounding. The Problem belongs to a
-group of linears that share one input (q, k and v, where they are separate): what depends on the
-input alone is computed once for the group, when first asked for."""
+group of linears that share one input, such as separate q, k and v: what depends on the input alone
+is computed once for the group, when it is first asked for.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor
 
 from marrq.distributed import ONE_PROCESS, Processes
+from marrq.methods.factor import Factor, factorize
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.spec import Clip, MethodSpec
-from marrq.methods.statistics import Factor, InputDrift, ResidualStatistics, factorize
+from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import Grid
 from marrq.schemes import WeightSpec
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One step of an α search: the half of the calibration set that judged (None: all of it), the α
-    tried, and J there."""
+    """One step of a search for α.
+
+    half: the half of the calibration set that judged, None if all of it did; alpha: the α that was
+    tried; error: J there."""
 
     half: int | None
     alpha: float
@@ -32,8 +36,8 @@ class SearchStep:
 class Rounding:
     """Codes [m, n] on a grid, and how they came about.
 
-    alpha: None where the method has none; fallback: why α = 0 was used in place of the α asked for,
-    or None."""
+    alpha: None if the method has no α; trajectory: the steps of its search; fallback: why α = 0 was
+    used in place of the α that was asked for, or None."""
 
     codes: Tensor
     grid: Grid
@@ -47,56 +51,56 @@ class Rounding:
         return self.grid.spread(self.codes.shape[1]).dequantize(self.codes)
 
 
-class Inputs:
-    """What a sweep needs of the inputs, whatever the rows of the weight: the factor U and the
-    residual matrices, all in sweep order."""
+class SweepFactors:
+    """What a sweep needs of the inputs, whatever the weight: U and the residual matrices.
+
+    Each is computed when it is first asked for, so that gptq never pays for what rescomp needs."""
 
     def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
         self._statistics, self._spec = statistics, spec
 
     @cached_property
     def factor(self) -> Factor:
-        """U of the damped inverse Hessian."""
+        """U of the sweep's damped inverse Hessian."""
         return factorize(self._statistics.hessian, self._spec.damping, self._spec.act_order)
 
     @cached_property
+    def target_factor(self) -> Factor:
+        """U of the exact target's solve, with its own damping; the inputs stay in their order."""
+        return factorize(self._statistics.hessian, self._spec.target_damping, act_order=False)
+
+    @cached_property
     def drift_residual(self) -> Tensor:
-        """P1 = ((D L) ∘ M) Lᵀ of GPTAQ: [n, n] float64, strictly upper triangular."""
-        return self._residual(self._input_moment)
+        """GPTAQ's P1 = ((D L) ∘ M) Lᵀ, [n, n] float64 in sweep order, strictly upper triangular."""
+        return self._residual(self._statistics.drift.input_moment)
 
     @cached_property
     def error_residual(self) -> Tensor:
-        """P2 = ((C L) ∘ M) Lᵀ of ResComp, C = H + D: [n, n] float64, strictly upper triangular."""
-        return self._residual(self._statistics.hessian + self._input_moment)
-
-    @cached_property
-    def target_factor(self) -> Factor:
-        """U of the exact target's solve, which has a damping of its own; inputs in their order."""
-        return factorize(self._statistics.hessian, self._spec.target_damping, act_order=False)
-
-    @property
-    def _input_moment(self) -> Tensor:
-        drift = self._statistics.drift
-        assert isinstance(drift, InputDrift)  # the methods that ask are none of STREAM_METHODS
-        return drift.moment
+        """ResComp's P2 = ((C L) ∘ M) Lᵀ with C = Σ x̃ xᵀ = H + D; shape as P1."""
+        return self._residual(self._statistics.hessian + self._statistics.drift.input_moment)
 
     def _residual(self, moment: Tensor) -> Tensor:
+        """((moment L) ∘ M) Lᵀ with L = Uᵀ and M the strictly upper 0/1 mask."""
         order, lower = self.factor.order, self.factor.upper.T
-        return torch.triu((torch.triu(moment[order][:, order] @ lower, 1)) @ lower.T, 1)
+        masked = torch.triu(moment[order][:, order] @ lower, 1)
+        # Both factors are upper triangular; the second triu takes off what rounding leaves below.
+        return torch.triu(masked @ lower.T, 1)
 
 
 @dataclass(frozen=True)
 class SweepData:
-    """Statistics, with what a sweep over their inputs needs. clip: see MethodSpec."""
+    """The statistics that a sweep compensates by, with what is computed from them.
+
+    clip: how the grid of a row is searched, see MethodSpec."""
 
     statistics: ResidualStatistics
     clip: Clip
-    inputs: Inputs
+    factors: SweepFactors
 
     @classmethod
     def of(cls, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> "SweepData":
         """With nothing computed yet."""
-        return cls(statistics, clip, Inputs(statistics, spec))
+        return cls(statistics, clip, SweepFactors(statistics, spec))
 
     def of_rows(self, rows: slice) -> "SweepData":
         """For some rows of the weight; what belongs to the inputs is shared."""
@@ -105,50 +109,54 @@ class SweepData:
 
 @dataclass(frozen=True)
 class Problem:
-    """The statistics of both halves of the calibration set, each half and the whole ready to be
-    swept with.
+    """The statistics of the calibration set: the whole, and each half by itself.
 
-    Where the bias is to take up the mean error, they become the statistics of centred tokens
-    (`ResidualStatistics.centre_`): the sums that are given are taken over, not copied.
-
-    whole: all the data; halves: each half by itself, to find α, for which the quick search of the
-    grid is good enough; processes: the processes that share the rows of the weight; count: rows in
-    all, or None where this is the problem of all rows."""
+    whole: all the data, for the final sweep; halves: to find α, each half in turn sweeps while the
+    other judges; weight_spec: the codes that are wanted; processes: the processes that share the
+    rows of a weight; total_rows: m of the whole weight if this is the problem of some of its rows,
+    None if it is the problem of all rows."""
 
     whole: SweepData
     halves: tuple[SweepData, SweepData]
-    weights: WeightSpec
+    weight_spec: WeightSpec
     processes: Processes = ONE_PROCESS
-    count: int | None = None
+    total_rows: int | None = None
 
     @classmethod
     def of(
         cls,
         halves: tuple[ResidualStatistics, ResidualStatistics],
-        weights: WeightSpec,
+        weight_spec: WeightSpec,
         spec: MethodSpec,
         processes: Processes = ONE_PROCESS,
     ) -> "Problem":
-        """The problem of a group of linears."""
+        """The problem of a group of linears.
+
+        The sums that are given are taken over, not copied: if the bias is to take up the mean
+        error, they are centred in place."""
         whole, (first, second) = halves[0] + halves[1], halves
         if spec.correct_bias:
             for sums in (whole, first, second):
                 sums.centre_()
-        by_halves = (
+        # A search compares α with α on one grid: for that the quick search of the grid will do.
+        half_data = (
             SweepData.of(first, spec, "weights"),
             SweepData.of(second, spec, "weights"),
         )
-        return cls(SweepData.of(whole, spec, spec.clip), by_halves, weights, processes)
+        return cls(SweepData.of(whole, spec, spec.clip), half_data, weight_spec, processes)
 
-    def of_rows(self, rows: slice, count: int) -> "Problem":
-        """The part that this process has of a weight with so many rows in all."""
+    def of_rows(self, rows: slice, total_rows: int) -> "Problem":
+        """The problem of the rows that this process has, of a weight with `total_rows` rows."""
         first, second = (half.of_rows(rows) for half in self.halves)
-        return replace(self, whole=self.whole.of_rows(rows), halves=(first, second), count=count)
+        return replace(
+            self, whole=self.whole.of_rows(rows), halves=(first, second), total_rows=total_rows
+        )
 
-    def judge(self, data: SweepData, weight: Tensor) -> ReconstructionLoss:
-        """J on some of the data, of all rows; weight: [m, n], the rows that this process has."""
+    def loss(self, data: SweepData, weight: Tensor) -> ReconstructionLoss:
+        """J on the data, summed over the rows of all processes; weight: the rows [m, n] that this
+        process has."""
         return ReconstructionLoss(
             data.statistics,
             weight,
-            lambda rows: self.processes.total(rows, self.count or len(rows)),
+            lambda rows: self.processes.sum_rows(rows, self.total_rows or len(rows)),
         )

@@ -1,9 +1,13 @@
-"""The residual methods, seen from what MARR needs: a path of roundings with the residual strength α
-as its parameter.
+"""The residual methods as MARR sees them: a target that moves with the residual strength α.
 
-A path belongs to one weight and one set of statistics. It sweeps at any α, for one α or many at
-once, and knows in which direction the compensated weights move with α when rounding is left out
-(the mean-field path w̃(α)); gptaq.py, rescomp.py and exact.py have theirs."""
+A target belongs to one weight and one set of statistics. It knows two things:
+
+    round_at(α)     the sweep at any α, for one α or for many at once
+    direction(α)    T = dw̃/dα, in which direction the compensated weights w̃(α) move if rounding is
+                    left out
+
+methods/gptaq.py, rescomp.py and exact.py have the targets; methods/marr.py searches any of them.
+"""
 
 from typing import ClassVar, Protocol
 
@@ -16,49 +20,50 @@ from marrq.methods.spec import MethodSpec
 from marrq.schemes import WeightSpec
 
 
-class Path(Protocol):
-    """Roundings of a weight [m, n] as a function of α. constant: the α of the method without a
-    search."""
+class ResidualTarget(Protocol):
+    """Roundings of a weight [m, n] as a function of α.
+
+    constant: the α of the method if there is no search."""
 
     constant: ClassVar[float]
 
-    def __init__(self, weight: Tensor, swept: SweepData, weights: WeightSpec) -> None: ...
+    def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None: ...
 
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep at each α of [a], the weight stacked upon itself: codes [a · m, n]."""
         ...
 
     def direction(self, alpha: float) -> Tensor:
-        """T = dw̃/dα, in the order of the inputs: [m, n]."""
+        """T = dw̃/dα, [m, n], in the order of the inputs."""
         ...
 
 
 def final(
-    path: Path,
+    target: ResidualTarget,
     weight: Tensor,
     processes: Processes,
     alpha: float,
     trajectory: tuple[SearchStep, ...] = (),
 ) -> Rounding:
-    """The rounding at α.
+    """The rounding at α, or at 0 if the sweep overflows; then `fallback` says so.
 
-    A residual term feeds the compensated columns back into themselves and can overflow on a coarse
-    grid; then α = 0 is used, and said: for all rows, whichever process of the processes has
-    them."""
+    A residual term feeds compensated columns back into themselves, and on a coarse grid they can
+    grow without bound."""
     fallback = None
-    rounding = path.round_at(weight.new_tensor([alpha]))
+    rounding = target.round_at(weight.new_tensor([alpha]))
+    # One α for all rows: if the rows of one process overflow, every process falls back.
     if not processes.all_agree(bool(torch.isfinite(rounding.codes).all())):
         fallback = f"alpha {alpha:g} gave non-finite weights, alpha 0 was used"
         alpha = 0.0
-        rounding = path.round_at(weight.new_tensor([alpha]))
+        rounding = target.round_at(weight.new_tensor([alpha]))
     return Rounding(rounding.codes, rounding.grid, alpha, trajectory, fallback)
 
 
 def with_constant(
-    path_type: type[Path], weight: Tensor, problem: Problem, spec: MethodSpec
+    target_class: type[ResidualTarget], weight: Tensor, problem: Problem, spec: MethodSpec
 ) -> Rounding:
-    """The method with one residual strength for every module."""
-    alpha = path_type.constant if spec.alpha.value is None else spec.alpha.value
-    return final(
-        path_type(weight, problem.whole, problem.weights), weight, problem.processes, alpha
-    )
+    """The method with one residual strength for every module: the one that was chosen, or the
+    method's own."""
+    alpha = target_class.constant if spec.alpha.value is None else spec.alpha.value
+    target = target_class(weight, problem.whole, problem.weight_spec)
+    return final(target, weight, problem.processes, alpha)

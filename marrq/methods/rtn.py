@@ -1,5 +1,9 @@
-"""Round to nearest: each weight goes to the nearest value of its row's grid. The baseline that uses
-no data."""
+"""Round to nearest, the baseline: each weight goes to the nearest value of its row's grid.
+
+    code = clamp(round(w / scale) + zero_point)
+
+No calibration data, no compensation.
+"""
 
 from torch import Tensor
 
@@ -9,6 +13,6 @@ from marrq.quantizers.affine import search_weight_grid
 
 
 def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
-    """Codes on the clip-searched grid that all methods share."""
-    grid = search_weight_grid(weight, problem.weights)
+    """Codes [m, n] on the grid that is searched by the weight alone."""
+    grid = search_weight_grid(weight, problem.weight_spec)
     return Rounding(grid.spread(weight.shape[1]).quantize(weight), grid)

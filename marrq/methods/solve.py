@@ -1,9 +1,11 @@
-"""The quantization methods; `problem.py` says what a method is given and returns, `solve` puts
-everything around it.
+"""From a weight and the statistics of its inputs to what the linear becomes: the method that the
+user chose, the low-rank branch around it, and the bias behind it.
 
-rtn, gptq                                   no residual: nothing of the full-precision inputs is used
-gptaq, rescomp, exact, stream               one residual strength α for all modules
-marr-gptaq, marr-rescomp, marr-exact, …     MARR: each module's own α
+    rtn, gptq                            no residual: the full-precision inputs are not used
+    gptaq, rescomp, exact, stream        one residual strength α for all modules
+    marr- before one of these four       MARR: each module its own α
+
+methods/problem.py says what a method is given and returns; methods/README.md explains all of them.
 """
 
 from collections.abc import Callable
@@ -14,33 +16,35 @@ import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.methods.exact import ExactPath, correction
-from marrq.methods.gptaq import GptaqPath
+from marrq.methods.exact import ExactTarget, correction
+from marrq.methods.gptaq import GptaqTarget
 from marrq.methods.gptq import gptq
 from marrq.methods.lowrank import Scaling, input_scaling, preserved, refit
 from marrq.methods.marr import marr
 from marrq.methods.problem import Problem, Rounding
-from marrq.methods.rescomp import RescompPath
-from marrq.methods.residual import Path, with_constant
+from marrq.methods.rescomp import RescompTarget
+from marrq.methods.residual import ResidualTarget, with_constant
 from marrq.methods.rtn import rtn
 from marrq.methods.spec import MethodSpec
 from marrq.quantizers.linear import LowRank
 
 Method = Callable[[Tensor, Problem, MethodSpec], Rounding]
 
-TARGETS: dict[str, type[Path]] = {
-    "gptaq": GptaqPath,
-    "rescomp": RescompPath,
-    "exact": ExactPath,
-    "stream": ExactPath,
+TARGETS: dict[str, type[ResidualTarget]] = {
+    "gptaq": GptaqTarget,
+    "rescomp": RescompTarget,
+    "exact": ExactTarget,
+    "stream": ExactTarget,  # the statistics make the difference, see `wants` in methods/spec.py
 }
+"""The target of each residual method; MARR searches any of them."""
 
 IMPLEMENTATIONS: dict[str, Method] = {
     "rtn": rtn,
     "gptq": gptq,
-    **{name: partial(with_constant, path) for name, path in TARGETS.items()},
-    **{f"marr-{name}": partial(marr, path) for name, path in TARGETS.items()},
+    **{name: partial(with_constant, target) for name, target in TARGETS.items()},
+    **{f"marr-{name}": partial(marr, target) for name, target in TARGETS.items()},
 }
+"""The code of every method in methods/spec.py (METHODS)."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class Solution:
     """What a linear becomes.
 
     bias_shift: what to add to the bias, [m], or None; lowrank: the branch beside the codes, or
-    None; error: J over all calibration tokens; relative_error: J / ‖W X̃‖², 0 where nothing is
-    wanted; damping, lowrank_damping: what the factorizations of the sweep and of the branch's input
-    scaling used, None without a branch."""
+    None; error: J over all calibration tokens; relative_error: J / ‖W X̃‖², 0 if the wanted outputs
+    are all 0; damping, lowrank_damping: λ / mean(diag H) that the factorizations of the sweep and
+    of the branch's input scaling used, None without a branch."""
 
     rounding: Rounding
     bias_shift: Tensor | None
@@ -62,61 +66,57 @@ class Solution:
 
 
 def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
-    """Quantize one weight [m, n]: the method, around it the low-rank branch, behind it the bias.
-    Raises MarrqError for NaN or infinity."""
+    """Quantize one weight [m, n]. Raises MarrqError for NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise MarrqError("the weight has NaN or infinite values: load other weights")
-    scaling = (
-        None if spec.lowrank is None else input_scaling(problem.whole.statistics, spec.lowrank.kind)
-    )
+    statistics = problem.whole.statistics
+    scaling = None if spec.lowrank is None else input_scaling(statistics, spec.lowrank.kind)
     rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
-    rows = problem.processes.rows(len(weight))
-    part = problem.of_rows(rows, len(weight))
-    judge = part.judge(part.whole, weight[rows])
-    error, _ = judge(quantized[rows])
-    shift = (
-        problem.whole.statistics.output_shift(weight, quantized).to(weight)
-        if spec.correct_bias
-        else None
-    )
-    power = judge.output_power
-    relative = error / power if power > 0 else 0.0
-    damping = problem.whole.inputs.factor.damping
+    error, relative_error = _errors(weight, quantized, problem)
+    shift = statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     return Solution(
         rounding,
         shift,
         branch,
         error,
-        relative,
-        damping,
+        relative_error,
+        problem.whole.factors.factor.damping,
         None if scaling is None else scaling.damping,
     )
+
+
+def _errors(weight: Tensor, quantized: Tensor, problem: Problem) -> tuple[float, float]:
+    """J over all calibration tokens, and J / ‖W X̃‖²; each process sums its share of the rows."""
+    rows = problem.processes.rows(len(weight))
+    part = problem.of_rows(rows, len(weight))
+    loss = part.loss(part.whole, weight[rows])
+    error, _ = loss(quantized[rows])
+    power = loss.output_power
+    return error, error / power if power > 0 else 0.0
 
 
 def _round(
     weight: Tensor, problem: Problem, spec: MethodSpec, scaling: Scaling | None
 ) -> tuple[Rounding, LowRank | None]:
-    """The codes, and the branch for what they fall short of: W, or W + αΔ (methods/exact.py) where
-    the drift of the inputs is corrected.
-
-    Fitted to W a branch would take back what the method has put into the codes.
-    """
+    """The codes, and the branch L R if there is to be one."""
     if spec.lowrank is None or scaling is None:
         return _by_rows(weight, problem, spec), None
+    # SRR keeps a part of the weight out of the codes; the other kinds keep nothing.
     kept, _ = preserved(weight, scaling, spec.lowrank)
     rounding = _by_rows(weight - kept, problem, spec)
-    target = (
-        weight
-        if rounding.alpha is None
-        else weight + rounding.alpha * correction(weight, problem.whole)
-    )
+    # The branch is for what the codes lack of W, or of W + αΔ (methods/exact.py) if the method
+    # corrects drift: fitted to W, it would take back what the method has put into the codes.
+    target = weight
+    if rounding.alpha is not None:
+        target = weight + rounding.alpha * correction(weight, problem.whole)
     return rounding, refit(target - rounding.quantized, scaling, spec.lowrank)
 
 
 def _by_rows(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
-    """The rounding of a weight [m, n], each process doing its share of the rows: they know nothing
-    of each other, α and J apart."""
+    """The rounding of a weight [m, n], each process rounding its share of the rows.
+
+    Rows do not depend on each other but for α and J, on which the processes agree."""
     processes, count = problem.processes, len(weight)
     rows = processes.rows(count)
     part = IMPLEMENTATIONS[spec.name](weight[rows], problem.of_rows(rows, count), spec)

@@ -252,7 +252,7 @@ class MethodSpec:
         default="outputs",
         metadata=setting(
             "clip",
-            "error that chooses a row's clipped grid: of its weights, or of its outputs after a sweep",
+            "a row's grid is clipped by the error of its weights, or of its outputs after a sweep",
             choice(Clip),
         ),
     )

@@ -1,15 +1,15 @@
 """The columns of one block of the sweep as a kernel in the Triton language (the compiler), for
-GPUs: what methods/gptq.py has in its inner loop, with the same formulas. It runs where the weight
-is float32 on CUDA and the package triton is installed.
+GPUs: the inner loop of methods/gptq.py with the same formulas, for float32 weights on CUDA.
 
-In torch each column takes a handful of launches, one after the other, whatever the size of the GPU.
-Here a program has a tile of rows, whose columns of the block stay on the chip while it goes through
-them. Out go the rounded steps, and the terms that multiply the kernels, for the product beyond the
-block, which stays a matrix product of torch's. Rows know nothing of each other, so tiles do not
-either.
+In torch each column takes a handful of launches, one after the other, however large the GPU. Here
+one program has a tile of rows. The columns of the block stay on the chip while the program goes
+through them. It writes the rounded steps, and the terms that multiply the kernels. The product on
+the columns behind the block stays a matrix product of torch. Rows do not depend on each other, and
+so tiles do not either.
 
-Against the loop only the order of sums differs, and whether a product and its sum are rounded once
-or twice."""
+Differs from the loop in the order of sums, and in whether a product and its sum are rounded once or
+twice.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,26 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from marrq.methods.column_block import ColumnBlock
 from marrq.quantizers.affine import ColumnGrid
 
 ROWS = 32
 """Rows of a tile: with 128 columns, 16 kB on the chip."""
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # said, since what Triton does when it is not changes with 3.10, and 3.9 warns of it
+OPTIONS = {"enable_fp_fusion": True}
+"""Fused multiply-add, said explicitly: Triton's default changes with 3.10, and 3.9 warns of it."""
 HALFWAY = 12582912.0
-"""1.5 · 2²³: a float32 of at most 2²² that it is added to loses its fraction, to the nearest, half
-to even."""
+"""1.5 · 2²³: a float32 of at most 2²² to which it is added loses its fraction, rounded to the
+nearest whole number, half to even."""
 
 
 @triton.jit
 def _columns(
     w, kernels, scales, lowest, highest, originals, alphas, steps, terms, rows, width,
-    TERMS: tl.constexpr, PER_COLUMN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HALFWAY: tl.constexpr,
+    TERMS: tl.constexpr, PER_COLUMN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    HALFWAY: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
+    # The tile: [WIDTH, ROWS] of w [width, rows], zeros where it hangs over the edge.
     tile = tl.load(
         w + column[:, None] * rows + row[None, :],
         mask=(column < width)[:, None] & there[None, :],
@@ -48,10 +50,9 @@ def _columns(
     for j in range(width):
         grid = row + (j * rows if PER_COLUMN else 0)
         scale = tl.load(scales + grid, mask=there, other=1.0)
-        low, high = (
-            tl.load(lowest + grid, mask=there, other=0.0),
-            tl.load(highest + grid, mask=there, other=0.0),
-        )
+        low = tl.load(lowest + grid, mask=there, other=0.0)
+        high = tl.load(highest + grid, mask=there, other=0.0)
+        # w_j, taken out of the tile: a tile on the chip cannot be indexed.
         x = tl.sum(tl.where((column == j)[:, None], tile, 0.0), 0)
         # The grid's ends are small whole numbers: clamped first, every ratio is small enough for
         # HALFWAY, and rounds to the same step.
@@ -59,47 +60,44 @@ def _columns(
         step = (ratio + HALFWAY) - HALFWAY
         tl.store(steps + j * rows + row, step, mask=there)
         after = (column > j) & (column < width)
+        # GPTQ: the error w_j - q(w_j), onto the columns behind.
         first = x - step * scale
         tl.store(terms + j * TERMS * rows + row, first, mask=there)
         kernel = kernels + (j * width + column) * TERMS
         tile += tl.load(kernel, mask=after, other=0.0)[:, None] * first[None, :]
+        # GPTAQ: α w_j.
         if TERMS > 1:
             second = x * alpha
             tl.store(terms + (j * TERMS + 1) * rows + row, second, mask=there)
             tile += tl.load(kernel + 1, mask=after, other=0.0)[:, None] * second[None, :]
+        # ResComp: α (W0_j - w_j).
         if TERMS > 2:
             third = (tl.load(originals + j * rows + row, mask=there, other=0.0) - x) * alpha
             tl.store(terms + (j * TERMS + 2) * rows + row, third, mask=there)
             tile += tl.load(kernel + 2, mask=after, other=0.0)[:, None] * third[None, :]
 
 
-def sweep_columns(
-    w: Tensor,
-    kernels: Tensor,
-    grids: Sequence[ColumnGrid],
-    original: Tensor,
-    alpha: float | Tensor,
-    steps: Tensor,
-    terms: Tensor,
-) -> None:
-    """What gptq.round_columns does, in one launch, on contiguous float32 tensors; w is left as it
-    was."""
+def sweep_columns(block: ColumnBlock) -> None:
+    """What gptq.round_columns does, in one launch, on contiguous float32 tensors; block.columns are
+    left as they were."""
+    w, alpha = block.columns, block.alpha
     width, rows = w.shape
-    one = all(grid is grids[0] for grid in grids)
-    scales, lowest, highest = (
-        _joined(grids[:1] if one else grids, part) for part in ("scale", "lowest", "highest")
-    )
+    # Without groups all columns share one grid, which is then loaded once.
+    shared = all(grid is block.grids[0] for grid in block.grids)
+    grids = block.grids[:1] if shared else block.grids
+    scales, lowest, highest = (_joined(grids, part) for part in ("scale", "lowest", "highest"))
     alphas = alpha.to(w).contiguous() if isinstance(alpha, Tensor) else w.new_full((rows,), alpha)
-    tensors = (w, kernels, scales, lowest, highest, original, alphas, steps, terms)
+    inputs = (w, block.kernels, scales, lowest, highest, block.original, alphas)
     sizes: dict[str, Any] = {
-        "TERMS": terms.shape[1],
-        "PER_COLUMN": not one,
+        "TERMS": block.terms.shape[1],
+        "PER_COLUMN": not shared,
         "WIDTH": triton.next_power_of_2(width),
         "ROWS": ROWS,
     }
-    with torch.cuda.device_of(w):  # a kernel starts on the current device, wherever its tensors are
+    # A kernel starts on the current device, wherever its tensors are.
+    with torch.cuda.device_of(w):
         _columns[(triton.cdiv(rows, ROWS),)](
-            *tensors, rows, width, **sizes, HALFWAY=HALFWAY, **OPTIONS
+            *inputs, block.steps, block.terms, rows, width, **sizes, HALFWAY=HALFWAY, **OPTIONS
         )
 
 

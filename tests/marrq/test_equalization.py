@@ -16,9 +16,9 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
+from marrq.methods.factor import factorize
 from marrq.methods.gptq import sweep
-from marrq.methods.statistics import factorize
-from marrq.models.blocks import Block, find_blocks, first_input
+from marrq.models.blocks import Block, find_blocks
 from marrq.quantizers.activations import RangeObserver, smoothed
 from marrq.quantizers.affine import search_weight_grid
 from marrq.quantizers.linear import quantized_linears
@@ -38,7 +38,7 @@ COARSE = parse_scheme("W4A4", "per-token")
 
 def tokens_and_block(module: nn.Module) -> tuple[Tensor, Block]:
     block = find_blocks(module, noise(2))[0]
-    return first_input(module, block, noise(2)), block
+    return block.input_from(module, noise(2)), block
 
 
 def with_strong_channels(count: int, tokens: int, seed: int = 0) -> Tensor:
@@ -202,15 +202,15 @@ def test_the_sample_is_of_evenly_spaced_tokens_of_every_fourth_batch(
     ) -> None:
         seen.append(sample)
 
-    monkeypatch.setattr("marrq.pipeline.quantize.equalize", spy)
-    monkeypatch.setattr("marrq.pipeline.quantize.EQUALIZING_TOKENS", 100)
+    monkeypatch.setattr("marrq.pipeline.group.equalize", spy)
+    monkeypatch.setattr("marrq.pipeline.group.EQUALIZATION_TOKENS", 100)
     with torch.no_grad():
         model = vit()
         first = find_blocks(model, images[:2])[0]
         starts = [*range(0, 65, 16), *range(65, 130, 16)]  # of the batches, half by half
         ends = [*starts[1:], 130]
         batches = [
-            first.input_of("attn.qkv", first_input(model, first, images[a:b]))
+            first.input_of("attn.qkv", first.input_from(model, images[a:b]))
             for a, b in zip(starts, ends, strict=True)
         ][::4]
         tokens = torch.cat([x.flatten(0, 1) for x in batches])

@@ -311,9 +311,9 @@ def test_the_error_told_counts_the_low_rank_branch(name: str, correct_bias: bool
 @pytest.mark.parametrize("name", ["gptaq", "rescomp"])
 def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
     case, spec = make_case(1), MethodSpec(name)
-    path = TARGETS[name](case.weight, case.problem(spec).whole, kind)
+    target = TARGETS[name](case.weight, case.problem(spec).whole, kind)
     whole, *others = (
-        sweep(case.weight, path.grid, path.factor, path.residuals, 0.8, block_size)
+        sweep(case.weight, target.grid, target.factor, target.residuals, 0.8, block_size)
         for block_size in (INPUTS, 1, 5, 8)
     )
     for codes in others:
@@ -324,16 +324,16 @@ def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
 @pytest.mark.parametrize("kind", [WeightSpec(3), WeightSpec(3, 8)])
 def test_alphas_swept_together_give_what_each_gives_alone(name: str, kind: WeightSpec):
     case, spec = make_case(2), MethodSpec(name)
-    path = TARGETS[name](case.weight, case.problem(spec).whole, kind)
+    target = TARGETS[name](case.weight, case.problem(spec).whole, kind)
     alphas = torch.tensor([0.0, 0.3, 1.0, 1.4], dtype=torch.float64)
-    stacked = path.round_at(alphas)
-    alone = [path.round_at(alpha[None]) for alpha in alphas]
+    stacked = target.round_at(alphas)
+    alone = [target.round_at(alpha[None]) for alpha in alphas]
     assert torch.equal(stacked.codes, torch.cat([rounding.codes for rounding in alone]))
     assert torch.equal(stacked.quantized, torch.cat([rounding.quantized for rounding in alone]))
     assert not torch.equal(alone[0].codes, alone[2].codes)
 
 
-def path_without_rounding(case: Case, name: str, alpha: float, spec: MethodSpec) -> np.ndarray:
+def weights_without_rounding(case: Case, name: str, alpha: float, spec: MethodSpec) -> np.ndarray:
     moments, weight = case.moments(centre=True), case.weight.numpy()
     if name in ("exact", "stream"):
         return reference.target(weight, case.wanted_moment(centre=True), moments, alpha)
@@ -355,7 +355,7 @@ def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(
     case, spec, step = case_for(name, 0), MethodSpec(name, act_order=act_order), 1e-5
     direction = TARGETS[name](case.weight, case.problem(spec).whole, THREE_BITS).direction(alpha)
     ahead, behind = (
-        path_without_rounding(case, name, alpha + sign * step, spec) for sign in (1, -1)
+        weights_without_rounding(case, name, alpha + sign * step, spec) for sign in (1, -1)
     )
     expected = (ahead - behind) / (2 * step)
     assert np.abs(direction.numpy() - expected).max() < 1e-6 * np.abs(expected).max()
@@ -365,13 +365,13 @@ def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(
 def test_a_newton_step_lands_on_the_least_j_along_the_direction(make: Callable[[int], Case]):
     case, direction = make(0), make_case(1).weight
     start = case.weight + 0.1 * make_case(2).weight
-    judge = ReconstructionLoss(case.statistics(slice(None)), case.weight)
-    value, gradient = judge(start)
-    step = judge.newton_step(gradient, direction)
-    least, _ = judge(start + step * direction)
+    loss = ReconstructionLoss(case.statistics(slice(None)), case.weight)
+    value, gradient = loss(start)
+    step = loss.newton_step(gradient, direction)
+    least, _ = loss(start + step * direction)
     assert least < value
-    assert least < min(judge(start + factor * step * direction)[0] for factor in (0.99, 1.01))
-    assert judge.newton_step(gradient, torch.zeros_like(direction)) == 0
+    assert least < min(loss(start + factor * step * direction)[0] for factor in (0.99, 1.01))
+    assert loss.newton_step(gradient, torch.zeros_like(direction)) == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -379,7 +379,7 @@ def test_a_newton_step_lands_on_the_least_j_along_the_direction(make: Callable[[
 def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
     case, spec = case_for(name, seed), MethodSpec(name)
     first, second = case.problem(spec).halves
-    path, judge = (
+    target, loss = (
         TARGETS[name](case.weight, first, Smooth(8)),
         ReconstructionLoss(second.statistics, case.weight),
     )
@@ -387,11 +387,11 @@ def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
         "gptaq",
         "rescomp",
     ):  # whose grid is found on W, and would clip what compensation adds
-        path.grid = replace(path.grid, scale=8 * path.grid.scale)
-    steps = pid_search(path, judge, spec.alpha, half=1)
+        target.grid = replace(target.grid, scale=8 * target.grid.scale)
+    steps = pid_search(target, loss, spec.alpha, half=1)
     alphas = torch.linspace(0, 1.5, 151, dtype=torch.float64)
     errors = torch.tensor(
-        [judge(quantized)[0] for quantized in path.round_at(alphas).quantized.chunk(len(alphas))]
+        [loss(quantized)[0] for quantized in target.round_at(alphas).quantized.chunk(len(alphas))]
     )
     assert best(steps).alpha == pytest.approx(float(alphas[errors.argmin()]), abs=0.05)
     assert best(steps).error < 1.03 * errors.min() < errors[25]
@@ -424,11 +424,11 @@ def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_w
     problem = case.problem(spec)
     rounding = IMPLEMENTATIONS[spec.name](case.weight, problem, spec)
     for half, other in ((0, 1), (1, 0)):
-        path = TARGETS[name](case.weight, problem.halves[other], THREE_BITS)
-        judge = ReconstructionLoss(problem.halves[half].statistics, case.weight)
+        target = TARGETS[name](case.weight, problem.halves[other], THREE_BITS)
+        loss = ReconstructionLoss(problem.halves[half].statistics, case.weight)
         for step in by_half(rounding, half):
-            quantized = path.round_at(torch.tensor([step.alpha], dtype=torch.float64)).quantized
-            assert step.error == pytest.approx(judge(quantized)[0], rel=1e-9)
+            quantized = target.round_at(torch.tensor([step.alpha], dtype=torch.float64)).quantized
+            assert step.error == pytest.approx(loss(quantized)[0], rel=1e-9)
     mean = (
         sum(min(by_half(rounding, half), key=lambda step: step.error).alpha for half in (0, 1)) / 2
     )
@@ -482,9 +482,9 @@ def test_a_residual_that_overflows_falls_back_to_alpha_0_and_says_so(name: str):
 
 
 def test_q_k_and_v_share_what_depends_on_their_input_alone():
-    swept = make_case(0).problem(MethodSpec()).whole
+    factors = make_case(0).problem(MethodSpec()).whole.factors
     for name in ("factor", "drift_residual", "error_residual", "target_factor"):
-        assert getattr(swept.inputs, name) is getattr(swept.inputs, name)
+        assert getattr(factors, name) is getattr(factors, name)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():

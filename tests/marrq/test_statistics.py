@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
+from marrq.methods.factor import factorize
 from marrq.methods.objective import ReconstructionLoss
-from marrq.methods.statistics import ResidualStatistics, factorize
+from marrq.methods.statistics import ResidualStatistics
 
 TOKENS, INPUTS, OUTPUTS = 50, 12, 5
 IMPORTANCE = torch.linspace(0.5, 2, OUTPUTS, dtype=torch.float64)
@@ -147,11 +148,11 @@ def test_j_from_statistics_is_the_square_error_of_the_outputs(centre: bool, with
 def test_the_output_power_is_j_of_a_weight_of_zeros(with_output: bool):
     x, x_float, shortfall = streams()
     weight = normal(OUTPUTS, INPUTS, seed=5)
-    judge = ReconstructionLoss(
+    loss = ReconstructionLoss(
         of_outputs(x, shortfall) if with_output else of_inputs(x, x_float), weight
     )
     expected = error_of((x, x_float, shortfall), weight, torch.zeros_like(weight), with_output)
-    assert judge.output_power == pytest.approx(float(expected), rel=1e-9)
+    assert loss.output_power == pytest.approx(float(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("with_output", [True, False])
@@ -160,10 +161,10 @@ def test_the_gradient_of_j_is_what_autograd_finds(with_output: bool):
     weight = normal(OUTPUTS, INPUTS, seed=5)
     quantized = (weight + 0.1 * normal(OUTPUTS, INPUTS, seed=6)).requires_grad_()
     error_of(tokens, weight, quantized, with_output).backward()
-    judge = ReconstructionLoss(
+    loss = ReconstructionLoss(
         of_outputs(tokens[0], tokens[2]) if with_output else of_inputs(*tokens[:2]), weight
     )
-    _, half_gradient = judge(quantized.detach())
+    _, half_gradient = loss(quantized.detach())
     torch.testing.assert_close(2 * half_gradient, quantized.grad, rtol=1e-9, atol=1e-9)
 
 

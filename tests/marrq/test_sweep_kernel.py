@@ -20,8 +20,9 @@ import reference
 import torch
 from torch import Tensor
 
+from marrq.methods.column_block import ColumnBlock
 from marrq.methods.gptq import round_columns, sweep
-from marrq.methods.problem import Inputs
+from marrq.methods.problem import SweepFactors
 from marrq.methods.spec import MethodSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import Grid, search_weight_grid
@@ -39,14 +40,15 @@ BLOCKS = [
 SWEEPS = [(residuals, group) for residuals in (0, 1, 2) for group in (None, 8)]
 OUTPUTS, INPUTS, BLOCK = 37, 40, 16
 """Of a whole sweep: no multiple of the tile's rows, and none of the block's columns."""
+Rounding = Callable[[ColumnBlock], None]
 ROWS_THAT_MAY_DIFFER = 0.03
 """Where float32 rounds, two orders of a sum may fall on two sides of a half: a step differs, and
 with it what follows in the row."""
 
 
 @dataclass
-class Block:
-    """What a rounding of columns takes."""
+class Drawn:
+    """Random columns, and what their rounding takes."""
 
     w: Tensor
     kernels: Tensor
@@ -55,7 +57,7 @@ class Block:
     alpha: Tensor
 
     @classmethod
-    def drawn(cls, rows: int, width: int, terms: int, groups: int, exact: bool) -> "Block":
+    def of(cls, rows: int, width: int, terms: int, groups: int, exact: bool) -> "Drawn":
         """exact: of small dyadic numbers, with which no float32 operation rounds."""
         generator = torch.Generator().manual_seed(rows + width + terms + groups)
 
@@ -76,15 +78,19 @@ class Block:
             w, kernels, grid, original, torch.randint(0, 3, (rows,), generator=generator) / 2
         )
 
-    def rounded(self, rounding: Callable[..., None]) -> tuple[Tensor, Tensor]:
-        """ColumnGrid and terms."""
+    def rounded(self, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """Steps and terms."""
         width, rows = self.w.shape
         whole = (
             -(-width // self.grid.scale.shape[1]) * self.grid.scale.shape[1]
         )  # columns that the groups have in equal parts
         columns = self.grid.columns(torch.arange(whole))[:width]
         steps, terms = torch.empty_like(self.w), torch.empty(width, self.kernels.shape[2], rows)
-        rounding(self.w.clone(), self.kernels, columns, self.original, self.alpha, steps, terms)
+        rounding(
+            ColumnBlock(
+                self.w.clone(), self.original, self.kernels, columns, self.alpha, steps, terms
+            )
+        )
         return steps, terms
 
     def by_the_formulas(self) -> Tensor:
@@ -115,7 +121,7 @@ def rows_apart(left: Tensor, right: Tensor) -> float:
     return float((left != right).any(0).float().mean())
 
 
-def compared(block: Block, rounding: Callable[..., None]) -> list[float]:
+def compared(block: Drawn, rounding: Rounding) -> list[float]:
     """How far it is from the loop and from the formulas, in rows; and its terms from the loop's
     where the steps are the same."""
     (steps, terms), (expected, wanted) = block.rounded(rounding), block.rounded(round_columns)
@@ -127,10 +133,10 @@ def compared(block: Block, rounding: Callable[..., None]) -> list[float]:
     ]
 
 
-def beside_a_broken_row(rounding: Callable[..., None], value: float) -> list[bool]:
+def beside_a_broken_row(rounding: Rounding, value: float) -> list[bool]:
     """Whether a row that holds NaN or infinity comes out as the loop has it, and the others as if
     they were alone."""
-    block = Block.drawn(40, 8, 3, 1, exact=True)
+    block = Drawn.of(40, 8, 3, 1, exact=True)
     alone, _ = block.rounded(rounding)
     block.w[2, 3] = value
     (steps, _), (expected, _) = block.rounded(rounding), block.rounded(round_columns)
@@ -149,12 +155,12 @@ def swept(residuals: int, group: int | None, device: str = "cpu") -> float:
     x_float = x + 0.3 * random.normal(size=x.shape)
     sums = ResidualStatistics.zeros(INPUTS, torch.device(device))
     sums.add(torch.from_numpy(x).to(device), torch.from_numpy(x_float - x).to(device))
-    inputs = Inputs(sums, MethodSpec("rescomp"))
-    factors = (inputs.drift_residual, inputs.error_residual)[:residuals]
+    factors = SweepFactors(sums, MethodSpec("rescomp"))
+    kernels = (factors.drift_residual, factors.error_residual)[:residuals]
     weight = torch.from_numpy(random.normal(size=(OUTPUTS, INPUTS))).float().to(device)
     alpha = torch.linspace(0, 1, OUTPUTS, device=device)
     grid = search_weight_grid(weight, WeightSpec(3, group))
-    codes = sweep(weight, grid, inputs.factor, factors, alpha, BLOCK)
+    codes = sweep(weight, grid, factors.factor, kernels, alpha, BLOCK)
 
     scale, zero = (
         part.double().cpu().numpy()
@@ -176,7 +182,7 @@ def interpreted() -> dict[str, list[float]]:
     from marrq.methods.sweep_kernel import sweep_columns
 
     found = {
-        f"{exact} {case}": compared(Block.drawn(*case, exact), sweep_columns)
+        f"{exact} {case}": compared(Drawn.of(*case, exact), sweep_columns)
         for exact in (True, False)
         for case in BLOCKS
     }

@@ -30,7 +30,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from marrq.cli.common import JsonOption, progress_bars, stdout, write_json
+from marrq.cli.common import JsonOption, progress_bars, stdout, write_report
 from runtime.environment import describe_machine
 from runtime.preprocessing import Preprocessing
 
@@ -92,7 +92,7 @@ def main(
         "files": [str(file.relative_to(root)) for file in files],
         "logits": answers.tolist(),
     }
-    write_json(json_file, report | detail)
+    write_report(json_file, report | detail)
 
 
 class Served:

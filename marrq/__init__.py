@@ -1,8 +1,58 @@
 """marrq turns a pretrained vision transformer into a 2-, 3- or 4-bit ONNX file that is small, fast
-and accurate, and proves it.
+and accurate, and measures it.
 
-The library reads as a pipeline: `models` and `data` load, `pipeline` quantizes block by block with
-one of the `methods`, `artifact` stores the integer codes, the package `exporters` writes graphs
-from them, and the package `runtime` measures those graphs."""
+    model = marrq.load_model("demo")
+    images = marrq.find_images("demo", "train")
+    quantized = marrq.quantize(model, images, scheme="W4A8", method="marr", samples=256, seed=0)
+    marrq.save(quantized, "artifact")
+    marrq.export(quantized, "model.onnx")
+    report = marrq.bench(["model.onnx"], data="demo")
+
+`models` loads, `pipeline` quantizes block by block with one of the `methods`, `artifact` stores the
+integer codes, the package `exporters` writes ONNX graphs from them, and the package `runtime`
+measures these graphs. `import marrq` loads none of this: a function is imported when it is first
+used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from marrq.artifact.folder import load, save
+    from marrq.models.images import find_images
+    from marrq.models.load import load_model
+    from marrq.workflows.bench import bench
+    from marrq.workflows.export import export
+    from marrq.workflows.quantize import quantize
 
 __version__ = "0.1.0"
+
+__all__ = ["bench", "export", "find_images", "load", "load_model", "quantize", "save"]
+
+HOMES = {
+    "load_model": "marrq.models.load",
+    "find_images": "marrq.models.images",
+    "quantize": "marrq.workflows.quantize",
+    "export": "marrq.workflows.export",
+    "bench": "marrq.workflows.bench",
+    "save": "marrq.artifact.folder",
+    "load": "marrq.artifact.folder",
+}
+"""The module of each public function."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public function when it is first used."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'marrq' has no attribute {name!r}")
+    from marrq.workflows.checks import check_packages
+
+    check_packages()
+    found: object = getattr(import_module(HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names too, which are not imported yet."""
+    return sorted({*globals(), *__all__})

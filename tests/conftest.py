@@ -1,18 +1,31 @@
 """Small models and images that the tests share."""
 
 import json
+import os
 from pathlib import Path
+
+# Two workers of pytest-xdist on two cores must not start two threads each. OpenMP reads this when
+# torch is imported, in this process and in those that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
 from marrq.cli import main
 
 CLASSES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests that all its workers see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +80,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo quantized by the command line with its default method on few images."""
-    folder = tmp_path_factory.mktemp("demo") / "artifact"
-    assert main(["quantize", "demo", "--samples", "64", "-o", str(folder)]) == 0
+def demo_artifact(shared_folder: Path) -> Path:
+    """The demo quantized by the command line with its default method on few images.
+
+    Made by the first worker that asks for it. Tests that change it work on a copy.
+    """
+    folder = shared_folder / "demo" / "artifact"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(shared_folder / "demo.lock"):
+        if not folder.exists():
+            assert main(["quantize", "demo", "--samples", "64", "-o", str(folder)]) == 0
     return folder

@@ -37,7 +37,7 @@ from timm.data.config import resolve_model_data_config
 from tools import REQUIREMENTS, TOOLS, Source
 
 from exporters.onnx_file import write_baseline
-from marrq.cli.common import JsonOption, ThreadsOption, say, stdout, write_json
+from marrq.cli.common import JsonOption, ThreadsOption, say, stdout, write_report
 from marrq.models.images import find_images
 from marrq.models.load import ModelSource, VisionModel, load_model
 from marrq.models.preprocessing import Preprocessing
@@ -125,7 +125,7 @@ def main(
         "rows": rows + [{"name": name, "failure": reason} for name, reason in failures.items()],
     }
     stdout.print(table(report))
-    write_json(json_file, report)
+    write_report(json_file, report)
 
 
 def prepared(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from marrq.cli import common
+from marrq.files import write_text
 
 compared = partial(typer.Option, rich_help_panel="What is compared")
 timed = partial(typer.Option, rich_help_panel="How latency is measured")
@@ -50,11 +51,9 @@ def bench(
 ) -> None:
     """Measure accuracy, size and latency of ONNX files beside their float baselines.
 
-    An artifact on its images: marrq bench artifact --data IMAGES --json bench.json
-
-    A file with a limit for its accuracy: marrq bench model.onnx --max-drop 1.0 --batch 16
-
-    The best flavour of an artifact: marrq bench artifact --recommend --report bench.html
+    marrq bench artifact --data IMAGES --json bench.json
+    marrq bench model.onnx --max-drop 1.0 --batch 16
+    marrq bench artifact --recommend --report bench.html
     """
     from marrq.workflows import bench as workflow
     from runtime.measure.gate import demand_held, undecided
@@ -68,9 +67,9 @@ def bench(
         max_drop, recommend, parity_images if parity else None, tuple(artifact),
     )  # fmt: skip
     report = workflow.bench(paths, data, options, common.say, common.progress_bars)
-    common.write_json(json_file, report)
+    common.write_report(json_file, report)
     if page_file is not None:
-        common.write_text(page_file, page(report))
+        write_text(page_file, page(report))
     common.stdout.print(*tables(report), sep="\n")
     for sentence in below_tables(report):
         common.stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)

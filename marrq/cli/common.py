@@ -1,10 +1,10 @@
-"""What several commands share: options, the progress bar, the device."""
+"""What several commands share: their options, the progress bars, lines for people."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,45 +17,128 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from marrq.errors import MarrqError
-
-if TYPE_CHECKING:
-    import torch
+from marrq.files import write_json
 
 stdout = Console()
 stderr = Console(stderr=True)
 
+# Options stand in panels of the help. A panel is one question of the user, and has the same name in
+# every command.
+input_option = partial(typer.Option, rich_help_panel="Input")
+quantization_option = partial(typer.Option, rich_help_panel="Quantization")
+run_option = partial(typer.Option, rich_help_panel="Run")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="demo, a timm name, hf-hub:…, local-dir:…, or a transformers id or folder."
+        metavar="MODEL",
+        help="demo, a timm name, hf-hub:NAME, local-dir:FOLDER, or a transformers id or folder.",
     ),
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        "--data", help="Folder of class folders of images, train/ and val/ understood; or demo."
+    input_option(
+        "--data",
+        metavar="FOLDER",
+        help="Images: one folder for each class, in train/ and val/ if these exist; or demo.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
-SamplesOption = Annotated[int, typer.Option(help="Calibration images, drawn at random.", min=2)]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Also draw it, as .png or .svg.")]
+SamplesOption = Annotated[
+    int, input_option(metavar="N", help="Number of calibration images, drawn at random.", min=2)
+]
+SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random draw.")]
+
+SchemeOption = Annotated[
+    str,
+    quantization_option(
+        metavar="WxAy",
+        help="Bits of weights (2, 3, 4, 8) and of activations (3, 4, 8, 16). Suffixes: -gSIZE for "
+        "groups of inputs, -sym for zero points of 0, -mxint for blocks of 32 with powers of two, "
+        "-e8 for first and last layers in 8 bits.",
+    ),
+]
+ActivationsOption = Annotated[
+    str,
+    quantization_option(
+        metavar="NAME", help="per-tensor: static scales; per-token: dynamic scales."
+    ),
+]
+MethodOption = Annotated[
+    str,
+    quantization_option(
+        metavar="NAME",
+        help="rtn, gptq, gptaq, rescomp, exact, stream; or marr- before one of the last four. "
+        "marr is marr-stream.",
+    ),
+]
+AlphaOption = Annotated[
+    str | None,
+    quantization_option(
+        metavar="HOW",
+        help="How the residual strength α is found: pid or grid, for each layer; or "
+        "global=VALUE, the same for all.",
+    ),
+]
+FeedbackOption = Annotated[
+    str | None,
+    quantization_option(
+        metavar="IMAGES", help="Images that the search of α is judged on: held-out, calibration."
+    ),
+]
+LowrankOption = Annotated[
+    str | None,
+    quantization_option(
+        metavar="KIND:RANK",
+        help="Add a low-rank branch: kind srr, qera or lqer; :int8 behind stores it in 8 bits.",
+    ),
+]
+RotateOption = Annotated[
+    bool, quantization_option("--rotate", help="Rotate the residual stream first.")
+]
+SettingOption = Annotated[
+    list[str],
+    quantization_option(
+        "--set", metavar="KEY=VALUE", help="Another setting of the method; may be repeated."
+    ),
+]
+
+DeviceOption = Annotated[str, run_option(metavar="NAME", help="auto, cpu or cuda.")]
+WorkDirOption = Annotated[
+    Path | None,
+    run_option(
+        metavar="FOLDER",
+        help="Keep calibration tokens in files of this folder, not in memory.",
+        file_okay=False,
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    run_option(
+        "--resume", help="Go on with a run that was stopped; do nothing if its output is complete."
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(help="Threads of one operator; ONNX Runtime's choice if left out.", min=1),
+    run_option(metavar="N", help="Threads of one operator; default: ONNX Runtime's.", min=1),
 ]
 ProviderOption = Annotated[
-    str, typer.Option(help="cpu, cuda or tensorrt; an error where it cannot be had.")
+    str, run_option(metavar="NAME", help="Execution provider: cpu, cuda or tensorrt.")
 ]
+OutputOption = Annotated[
+    Path, output_option("-o", "--output", metavar="PATH", help="Where to write.")
+]
+ForceOption = Annotated[bool, output_option("--force", help="Replace an output that exists.")]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result here as JSON.")
+    Path | None, output_option("--json", metavar="FILE", help="Also write the report as JSON.")
+]
+PlotOption = Annotated[
+    Path | None, output_option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.")
 ]
 
 
 class Bar:
-    """One bar on stderr."""
+    """One progress bar on stderr."""
 
     def __init__(self, progress: Progress, text: str, total: int | None) -> None:
         self._progress = progress
@@ -72,21 +155,21 @@ class Bar:
 
 @contextmanager
 def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar]]:
-    """A bar for each name and total, with time elapsed and left; nothing is drawn where stderr is
-    no terminal."""
+    """A bar for each name and total, with the time elapsed and left.
+
+    Nothing is drawn if `shown` is off, or if stderr is no terminal. A total of None is not known
+    yet: `Bar.show` tells it.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns,
         TextColumn("{task.fields[note]}"),
-        console=stderr,
-        disable=not (shown and stderr.is_terminal),
-    ) as progress:
+    )
+    hidden = not (shown and stderr.is_terminal)
+    with Progress(*columns, console=stderr, disable=hidden) as progress:
         yield [Bar(progress, text, total) for text, total in totals.items()]
 
 
@@ -95,51 +178,7 @@ def say(text: str) -> None:
     stderr.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    """Write the report where one was asked for."""
+def write_report(file: Path | None, report: object) -> None:
+    """Write a report as JSON if the user asked for the file (`--json`)."""
     if file is not None:
-        write_text(file, json.dumps(report, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file in one step: what was there stays whole until then."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-def data_for(model: str, data: str | None) -> str:
-    """The data name for a model: the demo brings its own."""
-    if data is None and model != "demo":
-        raise MarrqError(
-            "no images given: pass --data with a folder of class folders (only the model demo "
-            "brings its own)"
-        )
-    return data or "demo"
-
-
-def choose_device(name: str) -> "torch.device":
-    """`auto` takes CUDA where there is one; `cuda` without one is an error."""
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise MarrqError(f"unknown device {name!r}: choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MarrqError(
-            "device 'cuda' is not available here: pass --device cpu, or install a torch that finds "
-            "the GPU"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float | None]]:
-    """Inside: a function that gives the largest resident memory of the process since the start of
-    the block, in MB, or None where the system does not tell it (it does on Linux)."""
-    from runtime.measure.memory import resident_peak_mb
-
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # proc(5): sets the peak to what is resident now
-    yield resident_peak_mb
+        write_json(file, report)

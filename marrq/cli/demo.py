@@ -1,12 +1,10 @@
-"""`marrq demo`: the whole path on the ViT that travels inside the package, without a network."""
+"""`marrq demo`: quantize, export and bench the small ViT inside the package, without a network."""
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from marrq.cli import common
 from marrq.cli.bench import bench
-from marrq.cli.common import ForceOption, say
 from marrq.cli.export import export
 from marrq.cli.quantize import quantize
 
@@ -14,18 +12,23 @@ from marrq.cli.quantize import quantize
 def demo(
     output: Annotated[
         Path,
-        typer.Option(
-            "-o", "--output", help="Folder for the artifact, the ONNX file and the report."
+        common.output_option(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            help="Folder for the artifact, the ONNX file and the report.",
         ),
     ] = Path("marrq-demo"),
-    force: ForceOption = False,
+    force: common.ForceOption = False,
 ) -> None:
-    """Quantize, export and measure the built-in ViT on 1,000 held-out digits, in under two
-    minutes."""
-    import runtime.session  # noqa: F401  (says at once when ONNX Runtime is missing)
+    """Quantize, export and measure the built-in ViT on 1,000 digits, in under two minutes."""
+    # Raises BenchError at once if ONNX Runtime is missing.
+    import runtime.session  # noqa: F401
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
-    quantize("demo", artifact, force=force)
+    quantize("demo", output=artifact, force=force)
     export(artifact, file, force=force)
     bench([file], json_file=report)
-    say(f"files are in {output}: {', '.join(path.name for path in (artifact, file, report))}")
+    common.say(
+        f"files are in {output}: {', '.join(path.name for path in (artifact, file, report))}"
+    )

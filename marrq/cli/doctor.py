@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marrq.cli.common import JsonOption, stdout, write_json
+from marrq.cli.common import JsonOption, stdout, write_report
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def doctor(
     report = diagnose(
         examine_machine(_torch()), [examine_file(file) for file in paths], server, models
     )
-    write_json(json_file, report)
+    write_report(json_file, report)
     stdout.print(diagnosis(report))
     if report["problems"]:
         raise GateError("; ".join(report["problems"]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from marrq.cli.common import JsonOption, PlotOption, ProviderOption, stdout, write_json
+from marrq.cli.common import JsonOption, PlotOption, ProviderOption, stdout, write_report
 from marrq.errors import MarrqError
 
 SCHEMA = "marrq.inspect/1"
@@ -68,7 +68,7 @@ def _inspect_file(
         "audit": [asdict(row) for row in rows],
         "precision": asdict(measure_precision(examined)),
     }
-    write_json(json_file, report)
+    write_report(json_file, report)
     stdout.print(audit_table(report["audit"]))
     stdout.print(inspection(report))
     if strict:

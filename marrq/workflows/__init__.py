@@ -1,1 +1,5 @@
-"""What a command does, as a function. Only this package and `cli` import all three packages."""
+"""What the commands do, as functions that the command line and the Python API share.
+
+A workflow joins the three packages: it loads with `marrq`, exports with `exporters` and measures
+with `runtime`. It prints nothing and reads no options; marrq/cli does.
+"""

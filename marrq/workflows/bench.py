@@ -266,7 +266,7 @@ def _baselines(
 
 def _images(metadata: dict[str, str], data: str | None) -> "ImageSet":
     """The labelled images to measure accuracy on."""
-    from marrq.cli.common import data_for
+    from marrq.workflows.checks import data_for
     from marrq.models.images import find_images
 
     name = data_for(json.loads(metadata["marrq.source"])["name"], data)

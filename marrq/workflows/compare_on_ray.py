@@ -1,9 +1,10 @@
-"""The runs of a comparison on Ray: an actor for each CPU or GPU of the cluster does runs one after
-the other, as one process would.
+"""The runs of a comparison on Ray: one worker for each CPU or GPU of the cluster, which does runs
+one after the other, as one process would.
 
 What a run gives does not depend on who does it (marrq/distributed.py), so the report is the same,
-times and memory apart. Each actor has one thread, or one GPU. Model and images must lie under the
-same path wherever actors run, and marrq be the same version."""
+times and memory apart. A worker computes on one thread, or on one GPU. Model and images must lie
+under the same path wherever workers run, and every machine needs the same version of marrq.
+"""
 
 import logging
 import os
@@ -11,34 +12,40 @@ import platform
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from marrq.errors import MarrqError
-
-if TYPE_CHECKING:
-    from marrq.cli.compare import Combination, Task
+from marrq.workflows.checks import check_packages
+from marrq.workflows.compare import Combination, Runner, Task
+from runtime.environment import usable_cores
+from runtime.errors import BenchError
 
 PACKAGES = ("marrq", "torch", "timm", "transformers")
 REACHABLE_SECONDS = 5
+"""How long to wait for an answer of a cluster's address."""
 
 
 class Worker:
-    """A runner in a process of Ray's."""
+    """A `Runner` in a process that Ray starts."""
 
-    def prepare(self, task: "Task", folder: Path, versions: dict[str, str]) -> None:
-        """Load model and images. folder: where the command runs, which relative paths start from.
-        Raises MarrqError, naming this machine, where it has other versions than the command, or not
-        the model or the images."""
-        from marrq.cli import check_packages
-        from marrq.cli.compare import Runner
+    def prepare(self, task: Task, folder: Path, versions: dict[str, str]) -> None:
+        """Load model and images.
 
-        with suppress(OSError):  # a machine without that folder can still do with absolute paths
+        folder: where the command runs; relative paths of the task start there.
+        versions: of the command's packages.
+
+        Raises MarrqError, naming this machine, if its versions differ, or if it has no such model
+        or images.
+        """
+        # A machine without that folder can still do tasks with absolute paths.
+        with suppress(OSError):
             os.chdir(folder)
         try:
-            check_packages()  # Ray puts the command's folder in front of the path
+            # Ray puts the command's folder in front of the import path.
+            check_packages()
             if versions != _versions():
                 raise MarrqError(f"it has {_versions()}, the command {versions}: install the same")
             self.runner = Runner(task)
@@ -47,41 +54,56 @@ class Worker:
                 f"a worker of Ray's on {platform.node()} cannot start: {error}"
             ) from error
 
-    def run(self, combination: "Combination") -> dict[str, Any]:
-        """Do a run."""
+    def run(self, combination: Combination) -> dict[str, Any]:
+        """Do one run."""
         return self.runner.run(combination)
 
 
 def runs_on_ray(
-    address: str, task: "Task", combinations: "list[Combination]"
+    address: str, task: Task, combinations: list[Combination]
 ) -> Iterator[dict[str, Any]]:
-    """The runs as they are done. address: local, or that of a cluster. Raises MarrqError where Ray
-    is not installed or cannot be reached, where an actor is lost, and for an error that is none of
-    ours; ours come as they are."""
+    """Do runs on a cluster, and give them as they are done.
+
+    address: `local` for a Ray of this machine that ends with the command, `auto`, HOST:PORT or
+    ray://HOST:PORT.
+
+    Raises MarrqError if Ray is not installed or cannot be reached, if a worker is lost, and for an
+    unexpected error of a worker. A worker's MarrqError, BenchError or OSError is raised as it is.
+    """
     if not combinations:
         return
     ray = _connected(address)
+    try:
+        with _errors_as_sentences(ray):
+            workers = _workers(ray, task, len(combinations))
+            yield from _runs(ray, workers, combinations)
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _errors_as_sentences(ray: Any) -> Iterator[None]:
+    """Turn errors of Ray into MarrqError."""
     again = "runs that were done are in the file, repeat the command for the others"
     try:
-        yield from _runs(ray, _workers(ray, task, len(combinations)), combinations)
+        yield
     except ray.exceptions.RayTaskError as error:
-        from runtime.errors import BenchError
-
+        # Ray wraps what a worker raised, and its cause is that error.
         if isinstance(error.cause, (MarrqError, BenchError, OSError)):
             raise error.cause from error
         raise MarrqError(
             f"a run on Ray failed with {type(error.cause).__name__}: {error.cause}; {again}"
         ) from error
     except ray.exceptions.RayError as error:
-        raise MarrqError(
-            f"a run on Ray failed ({str(error).strip().splitlines()[0]}): {again}"
-        ) from error
-    finally:
-        ray.shutdown()
+        reason = str(error).strip().splitlines()[0]
+        raise MarrqError(f"a run on Ray failed ({reason}): {again}") from error
 
 
-def _workers(ray: Any, task: "Task", most: int) -> dict[Any, Any]:
-    """Actors, one for each CPU or GPU, by the answer that says that they are prepared."""
+def _workers(ray: Any, task: Task, most: int) -> dict[Any, Any]:
+    """Start at most so many workers, one for each CPU or GPU.
+
+    Returns workers by the answer that each owes; the first answer says that the worker is prepared.
+    """
     kind = "GPU" if task.device == "cuda" else "CPU"
     count = min(int(ray.cluster_resources().get(kind, 0)), most)
     if not count:
@@ -94,47 +116,53 @@ def _workers(ray: Any, task: "Task", most: int) -> dict[Any, Any]:
 
 
 def _runs(
-    ray: Any, busy: dict[Any, Any], combinations: "list[Combination]"
+    ray: Any, busy: dict[Any, Any], combinations: list[Combination]
 ) -> Iterator[dict[str, Any]]:
-    """The runs as they are done. A worker gets its first when it is prepared, so one for which the
-    cluster has no place yet holds none up. It stays with a seed, whose tokens it has, then takes
-    one that no other works on. busy: workers by the answer that they owe."""
+    """Hand out the runs and give them as they are done.
+
+    A worker gets its first run when it is prepared, so a worker for which the cluster has no room
+    yet holds no run back. It stays with its seed, whose tokens it has, and then takes a seed that
+    no other worker is at.
+
+    busy: workers by the answer that each owes.
+    """
     waiting, seeds, left = list(combinations), dict[Any, int](), len(combinations)
     while left:
         [answer], _ = ray.wait(list(busy))
         worker, run = busy.pop(answer), ray.get(answer)
         if waiting:
-            following = min(
-                waiting, key=lambda one: (one[0] != seeds.get(worker), one[0] in seeds.values())
-            )
+            following = min(waiting, key=lambda one: _preference(one, worker, seeds))
             waiting.remove(following)
-            seeds[worker] = following[0]
+            seeds[worker] = following.seed
             busy[worker.run.remote(following)] = worker
+        # The answer of `prepare` is no run.
         if run is not None:
             left -= 1
             yield run
 
 
+def _preference(one: Combination, worker: Any, seeds: dict[Any, int]) -> tuple[bool, bool]:
+    """Smallest for the run that a worker should do next. seeds: of the workers' last runs."""
+    return one.seed != seeds.get(worker), one.seed in seeds.values()
+
+
 def _connected(address: str) -> Any:
-    """The package, connected to the cluster, or to one of its own in this machine."""
+    """The package ray, connected to the cluster or to a new Ray on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # what Ray will do by itself one day, and until then warns of
-    if (
-        address == "local"
-    ):  # Ray listens on all interfaces, and runs what it is sent; it reads these when it is imported
+    # Future versions of Ray behave like this by default; present ones warn of the change.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local":
+        # Ray listens on all interfaces and runs what it is sent, so strangers need a token. It
+        # reads these variables when it is imported.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ModuleNotFoundError as error:
         raise MarrqError("--ray needs Ray: pip install 'marrq[ray]'") from error
-    from runtime.environment import usable_cores
-
-    own: dict[str, Any] = (
-        {"num_cpus": usable_cores(), "include_dashboard": False} if address == "local" else {}
-    )
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": usable_cores(), "include_dashboard": False}
     try:
         _check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -147,7 +175,7 @@ def _connected(address: str) -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError where nothing listens: Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at the address: Ray itself would try for minutes."""
     if address not in ("local", "auto"):
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if not colon or not port.isdecimal():

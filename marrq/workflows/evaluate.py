@@ -1,21 +1,70 @@
-"""Logits of a model in torch over an image set, and what its quantized linears take and give. What
-that says about accuracy is computed in one place, runtime/measure/accuracy.py, and what it says
-about an export in another, runtime/measure/parity.py."""
+"""Logits of a model in torch over an image set, and what they say about accuracy.
 
-from collections.abc import Callable
+Accuracy itself is computed in one place, runtime/measure/accuracy.py, for torch and ONNX Runtime
+alike. `watch_linears` and `nudged` serve the comparison of torch with an export
+(marrq/workflows/parity.py).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from marrq.artifact.folder import is_artifact, load
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.blocks import hooked
 from marrq.models.images import ImageSet
+from marrq.models.load import VisionModel, load_model, load_source
 from marrq.models.preprocessing import Preprocessing
+from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
+from runtime.measure.accuracy import Accuracy, measure_accuracy
 
 BATCH_SIZE = 16
+
+AnyModel = VisionModel | QuantizedModel
+
+
+def load_candidates(name: str) -> dict[str, AnyModel]:
+    """The models to evaluate, by title; the float model comes first.
+
+    name: a model as `load_model` takes it, or an artifact's folder, which is evaluated beside the
+    float model that it was made from. Raises MarrqError if it cannot be loaded.
+    """
+    if not is_artifact(Path(name)):
+        return {"float": load_model(name)}
+    quantized = load(Path(name))
+    title = f"{quantized.scheme.description} {quantized.method.name}"
+    return {"float": load_source(quantized.source), title: quantized}
+
+
+def evaluate(
+    models: Mapping[str, AnyModel],
+    images: ImageSet,
+    device: torch.device,
+    images_done: Callable[[int], None] = lambda count: None,
+    processes: Processes = ONE_PROCESS,
+) -> dict[str, Accuracy]:
+    """Top-1, top-5, and agreement with the first model, of each model by its title.
+
+    images_done: called with the number of images of each batch. Raises MarrqError if there are more
+    processes than batches.
+    """
+    found: dict[str, Accuracy] = {}
+    reference = None
+    # An artifact stores its preprocessing; its float model must see the same pixels.
+    preprocessing = list(models.values())[-1].preprocessing
+    for title, model in models.items():
+        logits = predict(
+            model.module, images, preprocessing, device, images_done, processes
+        ).numpy()
+        reference = logits if reference is None else reference
+        found[title] = measure_accuracy(logits, np.array(images.targets), reference)
+    return found
 
 
 @torch.no_grad()
@@ -24,12 +73,15 @@ def predict(
     images: ImageSet,
     preprocessing: Preprocessing,
     device: torch.device,
-    batch_done: Callable[[int], None] = lambda count: None,
+    images_done: Callable[[int], None] = lambda count: None,
     processes: Processes = ONE_PROCESS,
 ) -> Tensor:
-    """Logits float32 [images, classes] on the CPU; `batch_done` is called with the number of images
-    of each batch. Each process of the processes computes some of the batches, and has all logits in
-    the end. Raises MarrqError where a process would have none."""
+    """Logits float32 [images, classes] on the CPU, the same in every process.
+
+    images_done: called with the number of images of each batch, of all processes together.
+    processes: each computes some of the batches. Raises MarrqError if there are more processes than
+    batches.
+    """
     module = module.to(device)
     starts = range(0, len(images), BATCH_SIZE)
     if processes.size > len(starts):
@@ -37,38 +89,35 @@ def predict(
             f"{processes.size} processes for {len(starts)} batches of images: start fewer"
         )
     mine = processes.share(starts)
-    rows, logits = slice(mine[0], mine[-1] + BATCH_SIZE), []
-    for pixels, _ in ImageSet(images.name, images.files[rows], images.targets[rows]).batches(
-        preprocessing, BATCH_SIZE
-    ):
+    rows = slice(mine[0], mine[-1] + BATCH_SIZE)
+    part = ImageSet(images.name, images.files[rows], images.targets[rows])
+    logits = []
+    for pixels, _ in part.batches(preprocessing, BATCH_SIZE):
         logits.append(module(pixels.to(device)).float().cpu())
-        batch_done(len(pixels) * processes.size)
-    return processes.gather(torch.cat(logits))
+        # The other processes are about as far, so the bar of the first one counts for all.
+        images_done(len(pixels) * processes.size)
+    return processes.all_gather(torch.cat(logits))
 
 
 @torch.no_grad()
 def watch_linears(
     module: nn.Module, pixels: Tensor, seen: Callable[[str, Tensor, Tensor], None]
 ) -> None:
-    """Call `seen` with path, input [..., in] and output [..., out] of each quantized linear as a
-    forward of `pixels` comes to it. None of them is kept: all together they may be larger than the
-    model."""
+    """Run a batch, and call `seen` with path, input [..., in] and output [..., out] of each
+    quantized linear in turn.
+
+    Nothing is kept: inputs and outputs of all linears together may be larger than the model.
+    """
 
     def leave(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         return lambda _, arguments, output: seen(path, arguments[0], output)
 
-    with hooked(
-        [
-            linear.register_forward_hook(leave(path))
-            for path, linear in quantized_linears(module).items()
-        ]
-    ):
+    linears = quantized_linears(module)
+    with hooked([linear.register_forward_hook(leave(path)) for path, linear in linears.items()]):
         module(pixels)
 
 
 def nudged(pixels: Tensor, seed: int) -> Tensor:
-    """Every value changed by about a millionth of itself, as another order of float sums may change
-    it."""
-    return pixels * (
-        1 + 1e-6 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
-    )
+    """Every value changed by about a millionth of itself, as float sums in another order differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return pixels * (1 + 1e-6 * torch.randn(pixels.shape, generator=generator))

@@ -1,22 +1,26 @@
 """Commands do what the README says, and bad input is one sentence, an exit code, and nothing
 half-written."""
 
-import inspect
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
+import torch
 
+import marrq
 from marrq.cli import main
-from marrq.cli.bench import bench
 from runtime.measure.accuracy import PairedDrop
 
 README = Path(__file__).parents[2] / "README.md"
+FEW = ["--samples", "32"]
+ONE_ROUND = split("--batch 1 --rounds 1 --seconds 0")
 
 
 @pytest.fixture
@@ -25,57 +29,31 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
-    """The block under "Use", with the model and the data of the demo."""
-    block = re.search(r"## Use\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    lines = [
-        line.split("#")[0].split()
-        for line in block.group(1).splitlines()
-        if line.startswith("marrq ")
-    ]
-    assert [words[1] for words in lines] == [
-        "quantize",
-        "inspect",
-        "export",
-        "inspect",
-        "bench",
-        "evaluate",
-        "compare",
-    ]
-    for words in lines:
-        words = ["demo" if word in ("MODEL", "IMAGES") else word for word in words[1:]]
-        few = ["--samples", "32"]
-        quick = {
-            "quantize": few,
-            "bench": ["--rounds", "1", "--seconds", "0"],
-            "compare": [*few, "--seeds", "1"],
-        }.get(words[0], [])
-        assert main([*words, *quick]) == 0
-    assert json.loads((somewhere / "bench.json").read_text())["schema"] == "marrq.bench/2"
-    assert json.loads((somewhere / "compare.json").read_text())["schema"] == "marrq.compare/2"
-    assert all(
-        (somewhere / name).read_text().startswith("<?xml") for name in ("alpha.svg", "compare.svg")
-    )
+    """The first block that quantizes, with the model and the data of the demo."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    block = next(block for block in blocks if "marrq quantize" in block)
+    lines = [line for line in block.splitlines() if line.startswith("marrq ")]
+    commands = [split(line, comments=True)[1:] for line in lines]
+    assert {"quantize", "export", "bench"} <= {words[0] for words in commands}
+    quick = {
+        "quantize": FEW,
+        "bench": ["--rounds", "1", "--seconds", "0"],
+        "compare": [*FEW, "--seeds", "1"],
+    }
+    for words in commands:
+        named = ["demo" if word in ("MODEL", "IMAGES") else word for word in words]
+        assert main([*named, *quick.get(words[0], [])]) == 0, words
+        for option, file in itertools.pairwise(named):
+            if option in ("-o", "--output", "--json", "--plot", "--report"):
+                assert Path(file).exists(), file
 
 
 def test_the_bench_report_has_the_schema_it_names(
     demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    arguments = [
-        "--data",
-        "demo",
-        "--batch",
-        "1",
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0",
-        "--json",
-        "b.json",
-    ]
+    arguments = [*ONE_ROUND, "--batch", "2", "--data", "demo", "--json", "b.json"]
     assert main(["bench", str(demo_artifact), *arguments]) == 0
     report = json.loads(Path("b.json").read_text())
     assert set(report) == {"schema", "environment", "data", "models", "gate", "recommendation"}
@@ -182,34 +160,15 @@ def tiny_artifact(tiny: str, image_folder: Path, tmp_path_factory: pytest.TempPa
 
 def bench_tiny(artifact: Path, images: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Exit code and report of a quick bench beside fp32 alone."""
-    quick = [
-        "--baseline",
-        "fp32",
-        "--batch",
-        "1",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0",
-        "--data",
-        str(images),
-        "--json",
-        "b.json",
-    ]
+    quick = [*ONE_ROUND, "--baseline", "fp32", "--data", str(images), "--json", "b.json"]
     return main(["bench", str(artifact), *quick, *options]), json.loads(Path("b.json").read_text())
-
-
-def example_of(parameter: str) -> list[str]:
-    """The options in the command at the end of an option's help."""
-    text = inspect.signature(bench).parameters[parameter].annotation.__metadata__[0].help
-    return text.partition("marrq bench artifact ")[2].split()
 
 
 def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
     code, report = bench_tiny(
-        tiny_artifact, image_folder, *example_of("throughput"), "--threads", "3", "--batch", "2"
+        tiny_artifact, image_folder, "--throughput", "--threads", "3", "--batch", "2"
     )
     assert code == 0
     for model in report["models"]:
@@ -223,7 +182,7 @@ def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
 def test_a_gate_on_few_images_is_undecided_and_says_how_many_would_tell(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    code, report = bench_tiny(tiny_artifact, image_folder, "--max-drop", "1.0")
     assert code == 0
     [verdict] = report["gate"]["models"]
     assert verdict["verdict"] == "undecided"  # 24 images cannot tell a point
@@ -242,7 +201,7 @@ def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
 ):
     drops = iter([PairedDrop(0.5, 0.3, 0.7, 12, 0, 0.0)])
     monkeypatch.setattr("runtime.measure.bench.paired_drop", lambda baseline, model: next(drops))
-    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("max_drop"))
+    code, report = bench_tiny(tiny_artifact, image_folder, "--max-drop", "1.0")
     assert code == 3
     assert report["gate"]["models"][0]["verdict"] == "failed"
     assert (
@@ -254,7 +213,7 @@ def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
 def test_recommend_measures_every_flavour_that_can_express_the_scheme(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    code, report = bench_tiny(tiny_artifact, image_folder, *example_of("recommend"))
+    code, report = bench_tiny(tiny_artifact, image_folder, "--recommend")
     assert code == 0
     names = [model["name"] for model in report["models"] if model["role"] == "candidate"]
     assert names == ["W4A16 rtn matmulnbits", "W4A16 rtn matmulnbits level 4", "W4A16 rtn qdq"]
@@ -284,95 +243,123 @@ def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, s
 def test_a_flavour_that_cannot_express_the_scheme_leaves_nothing_behind_and_another_takes_it(
     somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    quantize = [
-        "quantize",
-        "demo",
-        "--scheme",
-        "W4A16",
-        "--method",
-        "gptq",
-        "--samples",
-        "16",
-        "-o",
-        "a",
-    ]
-    assert main(quantize) == 0
+    assert main(split("quantize demo --scheme W4A16 --method gptq --samples 16 -o a")) == 0
     assert main(["export", "a", "--flavor", "integer", "-o", "m.onnx"]) == 1
     assert not Path("m.onnx").exists()
     assert "use --flavor matmulnbits or qdq" in capsys.readouterr().err.replace("\n", " ")
     for options in ([], ["--flavor", "qdq"], ["--flavor", "matmulnbits", "--accuracy-level", "4"]):
         assert main(["export", "a", *options, "-o", "m.onnx", "--force"]) == 0
-    report = [
-        "--baseline",
-        "fp32",
-        "--batch",
-        "1",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0",
-        "--json",
-        "b.json",
-    ]
-    assert main(["bench", "a", *report]) == 0
+    assert main(["bench", "a", *ONE_ROUND, "--baseline", "fp32", "--json", "b.json"]) == 0
     assert json.loads(Path("b.json").read_text())["models"][1]["executed"]["MatMulNBits"] == 24
     assert main(["evaluate", "a"]) == 0
 
 
-QUANTIZE = ["quantize", "demo", "-o", "out"]
+QUANTIZE = split("quantize demo -o out")
+COMPARE = split("compare demo -o out")
 BAD_INPUT = {
-    "unknown model": (
-        ["quantize", "no_such_model", "--data", "demo", "-o", "out"],
+    "scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
+    "group": ([*QUANTIZE, "--scheme", "W4A16-mxint-g8"], "unknown scheme"),
+    "activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
+    "method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
+    "alpha without a search": (
+        [*QUANTIZE, "--method", "gptq", "--alpha", "grid"],
+        "searches no alpha",
+    ),
+    "alpha": ([*QUANTIZE, "--alpha", "newton"], "newton"),
+    "feedback": ([*QUANTIZE, "--feedback", "both"], "both"),
+    "low-rank branch": ([*QUANTIZE, "--lowrank", "svd:4"], "srr, qera, lqer"),
+    "gain": ([*QUANTIZE, "--set", "pid.speed=3"], "unknown setting 'pid.speed'"),
+    "setting": ([*QUANTIZE, "--set", "order=1"], "unknown setting 'order'"),
+    "data folder": ([*QUANTIZE, "--data", "nowhere"], "data folder 'nowhere' does not exist"),
+    "no data": (split("quantize vit_tiny_patch16_224 -o out"), "pass --data"),
+    "device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
+    "output": (split("quantize demo -o mine"), "pass --force"),
+    "compared scheme": ([*COMPARE, "--scheme", "W4A4:per-row"], "per-row"),
+    "compared method": ([*COMPARE, "--method", "gptq,alpha=grid"], "searches no alpha"),
+    "compared data": ([*COMPARE, "--data", "nowhere"], "'nowhere' does not exist"),
+    "evaluated data": (split("evaluate demo --data nowhere"), "'nowhere' does not exist"),
+}
+"""Mistakes that need neither torch nor timm to be seen."""
+
+SLOWER = {
+    "model": (
+        split("quantize no_such_model --data demo -o out"),
         "unknown model 'no_such_model'",
     ),
-    "unknown scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
-    "unknown method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
-    "unknown activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
-    "missing data folder": (
-        [*QUANTIZE, "--data", "nowhere"],
-        "data folder 'nowhere' does not exist",
-    ),
-    "no data": (["quantize", "vit_tiny_patch16_224", "-o", "out"], "pass --data"),
-    "fewer images than samples": (
+    "samples": (
         [*QUANTIZE, "--samples", "600"],
         "512 images for calibration, fewer than the 600 samples",
     ),
-    "no cuda": ([*QUANTIZE, "--device", "cuda"], "device 'cuda' is not available"),
-    "unknown device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
-    "no such artifact": (["export", "nowhere", "-o", "out"], "'nowhere' is no artifact"),
-    "no such bench file": (["bench", "nowhere"], "'nowhere' does not exist"),
+    "artifact": (split("export nowhere -o out"), "'nowhere' is no artifact"),
+    "file": (split("bench nowhere"), "'nowhere' does not exist"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(somewhere: Path):
+    """Modules are counted, not seconds: torch and timm take five of them."""
+    (somewhere / "mine").write_text("")
+    code = """
+import json, sys
+from marrq.cli import main
+heavy = {"torch", "timm", "transformers", "onnx", "onnxruntime", "matplotlib", "ray"}
+for name, arguments in json.loads(sys.argv[1]).items():
+    print(json.dumps([name, main(arguments), sorted(heavy & set(sys.modules))]))
+"""
+    commands = json.dumps({name: arguments for name, (arguments, _) in BAD_INPUT.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", code, commands], capture_output=True, text=True, check=True
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert results == [[name, 1, []] for name in BAD_INPUT]
+
+
+@pytest.mark.parametrize("case", [*BAD_INPUT, *SLOWER])
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     case: str, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    arguments, expected = BAD_INPUT[case]
-    if case == "no cuda":
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("this machine has CUDA")
+    (somewhere / "mine").write_text("")
+    arguments, expected = (BAD_INPUT | SLOWER)[case]
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert expected in error
     assert error.startswith("marrq: ")
     assert len(error.strip().splitlines()) == 1
-    assert list(somewhere.iterdir()) == []
+    assert [entry.name for entry in somewhere.iterdir()] == ["mine"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there_is_never_replaced_by_another(
+    somewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*QUANTIZE, "--device", "cuda"]) == 1
+    assert "device 'cuda' is not available" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"marrq {marrq.__version__}\n"
+
+
+COMMANDS = ("quantize", "export", "bench", "evaluate", "inspect", "doctor", "compare", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_on_two_screens_and_shows_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= 80
+    assert any(line.strip().startswith((f"marrq {command}", "torchrun")) for line in lines)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["quantize"],
-        ["quantize", "demo", "-o", "x", "--samples", "1"],
-        ["polish", "demo"],
-        ["bench", "--batch", "0", "x"],
-    ],
+    "command", ["quantize", "quantize demo -o x --samples 1", "polish demo", "bench --batch 0 x"]
 )
-def test_wrong_usage_exits_with_two(arguments: list[str], somewhere: Path):
-    assert main(arguments) == 2
+def test_wrong_usage_exits_with_two(command: str, somewhere: Path):
+    assert main(split(command)) == 2
     assert list(somewhere.iterdir()) == []
 
 
@@ -419,7 +406,10 @@ def test_an_output_that_exists_is_kept_without_force(
 def test_without_onnx_runtime_the_bench_says_which_extra_to_install(
     demo_artifact: Path, somewhere: Path
 ):
-    code = f"import sys; sys.modules['onnxruntime'] = None\nfrom marrq.cli import main; sys.exit(main(['bench', {str(demo_artifact)!r}]))"
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        f"from marrq.cli import main; sys.exit(main(['bench', {str(demo_artifact)!r}]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )

@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
 
 from marrq.cli import main
-from marrq.cli.compare import Task
 from marrq.errors import MarrqError
 from marrq.methods.spec import parse_method
 from marrq.schemes import parse_scheme
+from marrq.workflows.compare import Combination, Task
 from marrq.workflows.compare_on_ray import runs_on_ray
 
 # As marrq does for a Ray of its own; Ray reads them when it is imported.
@@ -29,7 +30,9 @@ os.environ |= {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 ray = pytest.importorskip("ray")
-pytestmark = [  # Ray leaves sockets and files to the end of the process, and announces its own changes
+pytestmark = [
+    pytest.mark.slow,  # Ray takes seconds to start
+    # Ray leaves sockets and files to the end of the process, and announces its own changes.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
@@ -38,21 +41,12 @@ pytestmark = [  # Ray leaves sockets and files to the end of the process, and an
 
 
 def command(tiny: str, images: Path, file: Path, *options: str) -> list[str]:
-    few = [
-        "--samples",
-        "8",
-        "--seeds",
-        "2",
-        "--scheme",
-        "W4A8",
-        "--scheme",
-        "W4A4",
-        "--method",
-        "gptq",
-        "--method",
-        "marr",
-    ]
+    few = split("--samples 8 --seeds 2 --scheme W4A8 --scheme W4A4 --method gptq --method marr")
     return ["compare", tiny, "--data", str(images), "-o", str(file), *few, *options]
+
+
+def combination(seed: Any) -> Combination:
+    return Combination(seed, parse_scheme("W4A8"), parse_method("rtn"))
 
 
 def runs(file: Path) -> list[dict[str, Any]]:
@@ -136,22 +130,8 @@ def test_an_error_of_a_worker_is_its_sentence_and_what_was_done_is_kept(
     cluster: str, tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "c.json"
-    assert (
-        main(
-            command(
-                tiny,
-                image_folder,
-                file,
-                "--method",
-                "gptq,lowrank=srr:4000",
-                "--seeds",
-                "1",
-                "--ray",
-                cluster,
-            )
-        )
-        == 1
-    )
+    options = ["--method", "gptq,lowrank=srr:4000", "--seeds", "1", "--ray", cluster]
+    assert main(command(tiny, image_folder, file, *options)) == 1
     assert capsys.readouterr().err.startswith(
         "marrq: blocks.0.attn.qkv: the rank of srr:4000 is larger than a weight"
     )
@@ -167,13 +147,7 @@ def test_an_error_that_is_none_of_ours_is_a_sentence_too(
         MarrqError,
         match="a run on Ray failed with RuntimeError: manual_seed expected a long, but got str;",
     ):
-        list(
-            runs_on_ray(
-                cluster,
-                task,
-                [("no seed", parse_scheme("W4A8", "per-tensor"), parse_method("rtn"))],
-            )
-        )  # type: ignore[list-item]
+        list(runs_on_ray(cluster, task, [combination("no seed")]))
 
 
 def test_a_folder_that_a_worker_does_not_have_is_named_with_the_machine(cluster: str, tiny: str):
@@ -182,11 +156,7 @@ def test_a_folder_that_a_worker_does_not_have_is_named_with_the_machine(cluster:
         MarrqError,
         match=r"a worker of Ray's on .* cannot start: data folder '/no/images' does not exist",
     ):
-        list(
-            runs_on_ray(
-                cluster, task, [(0, parse_scheme("W4A8", "per-tensor"), parse_method("rtn"))]
-            )
-        )
+        list(runs_on_ray(cluster, task, [combination(0)]))
 
 
 def kill_a_worker(file: Path) -> None:

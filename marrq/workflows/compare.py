@@ -1,0 +1,253 @@
+"""Compare methods × schemes × seeds on one model: every run is done once, and is in the JSON file
+(schema marrq.compare/2) as soon as it is done.
+
+A run quantizes the model with one scheme and method on the images that one seed draws, and measures
+the result on the images of val/. Who does a run changes nothing but its time: this process does the
+runs one after the other (`Runner`), or workers of Ray do (marrq/workflows/compare_on_ray.py).
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from marrq.errors import MarrqError
+from marrq.files import write_json
+from marrq.methods.spec import MethodSpec, text_of
+from marrq.models.images import find_images
+from marrq.models.load import VisionModel, load_model
+from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions
+from marrq.quantized_model import QuantizedModel
+from marrq.quantizers.linear import bits_per_weight
+from marrq.schemes import Scheme
+from marrq.workflows.devices import peak_memory
+from marrq.workflows.evaluate import predict
+from marrq.workflows.quantize import Recipe, quantize_in_place
+from runtime.environment import describe_machine
+from runtime.measure.accuracy import measure_accuracy
+from runtime.report.comparison import SCHEMA
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs have in common.
+
+    model: as `load_model` takes it. data: as `find_images` takes it. samples: calibration images of
+    a run. device: cpu or cuda.
+    """
+
+    model: str
+    data: str
+    samples: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Seed, scheme and method of a run."""
+
+    seed: int
+    scheme: Scheme
+    method: MethodSpec
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells this run from the others of a report, as JSON."""
+        return {
+            "scheme": self.scheme.description,
+            "method": text_of(self.method),
+            "seed": self.seed,
+        }
+
+    def is_in(self, run: dict[str, Any]) -> bool:
+        """Whether a run of a report is this one."""
+        return self.key.items() <= run.items()
+
+
+Distribute = Callable[[Task, list[Combination]], Iterator[dict[str, Any]]]
+"""Does the runs of a task elsewhere, and gives them as they are done."""
+
+
+def compare(
+    task: Task,
+    combinations: list[Combination],
+    file: Path,
+    show: Callable[[int, int, str], None] = lambda done, count, note: None,
+    distribute: Distribute | None = None,
+) -> dict[str, Any]:
+    """Do the runs that the file does not hold yet; return the report with the runs asked for.
+
+    file: the JSON; it is written after every run, so that a command that was stopped can go on.
+    show: called with the number of runs done, the number of all, and what is being done.
+    distribute: who does the runs; None: this process.
+
+    Raises MarrqError if the file is of another model, other images or another number of samples,
+    and whatever a run raises. Runs that were done before that are in the file.
+    """
+    runner = Runner(task)
+    report = ReportFile(file, runner, combinations)
+    missing, count = report.missing(), len(combinations)
+    present = count - len(missing)
+    show(present, count, "")
+
+    def announced() -> Iterator[Combination]:
+        for done, one in enumerate(missing, present):
+            note = f"{one.scheme.description} {text_of(one.method)}, seed {one.seed}"
+            show(done, count, note)
+            yield one
+
+    # The generator is read one by one, so a run is announced when it begins.
+    runs = map(runner.run, announced()) if distribute is None else distribute(task, missing)
+    for done, run in enumerate(runs, present + 1):
+        report.add(run)
+        show(done, count, "")
+    return report.selected()
+
+
+class Runner:
+    """Does runs one after the other, in this process.
+
+    They share the float model, its logits and the images. Runs that follow each other with the same
+    seed, rotation, first and last layers and balance share the full-precision tokens too.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.device = task, torch.device(task.device)
+        self.original = load_model(task.model)
+        self.train = find_images(task.data, "train", self.original.labels)
+        self.held_out = find_images(task.data, "val", self.original.labels)
+        self.tokens: dict[tuple[Any, ...], FullPrecisionInputs] = {}
+
+    def run(self, combination: Combination) -> dict[str, Any]:
+        """Quantize and measure: the run as the report has it, and under `float` the accuracy of the
+        float model."""
+        # The logits of the float model are computed once, and not on the time of the first run.
+        reference = self.reference
+        start = time.perf_counter()
+        with peak_memory() as peak:
+            model = self._quantized(combination)
+        seconds = time.perf_counter() - start
+        return {
+            **combination.key,
+            **self._measured(model, reference),
+            "seconds": seconds,
+            "peak_memory_mb": peak(),
+            "float": self.accuracy,
+        }
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """Classes of the held-out images, [images]."""
+        return np.array(self.held_out.targets)
+
+    @cached_property
+    def reference(self) -> NDArray[np.float32]:
+        """Logits of the float model on the held-out images, [images, classes]."""
+        return self._logits(self.original)
+
+    @cached_property
+    def accuracy(self) -> dict[str, Any]:
+        """Accuracy of the float model as the report has it."""
+        accuracy = measure_accuracy(self.reference, self.targets)
+        return {"top1": accuracy.top1, "images": accuracy.images}
+
+    def _quantized(self, combination: Combination) -> QuantizedModel:
+        scheme, method = combination.scheme, combination.method
+        # The full-precision path depends on these alone.
+        path = (combination.seed, method.rotation, scheme.edges, method.balances(scheme))
+        if path not in self.tokens:
+            # Tokens of a model are large, and combinations come in the order of their seeds.
+            self.tokens = {path: FullPrecisionInputs()}
+        copied = replace(self.original, module=copy.deepcopy(self.original.module))
+        recipe = Recipe(scheme, method, self.task.samples, combination.seed)
+        run = RunOptions(self.device, shared=self.tokens[path])
+        return quantize_in_place(copied, self.train, recipe, run)
+
+    def _measured(self, model: QuantizedModel, reference: NDArray[np.float32]) -> dict[str, Any]:
+        reports = model.reports
+        return {
+            **asdict(measure_accuracy(self._logits(model), self.targets, reference)),
+            "error": sum(report.error for report in reports),
+            "relative_error": sum(report.relative_error for report in reports) / len(reports),
+            "bits_per_weight": bits_per_weight(model.module),
+            "alphas": {report.path: report.alpha for report in reports},
+            "fallbacks": {report.path: report.fallback for report in reports if report.fallback},
+        }
+
+    def _logits(self, model: VisionModel | QuantizedModel) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = predict(
+            model.module, self.held_out, self.original.preprocessing, self.device
+        ).numpy()
+        return logits
+
+
+class ReportFile:
+    """The report in its file, and the runs that it is to have."""
+
+    def __init__(self, file: Path, runner: Runner, combinations: list[Combination]) -> None:
+        """Read the file if it exists. Raises MarrqError if it holds something else."""
+        self.file, self.combinations = file, combinations
+        self.added: list[dict[str, Any]] = []
+        about = {
+            "schema": SCHEMA,
+            "model": runner.task.model,
+            "weights": runner.original.source.weights_sha256,
+            "data": runner.held_out.description(),
+            "samples": runner.task.samples,
+        }
+        if file.exists():
+            self.report = _read_report(file, about)
+        else:
+            environment = {**describe_machine(), "torch": version("torch")}
+            self.report = {**about, "environment": environment, "runs": []}
+
+    def missing(self) -> list[Combination]:
+        """The combinations that the file does not hold."""
+        return [one for one in self.combinations if not any(map(one.is_in, self.report["runs"]))]
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Write a run to the file, after the runs that the file had before.
+
+        New runs stand in the order of the combinations, whichever was done first.
+        """
+        self.report["float"] = run.pop("float")
+        self.added.append(run)
+        self.added.sort(key=self._place)
+        write_json(self.file, {**self.report, "runs": self._runs()})
+
+    def selected(self) -> dict[str, Any]:
+        """The report with the runs that were asked for, whatever else the file holds."""
+        wanted = [run for run in self._runs() if any(one.is_in(run) for one in self.combinations)]
+        return {**self.report, "runs": wanted}
+
+    def _runs(self) -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = self.report["runs"]
+        return runs + self.added
+
+    def _place(self, run: dict[str, Any]) -> int:
+        return next(place for place, one in enumerate(self.combinations) if one.is_in(run))
+
+
+def _read_report(file: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The report in a file. Raises MarrqError if its model, images or samples differ."""
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        differing = [key for key, value in about.items() if report[key] != value]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MarrqError(
+            f"{str(file)!r} is no comparison: choose another file to write to"
+        ) from error
+    if differing:
+        raise MarrqError(
+            f"{str(file)!r} compares with another {differing[0]}: choose another file to write to"
+        )
+    return report

@@ -1,0 +1,196 @@
+"""Quantize a model on images: in memory for the Python API, into an artifact for the command line.
+
+Both call `quantize_in_place`, which draws the calibration images and runs marrq/pipeline. The
+artifact is a function of model, image files, `Recipe`, device kind and package versions alone;
+processes, checkpoints and the place of the tokens leave no trace in it.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from marrq.artifact.checkpoint import FolderCheckpoint, is_checkpoint, remove_checkpoint
+from marrq.artifact.config import description
+from marrq.artifact.folder import is_artifact, read_config, save
+from marrq.errors import MarrqError
+from marrq.files import check_output
+from marrq.methods.spec import MethodSpec, parse_method
+from marrq.models.images import ImageSet
+from marrq.models.load import VisionModel
+from marrq.pipeline.block_inputs import in_files, in_memory
+from marrq.pipeline.quantize import RunOptions
+from marrq.pipeline.quantize import quantize as run_pipeline
+from marrq.quantized_model import (
+    CalibrationRecord,
+    ModuleReport,
+    QuantizationSettings,
+    QuantizedModel,
+)
+from marrq.schemes import Scheme, parse_scheme
+from marrq.workflows.devices import choose_device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user chooses about the codes.
+
+    samples: number of calibration images, at least 2.
+    seed: of the random draw of these images.
+    """
+
+    scheme: Scheme
+    method: MethodSpec
+    samples: int = 256
+    seed: int = 0
+
+    def settings(self, images: ImageSet) -> QuantizationSettings:
+        """The settings of the pipeline. images: the images that this recipe has drawn."""
+        calibration = CalibrationRecord(images.name, self.samples, self.seed, images.sha256)
+        return QuantizationSettings(self.scheme, self.method, calibration)
+
+
+def quantize(
+    model: VisionModel,
+    images: ImageSet,
+    scheme: str | Scheme = "W4A8",
+    method: str | MethodSpec = "marr",
+    samples: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+) -> QuantizedModel:
+    """Quantize a copy of a model; the model given stays as it is.
+
+    model: a float model from `load_model`.
+    images: calibration images from `find_images`; their classes are not used.
+    scheme: bits and grids, such as `W4A8` or `W4A16-g128` (marrq/schemes.py).
+    method: `NAME[,KEY=VALUE…]`, such as `marr` or `gptq,damping=0.05` (marrq/methods/spec.py).
+    samples: number of images to draw, at least 2.
+    seed: of the draw; the same seed draws the same images.
+    device: auto, cpu or cuda. `auto` takes a GPU if torch finds one.
+
+    The copy takes the memory of the float weights once more. Raises MarrqError for an unknown
+    scheme, method or device, for fewer images than samples, and for a model that has no transformer
+    blocks or values that are not finite.
+    """
+    recipe = Recipe(
+        parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        parse_method(method) if isinstance(method, str) else method,
+        samples,
+        seed,
+    )
+    run = RunOptions(choose_device(device))
+    copied = replace(model, module=copy.deepcopy(model.module))
+    return quantize_in_place(copied, images, recipe, run)
+
+
+def quantize_in_place(
+    model: VisionModel, images: ImageSet, recipe: Recipe, run: RunOptions
+) -> QuantizedModel:
+    """Draw the calibration images and quantize; the linears of `model` itself are replaced."""
+    drawn = images.draw(recipe.samples, recipe.seed)
+    return run_pipeline(model, drawn.pixels(model.preprocessing), recipe.settings(drawn), run)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an artifact is written, and what may be found there.
+
+    overwrite: replace an artifact, and forget an unfinished run.
+    resume: go on with an unfinished run; do nothing if the artifact is complete.
+    work_dir: folder for memory-mapped tokens and for the checkpoint; None: tokens stay in memory,
+    and the checkpoint lies beside the artifact.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the blocks that are done."""
+        parent = self.folder.parent if self.work_dir is None else self.work_dir
+        return parent / f".{self.folder.name}.checkpoint"
+
+    def check(self) -> None:
+        """Raise MarrqError if a new run would replace what may not be replaced."""
+        if self.resume:
+            return
+        check_output(self.folder, self.overwrite)
+        if is_checkpoint(self.checkpoint):
+            if not self.overwrite:
+                raise MarrqError(
+                    f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "
+                    "with it, or --force to begin again"
+                )
+            remove_checkpoint(self.checkpoint)
+
+    def is_complete(self, about: dict[str, Any]) -> bool:
+        """Whether the folder holds the artifact that this run would write.
+
+        about: what that artifact is a function of. Raises MarrqError if the folder holds something
+        else that may not be replaced.
+        """
+        if not self.resume:
+            return False
+        if is_artifact(self.folder) and about.items() <= read_config(self.folder).items():
+            return True
+        check_output(self.folder, self.overwrite)
+        return False
+
+
+def quantize_to_folder(
+    model: VisionModel,
+    images: ImageSet,
+    recipe: Recipe,
+    destination: Destination,
+    run: RunOptions,
+) -> list[str]:
+    """Quantize `model` in place and save the artifact; return sentences for people.
+
+    Every process of torchrun calls this; the first one alone writes, and has sentences. The caller
+    has called `destination.check()` before it loaded the model.
+    """
+    about = description(model, recipe.settings(images.draw(recipe.samples, recipe.seed)))
+    if destination.is_complete(about):
+        remove_checkpoint(destination.checkpoint)
+        return [f"{destination.folder} is complete"]
+    # The device kind is no part of the artifact's description, but it may change the last bits, and
+    # blocks of two kinds must not get into one artifact.
+    checkpoint = FolderCheckpoint(
+        destination.checkpoint,
+        about | {"device": run.device.type},
+        recipe.scheme,
+        run.processes,
+    )
+    store = in_memory if destination.work_dir is None else in_files(destination.work_dir)
+    run = replace(run, store=store, checkpoint=checkpoint)
+    quantized = quantize_in_place(model, images, recipe, run)
+    if not run.processes.is_first:
+        return []
+    save(quantized, destination.folder, overwrite=destination.overwrite)
+    checkpoint.remove()
+    warnings = [f"warning: {warning}" for warning in shortfalls(quantized)]
+    return [*warnings, f"wrote {destination.folder}"]
+
+
+def shortfalls(model: QuantizedModel) -> Iterator[str]:
+    """Sentences about what was asked for and could not be done, from the reports of the linears."""
+    reports, method = model.reports, model.method.name
+    for report in reports:
+        if report.fallback:
+            yield f"{report.path}: {report.fallback}"
+    # `stream` aims at the sum of the residual stream, which needs a linear that writes to it.
+    if method in ("stream", "marr-stream") and not any(report.writes_stream for report in reports):
+        yield (
+            f"no linear writes to a residual stream: {method} did what "
+            f"{method.replace('stream', 'exact')} does"
+        )
+
+
+def note_of(reports: Sequence[ModuleReport]) -> str:
+    """The α of a block's linears in short, for a progress bar."""
+    found = [f"{report.alpha:.2f}" for report in reports if report.alpha is not None]
+    return f"α {' '.join(found)}" if found else ""

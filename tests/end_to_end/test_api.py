@@ -1,0 +1,104 @@
+"""The Python API does what the command line does, and loads nothing before it is used."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import marrq
+from marrq.artifact.tensors import tensors_of
+from marrq.cli import main
+from marrq.errors import MarrqError
+from marrq.workflows.bench import BenchOptions
+
+README = Path(__file__).parents[2] / "README.md"
+QUICK = BenchOptions(baselines=("fp32",), batches=(1,), rounds=1, seconds=0)
+
+
+def test_a_model_is_loaded_quantized_saved_exported_and_measured(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
+    model = marrq.load_model(tiny)
+    images = marrq.find_images(str(image_folder), "train")
+    quantized = marrq.quantize(model, images, scheme="W4A8", method="marr", samples=8, seed=0)
+    artifact, file = str(tmp_path / "artifact"), str(tmp_path / "model.onnx")
+    marrq.save(quantized, artifact)
+    marrq.export(quantized, file)
+    report = marrq.bench([file], str(image_folder), QUICK)
+    assert [row["name"] for row in report["models"]] == ["fp32", "W4A8 marr-stream"]
+    assert marrq.load(artifact).reports == quantized.reports
+
+
+def test_the_api_finds_the_codes_of_the_command_line(tiny: str, image_folder: Path, tmp_path: Path):
+    images = marrq.find_images(str(image_folder), "train")
+    quantized = marrq.quantize(marrq.load_model(tiny), images, "W4A4", "gptq", samples=8, seed=3)
+    options = ["--scheme", "W4A4", "--method", "gptq", "--samples", "8", "--seed", "3"]
+    folder = tmp_path / "artifact"
+    command = ["quantize", tiny, "--data", str(image_folder), *options, "-o", str(folder)]
+    assert main(command) == 0
+    expected = tensors_of(marrq.load(folder).module)
+    found = tensors_of(quantized.module)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_quantizing_leaves_the_float_model_as_it_was(tiny: str, image_folder: Path):
+    model = marrq.load_model(tiny)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    images = marrq.find_images(str(image_folder), "train")
+    quantized = marrq.quantize(model, images, method="rtn,rotate=0", samples=8)
+    assert quantized.module is not model.module
+    after = model.module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scheme": "W5A7"}, "unknown scheme 'W5A7'"),
+        ({"method": "awq"}, "unknown method 'awq'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"samples": 99}, "fewer than the 99 samples"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_that_names_it(
+    tiny: str, image_folder: Path, wrong: dict[str, object], message: str
+):
+    images = marrq.find_images(str(image_folder), "train")
+    with pytest.raises(MarrqError, match=message):
+        marrq.quantize(marrq.load_model(tiny), images, **wrong)
+
+
+def test_every_public_function_is_listed_and_says_what_it_raises():
+    assert set(marrq.__all__) <= set(dir(marrq))
+    for name in marrq.__all__:
+        assert "Raises" in getattr(marrq, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        marrq.quantise  # noqa: B018
+
+
+def test_importing_marrq_loads_no_other_package():
+    code = "import sys; before = set(sys.modules); import marrq; print(set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout
+    assert "rich" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(
+    tiny: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its first block, with the model and the images of the tests."""
+    block = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    if block is None:
+        pytest.skip("the README has no Python")
+    code = re.sub(r'load_model\("[^"]*"\)', f"load_model({tiny!r})", block[1])
+    code = code.replace('"IMAGES"', repr(str(image_folder)))
+    code = re.sub(r"samples=\d+", "samples=8", code)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(README), "exec"), {})
+    assert any(tmp_path.iterdir())

@@ -1,1 +1,1 @@
-"""Float models, and what marrq reads out of them: weights, preprocessing, images, blocks."""
+"""Float models, and what marrq reads from them: weights, preprocessing, labels, images, blocks."""

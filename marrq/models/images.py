@@ -1,7 +1,7 @@
-"""Labelled images: folders `root/class/name.png`, with `root/train` and `root/val` understood, and
-the digits of the demo.
+"""Labelled images: folders `root/class/name.png`, and the digits of the demo.
 
-Calibration images are a seeded random draw; their file list is hashed into the artifact.
+If the folder has subfolders `train` and `val`, calibration takes the first and measurement the
+second. Calibration images are a seeded random draw. The artifact stores a hash of their names.
 """
 
 import hashlib
@@ -18,22 +18,30 @@ from PIL import Image
 from torch import Tensor
 
 from marrq.errors import MarrqError
+from marrq.files import check_data_folder
 from marrq.models.load import DEMO_FOLDER
 from marrq.models.preprocessing import Preprocessing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""What a file is read as, whatever its suffix: Pillow would hand PostScript to an interpreter."""
+"""Formats that a file is read as, whatever its suffix. Without the list Pillow would hand a
+PostScript file to an interpreter."""
+
 MAX_ASPECT = 256
-"""Of the longer side of an image to the shorter, which resizing brings to the size of the model's
-input."""
+"""Largest ratio of an image's sides. Resizing multiplies the longer side by as much as the shorter,
+so a long and thin image would fill the memory."""
 
 Location = Path | zipfile.Path
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Image files with their targets; targets index the model's logits."""
+    """Image files with their targets.
+
+    name: the folder as the user named it.
+    targets: one class index for each file; indices of the model's logits.
+    """
 
     name: str
     files: tuple[Location, ...]
@@ -44,25 +52,26 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        """A hash over the list of class/file names, in order."""
-        return hashlib.sha256(
-            "\n".join(_class_and_name(file) for file in self.files).encode()
-        ).hexdigest()
+        """A hash over the names `class/file`, in order."""
+        names = "\n".join(_class_and_name(file) for file in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def description(self) -> dict[str, str | int]:
-        """Name, number and file-list hash, as reports give them."""
+        """Name, number of images and hash, as reports give them."""
         return {"path": self.name, "images": len(self), "hash": self.sha256}
 
     def draw(self, samples: int, seed: int) -> "ImageSet":
-        """A random subset of that size, in random order."""
+        """A random subset of `samples` images, in random order.
+
+        Raises MarrqError if there are fewer images.
+        """
         if samples > len(self):
             raise MarrqError(
                 f"{self.name!r} has {len(self)} images for calibration, fewer than the {samples} "
                 "samples: lower --samples"
             )
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[
-            :samples
-        ].tolist()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        rows = order[:samples].tolist()
         return ImageSet(
             self.name,
             tuple(self.files[row] for row in rows),
@@ -72,8 +81,11 @@ class ImageSet:
     def batches(
         self, preprocessing: Preprocessing, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs float32 [batch, channels, height, width] and targets [batch], read when asked
-        for."""
+        """Inputs float32 [batch, channels, height, width] and targets [batch].
+
+        A batch is read from disk when it is asked for. Raises MarrqError for a file that cannot be
+        read.
+        """
         transform = preprocessing.transform()
         for start in range(0, len(self), batch_size):
             files = self.files[start : start + batch_size]
@@ -81,14 +93,14 @@ class ImageSet:
             yield pixels, torch.tensor(self.targets[start : start + batch_size])
 
     def pixels(self, preprocessing: Preprocessing) -> "Pixels":
-        """All inputs, to be sliced."""
+        """All inputs, as a sequence to be sliced."""
         return Pixels(self, preprocessing)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """The inputs of an image set, read from disk when they are sliced: float32 [images, channels,
-    height, width]."""
+    """The inputs of an image set. A slice is read from disk: float32 [images, channels, height,
+    width]."""
 
     images: ImageSet
     preprocessing: Preprocessing
@@ -101,29 +113,23 @@ class Pixels:
         return next(part.batches(self.preprocessing, len(part)))[0]
 
 
-def find_images(name: str, split: Literal["train", "val"], labels: tuple[str, ...]) -> ImageSet:
+def find_images(
+    name: str, split: Literal["train", "val"], labels: tuple[str, ...] | None = None
+) -> ImageSet:
     """The images of a folder, or of the demo.
 
-    Where the folder has a subfolder for the split, that is taken, else the folder itself. labels:
-    the model's class names; class folders must be among them. A model that only numbers its classes
-    gets the sorted folders, one a class, as is usual in training. Raises MarrqError naming what is
-    missing or unknown."""
-    root: Location = zipfile.Path(DEMO_FOLDER / "images.zip") if name == "demo" else Path(name)
-    if not root.is_dir():
-        raise MarrqError(
-            f"data folder {name!r} does not exist: give a folder of class folders, or demo"
-        )
-    if (root / split).is_dir():
-        root = root / split
-    folders = sorted(
-        (entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name
-    )
-    numbered = labels == tuple(str(index) for index in range(len(labels)))
-    classes = (
-        tuple(folder.name for folder in folders)
-        if numbered and len(folders) == len(labels)
-        else labels
-    )
+    name: a folder of class folders, or `demo`.
+    split: the subfolder to take; a folder without this subfolder is taken itself.
+    labels: class names in the order of the model's logits; every class folder must be among them.
+        If the names are only numbers, "0", "1", …, and there are as many folders, the sorted
+        folders are the classes, as is usual in training. With None the sorted folders are the
+        classes too.
+
+    Raises MarrqError if the folder does not exist, a class folder is unknown, or there is no image.
+    """
+    root = _split_root(name, split)
+    folders = _sorted_by_name(entry for entry in root.iterdir() if entry.is_dir())
+    classes = _classes(tuple(folder.name for folder in folders), labels)
     files: list[Location] = []
     targets: list[int] = []
     for folder in folders:
@@ -132,9 +138,7 @@ def find_images(name: str, split: Literal["train", "val"], labels: tuple[str, ..
                 f"class folder {str(folder)!r} is not among the model's {len(classes)} classes: "
                 "rename or remove it"
             )
-        found = sorted(
-            (entry for entry in folder.iterdir() if _is_image(entry)), key=lambda entry: entry.name
-        )
+        found = _sorted_by_name(entry for entry in folder.iterdir() if _is_image(entry))
         files += found
         targets += [classes.index(folder.name)] * len(found)
     if not files:
@@ -145,27 +149,53 @@ def find_images(name: str, split: Literal["train", "val"], labels: tuple[str, ..
     return ImageSet(name, tuple(files), tuple(targets))
 
 
-def _class_and_name(file: Location) -> str:
-    return "/".join(str(file).replace(os.sep, "/").split("/")[-2:])
-
-
-def _is_image(entry: Location) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-
-
 def read_image(file: Location) -> Image.Image:
-    """The image, with its pixels read. Raises MarrqError when there is none, a broken one, or one
-    that a small file blows up to fill the memory: more pixels than Pillow warns of, or so long and
-    thin that resizing makes as many."""
+    """The image, with its pixels in memory.
+
+    Raises MarrqError if the file is no image, is broken, or is a small file with an image that
+    would fill the memory: with more pixels than Pillow warns of, or with a side more than
+    MAX_ASPECT times longer than the other.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with file.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+                # The header tells the size, so the check comes before the pixels are decoded.
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ValueError(f"its sides are as {image.width} to {image.height}")
                 image.load()
                 return image
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for a broken file
+    except Exception as error:
+        # Pillow's decoders raise a dozen kinds of errors for a broken file.
         raise MarrqError(
             f"cannot read image {str(file)!r}: {error}; remove or replace it"
         ) from error
+
+
+def _split_root(name: str, split: str) -> Location:
+    check_data_folder(name)
+    root: Location = zipfile.Path(DEMO_FOLDER / "images.zip") if name == "demo" else Path(name)
+    return root / split if (root / split).is_dir() else root
+
+
+def _classes(folders: tuple[str, ...], labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Class names in the order of the targets. folders: names of the class folders, sorted."""
+    if labels is None:
+        return folders
+    numbered = labels == tuple(str(index) for index in range(len(labels)))
+    return folders if numbered and len(folders) == len(labels) else labels
+
+
+def _sorted_by_name(entries: Iterator[Location]) -> list[Location]:
+    # zipfile.Path has no order of its own.
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _class_and_name(file: Location) -> str:
+    # The same names on every operating system, wherever the folder is.
+    return "/".join(str(file).replace(os.sep, "/").split("/")[-2:])
+
+
+def _is_image(entry: Location) -> bool:
+    # Hidden files such as ._0.png are no images.
+    return entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")

@@ -1,9 +1,10 @@
-"""From an image file to the model's input: the model's own preprocessing, the only one that
-calibration, evaluation and bench use.
+"""From an image file to the model's input: the model's own preprocessing.
 
-It is timm's evaluation transform, described by timm's own terms. A transformers image processor is
-translated into the same terms, or refused when they cannot express it. The description is stored in
-the artifact and in every exported graph."""
+Calibration, evaluation and bench use this preprocessing and no other. It is timm's evaluation
+transform, described in timm's terms. The image processor of a transformers model is translated into
+these terms, or refused if they cannot express it. The artifact and every exported graph carry the
+description.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,14 +17,36 @@ from torch import Tensor
 
 from marrq.errors import MarrqError
 
+PIL_INTERPOLATION = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
+"""Names of Pillow's numbered filters, which image processors give under `resample`."""
+
+KNOWN_PROCESSOR_STEPS = {
+    "do_resize",
+    "do_rescale",
+    "do_normalize",
+    "do_center_crop",
+    "do_convert_rgb",
+}
+"""Steps of an image processor that Preprocessing can express."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize, crop, scale to 0 … 1, normalize.
 
-    input_size: (channels, height, width); interpolation: timm's name; crop_pct: share of the
-    resized image that the crop keeps; crop_mode: `center`, `squash` or `border`; mean, std: per
-    channel, of values in 0 … 1."""
+    input_size: (channels, height, width), in pixels.
+    interpolation: timm's name.
+    crop_pct: share of the resized image's side that the crop keeps.
+    crop_mode: `center`, `squash` or `border`.
+    mean, std: one number per channel, for values in 0 … 1.
+    """
 
     input_size: tuple[int, int, int]
     interpolation: str
@@ -34,7 +57,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
-        """The inverse of `dataclasses.asdict` after a trip through JSON, which has no tuples."""
+        """The inverse of `dataclasses.asdict` after JSON, which has lists and no tuples."""
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
@@ -55,64 +78,63 @@ class Preprocessing:
         return lambda image: resize(image.convert(mode))
 
 
-PIL_INTERPOLATION = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "hamming",
-}
-KNOWN_PROCESSOR_STEPS = {
-    "do_resize",
-    "do_rescale",
-    "do_normalize",
-    "do_center_crop",
-    "do_convert_rgb",
-}
-
-
 def from_image_processor(processor: dict[str, Any]) -> Preprocessing:
-    """A transformers image processor, as its `to_dict()`, in timm's terms. Raises MarrqError for a
-    step that these cannot express."""
-    unknown = {
-        step for step, on in processor.items() if step.startswith("do_") and on
-    } - KNOWN_PROCESSOR_STEPS
-    if unknown or not processor.get("do_resize"):
+    """The image processor of a transformers model in timm's terms.
+
+    processor: its `to_dict()`.
+
+    Raises MarrqError if the processor does not resize, or has a step that timm's terms cannot
+    express.
+    """
+    steps = {step for step, on in processor.items() if step.startswith("do_") and on}
+    unknown = steps - KNOWN_PROCESSOR_STEPS
+    if unknown or "do_resize" not in steps:
         raise MarrqError(
             "the image processor's steps cannot be expressed: "
             f"{', '.join(sorted(unknown)) or 'it does not resize'}"
         )
-    size, crop = (
-        processor["size"],
-        processor.get("crop_size") if processor.get("do_center_crop") else None,
-    )
-    if "shortest_edge" in size:
-        target = crop or {"height": size["shortest_edge"], "width": size["shortest_edge"]}
-        resized, mode = size["shortest_edge"], "center"
-    else:
-        target = crop or size
-        resized, mode = size["height"], "squash"
-    rescale = processor["rescale_factor"] if processor.get("do_rescale") else 1.0
-    normalized = processor.get("do_normalize")
-    # A processor normalizes x · rescale; timm normalizes x / 255.
-    ratio = 1 / (255 * rescale)
+    height, width, resized, mode = _sizes(processor)
+    mean, std = _normalization(processor)
     return Preprocessing(
-        input_size=(3, target["height"], target["width"]),
+        input_size=(3, height, width),
         interpolation=PIL_INTERPOLATION[int(processor["resample"])],
-        crop_pct=_crop_pct(target["height"], resized),
+        crop_pct=_crop_pct(height, resized),
         crop_mode=mode,
-        mean=tuple(value * ratio for value in processor["image_mean"])
-        if normalized
-        else (0.0,) * 3,
-        std=tuple(value * ratio for value in processor["image_std"])
-        if normalized
-        else (ratio,) * 3,
+        mean=mean,
+        std=std,
+    )
+
+
+def _sizes(processor: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Height and width of the input, the size after resizing, and timm's crop mode."""
+    size = processor["size"]
+    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+    if "shortest_edge" in size:
+        # The shorter side is resized to the size and the aspect ratio is kept: timm's "center".
+        edge = size["shortest_edge"]
+        target = crop or {"height": edge, "width": edge}
+        return target["height"], target["width"], edge, "center"
+    # Both sides are resized, and the aspect ratio is lost: timm's "squash".
+    target = crop or size
+    return target["height"], target["width"], size["height"], "squash"
+
+
+def _normalization(processor: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std for values in 0 … 1."""
+    rescale = processor["rescale_factor"] if processor.get("do_rescale") else 1.0
+    # The processor normalizes pixel · rescale, timm normalizes pixel / 255: with
+    # r = 1 / (255 · rescale), (p · rescale - mean) / std = (p / 255 - mean · r) / (std · r).
+    ratio = 1 / (255 * rescale)
+    if not processor.get("do_normalize"):
+        return (0.0,) * 3, (ratio,) * 3
+    return (
+        tuple(value * ratio for value in processor["image_mean"]),
+        tuple(value * ratio for value in processor["image_std"]),
     )
 
 
 def _crop_pct(target: int, resized: int) -> float:
-    """The share p for which timm's floor(target / p) is `resized`, whatever the rounding of the
-    division."""
+    """The share p for which timm's floor(target / p) is `resized`."""
     exact = target / resized
+    # The division may round so that floor gives resized - 1; the next smaller p gives `resized`.
     return exact if math.floor(target / exact) == resized else math.nextafter(exact, 0)

@@ -72,7 +72,7 @@ class ActivationQuantizer(nn.Module):
 
 
 def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """x [..., n] with its channels multiplied by `smoothing` [n]; x itself if that is None."""
+    """Channels of x [..., n] multiplied by `smoothing` [n]; x itself if `smoothing` is None."""
     return x if smoothing is None else x * smoothing
 
 
@@ -107,7 +107,7 @@ class RangeObserver:
         """
         # The empty tensor lets a process without batches take part in the gathering.
         sample = torch.cat([weight.new_zeros(0, weight.shape[1]), *self._sample])
-        sample = self._processes.gather(sample)  # [tokens, n], of all processes
+        sample = self._processes.all_gather(sample)  # [tokens, n], of all processes
         minimum, maximum = self._ranges(spec, sample)
         grids = [
             grid_from_range(minimum * factor, maximum * factor, spec.code_range)
@@ -129,5 +129,5 @@ class RangeObserver:
         # A static range covers every token that was seen, not the sample alone.
         seen = zip(self._minimum, self._maximum, strict=True)
         own = torch.stack([sample.new_zeros(2), *map(torch.stack, seen)])[1:]  # [batches, 2]
-        ranges = self._processes.gather(own)
+        ranges = self._processes.all_gather(own)
         return ranges[:, 0].amin(), ranges[:, 1].amax()

@@ -1,1 +1,1 @@
-"""Changes of a model that keep its function and make its tensors easier to quantize."""
+"""Changes of the weights that keep a model's function and make its tensors easier to quantize."""

@@ -2,27 +2,34 @@
 
     y = W x = (W diag(s)) (diag(1/s) x)
 
-Where the input comes straight from a norm, 1/s goes into the norm's weight and bias: free at run
-time. Elsewhere the input is multiplied by 1/s before it is rounded (`smoothing` in
-marrq/quantizers/activations.py). That costs a pass over it and is done only where activations are
-coarse and it pays. On a ViT that is fc2: what GELU gives differs from channel to channel by an
-order of magnitude, and no linear before it could take a scale through GELU.
+If the input comes straight from a norm, 1/s goes into the norm's weight and bias, free at run time.
+Otherwise the input is multiplied by 1/s before it is rounded (`smoothing` in
+marrq/quantizers/activations.py). This costs a pass over the input, so it is done only if
+activations are coarse and the gain is large. On a ViT the input is that of fc2: the outputs of GELU
+differ between channels by an order of magnitude, and GELU lets no scale of the linear before it
+through.
 
 SmoothQuant (arXiv 2211.10438) takes s = max|x|^a / max|W|^(1-a) before norms, AWQ (arXiv
-2306.00978) rms(x)^a. Ours has candidates,
+2306.00978) rms(x)^a. Ours has the candidates
 
     s = rms(x)^a · rms(W)^-b
 
-and the least error of the outputs that is to be expected decides, the bits of inputs and weights
-being what they are:
+and takes the one with the least expected error of the outputs, for the bits of inputs and weights
+at hand [ours]:
 
-    Σ_j ω_j v_j  +  Σ_ij e_ij² (d_j / s_j² + v_j)        ω_j = ‖W_:j s_j‖²,   v_j = E (q(x_j / s_j) - x_j / s_j)²
+    Σ_j ω_j v_j  +  Σ_ij e_ij² (d_j / s_j² + v_j)
 
-The first term is what rounding x does, the errors of channels taken for independent. The second is
-what a sweep does to W diag(s): e² is Δ² / 12, Δ being the step of the grid, as compensation leaves
-no weight where it was, and what lies outside of the grid, squared. Of the variance of an input it
-leaves what the inputs that are swept after it do not tell: d_j = 1 / U_jj², the pivots of E[x xᵀ].
-They scale as x does, so that one factorization serves all candidates and none is swept [ours]."""
+    ω_j   = ‖W_:j s_j‖²
+    v_j   = E (q(x_j / s_j) - x_j / s_j)²                  noise of rounding an input
+    e_ij² = Δ_i² / 12 + (distance from the grid's range)²  noise of rounding a weight, Δ the scale
+    d_j   = 1 / U_jj²                                      pivots of E[x xᵀ], see below
+
+The first sum is the effect of rounding x, with the errors of channels taken as independent. The
+second is the effect of a sweep on W diag(s). Compensation moves every weight, so its rounding error
+is taken as uniform: Δ² / 12. Of the variance of an input the compensation leaves the part that the
+inputs which are swept later do not explain. This part is d_j. Pivots scale as x² does, so one
+factorization serves all candidates, and none is swept.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,67 +39,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marrq.methods.statistics import factorize
+from marrq.methods.factor import factorize
 from marrq.models.blocks import Block, hooked
 from marrq.quantizers.affine import Grid, clipped_weight_grids, grid_from_range
 from marrq.schemes import ActivationSpec, Scheme
 
 CANDIDATES = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)))
-"""Exponents (a, b) of s = rms(x)^a · rms(W)^-b; the first leaves all as it is."""
+"""Exponents (a, b) of s = rms(x)^a · rms(W)^-b. The first pair changes nothing."""
+
 LEAST_STRENGTH = 1e-3
-"""Of a channel, as a share of the rms of all: one that the sample hardly knows must not become
-strong when it comes alive."""
-CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)
-"""Ranges of inputs and of weights that the estimate tries; the ranges that are used are searched
-more finely, afterwards."""
+"""Least rms of a channel that is assumed, as a share of the rms of all channels. A channel that was
+nearly dead in the sample must not become strong when it comes alive."""
+
+ESTIMATE_CLIP_FACTORS = (1.0, 0.8, 0.6, 0.45)
+"""Clipped ranges of inputs and weights that the estimate tries. The ranges that are used in the end
+are searched more finely, afterwards."""
+
 DAMPING = 0.01
+"""Damping of E[x xᵀ] for its pivots, as a share of the mean diagonal."""
+
 WORTH_A_PASS = 0.7
-"""Share of the error without a scale that must be left at most for one that has to be applied at
-run time."""
+"""A scale that is applied at run time must reduce the expected error to less than this share."""
 
 
 @dataclass(frozen=True)
 class Equalized:
-    """s, [n], and the path within the block of the norm that took 1/s in; None where it is applied
-    to the input at run time."""
+    """A scale that was applied.
+
+    scale: s, [n].
+    norm: path within the block of the norm that holds 1/s now; None if the input is multiplied at
+        run time.
+    """
 
     scale: Tensor
     norm: str | None
 
     @property
     def smoothing(self) -> Tensor | None:
-        """What the input is multiplied by at run time, [n], or None."""
+        """1/s, [n], by which the input is multiplied at run time; None if a norm holds it."""
         return 1 / self.scale if self.norm is None else None
 
 
 def equalize(
     block: Block, group: Sequence[str], norm: str | None, sample: Tensor, scheme: Scheme
 ) -> Equalized | None:
-    """Take s into the weights of a group of linears, and 1/s into the norm before them, if there is
-    one: together with the `smoothing` that is left the block computes what it did. None where no
-    scale is worth it; then the block is as it was.
+    """Fold s into the weights of a group of linears, in place, and 1/s into the norm before them.
 
-    norm: see find_norm; sample: of the group's input, [tokens, n].
+    The block with the returned `smoothing` computes what it did before. Returns None, and changes
+    nothing, if no scale is worth it.
+
+    norm: see find_norm; None if no norm can hold 1/s.
+    sample: of the group's input, [tokens, n].
     """
     linears = [block.linear(name) for name in group]
     scale, left = choose_scale(sample, torch.cat([linear.weight for linear in linears]), scheme)
+    # `not <` and not `>=`: NaN counts as no gain.
     if not left < (1 if norm is not None else WORTH_A_PASS):
         return None
     if norm is not None:
+        # n(x) ⊙ w + b becomes n(x) ⊙ (w / s) + b / s.
         module = block.module.get_submodule(norm)
         for parameter in (module.weight, getattr(module, "bias", None)):
             if isinstance(parameter, Tensor):
                 parameter.data = parameter.data / scale
     for linear in linears:
-        linear.weight.data = linear.weight.data * scale
+        linear.weight.data = linear.weight.data * scale  # W diag(s)
     return Equalized(scale, norm)
 
 
 def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
-    """The path of the affine norm whose output the linears of a group read, if nothing else reads
-    it; else None."""
-    outputs: dict[str, Tensor] = {}
-    readers: dict[str, list[str]] = {}
+    """The path of the affine norm whose output the linears of a group read, and nothing else.
+
+    Returns None if there is no such norm. tokens: an input of the block, for a trial.
+    """
+    outputs: dict[str, Tensor] = {}  # of each norm
+    readers: dict[str, list[str]] = {}  # of each norm's output: modules without children
 
     def leave(path: str) -> Any:
         return lambda module, arguments, output: outputs.update({path: output})
@@ -100,33 +121,31 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
     def enter(path: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             for norm, output in outputs.items():
+                # Identity, not equality: after a reshape or a copy the tensor may have other users.
                 if arguments and arguments[0] is output:
                     readers.setdefault(norm, []).append(path)
 
         return hook
 
     named = dict(block.module.named_modules())
-    handles = [
-        module.register_forward_hook(leave(path))
-        for path, module in named.items()
-        if _is_affine_norm(module)
-    ]
-    handles += [
-        module.register_forward_pre_hook(enter(path))
-        for path, module in named.items()
-        if not list(module.children())
-    ]
+    norms = {path: module for path, module in named.items() if _is_affine_norm(module)}
+    leaves = {path: module for path, module in named.items() if not list(module.children())}
+    handles = [module.register_forward_hook(leave(path)) for path, module in norms.items()]
+    handles += [module.register_forward_pre_hook(enter(path)) for path, module in leaves.items()]
     with hooked(handles):
         block(tokens)
     return next((norm for norm, found in readers.items() if sorted(found) == sorted(group)), None)
 
 
 def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
-    """s, [n], of the candidates the one with the least expected error, and that error as a share of
-    the one without a scale. sample: of the input, [tokens, n]; weight: of all linears of the group,
-    [m, n]."""
+    """The candidate s, [n], with the least expected error.
+
+    Also returns this error as a share of the error without a scale. sample: of the input,
+    [tokens, n]; weight: of all linears of the group, stacked, [m, n].
+    """
     of_inputs, of_weights = _strengths(sample), _strengths(weight)
     candidates = [of_inputs**a * of_weights**-b for a, b in CANDIDATES]
+    # Only ratios between channels matter: the geometric mean of s becomes 1.
     candidates = [scale / scale.log().mean().exp() for scale in candidates]
     pivots = pivots_of(sample)
     errors = torch.stack(
@@ -140,38 +159,46 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor
 
 
 def _strengths(values: Tensor) -> Tensor:
-    """The rms of each column, [n]."""
+    """The rms of each column, [n], but never less than LEAST_STRENGTH allows."""
     squares = values.square().mean(0)
     least = LEAST_STRENGTH * squares.mean().sqrt()
     return squares.sqrt().clamp(min=torch.finfo(values.dtype).tiny).maximum(least)
 
 
 def pivots_of(x: Tensor) -> Tensor:
-    """d, [n]: the variance of each input given those that a sweep comes to after it; 0 for a dead
-    one. x: [tokens, n]."""
+    """d, [n]: the variance of each input given the inputs that a sweep comes to after it.
+
+    0 for a dead input. x: [tokens, n].
+    """
     factor = factorize((x.T @ x).double() / len(x), DAMPING, act_order=True)
+    # U is in the order of the sweep; d goes back to the order of the channels.
     pivots = torch.empty_like(factor.upper[0])
     pivots[factor.order] = factor.upper.diagonal() ** -2
     return pivots.to(x) * (x.abs().amax(0) > 0)
 
 
 def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) -> Tensor:
-    """Of the outputs, per token, for inputs, weight and pivots that are scaled already."""
+    """The expected squared error of the outputs per token: [].
+
+    x [tokens, n], weight [m, n] and pivots [n] are scaled by s already.
+    """
     noise = (
         torch.zeros_like(pivots)
         if scheme.activation is None
         else _rounding_noise(x, weight, scheme.activation)
-    )
+    )  # v: [n]
     grids = (
         grid.spread(weight.shape[1])
-        for grid in clipped_weight_grids(weight, scheme.weight, CLIP_FACTORS)
+        for grid in clipped_weight_grids(weight, scheme.weight, ESTIMATE_CLIP_FACTORS)
     )
+    # Σ_j e_ij² (d_j / s_j² + v_j) for every clip factor and row: [factors, m]. Each row takes its
+    # best factor, as the search of the real grid does.
     of_rows = torch.stack([_sweep_noise(weight, grid) @ (pivots + noise) for grid in grids])
     return (weight.square().sum(0) * noise).sum() + of_rows.amin(0).sum()
 
 
 def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
-    """e², [m, n]."""
+    """e², [m, n]: Δ² / 12, and the squared distance of a weight from the range of its grid."""
     lowest, highest = (
         grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
     )
@@ -179,20 +206,22 @@ def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
-    """v, [n], with the range clipped as serves the outputs best. A static grid is taken for one of
-    the sample."""
+    """v, [n], with the clipped range that changes the outputs the least."""
+    # A static grid is estimated from the sample; the real grid will span all calibration tokens.
     minimum, maximum = x.aminmax() if spec.is_static else x.aminmax(dim=1, keepdim=True)
     grids = [
         grid_from_range(minimum * factor, maximum * factor, spec.code_range)
-        for factor in CLIP_FACTORS
+        for factor in ESTIMATE_CLIP_FACTORS
     ]
-    noises = torch.stack([(grid.nearest(x) - x).square().mean(0) for grid in grids])
+    noises = torch.stack([(grid.nearest(x) - x).square().mean(0) for grid in grids])  # [factors, n]
     return noises[int((noises @ weight.square().sum(0)).argmin())]
 
 
 def _is_affine_norm(module: nn.Module) -> bool:
-    """LayerNorm and RMSNorm, by what they have: no children, and a weight with one number per
-    channel."""
+    """Whether a module is a LayerNorm or RMSNorm with a weight per channel.
+
+    Libraries have norm classes of their own, so the module is judged by what it has.
+    """
     weight = getattr(module, "weight", None)
     return (
         not list(module.children())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import marrq.models.preprocessing
+from marrq.models import preprocessing as model_preprocessing
 from runtime.errors import BenchError
 from runtime.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
@@ -48,7 +48,7 @@ def test_it_equals_the_transform_of_torch(
     if max(given_size) > 8 * min(given_size):  # torch, too, cannot resize to less than half a pixel
         given_size = (given_size[0], given_size[0])
     mean, std = NORMAL[channels]
-    described = marrq.preprocessing.Preprocessing(
+    described = model_preprocessing.Preprocessing(
         (channels, *size), interpolation, crop_pct, crop_mode, mean, std
     )
     picture = image(*given_size, mode, seed)
@@ -69,6 +69,6 @@ def test_it_equals_the_transform_of_torch(
 def test_what_the_file_asks_for_and_is_not_known_is_refused(
     change: dict[str, object], message: str
 ):
-    described = marrq.preprocessing.Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])
+    described = model_preprocessing.Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])
     with pytest.raises(BenchError, match=message):
         Preprocessing.read(json.dumps(asdict(described) | change))

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from marrq.errors import MarrqError
-from marrq.models.load import TransformersOutput, load_model
+from marrq.models.load import load_model
+from marrq.models.transformers_output import TransformersOutput
 from marrq.transforms.rotation import random_rotation, rotate
 
 TIMM = {

@@ -18,9 +18,9 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from marrq.models.blocks import Block, find_blocks, first_input
-from marrq.models.load import with_joined_biases
-from marrq.transforms.value_basis import ValuePath, balancing, find_value_path, fold_basis
+from marrq.models.blocks import Block, find_blocks
+from marrq.models.timm_models import with_joined_biases
+from marrq.transforms.value_basis import ValuePath, balancing_basis, find_value_path, fold_basis
 
 
 def gated() -> nn.Module:
@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, ValuePath]]] = {
 
 def block_and_tokens(model: nn.Module) -> tuple[Block, Tensor]:
     block = find_blocks(model, noise(2))[0]
-    return block, first_input(model, block, noise(2))
+    return block, block.input_from(model, noise(2))
 
 
 def value_paths(block: Block, tokens: Tensor) -> dict[str, ValuePath]:
@@ -95,7 +95,7 @@ def test_another_basis_changes_no_output(make: Callable[[], nn.Module]):
         fold_basis(
             block,
             value_path,
-            balancing(inputs, weight, value_path.width, torch.Generator().manual_seed(0)),
+            balancing_basis(inputs, weight, value_path.width, torch.Generator().manual_seed(0)),
         )
         assert not torch.allclose(block.linear(target).weight, weight, rtol=0.1)
     torch.testing.assert_close(block(tokens), before, rtol=1e-3, atol=1e-4)
@@ -117,7 +117,7 @@ def test_no_other_basis_does_less_harm(width: int):
 
     inputs = normal(400, 12) @ normal(12, 12) * torch.logspace(-0.5, 0.5, 12, dtype=torch.float64)
     weight = normal(7, 12) @ normal(12, 12)
-    best = balancing(inputs, weight, width, generator)
+    best = balancing_basis(inputs, weight, width, generator)
     mask = torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * (12 // width))
     assert torch.equal(best, best * mask)
     # The 1 % that H and M are damped by may cost as much.
@@ -134,7 +134,7 @@ def test_dead_inputs_and_weights_of_zeros_still_have_a_basis():
     inputs[:, :4] = 0
     weight[:, 2:6] = 0
     for width in (1, 2, 4):
-        change = balancing(inputs, weight, width, torch.Generator().manual_seed(0))
+        change = balancing_basis(inputs, weight, width, torch.Generator().manual_seed(0))
         assert change.isfinite().all()
         assert change.inverse().isfinite().all()
 

@@ -1,0 +1,107 @@
+"""Models of transformers: read a checkpoint, or build its architecture without weights.
+
+The class of a model is the one that its config.json names under `architectures`. Of a model of
+images and text the vision tower is taken. No code of a checkpoint is run.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from marrq.errors import MarrqError
+from marrq.models.checkpoint import Checkpoint
+from marrq.models.preprocessing import from_image_processor
+from marrq.models.transformers_output import TransformersOutput
+
+NO_CODE = {"trust_remote_code": False}
+"""Without this argument transformers asks on the terminal whether code of a checkpoint may run."""
+
+ATTENTION = "eager"
+"""How attention is computed: as plain matrix products, which every family can be traced with."""
+
+POOLING = "add_pooling_layer"
+"""Argument of transformers' models that leaves their pooling layer out."""
+
+
+def read(location: str) -> Checkpoint:
+    """The checkpoint at a location: a folder, or `ORG/NAME` on the hub.
+
+    Raises MarrqError if weights are missing, if the model does not take images, or if the image
+    processor has a step that Preprocessing cannot express.
+    """
+    config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
+    kind = _model_class(config)
+    module = _with_weights(kind, location)
+    preprocessing = from_image_processor(
+        transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE).to_dict()
+    )
+    # Only a forward shows whether the model returns logits: the config has `id2label` either way.
+    with torch.no_grad():
+        classifies = "logits" in module(pixel_values=torch.zeros(1, *preprocessing.input_size))
+    architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
+    class_names = _class_names(architecture["id2label"]) if classifies else None
+    return Checkpoint(
+        TransformersOutput(module), architecture, preprocessing, class_names, classifies
+    )
+
+
+def build(architecture: dict[str, Any]) -> nn.Module:
+    """A model in evaluation mode without the checkpoint's weights. architecture: see Checkpoint."""
+    config = transformers.AutoConfig.for_model(**architecture, attn_implementation=ATTENTION)
+    # The config alone does not make transformers leave the pooling layer out.
+    without_pooling = getattr(config, POOLING, True) is False
+    arguments = {POOLING: False} if without_pooling else {}
+    return TransformersOutput(_model_class(config)(config, **arguments)).eval()
+
+
+def _with_weights(kind: Any, location: str) -> Any:
+    """The model with its weights, in evaluation mode and float32."""
+    module, missing = _loaded(kind, location, {})
+    # Checkpoints such as DINO's ViT have no pooling layer. transformers would fill the layer with
+    # random weights and return its output, so the model is loaded without the layer.
+    if missing and all(key.startswith("pooler.") for key in missing):
+        module, missing = _loaded(kind, location, {POOLING: False})
+        setattr(module.config, POOLING, False)
+    if missing:
+        raise MarrqError(
+            f"the checkpoint has no {missing[0]}, which a {kind.__name__} needs: name another "
+            "class in its config.json"
+        )
+    return module.float().eval()
+
+
+def _loaded(kind: Any, location: str, options: dict[str, bool]) -> tuple[Any, list[str]]:
+    """The model, and the names of the weights that its checkpoint lacks, sorted."""
+    module, loaded = kind.from_pretrained(
+        location, attn_implementation=ATTENTION, output_loading_info=True, **options
+    )
+    return module, sorted(loaded["missing_keys"])
+
+
+def _class_names(id2label: dict[Any, str]) -> list[str] | None:
+    """Class names in the order of the logits, or None if they are transformers' placeholders."""
+    names = [id2label[key] for key in sorted(id2label, key=int)]
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def _model_class(config: Any) -> Any:
+    """The class that a checkpoint was saved from, or the class of its vision tower.
+
+    Raises MarrqError if config.json names no class of transformers, or a class without images.
+    """
+    name = config.architectures[0] if config.architectures else ""
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise MarrqError(
+            f"config.json names {name!r} under architectures, no class of transformers "
+            f"{transformers.__version__}: correct it"
+        )
+    if kind.main_input_name == "pixel_values":
+        return kind
+    if not hasattr(config, "vision_config"):
+        raise MarrqError(f"{name} takes {kind.main_input_name}: choose a model of images")
+    # The tower with its projection, if there is one: its output is what text is compared with.
+    tower: Any = transformers.MODEL_MAPPING[type(config.vision_config)]
+    return getattr(transformers, f"{tower.__name__}WithProjection", tower)

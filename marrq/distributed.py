@@ -1,14 +1,20 @@
-"""Several processes that quantize one model together, on torch.distributed (gloo between CPUs, nccl
-between GPUs), started by torchrun.
+"""Several processes that quantize one model together, started by torchrun, on torch.distributed:
+gloo between CPUs, nccl between GPUs.
 
-Each process holds the whole model, and tokens of some batches. Sums over tokens are added up (they
-add exactly, marrq/methods/statistics.py); the rows of a weight are shared out, swept, and gathered
-(a row knows nothing of the others); whatever is decided once is decided by the same numbers
-everywhere, or by the first process. So N processes find the codes that one finds.
+Every process holds the whole model. They share the work so:
 
-Rows are shared out in multiples of 32: matrix products come out the same to the last bit when they
-are cut there, as their kernels work on tiles of that size. Nothing here knows what is summed or
-swept."""
+    calibration batches    Each process has some batches and sums their statistics. The sums of all
+                           processes are added by all_reduce, and they add exactly
+                           (marrq/methods/statistics.py).
+    rows of a weight       Each process sweeps some rows, since no row depends on another. The codes
+                           are put together by all_gather.
+    decisions              Each process decides by the same numbers, or takes what the first process
+                           says, by broadcast.
+
+So N processes find the same codes as one process, to the last bit. Rows are shared in multiples of
+ROW_TILE: kernels of matrix products work on tiles of that many rows, and a product that is cut
+between two tiles keeps every bit.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,47 +35,55 @@ ROW_TILE = 32
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes, and which of them this is. A processes of one does nothing but what it is
-    told."""
+    """The processes that work together, seen from one of them. A process that works alone
+    communicates with nobody: its collectives return what they are given.
+
+    Every process must call the collectives (all_gather, all_reduce, broadcast, broadcast_object,
+    all_agree, and what is made of them) in the same order.
+
+    rank: the number of this process, 0 … size - 1.
+    size: how many processes there are.
+    """
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
-        """Consecutive items for this process."""
-        return items[
-            len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size
-        ]
+        """The items of this process: consecutive, and about as many for each process."""
+        start = len(items) * self.rank // self.size
+        return items[start : len(items) * (self.rank + 1) // self.size]
 
     def rows(self, count: int) -> slice:
-        """The rows of a weight for this process: all of them, where there are too few to share
-        out."""
+        """The rows of this process of a weight with `count` rows. If there are fewer rows than one
+        tile for each process, every process has all rows."""
         if count < ROW_TILE * self.size:
             return slice(0, count)
-        tiles = self.share(range(0, count, ROW_TILE))
+        tiles = self.share(range(0, count, ROW_TILE))  # the first row of each tile
         return slice(tiles[0], min(tiles[-1] + ROW_TILE, count))
 
     def gather_rows(self, part: Tensor, count: int) -> Tensor:
-        """All rows, from those of each process."""
-        return part if len(part) == count else self.gather(part)
+        """All `count` rows of a tensor, from the rows that each process has by `rows(count)`."""
+        return part if len(part) == count else self.all_gather(part)
 
-    def total(self, rows: Tensor, count: int) -> float:
-        """The sum of numbers that each process has for its rows; in one order, so that it is the
-        same number everywhere."""
-        return float(self.gather_rows(rows, count).sum())
+    def sum_rows(self, part: Tensor, count: int) -> float:
+        """The sum of one number for each of `count` rows, from the numbers of each process's rows.
+        It is added in the order of the rows, so that every process gets the same bits."""
+        return float(self.gather_rows(part, count).sum())
 
-    def gather(self, part: Tensor) -> Tensor:
-        """Tensors of all processes, process_group along the first dimension, which may differ."""
+    def all_gather(self, part: Tensor) -> Tensor:
+        """The tensors of all processes, concatenated along the first dimension in the order of the
+        ranks. Their first dimensions may differ."""
         if self.size == 1:
             return part
         lengths = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(self.size)]
         with _collective():
             dist.all_gather(lengths, torch.tensor([len(part)], device=part.device))
+        # dist.all_gather wants tensors of one shape: pad to the longest, and cut off again.
         longest = max(int(length) for length in lengths)
         padded = part.new_zeros(longest, *part.shape[1:])
         padded[: len(part)] = part
@@ -81,15 +95,15 @@ class Processes:
         )
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Each tensor becomes the sum over the processes, in place."""
+        """Replace each tensor, in place, by its sum over the processes."""
         if self.size > 1:
             with _collective():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
     def broadcast(self, value: Tensor) -> Tensor:
-        """The tensor of the first process; the others give one of that type whose first dimension
-        may differ."""
+        """The first process's tensor. The tensors of the other processes are not used; they must
+        have its type and its shape, up to the first dimension."""
         if self.size == 1:
             return value
         length = torch.tensor(value.shape[:1], device=value.device)
@@ -104,16 +118,16 @@ class Processes:
         return sent
 
     def broadcast_object(self, value: Value) -> Value:
-        """What the first process says; what the others give does not matter."""
+        """The first process's value, pickled on the way. The values of the others are not used."""
         if self.size == 1:
             return value
-        said = [value]
+        values = [value]
         with _collective():
-            dist.broadcast_object_list(said, 0)
-        return said[0]
+            dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def all_agree(self, holds: bool) -> bool:
-        """Whether something holds in all processes."""
+        """Whether `holds` is true in every process."""
         if self.size == 1:
             return holds
         fails = torch.tensor([not holds], dtype=torch.int64)
@@ -122,8 +136,12 @@ class Processes:
         return not int(fails)
 
     def check_agreement(self, digest: str, subject: str) -> None:
-        """Raise MarrqError where the processes have come to different results, which machines of
-        different kinds may."""
+        """Raise MarrqError if the processes have come to different results, as machines of
+        different kinds may.
+
+        digest: a hash of this process's result.
+        subject: what the result is, for the message.
+        """
         if not self.all_agree(digest == self.broadcast_object(digest)):
             raise MarrqError(
                 f"processes came to different results in {subject}: run them on machines of one "
@@ -136,9 +154,11 @@ ONE_PROCESS = Processes()
 
 @contextmanager
 def _collective() -> Iterator[None]:
+    """Turn the error of a collective into one sentence. torch raises RuntimeError if a process is
+    gone or the network fails."""
     try:
         yield
-    except RuntimeError as error:  # of a process that is gone, or of the network
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise MarrqError(
             f"process {dist.get_rank()} lost the others ({reason}): look for the one that failed "
@@ -147,28 +167,27 @@ def _collective() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many torchrun has started; 1 without it."""
+    """How many processes torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process on its machine, where the device is a GPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.type == "cuda" and world_size() > 1
-        else device
-    )
+    """The GPU of this process if several processes work on GPUs, else the device that is given."""
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun has started, for the time of the block; a process alone is a
-    processes of one."""
+    """The processes that torchrun has started, connected until the end of the `with` block. Without
+    torchrun this is ONE_PROCESS."""
     if world_size() == 1:
         yield ONE_PROCESS
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Objects and flags travel as CPU tensors, so gloo is needed beside nccl.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -178,7 +197,8 @@ def process_group(device: torch.device) -> Iterator[Processes]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Everything inside on one thread of the CPU; what runs on a GPU is not touched."""
+    """Run the CPU work inside on one thread. The factorizations of LAPACK give other bits on
+    another number of threads; work on a GPU is not affected."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

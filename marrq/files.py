@@ -1,12 +1,16 @@
-"""Files that are whole or absent, whenever the machine stops; and what tells one file from another.
+"""Files and folders that are whole or absent, whenever the machine stops; and hashes that tell one
+file from another.
 
 A file is written beside its place, flushed to the disk and renamed. A rename within a folder is one
-step (POSIX rename), so a reader sees the old file or the new one, and never a part.
+step (POSIX rename), so a reader sees the old file or the new one, and never a part. A folder is
+written the same way, but a folder that is replaced has to be moved away first: between the two
+renames it lies beside its place, and the next write puts it back.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +34,40 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     flush(file.parent)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Put a folder in its place in one step, or replace the folder that is there.
+
+    write: called with an empty folder to fill. The parent is made if it does not exist.
+    Raises what `write` and the file system raise; then what was there before is still there, and
+        nothing is left beside it.
+    """
+    unfinished, replaced = (
+        folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced")
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Of a process that was killed.
+        _clear(folder, unfinished, replaced)
+        unfinished.mkdir()
+        write(unfinished)
+        for path in (*unfinished.rglob("*"), unfinished):
+            flush(path)
+        if folder.exists():
+            folder.rename(replaced)
+        unfinished.rename(folder)
+        flush(folder.parent)
+    finally:
+        _clear(folder, unfinished, replaced)
+
+
+def _clear(folder: Path, unfinished: Path, replaced: Path) -> None:
+    """Put a folder back that was moved away and not replaced; remove what lies beside its place."""
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    for path in (unfinished, replaced):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -65,4 +103,12 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise MarrqError(
             f"output {str(path)!r} exists: choose another place, or pass --force to replace it"
+        )
+
+
+def check_data_folder(name: str) -> None:
+    """Raise MarrqError if a folder of images does not exist; `demo` names the built-in images."""
+    if name != "demo" and not Path(name).is_dir():
+        raise MarrqError(
+            f"data folder {name!r} does not exist: give a folder of class folders, or demo"
         )

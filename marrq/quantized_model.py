@@ -11,14 +11,20 @@ from marrq.models.preprocessing import Preprocessing
 from marrq.schemes import Scheme
 
 BATCH_SIZE = 16
-"""Images at once: a batch of a ViT-S block's activations then stays in the caches of a processor
-core, which halves its time."""
+"""Images of a batch. The activations of so many images of a ViT-S fit into the caches of a
+processor core, which halves the time of a run."""
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """Which images calibrated: enough to draw them again. batch_size: images at once, which the
-    last bits of the sums depend on."""
+    """Which images calibrate: enough to draw them again.
+
+    data: the folder or package of images.
+    samples: how many images are drawn.
+    seed: of the draw.
+    files_sha256: a hash of the images that the draw gave.
+    batch_size: images of a batch; the last bits of the statistics depend on it.
+    """
 
     data: str
     samples: int
@@ -29,7 +35,8 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """What the user chooses, and what the codes follow from, the model and the images apart."""
+    """What the user chooses about the codes. Codes are a function of the model, the calibration
+    images and these settings."""
 
     scheme: Scheme
     method: MethodSpec
@@ -40,12 +47,21 @@ class QuantizationSettings:
 class ModuleReport:
     """How one linear was quantized.
 
-    error: J over the calibration tokens; relative_error: J / ‖W X̃‖²; mse: J / (tokens · outputs);
-    clipped: share of weights outside their grid; alpha, trajectory, fallback: see
-    methods/problem.py; damping, lowrank_damping: see methods.Solution; writes_stream: whether the
-    wanted output was that of the residual stream; equalized: whether its input got a scale per
-    channel; edge: whether it belongs to the patch embedding or the head; balanced: whether its
-    inputs were put in another basis."""
+    path: of the linear in the model.
+    error: J, the square error of the linear's outputs (or of the residual stream after it), summed
+        over the calibration tokens (marrq/methods/statistics.py).
+    relative_error: J / ‖W X̃‖².
+    mse: J / (tokens · outputs).
+    alpha, trajectory, fallback: the residual strength α, the steps of its search, and why α = 0 was
+        used instead (Rounding in marrq/methods/problem.py).
+    damping: λ / mean(diag H) of the factorization that the sweep used.
+    lowrank_damping: the same of the low-rank branch's input scaling; None without a branch.
+    clipped: share of weights outside the range of their grid, 0 … 1.
+    writes_stream: whether J is the error of the residual stream.
+    equalized: whether the channels of its input were scaled.
+    is_outer: whether it belongs to the patch embedding or the head.
+    balanced: whether its input was put in another basis.
+    """
 
     path: str
     error: float
@@ -59,17 +75,19 @@ class ModuleReport:
     fallback: str | None
     writes_stream: bool
     equalized: bool
-    edge: bool = False
+    is_outer: bool = False
     balanced: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A model with QuantLinear in place of every linear of its blocks, and of its edges where the
-    scheme says so; and the record of how it came about.
+    """A model whose blocks have QuantLinear in place of every linear, and the record of how it came
+    about. If the scheme says so, first and last layers are quantized too.
 
-    module, preprocessing, labels: as in VisionModel; source: the float model it was made from;
-    reports: one a linear."""
+    module, preprocessing, labels: as in VisionModel.
+    source: the float model that was quantized.
+    reports: one for each quantized linear, in order of execution.
+    """
 
     module: nn.Module
     source: ModelSource
@@ -81,6 +99,11 @@ class QuantizedModel:
     reports: tuple[ModuleReport, ...]
 
     @property
+    def settings(self) -> QuantizationSettings:
+        """What the user chose."""
+        return QuantizationSettings(self.scheme, self.method, self.calibration)
+
+    @property
     def output(self) -> str:
-        """What the model gives."""
+        """What the model computes: `logits` or `features`."""
         return output_name(self.labels)

@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import noise, quantized, vit
 
-from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, _sha256, load, save
+from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, load, save
 from marrq.errors import MarrqError
+from marrq.files import sha256
 from runtime.measure.memory import resident_peak_mb
 
 HEADROOM = 512 * 2**20
@@ -229,7 +230,7 @@ class Case:
         if target in (TENSORS, "shapes"):
             config = json.loads(files[CONFIG])
             (self.place / CONFIG).write_text(
-                json.dumps({**config, "tensors_sha256": _sha256(self.place / TENSORS)})
+                json.dumps({**config, "tensors_sha256": sha256(self.place / TENSORS)})
             )
 
 

@@ -14,10 +14,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from marrq.artifact.folder import tensors_of
+from marrq.artifact.tensors import tensors_of
 from marrq.methods.spec import parse_method
-from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel
+from marrq.models.load import ModelSource, VisionModel
 from marrq.models.preprocessing import Preprocessing
+from marrq.models.transformers_models import ATTENTION
+from marrq.models.transformers_output import TransformersOutput
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import (
     BATCH_SIZE,

@@ -1,30 +1,35 @@
-"""Checkpoints: what each block of a run has become, on disk, so that a run that was killed can go
-on.
+"""Checkpoints: the finished blocks of a run, on disk, so that a run that was killed can go on.
 
-    settings.json             model, images, scheme, method and versions of the run; a run with others is refused
-    block-0012.safetensors    the tensors of a block that is done, named as in an artifact, and its reports
+    settings.json             model, images, settings and versions of the run
+    block-0012.safetensors    the tensors of a finished block, named as in an artifact, and the
+                              reports of its linears in the header
 
-A file is written under another name, flushed, and renamed: it is there or it is not. Tokens are not
-kept. A run that goes on computes them again from the images and the blocks that are done, which
-takes a fraction of the time that quantizing these took, and gives the same bits; so the artifact of
-a run that was killed is that of one that was not, byte for byte."""
+Tokens are not kept. A run that goes on computes them again from the images and the finished blocks,
+which takes a fraction of the time of quantizing these blocks and gives the same bits. So the
+artifact of a run that was killed is the artifact of a run that was not, byte for byte.
+"""
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import save_file
 from torch import Tensor
 
-from marrq.artifact.folder import PACKED, flush, report_of, restore, tensors_of
+from marrq.artifact.config import report_from_json, report_to_json
+from marrq.artifact.tensors import (
+    errors_of_writing,
+    linears_in,
+    restore,
+    save_tensors,
+    tensors_of,
+)
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
+from marrq.files import write_json
 from marrq.models.blocks import Block
-from marrq.models.first_last import Edge
 from marrq.quantized_model import ModuleReport
 from marrq.schemes import Scheme
 
@@ -32,98 +37,96 @@ SETTINGS = "settings.json"
 
 
 class FolderCheckpoint:
-    """The blocks of one run in a folder, which the first process alone reads and writes
-    (pipeline.Checkpoint)."""
+    """The finished blocks of one run, in a folder (Checkpoint in marrq/pipeline/quantize.py). The
+    first process reads and writes the folder for all processes."""
 
     def __init__(
         self, folder: Path, settings: dict[str, Any], scheme: Scheme, processes: Processes
     ) -> None:
-        """settings: what the run is, as JSON. Raises MarrqError where the folder has a run with
-        others."""
-        self._folder, self._scheme, self._team = folder, scheme, processes
+        """Begin a run, or go on with the run that the folder has.
+
+        settings: everything that the blocks are a function of, as JSON.
+        Raises MarrqError if the folder is damaged or has a run with other settings.
+        """
+        self._folder, self._scheme, self._processes = folder, scheme, processes
         if processes.is_first:
             _begin(folder, settings)
 
     def restore(self, index: int, block: Block) -> list[ModuleReport] | None:
-        """See pipeline.Checkpoint."""
-        saved = self._team.broadcast_object(self._read(index) if self._team.is_first else None)
+        """Put the quantized linears of a finished block in their places, and return their reports.
+        None if the block is not finished. Raises MarrqError if its file is damaged."""
+        is_first = self._processes.is_first
+        saved = self._processes.broadcast_object(self._read(index) if is_first else None)
         if saved is None:
             return None
         tensors, reports = saved
-        device, edges = next(block.module.parameters()).device, set()
-        if isinstance(block, Edge):
-            edges = {name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)}
-            tensors |= {
-                name: tensor
-                for name, tensor in tensors_of(block.module).items()
-                if _is_other(name, block)
-            }
-        restore(block.module, tensors, self._scheme, edges).to(device)
+        outer = set() if block.kind == "block" else set(linears_in(tensors))
+        # The module of first and last layers is the whole model: what they do not own, the
+        # tensors of the blocks, stays as it is.
+        others = {
+            name: tensor
+            for name, tensor in tensors_of(block.module).items()
+            if not block.owns(name)
+        }
+        device = next(block.module.parameters()).device
+        restore(block.module, tensors | others, self._scheme, outer).to(device)
         return reports
 
     def keep(self, index: int, block: Block, reports: list[ModuleReport]) -> None:
-        """See pipeline.Checkpoint."""
-        if not self._team.is_first:
+        """Write a finished block. Raises MarrqError if it cannot be written."""
+        if not self._processes.is_first:
             return
+        file = self._file(index)
         tensors = {
-            name: tensor
-            for name, tensor in tensors_of(block.module).items()
-            if not _is_other(name, block)
+            name: tensor for name, tensor in tensors_of(block.module).items() if block.owns(name)
         }
-        told = {"reports": json.dumps([asdict(report) for report in reports])}
-        _write(self._file(index), lambda place: save_file(tensors, place, told))
+        header = {"reports": json.dumps([report_to_json(report) for report in reports])}
+        with _errors_of_writing(file):
+            # A folder that was removed meanwhile must not come back without its settings.
+            (self._folder / SETTINGS).stat()
+            save_tensors(tensors, file, header)
 
     def remove(self) -> None:
         """Remove the folder: the run is done."""
-        if self._team.is_first:
+        if self._processes.is_first:
             remove_checkpoint(self._folder)
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:04}.safetensors"
 
     def _read(self, index: int) -> tuple[dict[str, Tensor], list[ModuleReport]] | None:
+        """Tensors and reports of a finished block, None if it is not finished."""
         file = self._file(index)
         if not file.exists():
             return None
         try:
             with safetensors.safe_open(file, framework="pt") as content:
-                reports = [
-                    report_of(fields) for fields in json.loads(content.metadata()["reports"])
-                ]
-                return {name: content.get_tensor(name) for name in content.keys()}, reports  # noqa: SIM118  # no mapping
+                reports = json.loads(content.metadata()["reports"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
+            return tensors, [report_from_json(fields) for fields in reports]
         except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
             raise MarrqError(
                 f"checkpoint {str(file)!r} is damaged: remove it to quantize its block again"
             ) from error
 
 
-def _is_other(tensor: str, block: Block) -> bool:
-    """Whether a tensor belongs to the blocks that an edge, whose module is the whole model, has
-    inside."""
-    return isinstance(block, Edge) and tensor.startswith(
-        tuple(path + "." for path, part in block.module.named_modules() if part in block.blocks)
-    )
-
-
 def is_checkpoint(folder: Path) -> bool:
-    """Whether an unfinished run lies there."""
+    """Whether the folder has an unfinished run."""
     return (folder / SETTINGS).exists()
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove what lies there."""
+    """Remove the folder and the unfinished run in it."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or make sure that it holds this run."""
+    """Make the folder. If it exists, raise MarrqError unless its run has these settings."""
     if not is_checkpoint(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(
-            folder / SETTINGS, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n")
-        )
+        with _errors_of_writing(folder / SETTINGS):
+            write_json(folder / SETTINGS, settings)
         return
-    found = _settings(folder)
+    found = _read_settings(folder)
     differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         raise MarrqError(
@@ -132,28 +135,17 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """What the run that lies there is."""
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that the folder has."""
     try:
-        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+        found: Any = json.loads((folder / SETTINGS).read_text())
     except ValueError:
-        found = {}
+        found = None
     if not isinstance(found, dict) or not found:
         raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
     return found
 
 
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is whole or absent, whenever the machine stops."""
-    unfinished = file.with_name(f".{file.name}")
-    try:
-        write(unfinished)
-        flush(unfinished)
-        unfinished.replace(file)
-        flush(file.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise MarrqError(
-            f"cannot write checkpoint {str(file)!r}: {reason}; blocks before it are kept, for "
-            "--resume"
-        ) from error
+def _errors_of_writing(file: Path) -> AbstractContextManager[None]:
+    advice = "blocks before it are kept, for --resume"
+    return errors_of_writing(f"checkpoint {str(file)!r}", advice)

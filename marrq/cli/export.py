@@ -12,7 +12,8 @@ from marrq.cli.common import ForceOption, OutputOption, say
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from exporters.onnx_file import Export, Options
+    from exporters.choices import Options
+    from exporters.onnx_file import Export
 
 FORMATS = ("onnx", "triton")
 SERVER = "For --format triton"
@@ -106,7 +107,8 @@ def export(
 ) -> None:
     """Export an artifact: marrq export artifact --format onnx -o model.onnx; or --format triton -o
     repository --name vit"""
-    from exporters.onnx_file import Export, suitable_flavor
+    from exporters.flavors import suitable_flavor
+    from exporters.onnx_file import Export
     from marrq.artifact.folder import artifact_hash, load
 
     server = {
@@ -122,7 +124,7 @@ def export(
     }
     _check_format(format, output, force, {**server, "bench": bench})
     model = load(artifact)
-    flavor = flavor or suitable_flavor(model)
+    flavor = flavor or suitable_flavor(model.scheme)
     given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
     options: Options = {option: value for option, value in given.items() if value is not None}
     exported = Export(model, artifact_hash(artifact), flavor, options)
@@ -136,8 +138,8 @@ def export(
 def _check_format(format: str, output: Path, force: bool, server: dict[str, Any]) -> None:
     """Raise MarrqError for an unknown format, for an option that the format does not have, and for
     a file that is there."""
-    from exporters.onnx_file import external_data
-    from marrq.artifact.folder import check_output
+    from exporters.external_data import external_data
+    from marrq.files import check_output
 
     if format not in FORMATS:
         raise MarrqError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")

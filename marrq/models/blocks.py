@@ -1,42 +1,55 @@
 """Find the blocks of a vision transformer, and in each block its linears grouped by the input they
 share.
 
-Nothing here knows a family by name. Blocks are the innermost repeated modules (`blocks.3`,
-`encoder.layer.3`, MobileViT's `transformer.1`, Swin's `downsample`) that contain linears. Two trial
-forwards, of an image without and with noise, show the rest:
+No model family is known by name. Blocks are the innermost repeated modules that contain linears
+(`blocks.3`, `encoder.layer.3`, MobileViT's `transformer.1`, Swin's `downsample`). Two trial
+forwards, of an image and of the same image with noise, show the rest:
 
-    a block's input is the output of the one before, or not: then its tokens come from the model (MobileViT convolves in between)
-    a linear's input does not depend on the images: it stays in floating point (Swin v2's relative positions), a constant in the end
-    what a block is called with besides its input (Swin's resolution, rotary tables) is the same for other images
+    A block's input is the previous block's output, or not (MobileViT convolves in between). If not,
+    it is recomputed by running the model up to that block.
+    A linear's input is the same for both images (Swin v2's relative positions). Such a linear is a
+    constant in the end and stays in floating point.
+    The further arguments of a block (Swin's resolution, rotary tables) are the same for both images.
 
-A model for which the last does not hold, or which uses a linear other than by calling it once, is
-refused."""
+A model is refused if a block's further arguments depend on the image, or if a linear is used other
+than by calling it once.
+"""
 
 import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from marrq.errors import MarrqError
+from marrq.schemes import Scheme
 
 BLOCK_NAME = re.compile(r"(.*\.)?((blocks|layers?|transformer)\.\d+|downsample)")
 TRIAL_SEED = 0
+
+BlockKind = Literal["first", "block", "last"]
+"""first: the layers before the first block; block: a repeated block; last: the layers after the
+last block (marrq/models/first_last.py has the first and the last)."""
 
 
 @dataclass(frozen=True)
 class Block:
     """One block: tokens in, tokens out.
 
-    path: where it stands in the model; groups: paths of its linears within the block, in order of
-    execution, one tuple for linears that share an input; follows: whether its tokens are the output
-    of the block before it; arguments, keywords: what the model calls it with besides the tokens.
+    path: the block's module path in the model.
+    module: computes the block; the pipeline replaces its linears in place.
+    groups: paths of the linears within the block, in order of execution, one tuple for the linears
+        that share an input.
+    follows: whether the block's input is the previous block's output.
+    arguments, keywords: what the model passes to the block besides the tokens.
     """
+
+    kind: ClassVar[BlockKind] = "block"
 
     path: str
     module: nn.Module
@@ -54,54 +67,69 @@ class Block:
         return cast(nn.Linear, self.module.get_submodule(name))
 
     def path_of(self, linear: str) -> str:
-        """Where a linear stands in the model; linear: its path within the block."""
+        """The path in the model of the linear at a path within the block."""
         return f"{self.path}.{linear}" if self.path else linear
+
+    def scheme_of(self, scheme: Scheme) -> Scheme:
+        """The bits and grids of this block's linears, if the model is quantized by `scheme`."""
+        return scheme
+
+    def owns(self, tensor: str) -> bool:
+        """Whether the tensor of this name in `module` belongs to the block."""
+        return True
 
     def copied(self) -> "Block":
         """The same block with parameters of its own."""
         return replace(self, module=copy.deepcopy(self.module))
 
     def in_float64(self) -> "Block":
-        """A copy in float64, with the tensors that it is called with."""
+        """A copy in float64, with float64 arguments."""
 
         def double(value: Any) -> Any:
-            return (
-                value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-            )
+            is_float = isinstance(value, Tensor) and value.is_floating_point()
+            return value.double() if is_float else value
 
-        keywords = {name: double(value) for name, value in self.keywords.items()}
-        module = copy.deepcopy(self.module).double()
         return replace(
-            self, module=module, arguments=tuple(map(double, self.arguments)), keywords=keywords
+            self,
+            module=copy.deepcopy(self.module).double(),
+            arguments=tuple(map(double, self.arguments)),
+            keywords={name: double(value) for name, value in self.keywords.items()},
         )
 
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
-        """What the linear (a path within the block) receives when the block gets `tokens`; nothing
-        after it is computed."""
+        """The input of a linear (a path within the block) for the block's input `tokens`. Nothing
+        after the linear is computed."""
         with stop_at(self.module.get_submodule(linear)) as reached:
             self(tokens)
+        return reached[0]
+
+    def input_from(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The tokens that enter the block if the model, or a copy of it, gets `images`. Nothing
+        after the block's input is computed."""
+        with stop_at(model.get_submodule(self.path)) as reached:
+            model(images)
         return reached[0]
 
 
 @torch.no_grad()
 def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
-    """The blocks in order of execution. images: [at least 1, channels, height, width], for a trial;
-    the other trial is on it with noise. Raises MarrqError when the model has none, when one depends
-    on more than its tokens, or when a linear is used other than by calling it."""
+    """The blocks in order of execution.
+
+    images: [at least 1, channels, height, width]; the first image serves for both trial forwards.
+    Raises MarrqError if the model has no blocks, if a block depends on more than its tokens, or if
+        a linear is used other than by calling it once.
+    """
     candidates = _candidates(model)
     if not candidates:
         raise MarrqError(
             "the model has no repeated blocks with linear layers: only vision transformers can be "
             "quantized"
         )
-    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED)).to(
-        images
-    )
-    first, second = (
-        _record(model, candidates, image) for image in (images[:1], images[:1] + noise)
-    )
+    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED))
+    first = _record(model, candidates, images[:1])
+    second = _record(model, candidates, images[:1] + noise.to(images))
     blocks: list[Block] = []
-    before: Tensor | None = None
+    previous_output: Tensor | None = None
     for path, calls in first.items():
         if len(calls) != 1:
             raise MarrqError(
@@ -109,35 +137,32 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
                 "can be quantized"
             )
         [call], [other] = calls, second[path]
-        groups = _groups(path, candidates[path], call, other)
         block = Block(
             path,
             candidates[path],
-            groups,
-            before is not None and _same(before, other.tokens),
+            _groups(path, candidates[path], call, other),
+            previous_output is not None and _same(previous_output, other.tokens),
             *call.rest,
         )
+        # The block has the further arguments of the first image and the tokens of the second. If
+        # its output is the second image's, those arguments do not depend on the image.
         if not _same(block(other.tokens), other.output):
             raise MarrqError(
                 f"block {path!r} gives other tokens alone than in the model: what else it reads "
                 "depends on the images"
             )
         blocks.append(block)
-        before = other.output
+        previous_output = other.output
     return blocks
-
-
-def first_input(model: nn.Module, block: Block, images: Tensor) -> Tensor:
-    """The tokens that enter the block when the model, or a copy of it, gets `images`; nothing after
-    it is computed."""
-    with stop_at(model.get_submodule(block.path)) as reached:
-        model(images)
-    return reached[0]
 
 
 @dataclass
 class _Call:
-    """One call of a block in a trial forward."""
+    """One call of a block in a trial forward.
+
+    rest: the arguments besides the tokens, positional and by keyword.
+    linears: the linears that the call ran, with their inputs, in order of execution.
+    """
 
     tokens: Tensor
     rest: tuple[tuple[Any, ...], dict[str, Any]]
@@ -146,12 +171,14 @@ class _Call:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules with the name of a block and with linears inside."""
     named = {
         path: module
         for path, module in model.named_modules()
         if BLOCK_NAME.fullmatch(path)
         and any(isinstance(child, nn.Linear) for child in module.modules())
     }
+    # Swin's `layers.0` contains `layers.0.blocks.0`: of nested names the inner ones are blocks.
     return {
         path: module
         for path, module in named.items()
@@ -162,7 +189,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 def _record(
     model: nn.Module, candidates: dict[str, nn.Module], images: Tensor
 ) -> dict[str, list[_Call]]:
-    """Calls of each candidate block in one forward, in order of execution."""
+    """The calls of each candidate block in one forward, in order of execution."""
     trace: dict[str, list[_Call]] = {}
     linears: list[tuple[nn.Module, Tensor]] = []
 
@@ -179,10 +206,10 @@ def _record(
                     "quantized"
                 )
             inside = set(module.modules())
-            mine = [(linear, x) for linear, x in linears if linear in inside]
-            trace.setdefault(path, []).append(
-                _Call(arguments[0], (arguments[1:], dict(keywords)), mine, first_output(output))
-            )
+            own = [(linear, x) for linear, x in linears if linear in inside]
+            rest = (arguments[1:], dict(keywords))
+            call = _Call(arguments[0], rest, own, first_output(output))
+            trace.setdefault(path, []).append(call)
 
         return hook
 
@@ -201,9 +228,9 @@ def _record(
 
 
 def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tuple[str, ...], ...]:
-    """The block's linears, grouped by identity of their input, without those whose input is the
-    same in a call with other images."""
-    fixed = {
+    """The block's linears, grouped by the identity of their input. Linears whose input is the same
+    for both images are left out."""
+    constant = {
         linear
         for (linear, x), (_, y) in zip(call.linears, other.linears, strict=True)
         if torch.equal(x, y)
@@ -211,10 +238,12 @@ def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tu
     names = {
         child: name
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child not in fixed
+        if isinstance(child, nn.Linear) and child not in constant
     }
     called = [(linear, x) for linear, x in call.linears if linear in names]
     for child, name in names.items():
+        # No call: its weight is used directly. Two calls: it has two inputs, and one statistics
+        # would mix them.
         count = sum(linear is child for linear, _ in called)
         if count != 1:
             raise MarrqError(
@@ -225,26 +254,27 @@ def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tu
 
 
 def group_by_input(calls: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """Names of linears that were called, one tuple for those that were given the same tensor."""
+    """Names of linears with their inputs, to one tuple of names for each distinct tensor."""
     groups: dict[int, list[str]] = {}
     for name, x in calls:
+        # By identity: `calls` keeps the tensors alive, so that no id is used twice.
         groups.setdefault(id(x), []).append(name)
     return tuple(tuple(members) for members in groups.values())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal but for rounding."""
+    """Whether two tensors are equal up to rounding."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def first_output(output: Any) -> Tensor:
-    """Tokens of a block's output; transformers' blocks may return tuples."""
+    """The tokens of a block's output. Blocks of transformers may return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 @contextmanager
 def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Removes the hooks at the end, whatever happens."""
+    """Remove the hooks at the end, whatever happens."""
     try:
         yield
     finally:
@@ -257,7 +287,8 @@ def stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
     """Catch the first argument of the module's first call, and end the forward there."""
     reached: list[Tensor] = []
 
-    class _Reached(Exception):  # one for each call, which may stand within another
+    # A class for each use: stop_at may stand within another stop_at, which must not catch it.
+    class _Reached(Exception):
         pass
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:

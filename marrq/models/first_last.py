@@ -1,32 +1,34 @@
-"""Patch embedding and head, the edges of a vision transformer: the linears before its first block
-and behind its last.
+"""The first and last layers of a vision transformer: the patch embedding before its first block,
+and the linears of the head after its last block.
 
-A convolution whose stride is its kernel reads every pixel once, and so is a linear on patches,
+A convolution whose stride is its kernel size reads every pixel once. It is a linear on patches,
 
     y = W p + b,        p: the pixels of a patch, [channels · height · width]
 
-`Patches` is that linear in the convolution's place. Its codes, grid, statistics, artifact and
-kernel are those of any linear, its input are quantized pixels; nothing asks for a quantized output,
-as an integer convolution would.
+`Patches` is that linear in the convolution's place. Its codes, grid, statistics, tensors and kernel
+are those of any linear, and its input is quantized pixels. An integer convolution would ask for a
+quantized output too; the linear does not.
 
-The pipeline goes through a chain of blocks, and the edges are two more of them: `Stem` takes pixels
-and gives the tokens that enter the first block, `Head` takes the tokens behind the last block and
-gives the logits. A trial forward must show that nothing else enters them."""
+The pipeline runs a chain of blocks, and first and last layers are two more links: `FirstLayers`
+takes pixels and gives the tokens that enter the first block, `LastLayers` takes the output of the
+last block and gives the logits. A trial forward must show that nothing else enters them.
+"""
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.models.blocks import Block, first_output, group_by_input, hooked, stop_at
+from marrq.models.blocks import Block, BlockKind, first_output, group_by_input, hooked, stop_at
+from marrq.schemes import Scheme
 
 
 class Patches(nn.Module):
-    """A linear on the patches of an image, with the shapes of the convolution that it stands
-    for."""
+    """A linear on the patches of an image, with input and output shaped as those of the
+    convolution that it replaces."""
 
     weight: Tensor
 
@@ -40,22 +42,19 @@ class Patches(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: [batch, channels, rows · height, columns · width] to [batch, out, rows,
-        columns]."""
+        """[batch, channels, rows · height, columns · width] to [batch, out, rows, columns]."""
         (batch, channels, image_height, image_width), (height, width) = pixels.shape, self.size
-        apart = pixels.reshape(
-            batch, channels, image_height // height, height, image_width // width, width
-        )
-        patches = apart.permute(0, 2, 4, 1, 3, 5).flatten(
-            3
-        )  # [batch, rows, columns, channels · height · width]
+        rows, columns = image_height // height, image_width // width
+        apart = pixels.reshape(batch, channels, rows, height, columns, width)
+        # [batch, rows, columns, channels · height · width], in the order of the flattened kernel
+        patches = apart.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return cast(Tensor, self.linear(patches)).permute(0, 3, 1, 2)
 
 
 def put_patches(model: nn.Module, path: str) -> Patches:
-    """Put the linear in the place of the convolution at a path, whose stride is its kernel."""
+    """Replace the convolution at a path, whose stride is its kernel size, by `Patches`."""
     convolution = cast(nn.Conv2d, model.get_submodule(path))
-    weight = convolution.weight.detach().flatten(1)
+    weight = convolution.weight.detach().flatten(1)  # [out, channels · height · width]
     linear = nn.Linear(
         weight.shape[1],
         len(weight),
@@ -72,21 +71,37 @@ def put_patches(model: nn.Module, path: str) -> Patches:
 
 
 @dataclass(frozen=True)
-class Edge(Block):
-    """What stands before or behind the blocks. module: the whole model; blocks: its blocks, which
-    copies share."""
+class OuterLayers(Block):
+    """The layers before or after the blocks.
+
+    module: the whole model.
+    blocks: the modules of the model's blocks, which copies of the outer layers share.
+    """
 
     blocks: tuple[nn.Module, ...]
 
-    def copied(self) -> "Edge":
-        """The same edge with parameters of its own."""
-        return replace(
-            self, module=copy.deepcopy(self.module, {id(block): block for block in self.blocks})
+    def scheme_of(self, scheme: Scheme) -> Scheme:
+        """8 bits, whatever the blocks have."""
+        return scheme.of_edges
+
+    def owns(self, tensor: str) -> bool:
+        """Whether the tensor of the model lies outside the blocks."""
+        inside = tuple(
+            path + "." for path, part in self.module.named_modules() if part in self.blocks
         )
+        return not tensor.startswith(inside)
+
+    def copied(self) -> "OuterLayers":
+        """The same layers with parameters of their own."""
+        # deepcopy takes an object that is in its memo as copied already: the blocks stay shared.
+        shared = {id(block): block for block in self.blocks}
+        return replace(self, module=copy.deepcopy(self.module, shared))
 
 
-class Stem(Edge):
+class FirstLayers(OuterLayers):
     """The model up to its first block: pixels in, tokens out."""
+
+    kind: ClassVar[BlockKind] = "first"
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The tokens that enter the first block. tokens: the pixels."""
@@ -94,16 +109,25 @@ class Stem(Edge):
             self.module(tokens)
         return reached[0]
 
+    def input_from(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return images
+
 
 @dataclass(frozen=True)
-class Head(Edge):
-    """The model behind its last block: tokens in, logits out. example: pixels [1, channels, height,
-    width], by which to get there."""
+class LastLayers(OuterLayers):
+    """The model after its last block: tokens in, logits out.
+
+    example: pixels [1, channels, height, width]; the model runs on them up to its last block, whose
+        output is then replaced by the tokens.
+    """
+
+    kind: ClassVar[BlockKind] = "last"
 
     example: Tensor
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The logits. tokens: as they leave the last block."""
+        """The logits. tokens: the output of the last block."""
 
         def leave(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
             return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
@@ -113,97 +137,117 @@ class Head(Edge):
 
 
 @torch.no_grad()
-def with_edges(model: nn.Module, blocks: list[Block], images: Tensor) -> list[Block]:
-    """The chain of stem, blocks and head, where there is one; the patch embedding becomes a linear.
-    images: two or more, for the trial.
+def with_outer_layers(model: nn.Module, blocks: list[Block], images: Tensor) -> list[Block]:
+    """The chain of first layers, blocks and last layers. A model without a head has no last layers.
+    The model's patch embedding is replaced by `Patches`.
 
-    Raises MarrqError when the patch embedding is no linear on patches, and when the logits do not
-    follow from the last block's tokens."""
+    images: two or more, for the trial forward.
+    Raises MarrqError if the patch embedding is no linear on patches, or if the logits do not follow
+        from the last block's output alone.
+    """
     apart = [block.path for block in blocks[1:] if not block.follows]
     if apart:
         raise _refusal(f"block {apart[0]!r} does not follow from the one before")
-    before, behind, tokens, logits = _trial(model, blocks, images)
-    modules = tuple(block.module for block in blocks)
-    path = _patch_embedding(model, before)
+    trial = _trial(model, blocks, images)
+    path = _patch_embedding(model, trial.before)
     put_patches(model, path)
+    # From here on the input of the first block is the first layers' output.
     blocks = [replace(blocks[0], follows=True), *blocks[1:]]
-    stem = Stem("", model, ((f"{path}.linear",),), False, (), {}, modules)
-    if not behind:
-        return [stem, *blocks]
-    names = [name for name, _ in behind]
-    wrong = [
-        name
-        for name in names
-        if not isinstance(model.get_submodule(name), nn.Linear) or names.count(name) > 1
-    ]
-    if wrong:
-        raise _refusal(f"{wrong[0]!r} behind its last block is no linear that runs once")
-    head = Head("", model, group_by_input(behind), True, (), {}, modules, images[:1])
-    if not torch.allclose(head(tokens), logits, rtol=1e-4, atol=1e-5, equal_nan=True):
+    modules = tuple(block.module for block in blocks)
+    first = FirstLayers("", model, ((f"{path}.linear",),), False, (), {}, modules)
+    if not trial.after:
+        return [first, *blocks]
+    _check_head(model, [name for name, _ in trial.after])
+    groups = group_by_input(trial.after)
+    last = LastLayers("", model, groups, True, (), {}, modules, images[:1])
+    # The last layers saw the first image alone, the logits are of all images: if they agree, nothing
+    # but the tokens of the last block enters the head.
+    if not torch.allclose(last(trial.tokens), trial.logits, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise _refusal("its logits do not follow from the tokens behind its last block alone")
-    return [stem, *blocks, head]
+    return [first, *blocks, last]
 
 
 Calls = list[tuple[str, Tensor]]
 """Paths of linears and convolutions with their inputs, in order of execution."""
 
 
-def _trial(
-    model: nn.Module, blocks: list[Block], images: Tensor
-) -> tuple[Calls, Calls, Tensor, Tensor]:
-    """What is called before the first block and behind the last in one forward, the tokens behind
-    the last, and the logits."""
+@dataclass(frozen=True)
+class _Trial:
+    """What one forward showed.
+
+    before, after: the layers that were called before the first block and after the last block.
+    tokens: the last block's output.
+    logits: the model's output.
+    """
+
+    before: Calls
+    after: Calls
+    tokens: Tensor
+    logits: Tensor
+
+
+def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> _Trial:
+    """Run the model once and record the layers outside its blocks."""
     inside = {module for block in blocks for module in block.module.modules()}
     calls: Calls = []
-    entered: list[int] = []
-    left: list[tuple[int, Tensor]] = []
+    start: list[int] = []  # how many calls came before the first block
+    end: list[tuple[int, Tensor]] = []  # how many came before the last block's end, and its output
 
     def enter(path: str) -> Any:
         return lambda _, arguments: calls.append((path, arguments[0]))
 
-    outside = {
-        path: module
+    handles = [
+        module.register_forward_pre_hook(enter(path))
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside
-    }
-    handles = [module.register_forward_pre_hook(enter(path)) for path, module in outside.items()]
-    handles.append(
-        blocks[0].module.register_forward_pre_hook(lambda *_: entered.append(len(calls)))
-    )
-    handles.append(
+    ]
+    handles += [
+        blocks[0].module.register_forward_pre_hook(lambda *_: start.append(len(calls))),
         blocks[-1].module.register_forward_hook(
-            lambda *call: left.append((len(calls), first_output(call[-1])))
-        )
-    )
+            lambda *call: end.append((len(calls), first_output(call[-1])))
+        ),
+    ]
     with hooked(handles):
         logits = model(images)
-    [(end, tokens)] = left
-    return calls[: entered[0]], calls[end:], tokens, logits
+    [(count, tokens)] = end
+    return _Trial(calls[: start[0]], calls[count:], tokens, logits)
 
 
 def _patch_embedding(model: nn.Module, before: Calls) -> str:
-    """The path of the convolution that makes tokens of patches. Raises MarrqError where it is not
-    all there is before the blocks."""
+    """The path of the convolution that makes tokens of patches. Raises MarrqError if it is not the
+    only layer before the blocks, or no linear on patches."""
     if len(before) != 1:
         raise _refusal(
             f"{len(before)} layers before its first block have weights, not one patch embedding"
         )
     [(path, pixels)] = before
     layer = model.get_submodule(path)
-    if (
-        not isinstance(layer, nn.Conv2d)
-        or layer.stride != layer.kernel_size
-        or layer.padding not in ((0, 0), "valid")
-        or layer.dilation != (1, 1)
-        or layer.groups != 1
-        or any(
-            length % size for length, size in zip(pixels.shape[2:], layer.kernel_size, strict=True)
-        )
-    ):
+    if not (isinstance(layer, nn.Conv2d) and _reads_each_pixel_once(layer, pixels)):
         raise _refusal(
             f"its patch embedding {path!r} is no convolution with a stride of its kernel: {layer}"
         )
     return path
+
+
+def _reads_each_pixel_once(layer: nn.Conv2d, pixels: Tensor) -> bool:
+    """Whether the convolution is one linear on patches that tile the image."""
+    remainders = [
+        length % size for length, size in zip(pixels.shape[2:], layer.kernel_size, strict=True)
+    ]
+    return (
+        layer.stride == layer.kernel_size
+        and layer.padding in ((0, 0), "valid")
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+        and not any(remainders)
+    )
+
+
+def _check_head(model: nn.Module, names: list[str]) -> None:
+    """Raise MarrqError if a layer after the last block is no linear, or runs more than once."""
+    for name in names:
+        if not isinstance(model.get_submodule(name), nn.Linear) or names.count(name) > 1:
+            raise _refusal(f"{name!r} behind its last block is no linear that runs once")
 
 
 def _refusal(reason: str) -> MarrqError:

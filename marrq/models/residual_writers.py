@@ -1,12 +1,17 @@
-"""Find the linears of a block that write to the residual stream, and read the stream behind them.
+"""Find the linears of a block that write to the residual stream, and read the stream after them.
 
 A writer's output is added to the stream, at most multiplied by a constant γ per channel on the way
-(LayerScale): s = r + γ ∘ (W x + b). proj and fc2 of a pre-norm ViT are writers. Nothing here knows
-a family by name; a trial forward shows it. A change v of the linear's output, another at every
-token, must change the stream by γ ∘ v, token by token in the same order (the linear may see them in
-another shape; but in windows their order is another). Of the points of the block for which this
-holds (the inputs of its modules, and its output) the last is the stream with everything added: any
-later one lies behind something that is not linear."""
+(LayerScale):
+
+    s = r + γ ∘ (W x + b)        r: the stream before, x: the writer's input
+
+proj and fc2 of a pre-norm ViT are writers. No model family is known by name; a trial forward shows
+the writers. If the linear's output changes by v, different at every token, the stream must change
+by γ ∘ v, token by token in the same order. The linear may see the tokens in another shape, but not
+in another order, as in windows. This is tested at every point of the block that has the shape of
+the tokens: the inputs of its modules, and its output. The last point where it holds is the stream
+with everything added, since a later point lies after something that is not linear.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from marrq.models.blocks import Block, hooked
-from marrq.models.first_last import Edge
 
 TRIAL_SEED = 0
 
 
 @dataclass(frozen=True)
 class ResidualWriter:
-    """A linear that writes to the stream.
+    """A linear that writes to the residual stream.
 
-    linear: its path within the block; reader: path of the module whose input is the stream after
-    it, or None for the block's output; gain: γ, [m]."""
+    linear: its path within the block.
+    reader: path of the module whose input is the stream after the linear; None for the block's
+        output.
+    gain: γ, [m].
+    """
 
     linear: str
     reader: str | None
@@ -36,8 +43,11 @@ class ResidualWriter:
 def read_stream(
     block: Block, writer: ResidualWriter, tokens: Tensor, change: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The input of the writer after `change`, with which it then works, and the stream behind it;
-    for one batch of the block's tokens."""
+    """The writer's input after `change`, and the residual stream after the writer, for one batch of
+    the block's input.
+
+    change: applied to the writer's input, which the writer then works with.
+    """
     inputs: list[Tensor] = []
 
     def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -51,28 +61,30 @@ def read_stream(
 
 @torch.no_grad()
 def find_residual_writer(block: Block, linear: str, tokens: Tensor) -> ResidualWriter | None:
-    """How the linear writes to the stream, or None when it does not, as the edges' linears: the one
-    makes the stream, the others end it.
+    """How the linear writes to the residual stream, or None if it does not. First and last layers
+    do not: the patch embedding makes the stream, the head ends it.
 
-    tokens: some that enter the block; one image is enough.
+    tokens: a batch of the block's input; one image is enough.
     """
-    if isinstance(block, Edge):
+    if block.kind != "block":
         return None
+    # float64, so that a change through the block is linear up to 1e-12 or is not linear at all.
     block, tokens = block.in_float64(), tokens[:1].double()
     generator = torch.Generator().manual_seed(TRIAL_SEED)
-    changes = torch.randn(2, *tokens.shape, dtype=torch.float64, generator=generator).to(
-        tokens.device
-    )
+    changes = torch.randn(2, *tokens.shape, dtype=torch.float64, generator=generator)
+    changes = changes.to(tokens.device)  # v, two draws of it
     still = _points(block, linear, tokens, None)
     moved = [_points(block, linear, tokens, change) for change in changes]
     writer = None
     for reader, before in still.items():
+        # γ from the first token of the first draw; all tokens of both draws must confirm it.
         gain = ((moved[0][reader] - before) / changes[0]).view(-1, tokens.shape[-1])[0]
         follows = (
             torch.allclose(after[reader] - before, gain * change)
             for after, change in zip(moved, changes, strict=True)
         )
         if gain.any() and all(follows):
+            # Points come in order of execution, so that the last one remains.
             writer = ResidualWriter(linear, reader, gain.float())
     return writer
 
@@ -80,31 +92,27 @@ def find_residual_writer(block: Block, linear: str, tokens: Tensor) -> ResidualW
 def _points(
     block: Block, linear: str, tokens: Tensor, change: Tensor | None
 ) -> dict[str | None, Tensor]:
-    """Whatever has the shape of the tokens behind a linear, in order of execution, with a change
-    added to the linear's output."""
+    """Every tensor after the linear that has the shape of the tokens, in order of execution: by the
+    path of the module that reads it, and by None the block's output.
+
+    change: added to the linear's output.
+    """
     points: dict[str | None, Tensor] = {}
     reached = False
 
     def leave(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         nonlocal reached
         reached = True
-        if (
-            change is None
-            or change.shape[-1] != output.shape[-1]
-            or change.numel() != output.numel()
-        ):
+        # A linear of another width writes no tokens: its output stays, and no point will follow it.
+        if change is None or not _fits(change, output):
             return output
         return output + change.view(output.shape)
 
     def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if (
-                reached
-                and arguments
-                and isinstance(arguments[0], Tensor)
-                and arguments[0].shape == tokens.shape
-            ):
-                points.setdefault(path, arguments[0])
+            x = arguments[0] if arguments else None
+            if reached and isinstance(x, Tensor) and x.shape == tokens.shape:
+                points.setdefault(path, x)
 
         return hook
 
@@ -116,3 +124,8 @@ def _points(
     with hooked([*handles, block.linear(linear).register_forward_hook(leave)]):
         output = block(tokens)
     return {**points, None: output} if output.shape == tokens.shape else points
+
+
+def _fits(change: Tensor, output: Tensor) -> bool:
+    """Whether a change of the tokens can be viewed in the shape of the output."""
+    return change.shape[-1] == output.shape[-1] and change.numel() == output.numel()

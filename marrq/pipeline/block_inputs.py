@@ -1,10 +1,13 @@
-"""The calibration tokens: which images make a batch, which process has it, and where the tokens of
-a batch are kept.
+"""The tokens that enter a block: which images form a batch, which process computes which batches,
+and where tokens are kept.
 
-Images are cut into batches, never across the middle of the set: the first half fills the first half
-of the statistics, the rest the second. The cut depends on the number of images and the size of a
-batch alone, so that N processes see the batches that one sees. Tokens are kept in memory, or in
-memory-mapped files, of which a batch is mapped while it is used."""
+The calibration images are cut into batches. No batch crosses the middle of the set: the first half
+of the images fills the first half of the statistics, the rest fills the second half
+(marrq/methods/problem.py). The cut depends on the number of images and the batch size alone, so
+that N processes work on the same batches as one process.
+
+Tokens are kept in memory, or in files. A batch in a file is mapped into memory while it is used.
+"""
 
 import math
 import tempfile
@@ -24,7 +27,12 @@ from marrq.errors import MarrqError
 
 @dataclass(frozen=True)
 class Batch:
-    """Some consecutive images. index: its place among all batches; half: of the calibration set."""
+    """Some consecutive calibration images.
+
+    index: its position among all batches.
+    half: the half of the calibration set that it belongs to, 0 or 1.
+    rows: its images.
+    """
 
     index: int
     half: int
@@ -35,19 +43,17 @@ class Batch:
 
 
 def cut(images: int, size: int) -> list[Batch]:
-    """The batches of that many images."""
+    """The batches of a set of `images` images, at most `size` images each."""
     middle = (images + 1) // 2
-    halves = ((0, 0, middle), (1, middle, images))
-    parts = [
-        (half, slice(start, min(start + size, end)))
-        for half, begin, end in halves
-        for start in range(begin, end, size)
-    ]
-    return [Batch(index, half, rows) for index, (half, rows) in enumerate(parts)]
+    batches: list[Batch] = []
+    for half, (begin, end) in enumerate([(0, middle), (middle, images)]):
+        for start in range(begin, end, size):
+            batches.append(Batch(len(batches), half, slice(start, min(start + size, end))))
+    return batches
 
 
 def share_of(batches: list[Batch], processes: Processes) -> list[Batch]:
-    """The batches of this process. Raises MarrqError where one would have none."""
+    """The batches of this process. Raises MarrqError if there are fewer batches than processes."""
     if processes.size > len(batches):
         raise MarrqError(
             f"{processes.size} processes for {len(batches)} batches of calibration images: raise "
@@ -56,20 +62,22 @@ def share_of(batches: list[Batch], processes: Processes) -> list[Batch]:
     return list(processes.share(batches))
 
 
-class Tokens(Protocol):
-    """The tokens of batches, on the CPU: a list of tensors, or what gives them one by one."""
+class TokenBatches(Protocol):
+    """The tokens of this process's batches, on the CPU: a list of tensors, or an object that reads
+    them from a file."""
 
     def __iter__(self) -> Iterator[Tensor]: ...
 
     def __getitem__(self, index: int, /) -> Tensor: ...
 
 
-Store = Callable[[Iterable[Tensor]], Tokens]
+Store = Callable[[Iterable[Tensor]], TokenBatches]
 """Takes the tokens of batches as they are computed, and keeps them on the CPU."""
 
 
-def in_memory(tokens: Iterable[Tensor]) -> Tokens:
-    """Where a GPU computes, in memory that it can copy from without the CPU."""
+def in_memory(tokens: Iterable[Tensor]) -> TokenBatches:
+    """A store in memory."""
+    # From pinned memory a GPU copies by itself, while the CPU goes on.
     return [
         batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu()
         for batch in tokens
@@ -77,45 +85,49 @@ def in_memory(tokens: Iterable[Tensor]) -> Tokens:
 
 
 def in_files(folder: Path) -> Store:
-    """In a file within the folder. It has no name there: whatever ends the process, nothing is left
-    behind."""
+    """A store in files of a folder. The files have no names there, so that nothing is left behind,
+    however the process ends."""
 
-    def keep(tokens: Iterable[Tensor]) -> Tokens:
+    def store(tokens: Iterable[Tensor]) -> TokenBatches:
+        places = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that the bytes are in the file when it is mapped.
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
-            places = []
             for values in (batch.cpu().contiguous().numpy() for batch in tokens):
                 places.append((file.tell(), values.dtype, values.shape))
-                _write(file, values)
+                _write_all(file, values)
         except OSError as error:
             raise MarrqError(
                 f"cannot keep tokens in {str(folder)!r}: {error.strerror}; make room, or choose "
                 "another --work-dir"
             ) from error
-        kept = _Mapped(file, places)
-        weakref.finalize(kept, file.close)
-        return kept
+        mapped = _MappedBatches(file, places)
+        # Without a name the file is gone as soon as it is closed.
+        weakref.finalize(mapped, file.close)
+        return mapped
 
-    return keep
+    return store
 
 
-def _write(file: Any, values: np.ndarray[Any, Any]) -> None:
-    """All bytes: an unbuffered file may take fewer at once."""
+def _write_all(file: Any, values: np.ndarray[Any, Any]) -> None:
+    """Write all bytes. One call of an unbuffered file's `write` may write fewer."""
     left = values.reshape(-1).view(np.uint8)
     while len(left):
         left = left[file.write(left.data) :]
 
 
-class _Mapped:
-    """Batches in a file. places: offset, type and shape of each."""
+class _MappedBatches:
+    """Batches in a file. places: offset, type and shape of each batch."""
 
     def __init__(self, file: Any, places: list[tuple[int, np.dtype[Any], tuple[int, ...]]]) -> None:
         self._file, self._places = file, places
 
     def __getitem__(self, index: int) -> Tensor:
-        """A batch, mapped as long as its tensor lives; copied where it is written to."""
+        """A batch, mapped as long as the tensor lives. What is written to the tensor stays in
+        memory and does not change the file."""
         offset, kind, shape = self._places[index]
+        # A file cannot be mapped over 0 bytes.
         if not math.prod(shape):
             return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
         return torch.from_numpy(np.memmap(self._file, kind, mode="c", offset=offset, shape=shape))
@@ -126,38 +138,41 @@ class _Mapped:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """The tokens that enter a block on both paths, by batch, on the CPU. cut: all batches; batches:
-    those of this process; first_original, first_quantized: of the first batch of all, in every
-    process."""
+    """The tokens that enter a block on both paths.
 
-    cut: list[Batch]
+    batches: the batches of all processes.
+    own: the batches of this process.
+    original: the tokens of `own` on the full-precision path.
+    quantized: the tokens of `own` on the quantized path.
+    first_original, first_quantized: the tokens of the very first batch, the same in every process.
+    """
+
     batches: list[Batch]
-    original: Tokens
-    quantized: Tokens
+    own: list[Batch]
+    original: TokenBatches
+    quantized: TokenBatches
     first_original: Tensor
     first_quantized: Tensor
 
     @classmethod
     def of(
-        cls, batches: list[Batch], original: Tokens, quantized: Tokens, processes: Processes
+        cls,
+        batches: list[Batch],
+        original: TokenBatches,
+        quantized: TokenBatches,
+        processes: Processes,
     ) -> "BlockInputs":
-        """The streams, with the first batch told to all. batches: all; original, quantized: the
-        tokens of this process's."""
-        mine = share_of(batches, processes)
-        return cls(
-            batches,
-            mine,
-            original,
-            quantized,
-            processes.broadcast(original[0]),
-            processes.broadcast(quantized[0]),
-        )
+        """The inputs from the tokens of this process. All processes call this together."""
+        own = share_of(batches, processes)
+        first_original = processes.broadcast(original[0])
+        first_quantized = processes.broadcast(quantized[0])
+        return cls(batches, own, original, quantized, first_original, first_quantized)
 
-    def every(self, step: int, tokens: Tokens) -> Iterator[tuple[Batch, Tensor]]:
-        """Every step-th batch of all, as far as this process has it, with its tokens of one of the
-        paths."""
-        return (
-            (batch, tokens[place])
-            for place, batch in enumerate(self.batches)
-            if batch.index % step == 0
-        )
+    def every(self, step: int, tokens: TokenBatches) -> Iterator[tuple[Batch, Tensor]]:
+        """Each step-th batch of all that this process has, with its tokens.
+
+        tokens: `original` or `quantized`; only the batches that are yielded are read.
+        """
+        for place, batch in enumerate(self.own):
+            if batch.index % step == 0:
+                yield batch, tokens[place]

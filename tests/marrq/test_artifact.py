@@ -11,7 +11,8 @@ from safetensors import safe_open
 from tiny_models import noise, quantized, vit
 from torch import Tensor, nn
 
-from marrq.artifact.folder import artifact_hash, is_artifact, load, read_config, save, tensors_of
+from marrq.artifact.folder import artifact_hash, is_artifact, load, read_config, save
+from marrq.artifact.tensors import tensors_of
 from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer
@@ -316,7 +317,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("marrq.artifact.folder.flush", full)
+    monkeypatch.setattr("marrq.files.flush", full)
     with pytest.raises(
         MarrqError, match=r"cannot write artifact .*No space left on device; make room"
     ):
@@ -344,9 +345,11 @@ def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(
     assert artifact_hash(tmp_path / "a") == before
     (tmp_path / "a").rename(tmp_path / ".a.replaced")  # as a kill at that moment leaves it
     (tmp_path / ".a.unfinished").mkdir()
-    monkeypatch.setattr(
-        "marrq.artifact.folder._write", lambda model, place: fails(Path(".a.unfinished"), place)
-    )
+
+    def unreadable(module: nn.Module) -> dict[str, Tensor]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("marrq.artifact.folder.tensors_of", unreadable)
     with pytest.raises(MarrqError, match="Input/output error"):
         save(tiny("W3A8"), tmp_path / "a", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

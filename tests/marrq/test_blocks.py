@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from marrq.errors import MarrqError
-from marrq.models.blocks import find_blocks, first_input
-from marrq.models.load import TransformersOutput
+from marrq.models.blocks import find_blocks
+from marrq.models.transformers_output import TransformersOutput
 
 SMALL = {
     "hidden_size": 32,
@@ -104,9 +104,9 @@ def test_the_blocks_of_each_family_form_a_chain_with_grouped_linears(name: str):
     assert [block.path for block in blocks] == paths
     assert blocks[0].groups == groups
     with torch.no_grad():
-        tokens = first_input(model, blocks[0], images)
+        tokens = blocks[0].input_from(model, images)
         for block in blocks:
-            expected = first_input(model, block, images)
+            expected = block.input_from(model, images)
             torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
             tokens = block(tokens)
 
@@ -121,14 +121,14 @@ def test_the_input_of_a_linear_is_what_the_whole_forward_gives_it():
     with torch.no_grad():
         model(images)
         handle.remove()
-        assert torch.equal(block.input_of("mlp.fc2", first_input(model, block, images)), seen[0])
+        assert torch.equal(block.input_of("mlp.fc2", block.input_from(model, images)), seen[0])
 
 
 @torch.no_grad()
 def test_nothing_behind_a_linear_is_computed_for_its_input_and_no_hook_stays():
     model, images = MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32)
     block = find_blocks(model, images)[0]
-    tokens, calls = first_input(model, block, images), []
+    tokens, calls = block.input_from(model, images), []
     handle = block.module.mlp.fc2.register_forward_hook(lambda *_: calls.append(1))
     block.input_of("mlp.fc1", tokens)
     assert not calls
@@ -142,7 +142,7 @@ def test_nothing_behind_a_linear_is_computed_for_its_input_and_no_hook_stays():
 def test_a_copied_block_has_parameters_of_its_own():
     model, images = MODELS["timm vit"][0](), torch.randn(2, 3, 32, 32)
     block = find_blocks(model, images)[1]
-    tokens, copy = first_input(model, block, images), block.copied()
+    tokens, copy = block.input_from(model, images), block.copied()
     before = copy(tokens)
     block.linear("mlp.fc2").weight.zero_()
     assert torch.equal(copy(tokens), before)

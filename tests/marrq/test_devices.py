@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marrq.artifact.folder import tensors_of
+from marrq.artifact.tensors import tensors_of
 from marrq.methods.gptq import sweep
 from marrq.methods.problem import Problem
 from marrq.methods.solve import solve
@@ -105,7 +105,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def without_values(monkeypatch: pytest.MonkeyPatch, number: float = 1.0) -> Iterator[None]:
     monkeypatch.setattr("marrq.models.blocks.copy", SimpleNamespace(deepcopy=copied))
-    monkeypatch.setattr("marrq.pipeline.quantize.find_residual_writer", known_writer)
+    monkeypatch.setattr("marrq.pipeline.group.find_residual_writer", known_writer)
     monkeypatch.setattr(nn.Module, "_apply", converted)
     with FakeTensorMode(), Answers(number):
         yield

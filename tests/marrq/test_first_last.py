@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from exporters.onnx_file import write
 from exporters.trace import trace_quantized
 from marrq.errors import MarrqError
-from marrq.models.blocks import find_blocks, first_input
-from marrq.models.first_last import put_patches, with_edges
+from marrq.models.blocks import find_blocks
+from marrq.models.first_last import put_patches, with_outer_layers
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import ActivationSpec, WeightSpec, parse_scheme
 from runtime.session import SessionSettings, executed_operators
@@ -69,14 +69,14 @@ def test_stem_blocks_and_head_are_the_whole_model(name: str):
     model, images = make(), IMAGES[:3]
     expected = model(images)
     blocks = find_blocks(model, images)
-    chain = with_edges(model, blocks, images[:2])
+    chain = with_outer_layers(model, blocks, images[:2])
     assert [block.path for block in chain] == ["", *(block.path for block in blocks), ""]
     assert (chain[0].groups, chain[-1].groups) == (((f"{patches}.linear",),), head)
     tokens = images
     for index, block in enumerate(chain):
         if 0 < index <= len(blocks):
             torch.testing.assert_close(
-                tokens, first_input(model, block, images), rtol=1e-4, atol=1e-5
+                tokens, block.input_from(model, images), rtol=1e-4, atol=1e-5
             )
         tokens = block(tokens)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
@@ -85,7 +85,7 @@ def test_stem_blocks_and_head_are_the_whole_model(name: str):
 @torch.no_grad()
 def test_a_copied_edge_has_parameters_of_its_own_and_shares_the_blocks():
     model = vit()
-    chain = with_edges(model, find_blocks(model, IMAGES[:2]), IMAGES[:2])
+    chain = with_outer_layers(model, find_blocks(model, IMAGES[:2]), IMAGES[:2])
     tokens = chain[1](chain[0](IMAGES[:3]))
     for edge, x in ((chain[0], IMAGES[:3]), (chain[-1], tokens)):
         before, copy = edge(x), edge.copied()
@@ -117,8 +117,11 @@ def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_str
     """The head's input comes through everything quantized before it, its target through nothing."""
     make, patches, [[head]] = MODELS[name]
     model = quantized(make(), IMAGES, "W4A8-e8", method)
-    assert [report.path for report in model.reports if report.edge] == [f"{patches}.linear", head]
-    assert [model.reports[0].edge, model.reports[-1].edge] == [True, True]
+    assert [report.path for report in model.reports if report.is_outer] == [
+        f"{patches}.linear",
+        head,
+    ]
+    assert [model.reports[0].is_outer, model.reports[-1].is_outer] == [True, True]
     for path, report in ((patches, model.reports[0]), (head, model.reports[-1])):
         expected = output_of(make(), path)
         error = (output_of(model.module, path) - expected).double().square().sum()
@@ -168,7 +171,9 @@ def test_the_blocks_work_with_what_the_quantized_patch_embedding_gives():
 
 def test_a_model_without_a_head_has_its_patch_embedding_quantized():
     model = quantized(vit(num_classes=0), IMAGES, "W4A8-e8", "gptq")
-    assert [report.path for report in model.reports if report.edge] == ["patch_embed.proj.linear"]
+    assert [report.path for report in model.reports if report.is_outer] == [
+        "patch_embed.proj.linear"
+    ]
 
 
 class FromPixels(nn.Module):

@@ -7,8 +7,9 @@ from tiny_models import noise, quantized, vision_model, vit
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.methods.spec import ALIASES, MethodSpec
-from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions, quantize
+from marrq.methods.spec import ALIASES, parse_method
+from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
+from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.activations import (
     ACTIVATION_CLIP_FACTORS,
@@ -21,6 +22,7 @@ from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import ActivationSpec, ActivationStrategy, parse_scheme
 
 IMAGES = noise(24)
+CPU = torch.device("cpu")
 METHODS = [
     "rtn",
     "gptaq",
@@ -150,22 +152,45 @@ def test_the_same_images_give_the_same_codes():
     assert_same_codes(first, second)
 
 
+def settings_of(scheme: str, method: str, seed: int = 0) -> QuantizationSettings:
+    calibration = CalibrationRecord("noise", len(IMAGES), seed, "")
+    return QuantizationSettings(parse_scheme(scheme), parse_method(method), calibration)
+
+
+def key_of(settings: QuantizationSettings) -> FullPrecisionKey:
+    return FullPrecisionKey.of(vision_model(nn.Identity()), settings, CPU)
+
+
 def test_runs_that_share_the_full_precision_tokens_give_what_each_gives_alone():
-    shared, told = FullPrecisionInputs(), []
+    shared, told = FullPrecisionInputs(key_of(settings_of("W3A8", "gptaq"))), []
+    run = RunOptions(
+        CPU,
+        shared=shared,
+        block_done=lambda done, count, reports: told.append((done, count, len(reports))),
+    )
     for method in ("gptaq", "exact"):
-        settings = QuantizationSettings(
-            parse_scheme("W3A8"), MethodSpec(method), CalibrationRecord("noise", 24, 0, "")
-        )
-        run = RunOptions(
-            torch.device("cpu"),
-            shared=shared,
-            block_done=lambda done, count, reports: told.append((done, count, len(reports))),
-        )
-        together = quantize(vision_model(vit()), IMAGES, settings, run)
+        together = quantize(vision_model(vit()), IMAGES, settings_of("W3A8", method), run)
         assert_same_codes(
             codes_of(together.module), codes_of(quantized(vit(), IMAGES, "W3A8", method).module)
         )
     assert told == [(1, 2, 4), (2, 2, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (settings_of("W3A8", "gptq", seed=1), "calibration"),
+        (settings_of("W3A8", "gptq,rotate=0"), "rotation"),
+        (settings_of("W3A8-e8", "gptq"), "outer_layers"),
+        (settings_of("W3A4", "gptq"), "balanced"),
+    ],
+)
+def test_full_precision_tokens_of_another_path_are_refused(
+    settings: QuantizationSettings, name: str
+):
+    run = RunOptions(CPU, shared=FullPrecisionInputs(key_of(settings_of("W3A8", "gptq"))))
+    with pytest.raises(MarrqError, match=f"full-precision tokens are kept for {name}"):
+        quantize(vision_model(vit()), IMAGES, settings, run)
 
 
 def test_images_that_are_not_finite_are_an_error_that_names_the_layer():

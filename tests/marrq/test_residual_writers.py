@@ -8,7 +8,7 @@ import torch
 from tiny_models import dinov2, noise, quantized, swin, transformers_vit, vit, vit_with_layer_scale
 from torch import Tensor, nn
 
-from marrq.models.blocks import Block, find_blocks, first_input
+from marrq.models.blocks import Block, find_blocks
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer, read_stream
 
 # The module whose input is the stream behind each writer, and the parameters that scale what it
@@ -48,7 +48,7 @@ class Straight(nn.Module):
 def blocks_with_tokens(model: nn.Module) -> list[tuple[Block, Tensor]]:
     images = noise(3)
     with torch.no_grad():
-        return [(block, first_input(model, block, images)) for block in find_blocks(model, images)]
+        return [(block, block.input_from(model, images)) for block in find_blocks(model, images)]
 
 
 @pytest.mark.parametrize("name", MODELS)

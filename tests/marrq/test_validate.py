@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import noise, quantized, vit
 
-from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, _sha256, load, save
+from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, load, save
 from marrq.errors import MarrqError
+from marrq.files import sha256
 from marrq.models.images import read_image
 from marrq.models.load import load_model
 
@@ -61,7 +62,7 @@ def with_tensors(folder: Path, **changes: torch.Tensor) -> Path:
         name.replace("__", "."): tensor for name, tensor in changes.items()
     }
     save_file(tensors, folder / TENSORS)
-    return configured(folder, "tensors_sha256", value=_sha256(folder / TENSORS))
+    return configured(folder, "tensors_sha256", value=sha256(folder / TENSORS))
 
 
 @pytest.mark.parametrize(

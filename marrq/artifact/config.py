@@ -1,0 +1,88 @@
+"""The records of an artifact as JSON, and back.
+
+config.json has the source of the model, preprocessing, labels, scheme, method, calibration and
+package versions; quantization.json has one report for each quantized linear. A dataclass becomes an
+object with the names of its fields as keys. The JSON is older than two names, which it keeps: first
+and last layers are called edges there.
+"""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, cast
+
+from marrq.methods.problem import SearchStep
+from marrq.methods.spec import PID, AlphaSpec, LowRankSpec, MethodSpec
+from marrq.models.load import VisionModel
+from marrq.quantized_model import (
+    CalibrationRecord,
+    ModuleReport,
+    QuantizationSettings,
+    QuantizedModel,
+)
+from marrq.schemes import ActivationSpec, Scheme, WeightSpec
+
+PACKAGES = ("marrq", "torch", "timm", "transformers")
+"""Packages whose version the codes may depend on."""
+REPORT_KEYS = {"is_outer": "edge"}
+"""Keys of a report that differ from the name of the field."""
+
+
+def description(
+    model: QuantizedModel | VisionModel, settings: QuantizationSettings
+) -> dict[str, Any]:
+    """Everything that an artifact is a function of, as config.json has it."""
+    fields = {
+        "model": asdict(model.source),
+        "preprocessing": asdict(model.preprocessing),
+        "labels": list(model.labels),
+        **{name: asdict(value) for name, value in vars(settings).items()},
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    # Through JSON and back, so that it can be compared with a description that was read: JSON has
+    # lists in place of tuples.
+    return cast(dict[str, Any], json.loads(json.dumps(fields)))
+
+
+def settings_from_json(config: dict[str, Any]) -> QuantizationSettings:
+    """The settings that a config.json has. Raises KeyError, TypeError or MarrqError for a config
+    that is damaged."""
+    return QuantizationSettings(
+        _scheme(config["scheme"]),
+        _method(config["method"]),
+        CalibrationRecord(**config["calibration"]),
+    )
+
+
+def _scheme(fields: dict[str, Any]) -> Scheme:
+    activation = fields["activation"]
+    spec = None if activation is None else ActivationSpec(**activation)
+    return Scheme(WeightSpec(**fields["weight"]), spec, fields["edges"])
+
+
+def _method(fields: dict[str, Any]) -> MethodSpec:
+    alpha, lowrank = fields["alpha"], fields["lowrank"]
+    search = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
+    branch = None if lowrank is None else LowRankSpec(**lowrank)
+    return MethodSpec(**{**fields, "alpha": AlphaSpec(**search), "lowrank": branch})
+
+
+def labels_from_json(labels: Any) -> tuple[str, ...]:
+    """The names of the classes. Raises ValueError for a label that is no text."""
+    for label in labels:
+        if not isinstance(label, str):
+            raise ValueError(f"label {label!r} is no text")
+    return tuple(labels)
+
+
+def report_to_json(report: ModuleReport) -> dict[str, Any]:
+    """A report as quantization.json has it."""
+    return {REPORT_KEYS.get(name, name): value for name, value in asdict(report).items()}
+
+
+def report_from_json(fields: dict[str, Any]) -> ModuleReport:
+    """The inverse of `report_to_json`. Raises KeyError or TypeError for a damaged report."""
+    names = {key: name for name, key in REPORT_KEYS.items()}
+    renamed = {names.get(key, key): value for key, value in fields.items()}
+    steps = tuple(SearchStep(**step) for step in fields["trajectory"])
+    return ModuleReport(**{**renamed, "trajectory": steps})

@@ -1,0 +1,224 @@
+"""Read the calibration batches: the tokens that enter blocks, and for the linears of a block a
+sample of their input, its range, and the sums that a method works from.
+
+No input of a linear is kept. Whoever reads it runs the block again, batch by batch, up to that
+linear.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from marrq.distributed import Processes
+from marrq.methods.statistics import ResidualStatistics, Units
+from marrq.models.blocks import Block
+from marrq.pipeline.block_inputs import Batch, BlockInputs, Store, TokenBatches
+from marrq.pipeline.full_precision import FullPrecisionInputs
+
+
+class Images(Protocol):
+    """Preprocessed images [images, channels, height, width]: a tensor, or an object that reads
+    images when it is sliced (Pixels in marrq/models/images.py)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """A model and the calibration images: computes the tokens that enter any block.
+
+    module: the model, on `device`.
+    batches: the batches of this process.
+    store: keeps the tokens.
+    """
+
+    module: nn.Module
+    images: Images
+    device: torch.device
+    batches: list[Batch]
+    store: Store
+
+    def entering(self, block: Block) -> TokenBatches:
+        """The tokens that enter a block, by running the model up to that block."""
+        return self.store(
+            block.input_from(self.module, self.images[batch.rows].to(self.device))
+            for batch in self.batches
+        )
+
+    def after(self, block: Block, following: Block, tokens: TokenBatches) -> TokenBatches:
+        """The tokens that enter the following block.
+
+        tokens: what enters `block`. If the following block's input is not this block's output, they
+            are not used, and the model is run up to the following block.
+        """
+        if not following.follows:
+            return self.entering(following)
+        return self.store(block(batch.to(self.device, non_blocking=True)) for batch in tokens)
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """A block on both paths, and the tokens that enter it.
+
+    quantized: the block of the model; its linears are replaced group by group.
+    original: the same block in full precision.
+    device: where both are.
+    """
+
+    quantized: Block
+    original: Block
+    inputs: BlockInputs
+    device: torch.device
+    processes: Processes
+
+    @property
+    def first_quantized(self) -> Tensor:
+        """The tokens of the very first batch on the quantized path, on the device."""
+        return self.inputs.first_quantized.to(self.device)
+
+    def quantized_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
+        """The linear's input x [..., n] on the quantized path, for each step-th batch."""
+        for batch, tokens in self.inputs.every(step, self.inputs.quantized):
+            yield batch, self.quantized.input_of(linear, tokens.to(self.device))
+
+    def original_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
+        """The linear's input x̃ [..., n] on the full-precision path, for each step-th batch."""
+        for batch, tokens in self.inputs.every(step, self.inputs.original):
+            yield batch, self.original.input_of(linear, tokens.to(self.device))
+
+    def tokens(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Every batch of this process, with its tokens on the quantized and on the full-precision
+        path, on the device."""
+        both = zip(self.inputs.own, self.inputs.quantized, self.inputs.original, strict=True)
+        for batch, quantized, original in both:
+            yield (
+                batch,
+                quantized.to(self.device, non_blocking=True),
+                original.to(self.device, non_blocking=True),
+            )
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Both paths through the model, for the tokens that enter block after block.
+
+    quantized: the model as quantized so far.
+    original: the model in full precision.
+    batches: the batches of all processes.
+    """
+
+    quantized: TokenSource
+    original: TokenSource
+    batches: list[Batch]
+    processes: Processes
+
+    @classmethod
+    def of(
+        cls, source: TokenSource, blocks: list[Block], batches: list[Batch], processes: Processes
+    ) -> "Paths":
+        """Both paths of a model that is not quantized yet.
+
+        source: the model, whose blocks are `blocks`.
+        """
+        # A copy of the model takes memory. The full-precision path needs the whole model only if
+        # the input of some block has to be computed from the images.
+        is_chain = all(block.follows for block in blocks[1:])
+        original = source if is_chain else replace(source, module=copy.deepcopy(source.module))
+        return cls(source, original, batches, processes)
+
+    def start(self, block: Block) -> BlockInputs:
+        """The inputs of the first block, the same on both paths."""
+        tokens = self.quantized.entering(block)
+        return BlockInputs.of(self.batches, tokens, tokens, self.processes)
+
+    def after(
+        self, pair: BlockPair, following: Block, shared: FullPrecisionInputs | None
+    ) -> BlockInputs:
+        """The inputs of the block that follows the pair's.
+
+        shared: has the tokens of the full-precision path, or takes them.
+        """
+
+        def compute() -> TokenBatches:
+            return self.original.after(pair.original, following, pair.inputs.original)
+
+        original = compute() if shared is None else shared.entering(following, compute)
+        quantized = self.quantized.after(pair.quantized, following, pair.inputs.quantized)
+        return BlockInputs.of(self.batches, original, quantized, self.processes)
+
+
+def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor:
+    """At most `count` evenly spaced tokens of the linear's input on the quantized path, from each
+    step-th batch: [tokens, n], the same in every process. One batch at a time is in memory."""
+    first = pair.quantized.input_of(linear, pair.first_quantized).flatten(0, -2)  # [tokens, n]
+    tokens_per_image = len(first) // len(pair.inputs.first_quantized)
+    sampled = [batch for batch in pair.inputs.batches if batch.index % step == 0]
+    # Images of sampled batches before each of them: the token numbering runs over these images.
+    images_before = list(accumulate(map(len, sampled), initial=0))
+    total = tokens_per_image * images_before.pop()
+    start = {
+        batch.index: tokens_per_image * images
+        for batch, images in zip(sampled, images_before, strict=True)
+    }
+    rows = torch.linspace(0, total - 1, min(count, total), device=first.device).long()
+    sample = first.new_zeros(len(rows), first.shape[1])
+    for batch, x in pair.quantized_inputs(linear, step):
+        x = x.flatten(0, -2)  # [tokens of the batch, n]
+        place = rows - start[batch.index]
+        here = (place >= 0) & (place < len(x))
+        # `where` and `clamp` instead of a mask: nothing waits for the device.
+        sample = torch.where(here[:, None], x[place.clamp(0, len(x) - 1)], sample)
+    # Each token comes from one process, the other processes have zeros in its place.
+    pair.processes.all_reduce(sample)
+    return sample
+
+
+BatchDrift = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the tokens of a batch on the quantized and on the full-precision path to the linear's input
+x [..., n] and the drift: dx [..., n], or e [..., m] (marrq/methods/statistics.py)."""
+
+
+def sum_statistics(
+    pair: BlockPair, in_features: int, drift_of: BatchDrift, importance: Tensor | None
+) -> tuple[ResidualStatistics, ResidualStatistics]:
+    """The sums over all batches of all processes, for each half of the calibration set.
+
+    in_features: n.
+    drift_of: computes x and the drift of a batch.
+    importance: [m] if the drift is e; None if it is dx.
+    """
+    halves: list[ResidualStatistics] = []
+    for batch, quantized, original in pair.tokens():
+        x, drift = drift_of(quantized, original)
+        x, drift = x.reshape(-1, in_features), drift.reshape(-1, drift.shape[-1])  # [tokens, ·]
+        if not halves:
+            units = _common_units(pair, x, drift, tokens_per_image=len(x) // len(batch))
+            halves = [
+                ResidualStatistics.zeros(in_features, pair.device, importance, units)
+                for _ in range(2)
+            ]
+        halves[batch.half].add(x, drift)
+    first, second = (half.pooled_(pair.processes) for half in halves)
+    return first, second
+
+
+def _common_units(pair: BlockPair, x: Tensor, drift: Tensor, tokens_per_image: int) -> Units:
+    """The units that the very first batch gives, in every process: sums add exactly if their units
+    are the same.
+
+    x, drift: of this process's first batch, [tokens, n] and [tokens, n or m].
+    """
+    images = sum(map(len, pair.inputs.batches))
+    own = Units.of(x, drift, tokens_per_image * images)
+    return replace(
+        own,
+        inputs=pair.processes.broadcast(own.inputs),
+        drift=pair.processes.broadcast(own.drift),
+    )

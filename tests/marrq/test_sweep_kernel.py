@@ -30,7 +30,7 @@ from marrq.schemes import WeightSpec
 
 pytest.importorskip("triton", reason="the package triton is for Linux")
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 BLOCKS = [
     (rows, width, terms, groups)
     for rows, width in ((5, 7), (32, 16), (70, 33))

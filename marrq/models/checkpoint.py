@@ -37,15 +37,18 @@ class Checkpoint:
 
         Raises MarrqError if the numbers of logits and of names differ.
         """
+        # Features have a last dimension too, but no classes.
         if not self.classifies:
             return ()
         count = self._count_logits()
         if self.class_names is not None:
             names = self.class_names
+        # 1,000 classes without names are those of ImageNet-1k in practice.
         elif count == IMAGENET_CLASSES:
             names = ImageNetInfo().label_names()
         else:
             names = [str(index) for index in range(count)]
+        # A wrong list would give every image after the gap a wrong target.
         if len(names) != count:
             raise MarrqError(
                 f"the model has {count} outputs and {len(names)} class names: correct its "

@@ -70,6 +70,7 @@ class ImageSet:
                 f"{self.name!r} has {len(self)} images for calibration, fewer than the {samples} "
                 "samples: lower --samples"
             )
+        # A generator of its own: the draw depends on the seed alone.
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         rows = order[:samples].tolist()
         return ImageSet(
@@ -89,6 +90,7 @@ class ImageSet:
         transform = preprocessing.transform()
         for start in range(0, len(self), batch_size):
             files = self.files[start : start + batch_size]
+            # Files differ in size: each is resized and cropped before they are stacked.
             pixels = torch.stack([transform(read_image(file)) for file in files])
             yield pixels, torch.tensor(self.targets[start : start + batch_size])
 
@@ -109,6 +111,7 @@ class Pixels:
         return len(self.images)
 
     def __getitem__(self, rows: slice) -> Tensor:
+        # One batch, whatever its size: the caller decides how many images fit in memory.
         part = ImageSet(self.images.name, self.images.files[rows], self.images.targets[rows])
         return next(part.batches(self.preprocessing, len(part)))[0]
 
@@ -127,6 +130,7 @@ def find_images(
 
     Raises MarrqError if the folder does not exist, a class folder is unknown, or there is no image.
     """
+    # Sorted folders and files: the same list on every machine, so a seed draws the same images.
     root = _split_root(name, split)
     folders = _sorted_by_name(entry for entry in root.iterdir() if entry.is_dir())
     classes = _classes(tuple(folder.name for folder in folders), labels)
@@ -140,6 +144,7 @@ def find_images(
             )
         found = _sorted_by_name(entry for entry in folder.iterdir() if _is_image(entry))
         files += found
+        # A target is the position of the class among the model's logits.
         targets += [classes.index(folder.name)] * len(found)
     if not files:
         raise MarrqError(
@@ -158,6 +163,7 @@ def read_image(file: Location) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            # Pillow only warns of an image with very many pixels; here the warning is an error.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with file.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
                 # The header tells the size, so the check comes before the pixels are decoded.
@@ -182,6 +188,7 @@ def _classes(folders: tuple[str, ...], labels: tuple[str, ...] | None) -> tuple[
     """Class names in the order of the targets. folders: names of the class folders, sorted."""
     if labels is None:
         return folders
+    # "0", "1", … are placeholders: the sorted folders give the classes their names.
     numbered = labels == tuple(str(index) for index in range(len(labels)))
     return folders if numbered and len(folders) == len(labels) else labels
 

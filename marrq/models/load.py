@@ -80,6 +80,7 @@ def load_model(name: str) -> VisionModel:
     Raises MarrqError if the name is unknown, the model cannot be loaded, or a weight is NaN or
     infinite.
     """
+    # A name that can be no model is refused before anything else is imported or read.
     try:
         origin = _resolve(name)
         model = _load(origin)
@@ -97,6 +98,7 @@ def load_source(source: ModelSource) -> VisionModel:
 
     Raises MarrqError if it cannot be loaded, or if its weights are other ones now.
     """
+    # The name may mean other weights today: a folder was changed, or a checkpoint on the hub.
     model = load_model(source.name)
     if model.source.weights_sha256 != source.weights_sha256:
         raise MarrqError(
@@ -108,6 +110,7 @@ def load_source(source: ModelSource) -> VisionModel:
 
 def build(source: ModelSource) -> nn.Module:
     """The architecture of the source, in evaluation mode, without the weights of the source."""
+    # An artifact brings its own tensors, so nothing is downloaded.
     if source.library == "timm":
         return timm_models.build(source.architecture)
     from marrq.models import transformers_models
@@ -117,6 +120,7 @@ def build(source: ModelSource) -> nn.Module:
 
 def weights_sha256(module: nn.Module) -> str:
     """A hash over the names and bytes of all tensors of a module."""
+    # Sorted by name: the order of modules must not matter, only names and values.
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -144,6 +148,7 @@ def _resolve(name: str) -> _Origin:
         return _Origin("timm", name, f"local-dir:{DEMO_FOLDER}")
     if scheme == "hf-hub":
         return _Origin("timm", name, name)
+    # A folder of this name comes before a timm name: what is at hand is what the user means.
     folder = Path(rest if scheme == "local-dir" else name)
     if scheme == "local-dir" or folder.is_dir():
         return _resolve_folder(folder)
@@ -172,8 +177,10 @@ def _resolve_folder(folder: Path) -> _Origin:
             f"config.json of model folder {str(folder)!r} is no table: give a timm or "
             "transformers checkpoint folder"
         )
+    # An absolute path, so that the artifact finds its model from any working directory.
     path = str(folder.resolve())
-    # timm writes "architecture", transformers "architectures".
+    # Both libraries write a config.json: timm's has "architecture", that of transformers has
+    # "architectures".
     if "architecture" in config:
         return _Origin("timm", f"local-dir:{path}", f"local-dir:{path}")
     return _Origin("transformers", path, path)
@@ -210,6 +217,7 @@ def _check_finite(model: VisionModel) -> None:
 
 def _reason(error: Exception) -> str:
     """The first line of an error's message, for one sentence to the user."""
+    # Some errors have no message; then the class says at least what happened.
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # The message of torch and timm in this case invites the user to run the pickle.
     if "weights_only" in reason:

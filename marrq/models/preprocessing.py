@@ -74,6 +74,7 @@ class Preprocessing:
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         )
+        # Grey, palette and transparent images become what the model was trained on.
         mode = "L" if self.input_size[0] == 1 else "RGB"
         return lambda image: resize(image.convert(mode))
 
@@ -87,6 +88,7 @@ def from_image_processor(processor: dict[str, Any]) -> Preprocessing:
     express.
     """
     steps = {step for step, on in processor.items() if step.startswith("do_") and on}
+    # A step that is ignored would change pixels without a word, so an unknown step is refused.
     unknown = steps - KNOWN_PROCESSOR_STEPS
     if unknown or "do_resize" not in steps:
         raise MarrqError(
@@ -126,6 +128,7 @@ def _normalization(processor: dict[str, Any]) -> tuple[tuple[float, ...], tuple[
     # r = 1 / (255 · rescale), (p · rescale - mean) / std = (p / 255 - mean · r) / (std · r).
     ratio = 1 / (255 * rescale)
     if not processor.get("do_normalize"):
+        # mean = 0 and std = 1 in the formula above.
         return (0.0,) * 3, (ratio,) * 3
     return (
         tuple(value * ratio for value in processor["image_mean"]),
@@ -135,6 +138,7 @@ def _normalization(processor: dict[str, Any]) -> tuple[tuple[float, ...], tuple[
 
 def _crop_pct(target: int, resized: int) -> float:
     """The share p for which timm's floor(target / p) is `resized`."""
+    # timm resizes to floor(target / p) and crops to the target: p = target / resized.
     exact = target / resized
     # The division may round so that floor gives resized - 1; the next smaller p gives `resized`.
     return exact if math.floor(target / exact) == resized else math.nextafter(exact, 0)

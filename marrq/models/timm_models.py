@@ -26,8 +26,10 @@ def read(location: str) -> Checkpoint:
 
     location: a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER`.
     """
+    # float32, whatever the checkpoint was stored in: statistics and baselines need it.
     module = with_joined_biases(timm.create_model(location, pretrained=True)).float().eval()
     architecture, arguments, class_names = _described(location)
+    # The preprocessing that the weights were trained with, from the checkpoint's own config.
     data = resolve_model_data_config(module)
     return Checkpoint(
         module,
@@ -65,6 +67,7 @@ def with_joined_biases(model: nn.Module) -> nn.Module:
     joined biases become the bias of `qkv`: the same function, bit for bit.
     """
     for module in model.modules():
+        # Without biases timm calls `qkv` already, and there is nothing to join.
         linear = getattr(module, "qkv", None)
         biases = [getattr(module, f"{part}_bias", None) for part in "qkv"]
         if (

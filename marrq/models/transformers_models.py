@@ -40,6 +40,7 @@ def read(location: str) -> Checkpoint:
     # Only a forward shows whether the model returns logits: the config has `id2label` either way.
     with torch.no_grad():
         classifies = "logits" in module(pixel_values=torch.zeros(1, *preprocessing.input_size))
+    # The class is stored too: of a model of images and text the tower's class, not the whole's.
     architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
     class_names = _class_names(architecture["id2label"]) if classifies else None
     return Checkpoint(
@@ -82,6 +83,7 @@ def _loaded(kind: Any, location: str, options: dict[str, bool]) -> tuple[Any, li
 
 def _class_names(id2label: dict[Any, str]) -> list[str] | None:
     """Class names in the order of the logits, or None if they are transformers' placeholders."""
+    # JSON makes text of numbers as keys: "10" would sort before "2".
     names = [id2label[key] for key in sorted(id2label, key=int)]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
@@ -92,12 +94,14 @@ def _model_class(config: Any) -> Any:
     Raises MarrqError if config.json names no class of transformers, or a class without images.
     """
     name = config.architectures[0] if config.architectures else ""
+    # config.json is a stranger's: only a model class of transformers itself is built.
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise MarrqError(
             f"config.json names {name!r} under architectures, no class of transformers "
             f"{transformers.__version__}: correct it"
         )
+    # A model of images and text takes text first ("input_ids"); its config holds one for images.
     if kind.main_input_name == "pixel_values":
         return kind
     if not hasattr(config, "vision_config"):

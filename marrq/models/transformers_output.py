@@ -26,6 +26,7 @@ class TransformersOutput(nn.Module):
 
         Raises MarrqError if the model returns none of `OUTPUTS`.
         """
+        # A classifier may give hidden states beside its logits: the first name that is there wins.
         output = self.model(pixel_values=pixels)
         name = next((name for name in OUTPUTS if name in output), None)
         if name is None:

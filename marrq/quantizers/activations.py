@@ -52,6 +52,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.spec = spec
         self.register_buffer("smoothing", smoothing)
+        # The names of the buffers tell a static quantizer from a dynamic one in a state dict.
         if isinstance(grid, Grid):
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
@@ -62,11 +63,13 @@ class ActivationQuantizer(nn.Module):
         """The grid of an x that is smoothed already: scales [] per tensor, [..., 1] per token."""
         if self.spec.is_static:
             return Grid(self.scale, self.zero_point, *self.spec.code_range)
-        minimum, maximum = x.aminmax(dim=-1, keepdim=True)  # [..., 1] each
+        # Each token has its own range [..., 1]; c is the same for all tokens.
+        minimum, maximum = x.aminmax(dim=-1, keepdim=True)
         return grid_from_range(minimum * self.clip, maximum * self.clip, self.spec.code_range)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized x. x: [..., n]."""
+        # Smoothing comes first: the grid is one for the smoothed channels.
         x = smoothed(x, self.smoothing)
         return self.grid(x).nearest(x)
 
@@ -91,9 +94,12 @@ class RangeObserver:
 
     def observe(self, x: Tensor) -> None:
         """Record the range of a batch and an evenly spaced sample of its tokens. x: [..., n]."""
-        tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])  # [tokens, n]
+        # [tokens, n]; only two numbers and a few tokens of each batch are kept.
+        tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])
         self._minimum.append(tokens.amin())
         self._maximum.append(tokens.amax())
+        # Evenly spaced and not random: the sample holds every part of an image and is the same in
+        # every run.
         rows = torch.linspace(
             0, len(tokens) - 1, min(TOKENS_PER_BATCH, len(tokens)), device=x.device
         ).long()
@@ -118,6 +124,7 @@ class RangeObserver:
         errors = torch.stack(
             [((grid.nearest(sample) - sample) @ weight.T).square().sum(1).sum() for grid in grids]
         )
+        # argmin takes the first of equals, the widest range: nothing is clipped without a gain.
         best = int(errors.argmin())
         factor = sample.new_tensor(ACTIVATION_CLIP_FACTORS[best])
         return ActivationQuantizer(spec, grids[best] if spec.is_static else factor, self._smoothing)
@@ -125,6 +132,7 @@ class RangeObserver:
     def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum before clipping: [] for a static grid, else [tokens, 1]."""
         if not spec.is_static:
+            # The ranges that the tokens of the sample would get at run time.
             return sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)
         # A static range covers every token that was seen, not the sample alone.
         seen = zip(self._minimum, self._maximum, strict=True)

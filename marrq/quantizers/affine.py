@@ -52,6 +52,8 @@ class Grid:
 
         out: tensor for the codes, or None for a new one.
         """
+        # One tensor is allocated; the steps after the division change it in place. The zero point
+        # is added after rounding, as ONNX does, so a tie is decided by x / scale alone.
         return (
             torch.div(x, self.scale, out=out)
             .round_()
@@ -61,6 +63,7 @@ class Grid:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes, in the type of the scale."""
+        # The difference of two integers is exact, so only the product is rounded.
         return (codes - self.zero_point).mul_(self.scale)
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -69,6 +72,7 @@ class Grid:
 
     def spread(self, columns: int) -> "Grid":
         """The same grid with a scale and a zero point for every column: [m, columns]."""
+        # [m, groups] becomes [m, groups · size]: neighbours in a row belong to one group.
         size = columns // self.scale.shape[1]
         return Grid(
             self.scale.repeat_interleave(size, 1),
@@ -82,15 +86,14 @@ class Grid:
 
         order: [n], indices of columns.
         """
+        # The ends of the grid in steps from its zero. All three parts are [m, groups].
         lowest, highest = self.low - self.zero_point, self.high - self.zero_point
-        parts = (self.scale, lowest, highest)  # each [m, groups]
+        parts = (self.scale, lowest, highest)
         if self.scale.shape[1] == 1:
             # One group: all columns share one object, so nothing is copied n times.
             return [ColumnGrid(*(part[:, 0].contiguous() for part in parts))] * len(order)
-        spread = (
-            part.repeat_interleave(len(order) // part.shape[1], 1).T[order]  # [n, m]
-            for part in parts
-        )
+        # [n, m]: row j holds the grid of column order[j], contiguous for the sweep.
+        spread = (part.repeat_interleave(len(order) // part.shape[1], 1).T[order] for part in parts)
         return [ColumnGrid(*column) for column in zip(*spread, strict=True)]
 
     def reshaped(self, rows: int) -> "Grid":
@@ -117,6 +120,7 @@ class ColumnGrid:
 
     def round(self, x: Tensor, out: Tensor) -> Tensor:
         """Steps of x [m], written to `out`. NaN stays NaN."""
+        # clamp(round(x / scale) + z, low, high) - z = clamp(round(x / scale), low - z, high - z)
         return torch.div(x, self.scale, out=out).round_().clamp_(self.lowest, self.highest)
 
 
@@ -125,6 +129,7 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
     low, high = code_range
     # The range is widened to include 0, so that 0 has an exact code.
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    # high - low steps lead from the smallest code to the largest.
     scale = (maximum - minimum) / (high - low)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # The zero point is the code of 0; `minimum` then gets the code `low`, up to half a step.
@@ -137,6 +142,7 @@ def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
 
     Raises MarrqError if n is not a multiple of the group size.
     """
+    # Every group is a row [size] and gets one scale, so groups and channels are searched alike.
     groups = _groups(weight, spec)
     if spec.grid == "mxint":
         return _mxint_grid(groups, spec.code_range).reshaped(len(weight))
@@ -168,6 +174,7 @@ def stack_grids(grids: Sequence[Grid]) -> Grid:
 
 def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
     """The grid whose row i is row i of grids[choice[i]]. choice: [m], indices of `grids`."""
+    # Stacked scales are [grids, m, groups]; the index (choice[i], i) selects one row for each i.
     rows = torch.arange(len(choice), device=choice.device)
     scale = torch.stack([grid.scale for grid in grids])[choice, rows]
     zero_point = torch.stack([grid.zero_point for grid in grids])[choice, rows]
@@ -188,6 +195,7 @@ def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
 def _clipped_grid(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
     """The grid of each row with its range multiplied by a factor."""
     low, high = spec.code_range
+    # Asymmetric: both ends move towards 0, and grid_from_range finds the zero point anew.
     if spec.grid == "asymmetric":
         return grid_from_range(
             rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high)

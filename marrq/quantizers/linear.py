@@ -18,6 +18,7 @@ from marrq.quantizers.affine import Grid
 from marrq.quantizers.packing import packed_size
 from marrq.schemes import WeightSpec
 
+# float32 and int8; float32, since all zero points are 0; a power of two as float8_e8m0fnu.
 SCALE_BITS = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}
 """Bits of a stored scale with its zero point, by the kind of grid."""
 
@@ -39,11 +40,13 @@ class QuantizedWeight:
     @classmethod
     def on_grid(cls, spec: WeightSpec, codes: Tensor, grid: Grid) -> "QuantizedWeight":
         """A weight from codes and a grid in floating point. codes: [out, in], integers."""
+        # A zero point is a code too: both fit int8.
         return cls(spec, codes.to(torch.int8), grid.scale, grid.zero_point.to(torch.int8))
 
     @property
     def values(self) -> Tensor:
         """The dequantized weight: [out, in], in the type of the scale."""
+        # (code - zero_point) · scale, with a scale and a zero point for every column.
         grid = Grid(self.scale, self.zero_point, *self.spec.code_range).spread(self.codes.shape[1])
         return grid.dequantize(self.codes.to(self.scale))
 
@@ -70,6 +73,7 @@ class StoredFactor:
     @property
     def values(self) -> Tensor:
         """The factor in float32."""
+        # A scale belongs to one of the r components, so it broadcasts over the other dimension.
         return self.codes.float() if self.scale is None else self.codes.float() * self.scale
 
     @property
@@ -89,6 +93,7 @@ class LowRank:
     @property
     def product(self) -> Tensor:
         """L R of the stored values: float32 [m, n]."""
+        # From the stored values, so that it is the branch that runs, rounding included.
         return self.left.values @ self.right.values
 
     @property
@@ -124,7 +129,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = weight.spec
-        # The order of the buffers is the order of the names in the state dict.
+        # Buffers, not values: they move to a device with the module and are in its state dict.
+        # Their order is the order of the names there.
         for side in ("left", "right"):
             factor: StoredFactor | None = getattr(lowrank, side, None)
             self.register_buffer(f"lowrank_{side}", None if factor is None else factor.codes)
@@ -148,6 +154,7 @@ class QuantLinear(nn.Module):
     @property
     def lowrank(self) -> LowRank | None:
         """The branch beside the codes, or None."""
+        # Built from the buffers, which may have moved to another device.
         if self.lowrank_left is None or self.lowrank_right is None:
             return None
         return LowRank(
@@ -158,6 +165,7 @@ class QuantLinear(nn.Module):
     @property
     def stored_bits(self) -> int:
         """Bits that the artifact takes for the weight: codes, grid, low-rank branch, smoothing."""
+        # Smoothing is float32 [in]. The grid of the input, one or two numbers, is not counted.
         branch, smoothing = self.lowrank, None if self.input is None else self.input.smoothing
         bits = self.quantized_weight.stored_bits
         if branch is not None:
@@ -168,6 +176,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., out] of inputs x [..., in]."""
+        # q(x), in floating point; then the product with the dequantized weight.
         x = x if self.input is None else self.input(x)
         y, branch = F.linear(x, self.weight, self.bias), self.lowrank
         if branch is None:
@@ -185,6 +194,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 def bits_per_weight(model: nn.Module) -> float:
     """Stored bits of the quantized linears (see QuantLinear.stored_bits), per weight."""
+    # Weighted by size: all bits over all weights, not the mean over linears.
     linears = quantized_linears(model).values()
     return sum(linear.stored_bits for linear in linears) / sum(
         linear.codes.numel() for linear in linears

@@ -35,6 +35,7 @@ def packed_planes(codes: Tensor, num_bits: int) -> list[Tensor]:
         )
     # The mask keeps the low bits of the two's complement: -1 becomes 0b11…1.
     remaining: Tensor = codes.reshape(-1).to(torch.int32) & (2**num_bits - 1)
+    # Every plane takes the lowest bits that are left of each code.
     planes = []
     for bits in PLANES[num_bits]:
         planes.append(_pack_plane(remaining & (2**bits - 1), bits))
@@ -61,10 +62,12 @@ def unpack(packed: Tensor, num_bits: int, shape: tuple[int, ...]) -> Tensor:
             f"{count} codes of {num_bits} bits take {packed_size(count, num_bits)} bytes: got "
             f"{packed.numel()} of {packed.dtype}"
         )
+    # Every plane adds its bits above those that the planes before it have filled.
     codes = torch.zeros(count, dtype=torch.int32, device=packed.device)
     start = filled = 0  # bytes read so far; bits of each code filled so far
     for bits in PLANES[num_bits]:
         end = start + _plane_size(count, bits)
+        # [:count] drops the padding of the last byte.
         codes |= _unpack_plane(packed[start:end], bits)[:count] << filled
         start, filled = end, filled + bits
     # Sign extension: flipping the sign bit and subtracting its value maps 2^b - 1 back to -1.
@@ -79,14 +82,17 @@ def packed_size(count: int, num_bits: int) -> int:
 
 
 def _plane_size(count: int, bits: int) -> int:
+    # Planes start at whole bytes, so the last byte of a plane may be padded.
     return math.ceil(count * bits / 8)
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
+    # Where the parts of a byte start: 0, 2, 4, 6 for parts of two bits.
     return torch.arange(0, 8, bits, dtype=torch.int32, device=device)
 
 
 def _pack_plane(parts: Tensor, bits: int) -> Tensor:
+    # [parts] becomes [bytes, parts per byte], filled up with zeros.
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(parts, (0, -len(parts) % per_byte))
     # The shifted parts of a byte do not overlap, so their sum is their union.
@@ -95,6 +101,7 @@ def _pack_plane(parts: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
+    # [bytes, 1] shifted by [parts per byte]; the mask removes the parts above.
     shifted: Tensor = packed.to(torch.int32).unsqueeze(1) >> _shifts(bits, packed.device)
     parts: Tensor = shifted & (2**bits - 1)
-    return parts.reshape(-1)  # zeros from the padding are still at the end
+    return parts.reshape(-1)

@@ -91,6 +91,7 @@ def equalize(
     norm: see find_norm; None if no norm can hold 1/s.
     sample: of the group's input, [tokens, n].
     """
+    # The linears of a group read one input, so they share one s: stacked weights are [Σ m, n].
     linears = [block.linear(name) for name in group]
     scale, left = choose_scale(sample, torch.cat([linear.weight for linear in linears]), scheme)
     # `not <` and not `>=`: NaN counts as no gain.
@@ -127,6 +128,8 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
 
         return hook
 
+    # In a trial forward the norms leave their outputs, and every module that computes something
+    # tells whose output it was given.
     named = dict(block.module.named_modules())
     norms = {path: module for path, module in named.items() if _is_affine_norm(module)}
     leaves = {path: module for path, module in named.items() if not list(module.children())}
@@ -134,6 +137,7 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
     handles += [module.register_forward_pre_hook(enter(path)) for path, module in leaves.items()]
     with hooked(handles):
         block(tokens)
+    # All readers must be in the group: another reader would see its input divided by s.
     return next((norm for norm, found in readers.items() if sorted(found) == sorted(group)), None)
 
 
@@ -143,10 +147,12 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor
     Also returns this error as a share of the error without a scale. sample: of the input,
     [tokens, n]; weight: of all linears of the group, stacked, [m, n].
     """
+    # s = rms(x)^a · rms(W)^-b
     of_inputs, of_weights = _strengths(sample), _strengths(weight)
     candidates = [of_inputs**a * of_weights**-b for a, b in CANDIDATES]
     # Only ratios between channels matter: the geometric mean of s becomes 1.
     candidates = [scale / scale.log().mean().exp() for scale in candidates]
+    # x / s and W diag(s) are what is rounded; d scales as x², so it becomes d / s².
     pivots = pivots_of(sample)
     errors = torch.stack(
         [
@@ -154,12 +160,14 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor
             for scale in candidates
         ]
     )
+    # errors[0] is that of s = 1, the first candidate.
     best = int(errors.argmin())
     return candidates[best], float(errors[best] / errors[0])
 
 
 def _strengths(values: Tensor) -> Tensor:
     """The rms of each column, [n], but never less than LEAST_STRENGTH allows."""
+    # In a sample of zeros `least` is 0 too; `tiny` keeps rms^-b finite.
     squares = values.square().mean(0)
     least = LEAST_STRENGTH * squares.mean().sqrt()
     return squares.sqrt().clamp(min=torch.finfo(values.dtype).tiny).maximum(least)
@@ -170,6 +178,7 @@ def pivots_of(x: Tensor) -> Tensor:
 
     0 for a dead input. x: [tokens, n].
     """
+    # E[x xᵀ] damped = (Uᵀ U)⁻¹, strongest input first, as a sweep with act order goes.
     factor = factorize((x.T @ x).double() / len(x), DAMPING, act_order=True)
     # U is in the order of the sweep; d goes back to the order of the channels.
     pivots = torch.empty_like(factor.upper[0])
@@ -182,6 +191,7 @@ def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) ->
 
     x [tokens, n], weight [m, n] and pivots [n] are scaled by s already.
     """
+    # Float activations are not rounded: v = 0.
     noise = (
         torch.zeros_like(pivots)
         if scheme.activation is None
@@ -194,11 +204,13 @@ def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) ->
     # Σ_j e_ij² (d_j / s_j² + v_j) for every clip factor and row: [factors, m]. Each row takes its
     # best factor, as the search of the real grid does.
     of_rows = torch.stack([_sweep_noise(weight, grid) @ (pivots + noise) for grid in grids])
+    # Σ_j ω_j v_j + Σ_i min over the factors
     return (weight.square().sum(0) * noise).sum() + of_rows.amin(0).sum()
 
 
 def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
     """e², [m, n]: Δ² / 12, and the squared distance of a weight from the range of its grid."""
+    # The values of the smallest and largest code, [m, n].
     lowest, highest = (
         grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
     )
@@ -213,6 +225,7 @@ def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
         grid_from_range(minimum * factor, maximum * factor, spec.code_range)
         for factor in ESTIMATE_CLIP_FACTORS
     ]
+    # The noise of channel j reaches the outputs with ω_j = ‖W_:j‖²; one factor serves all channels.
     noises = torch.stack([(grid.nearest(x) - x).square().mean(0) for grid in grids])  # [factors, n]
     return noises[int((noises @ weight.square().sum(0)).argmin())]
 

@@ -79,6 +79,7 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     Raises MarrqError if the family is unknown, or if the model differs from its family in a way
     that makes an exact rotation impossible.
     """
+    # By the exact class: a subclass may read the stream in other places.
     library = type(model).__module__.partition(".")[0]
     family = FAMILIES.get(f"{library}.{type(model).__name__}")
     if family is None:
@@ -105,19 +106,23 @@ def refusal(model: nn.Module, reason: str) -> MarrqError:
 
 def _stream(model: nn.Module, layout: Layout) -> ResidualStream:
     """The layout with the paths of every block, and without the parameters that are missing."""
+    # The patch embedding writes first; it has no LayerScale.
     parameters = dict(model.named_parameters())
     writers: dict[str, str | None] = {layout.embedding: None}
     readers: dict[str, tuple[str, ...]] = {}
     for name, _ in model.get_submodule(layout.blocks).named_children():
         for branch in layout.branches:
             path = f"{layout.blocks}.{name}"
+            # Without LayerScale the path ends in ".None", which no parameter has.
             writer, scale = f"{path}.{branch.writer}", f"{path}.{branch.scale}"
             writers[writer] = scale if scale in parameters else None
+            # Every linear of attention or MLP but the last reads the norm: q, k, v; fc1 and gate.
             linears = _linears(model, f"{path}.{branch.module}")
             readers[f"{path}.{branch.norm}"] = tuple(
                 linear for linear in linears if linear != writer
             )
     readers[layout.final_norm] = layout.heads
+    # The patch embedding has one output channel for each channel of the stream.
     return ResidualStream(
         width=len(model.get_parameter(f"{layout.embedding}.weight")),
         tokens=tuple(token for token in layout.tokens if token in parameters),
@@ -136,6 +141,7 @@ def _linears(model: nn.Module, path: str) -> list[str]:
 
 def _check(model: nn.Module, stream: ResidualStream) -> None:
     """Refuse a model with a module that cannot be rotated, or with a linear out of place."""
+    # R mixes the output channels of a writer: they must be the channels of the stream.
     for path in stream.writers:
         writer = model.get_submodule(path)
         if not isinstance(writer, nn.Linear | nn.Conv2d) or len(writer.weight) != stream.width:
@@ -157,6 +163,7 @@ def _all_linears(model: nn.Module) -> list[str]:
 
 def _check_readers(model: nn.Module, path: str, readers: tuple[str, ...], width: int) -> None:
     """Refuse a norm that does not commute with the rotation, or readers of another width."""
+    # A norm with statistics of single channels, such as BatchNorm, is not the same after R.
     norm = model.get_submodule(path)
     if not isinstance(norm, NORMS):
         raise refusal(model, f"{path} is a {type(norm).__name__}, no LayerNorm or RMSNorm")
@@ -170,6 +177,7 @@ def _check_readers(model: nn.Module, path: str, readers: tuple[str, ...], width:
 
 def _timm(model: Any) -> Layout:
     """The layout of timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3)."""
+    # Eva keeps LayerScale as parameters of the block, VisionTransformer as modules.
     _check_timm(model)
     scales = ("gamma_1", "gamma_2") if type(model).__name__ == "Eva" else ("ls1.gamma", "ls2.gamma")
     return Layout(
@@ -196,6 +204,7 @@ def _check_timm(model: Any) -> None:
             raise refusal(
                 model, f"{name} multiplies each channel of the stream by a weight of its own"
             )
+    # A block that normalizes what it writes multiplies each channel of x by a weight.
     for block in model.blocks:
         if type(block).__name__ not in ("Block", "EvaBlock"):
             raise refusal(
@@ -206,6 +215,7 @@ def _check_timm(model: Any) -> None:
     # A maximum over tokens, or attention pooling, does not commute with R.
     if model.global_pool not in ("token", "avg"):
         raise refusal(model, f"its pooling {model.global_pool!r} is not linear in the stream")
+    # With no norm the head reads x itself; with two the weight of the first has no linear to go to.
     if isinstance(model.norm, nn.Identity) == isinstance(model.fc_norm, nn.Identity):
         raise refusal(model, "not exactly one of norm and fc_norm stands before its head")
 
@@ -216,6 +226,7 @@ def _transformers_vit(model: Any) -> Layout:
         Branch("layernorm_before", "attention", "attention.o_proj"),
         Branch("layernorm_after", "mlp", "mlp.fc2"),
     )
+    # A distilled DeiT has two heads, each reading a token of its own.
     distilled = hasattr(model, "cls_classifier")
     heads = ("cls_classifier", "distillation_classifier") if distilled else ("classifier",)
     return _transformers(model, "layers", branches, heads)
@@ -226,6 +237,7 @@ def _transformers_dinov2(model: Any) -> Layout:
 
     Its head reads the class token and the mean of the patches side by side.
     """
+    # DINOv2-g has a gated MLP, whose linears have other names.
     writer = "mlp.down_proj" if model.config.use_swiglu_ffn else "mlp.fc2"
     branches = (
         Branch("norm1", "attention", "attention.o_proj", "layer_scale1.lambda1"),
@@ -238,6 +250,7 @@ def _transformers(
     model: Any, blocks: str, branches: tuple[Branch, ...], heads: tuple[str, ...]
 ) -> Layout:
     """The layout that these families of transformers share. blocks: path within the base model."""
+    # The base model is an attribute of the classifier: `vit`, `deit`, `dinov2`, …
     root = model.base_model_prefix
     tokens = (
         "cls_token",

@@ -54,6 +54,7 @@ def rotate(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     Raises MarrqError if the stream cannot be rotated exactly; then the model is as it was. Raises
     MarrqError too if the logits of `images` change; then the model is rotated, and wrong.
     """
+    # Everything that can refuse the model comes before the first change.
     inner = model.model if isinstance(model, TransformersOutput) else model
     stream = residual_stream(inner)
     _check_norms(inner, stream)
@@ -100,6 +101,7 @@ def _rotate_stream(model: nn.Module, stream: ResidualStream, rotation: Tensor) -
     for path in stream.tokens:
         token = model.get_parameter(path)
         token.copy_(token.double() @ rotation.T)
+    # Writers and readers are independent of each other: each is changed once, in any order.
     for path, scale in stream.writers.items():
         writer = cast(nn.Linear | nn.Conv2d, model.get_submodule(path))
         _rotate_writer(writer, None if scale is None else model.get_parameter(scale), rotation)
@@ -133,6 +135,7 @@ def _rotate_readers(norm: Any, readers: list[nn.Linear], rotation: Tensor) -> No
             # W b, less the part that the norm keeps: it comes back as W diag(w) Rᵀ R (b / w).
             reader.bias.copy_(reader.bias.double() + (parts @ (shift - gain * kept)).sum(1))
         reader.weight.copy_((parts * gain @ rotation.T).flatten(1))
+    # What the readers took in is removed from the norm: w ← 1, and b ← R (b / w) or 0.
     if norm.weight is not None:
         norm.weight.fill_(1)
     if getattr(norm, "bias", None) is not None:

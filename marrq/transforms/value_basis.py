@@ -79,12 +79,14 @@ def find_value_path(block: Block, target: str, tokens: Tensor) -> ValuePath | No
     """
     # In float64, so that "the input changes by T" can be told from "almost by T".
     block, tokens = block.in_float64(), tokens[:1].double()
+    # The inputs that T must change to before · Tᵀ: [..., channels].
     channels = block.linear(target).in_features
     before = block.input_of(target, tokens)
     generator = torch.Generator().manual_seed(TRIAL_SEED)
 
     def follows(source: str, start: int, change: Tensor) -> bool:
         """Whether the inputs of the target change by T if the outputs of the source do."""
+        # A nonlinearity, a norm or another linear on the way makes this fail.
         trial = block.copied()
         _change_rows(trial.linear(source), start, change.to(before))
         return torch.allclose(trial.input_of(target, tokens), before @ change.to(before).T)
@@ -112,10 +114,12 @@ def balancing_basis(
     width: channels of a group.
     generator: draws R.
     """
+    # T is found for each group alone: the groups do not mix.
     blocks = []
     for x, w in zip(inputs.double().split(width, 1), weight.double().split(width, 1), strict=True):
         # x [tokens, width] and w [m, width] give H = E[x xᵀ] and M = Wᵀ W of one group.
         root = _power(_geometric_mean(_damped(x.T @ x / len(x)), _damped(w.T @ w)), 0.5)  # √P
+        # Of all T with Tᵀ T = P the one that spreads an outlier over the group: T = R √P.
         blocks.append(root if width == 1 else random_orthogonal(width, generator).to(root) @ root)
     return cast(Tensor, torch.block_diag(*blocks))
 
@@ -126,6 +130,7 @@ def fold_basis(block: Block, value_path: ValuePath, change: Tensor) -> None:
 
     change: T, [n, n].
     """
+    # The outputs V of the source become T V: both weight and bias change.
     _change_rows(block.linear(value_path.source), value_path.start, change)
     weight = block.linear(value_path.target).weight
     # W T⁻¹ as the solution Y of Tᵀ Yᵀ = Wᵀ, without an explicit inverse.
@@ -134,6 +139,7 @@ def fold_basis(block: Block, value_path: ValuePath, change: Tensor) -> None:
 
 def _candidates(block: Block, target: str) -> Iterator[tuple[str, int]]:
     """Linears before the target, with each part of their outputs that is as wide as its input."""
+    # In the order of execution; only a linear that runs before the target can feed it.
     names = [name for group in block.groups for name in group]
     channels = block.linear(target).in_features
     for name in names[: names.index(target)]:
@@ -150,6 +156,7 @@ def _divisors(channels: int) -> list[int]:
 
 def _change_rows(linear: nn.Linear, start: int, change: Tensor) -> None:
     """W ← T W, bias ← T bias, for the outputs from `start` on, as many as T has rows."""
+    # A product in float64, stored in the type of the parameter.
     rows = slice(start, start + len(change))
     for parameter in (linear.weight, linear.bias):
         if parameter is not None:
@@ -158,12 +165,14 @@ def _change_rows(linear: nn.Linear, start: int, change: Tensor) -> None:
 
 def _damped(moment: Tensor) -> Tensor:
     """A second moment [width, width] made invertible. A matrix of zeros becomes the identity."""
+    # If all channels are dead, H = 0 has no inverse and every P does as well: take the identity.
     mean = moment.diagonal().mean()
     return moment + torch.where(mean > 0, DAMPING * mean, 1) * torch.eye(len(moment)).to(moment)
 
 
 def _geometric_mean(inputs: Tensor, weights: Tensor) -> Tensor:
     """H⁻¹ # M = H^-½ (H^½ M H^½)^½ H^-½."""
+    # H^-½ from the eigenvalues of H, so no inverse is computed from a rounded root.
     half, inverse = _power(inputs, 0.5), _power(inputs, -0.5)
     return inverse @ _power(half @ weights @ half, 0.5) @ inverse
 

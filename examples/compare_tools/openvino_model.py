@@ -11,11 +11,12 @@ from runtime.session import SessionSettings
 
 
 class OpenVINOModel:
-    """One file, open; compiled for each batch size by itself when it first comes, since OpenVINO is
-    fastest with fixed shapes.
+    """One open file, compiled for a batch size when that size first comes: OpenVINO is fastest with
+    fixed shapes.
 
-    precision: of what is not quantized: f32, as ONNX Runtime computes it, or bf16, which OpenVINO
-    chooses by itself on processors that have it."""
+    precision: of operations that are not quantized: f32, as in ONNX Runtime, or bf16, which
+    OpenVINO would choose by itself on processors that have it.
+    """
 
     def __init__(self, path: Path, settings: SessionSettings, precision: str) -> None:
         self.core, self.path = ov.Core(), path
@@ -39,8 +40,8 @@ class OpenVINOModel:
         return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
-        """A function that runs one forward, to be timed; the model is compiled for that batch size
-        beforehand."""
+        """A function that runs one forward, to be timed."""
+        # Compiling for this batch size is not part of the time.
         self.run(pixels)
         return lambda: self.requests[len(pixels)].infer([pixels])
 

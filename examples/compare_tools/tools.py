@@ -1,15 +1,18 @@
-"""What makes a smaller or faster file of a float ONNX model, one function a tool, each with the
-settings that its makers recommend for a CPU with VNNI.
+"""Tools that make a smaller or faster file of a float ONNX model: one function for each tool, with
+the settings that its makers recommend for a CPU with VNNI.
 
-    fp32, fp16         the model as it is, and in float16
-    integer            marrq
-    static             onnxruntime quantize_static: Q/DQ, uint8 activations, int8 weights per channel, behind its pre-processing
-    dynamic            onnxruntime quantize_dynamic, behind the same pre-processing
-    matmulnbits        onnxruntime MatMulNBitsQuantizer: 4 bits, blocks of 128, accuracy level 4: activations in int8
-    openvino           OpenVINO, nothing quantized
-    nncf               OpenVINO behind NNCF's post-training quantization for transformers: int8 weights and activations
+    fp32, fp16     the model as it is, and in float16
+    integer        marrq
+    static         onnxruntime quantize_static: QDQ, uint8 activations, int8 weights per channel,
+                   after its pre-processing
+    dynamic        onnxruntime quantize_dynamic, after the same pre-processing
+    matmulnbits    onnxruntime MatMulNBitsQuantizer: 4 bits, blocks of 128, accuracy level 4, which
+                   computes with int8 activations
+    openvino       OpenVINO, nothing quantized
+    nncf           OpenVINO after NNCF's post-training quantization for transformers: int8 weights
+                   and activations
 
-All that calibrate see the same images.
+All tools that calibrate see the same images.
 """
 
 import copy
@@ -38,17 +41,18 @@ from marrq.pipeline.quantize import Images, RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.schemes import parse_scheme
 
-logging.getLogger().setLevel(
-    logging.WARNING
-)  # the import of MatMulNBitsQuantizer has set it to INFO, for every package
+# The import of MatMulNBitsQuantizer has set the level to INFO, for every package.
+logging.getLogger().setLevel(logging.WARNING)
 
 REQUIREMENTS = "examples/compare_tools/requirements.txt"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a tool is given. file: the float32 graph; images: for calibration; scheme, method: of
-    marrq alone."""
+    """What a tool is given.
+
+    file: the float32 graph. images: for calibration. scheme, method: for marrq alone.
+    """
 
     model: VisionModel
     file: Path
@@ -84,9 +88,8 @@ def fp16(source: Source, folder: Path) -> Path:
 
 
 def integer(source: Source, folder: Path) -> Path:
-    model = replace(
-        source.model, module=copy.deepcopy(source.model.module)
-    )  # quantize works in place
+    # `quantize` works in place, and other tools need the float model.
+    model = replace(source.model, module=copy.deepcopy(source.model.module))
     settings = QuantizationSettings(
         parse_scheme(source.scheme), parse_method(source.method), source.calibration
     )
@@ -132,7 +135,8 @@ def nncf(source: Source, folder: Path) -> Path:
 
     quantized = nncf.quantize(
         ov.convert_model(source.file),
-        nncf.Dataset(list(source.inputs())),  # it goes through them more than once
+        # NNCF goes through the images more than once.
+        nncf.Dataset(list(source.inputs())),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(source.images),
     )
@@ -150,11 +154,12 @@ TOOLS: dict[str, Callable[[Source, Path], Path]] = {
     "openvino": openvino,
     "nncf": nncf,
 }
-"""Each writes its files into a folder and returns what is to be opened."""
+"""Each tool writes its files into a folder, and returns the file to open."""
 
 
 def _preprocessed(source: Source, folder: Path) -> Path:
-    """Shapes inferred and nodes fused, as ONNX Runtime asks for before it quantizes; done once."""
+    """The float graph with shapes inferred and nodes fused, as ONNX Runtime asks for before it
+    quantizes; made once."""
     file = folder / "preprocessed.onnx"
     if not file.exists():
         quant_pre_process(source.file, file)

@@ -1,6 +1,5 @@
 """`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,7 +53,7 @@ def evaluate(
         "schema": SCHEMA,
         "model": source,
         "data": images.description(),
-        "models": {title: asdict(accuracy) for title, accuracy in found.items()},
+        "models": {title: accuracy.to_json() for title, accuracy in found.items()},
     }
     for title, accuracy in found.items():
         common.stdout.print(f"{title}: {_sentence(accuracy)}", highlight=False)

@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,8 @@ from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.images import find_images
 from marrq.models.load import VisionModel, load_model
-from marrq.pipeline.quantize import FullPrecisionInputs, RunOptions
+from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
+from marrq.pipeline.quantize import RunOptions
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight
 from marrq.schemes import Scheme
@@ -125,7 +126,7 @@ class Runner:
         self.original = load_model(task.model)
         self.train = find_images(task.data, "train", self.original.labels)
         self.held_out = find_images(task.data, "val", self.original.labels)
-        self.tokens: dict[tuple[Any, ...], FullPrecisionInputs] = {}
+        self.shared: FullPrecisionInputs | None = None
 
     def run(self, combination: Combination) -> dict[str, Any]:
         """Quantize and measure: the run as the report has it, and under `float` the accuracy of the
@@ -162,20 +163,21 @@ class Runner:
 
     def _quantized(self, combination: Combination) -> QuantizedModel:
         scheme, method = combination.scheme, combination.method
-        # The full-precision path depends on these alone.
-        path = (combination.seed, method.rotation, scheme.edges, method.balances(scheme))
-        if path not in self.tokens:
-            # Tokens of a model are large, and combinations come in the order of their seeds.
-            self.tokens = {path: FullPrecisionInputs()}
         copied = replace(self.original, module=copy.deepcopy(self.original.module))
         recipe = Recipe(scheme, method, self.task.samples, combination.seed)
-        run = RunOptions(self.device, shared=self.tokens[path])
+        settings = recipe.settings(self.train.draw(recipe.samples, recipe.seed))
+        key = FullPrecisionKey.of(self.original, settings, self.device)
+        # Tokens of a model are large, and combinations come in the order of their seeds: only the
+        # tokens of the last key are kept.
+        if self.shared is None or self.shared.key != key:
+            self.shared = FullPrecisionInputs(key)
+        run = RunOptions(self.device, shared=self.shared)
         return quantize_in_place(copied, self.train, recipe, run)
 
     def _measured(self, model: QuantizedModel, reference: NDArray[np.float32]) -> dict[str, Any]:
         reports = model.reports
         return {
-            **asdict(measure_accuracy(self._logits(model), self.targets, reference)),
+            **measure_accuracy(self._logits(model), self.targets, reference).to_json(),
             "error": sum(report.error for report in reports),
             "relative_error": sum(report.relative_error for report in reports) / len(reports),
             "bits_per_weight": bits_per_weight(model.module),
@@ -207,7 +209,7 @@ class ReportFile:
         if file.exists():
             self.report = _read_report(file, about)
         else:
-            environment = {**describe_machine(), "torch": version("torch")}
+            environment = {**describe_machine().to_json(), "torch": version("torch")}
             self.report = {**about, "environment": environment, "runs": []}
 
     def missing(self) -> list[Combination]:

@@ -1,7 +1,7 @@
 """`marrq compare`: methods × schemes × seeds on one model, as a table, JSON and a plot."""
 
-import itertools
 from functools import partial
+from itertools import product, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -58,14 +58,14 @@ def compare(
     from marrq.workflows.compare import Combination, Task
     from marrq.workflows.compare import compare as run_comparison
     from marrq.workflows.compare_on_ray import runs_on_ray
-    from runtime.report.comparison import markdown, table
+    from runtime.report.comparison import ComparisonReport, markdown, table
 
-    chosen = itertools.product(range(seeds), schemes, methods)
-    combinations = [Combination(*each) for each in chosen]
+    combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
     with common.progress_bars(runs=len(combinations)) as [bar]:
         task = Task(model, name, samples, kind)
-        report = run_comparison(task, combinations, output, bar.show, distribute)
+        found = run_comparison(task, combinations, output, bar.show, distribute)
+    report = ComparisonReport.read(found)
     common.stdout.print(table(report))
     common.stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
     if plot is not None:

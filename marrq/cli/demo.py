@@ -5,7 +5,6 @@ from typing import Annotated
 
 from marrq.cli import common
 from marrq.cli.bench import bench
-from marrq.cli.export import export
 from marrq.cli.quantize import quantize
 
 
@@ -21,12 +20,17 @@ def demo(
     ] = Path("marrq-demo"),
     force: common.ForceOption = False,
 ) -> None:
-    """Quantize, export and measure the built-in ViT on 1,000 digits, in under two minutes."""
+    """Quantize, export and measure the built-in ViT on 1,000 digits, in under two minutes.
+
+    marrq demo -o marrq-demo
+    """
     # Raises BenchError at once if ONNX Runtime is missing.
     import runtime.session  # noqa: F401
+    from marrq.workflows.export import export
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
     quantize("demo", output=artifact, force=force)
+    common.say(f"exporting {artifact}")
     export(artifact, file, force=force)
     bench([file], json_file=report)
     common.say(

@@ -30,8 +30,10 @@ def doctor(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Say what keeps a file from running, here or on a server: marrq doctor model.onnx --ort 1.18.
-    Exits with 3 when something does."""
+    """Say what keeps a file from running, here or on a server; exit with 3 if something does.
+
+    marrq doctor model.onnx --ort 1.18
+    """
     if path is None and server is not None:
         raise MarrqError(
             f"--ort {server} is about a file that a server is to load: marrq doctor FILE --ort "

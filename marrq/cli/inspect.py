@@ -30,8 +30,11 @@ def inspect(
     ] = "all",
     plot: PlotOption = None,
 ) -> None:
-    """Show what really runs a file, and why: marrq inspect model.onnx --strict. Or how an artifact
-    was quantized: --plot alpha.svg"""
+    """Show what really runs each linear of a file, and why; or how an artifact was quantized.
+
+    marrq inspect model.onnx --strict
+    marrq inspect artifact --plot alpha.svg
+    """
     if path.is_file():
         if plot is not None:
             raise MarrqError(

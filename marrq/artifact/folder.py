@@ -57,9 +57,10 @@ REPORTS = "quantization.json"
 CARD = "README.md"
 
 
-def save(model: QuantizedModel, folder: Path, overwrite: bool = False) -> None:
+def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> None:
     """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, or if it
     cannot be written; then what was there before is still there."""
+    folder = Path(folder)
     check_output(folder, overwrite)
     with errors_of_writing(f"artifact {str(folder)!r}", "make room, or choose another place"):
         write_folder(folder, lambda place: _write(model, place))
@@ -80,9 +81,10 @@ def _write(model: QuantizedModel, place: Path) -> None:
     write_json(place / CONFIG, config)
 
 
-def load(folder: Path) -> QuantizedModel:
+def load(folder: Path | str) -> QuantizedModel:
     """The quantized model of an artifact, on the CPU. Raises MarrqError if the artifact is missing,
     damaged, of another version, or holds what no artifact holds (marrq/artifact/validate.py)."""
+    folder = Path(folder)
     config = read_config(folder)
     try:
         return _checked_model(folder, config)

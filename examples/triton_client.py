@@ -32,7 +32,7 @@ from PIL import Image
 
 from marrq.cli.common import JsonOption, progress_bars, stdout, write_report
 from runtime.environment import describe_machine
-from runtime.preprocessing import Preprocessing
+from runtime.preprocessing import ServedPreprocessing
 
 SCHEMA = "marrq.triton_client/1"
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
@@ -88,7 +88,7 @@ def main(
     }
     stdout.print(json.dumps(report, indent=2), highlight=False)
     detail = {
-        "machine": describe_machine(),
+        "machine": describe_machine().to_json(),
         "files": [str(file.relative_to(root)) for file in files],
         "logits": answers.tolist(),
     }
@@ -109,7 +109,7 @@ class Served:
             )
         except (OSError, tritonclient.utils.InferenceServerException) as error:
             raise typer.BadParameter(f"no model {name!r} at {url}: {error}") from error
-        self.preprocessing = Preprocessing.read(
+        self.preprocessing = ServedPreprocessing.read(
             config["parameters"]["preprocessing"]["string_value"]
         )
         [self.input], [self.output] = config["input"], config["output"]

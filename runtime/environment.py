@@ -1,47 +1,34 @@
-"""The machine a measurement was taken on, what ran there, and with which settings."""
+"""The machine that a measurement was taken on, the packages that ran, and the session's settings.
+
+A number without them cannot be compared with another: the processor's instruction sets decide which
+kernels ONNX Runtime takes.
+"""
 
 import os
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.errors import BenchError
+from runtime.records import Record
 
 if TYPE_CHECKING:
     from runtime.session import SessionSettings
 
-FLAGS = (
-    *(
-        "avx",
-        "avx2",
-        "f16c",
-        "fma",
-        "avx_vnni",
-        "avx_vnni_int8",
-        "avx512f",
-        "avx512bw",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-    ),
-    *(
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-        "asimd",
-        "asimdhp",
-        "asimddp",
-        "i8mm",
-        "bf16",
-        "sve",
-        "sve2",
-        "svei8mm",
-    ),
+# fmt: off
+# As Linux names them in /proc/cpuinfo.
+X86_FLAGS = (
+    "avx", "avx2", "f16c", "fma", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw",
+    "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
 )
-"""Instruction sets that decide which kernels ONNX Runtime takes, as Linux names them; x86 first,
-then Arm."""
+ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm")
+# fmt: on
+
+FLAGS = (*X86_FLAGS, *ARM_FLAGS)
+"""Instruction sets that decide which kernels ONNX Runtime takes."""
 
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 """Packages that install the same module: of two, the later overwrites files of the other."""
@@ -54,42 +41,71 @@ REINSTALL = (
 """The way out of a mixed or damaged ONNX Runtime."""
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, its flags, cores and system, as JSON."""
-    return {
-        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "processor_flags": _processor_flags(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-    }
+@dataclass(frozen=True)
+class Machine(Record):
+    """A machine.
+
+    processor_flags: those of FLAGS that the processor has; empty if the system does not tell.
+    cores: of the machine, also if this process may not use all of them.
+    """
+
+    processor: str
+    processor_flags: tuple[str, ...]
+    cores: int | None
+    system: str
+    python: str
 
 
-def describe(settings: "SessionSettings") -> dict[str, Any]:
-    """The machine, the versions of packages and the session settings, as JSON. threads: None is
-    ONNX Runtime's choice. Raises BenchError when two packages of ONNX Runtime are installed."""
-    from runtime.session import (
-        ALLOW_SPINNING,
-        ONNXRUNTIME_VERSION,
-        available_providers,
-    )  # a machine without it can still be described
+@dataclass(frozen=True)
+class Environment(Machine):
+    """A machine, and what runs on it.
 
-    packages = installed_packages()
-    return {
-        **describe_machine(),
-        "onnxruntime": ONNXRUNTIME_VERSION,
-        "packages": packages,
-        "provider": settings.provider,
-        "providers_available": available_providers(),
-        "threads": settings.threads,
-        "allow_spinning": ALLOW_SPINNING,
-        "graph_optimization": "all",
-    }
+    onnxruntime: version of the module. packages: installed versions, by package.
+    provider, threads: of the session; threads None is ONNX Runtime's choice.
+    allow_spinning, graph_optimization: session options, the same for all models.
+    """
+
+    onnxruntime: str
+    packages: dict[str, str]
+    provider: str
+    providers_available: tuple[str, ...]
+    threads: int | None
+    allow_spinning: bool
+    graph_optimization: str
+
+
+def describe_machine() -> Machine:
+    """The machine that this process runs on."""
+    return Machine(
+        processor=_cpuinfo("model name") or platform.processor() or platform.machine(),
+        processor_flags=tuple(_processor_flags()),
+        cores=os.cpu_count(),
+        system=platform.platform(terse=True),
+        python=platform.python_version(),
+    )
+
+
+def describe(settings: "SessionSettings") -> Environment:
+    """The machine, the packages and the session. Raises BenchError if two packages of ONNX Runtime
+    are installed."""
+    # Imported here: a machine without ONNX Runtime can still be described.
+    from runtime.session import ALLOW_SPINNING, ONNXRUNTIME_VERSION, available_providers
+
+    return Environment(
+        **vars(describe_machine()),
+        onnxruntime=ONNXRUNTIME_VERSION,
+        packages=installed_packages(),
+        provider=settings.provider,
+        providers_available=tuple(available_providers()),
+        threads=settings.threads,
+        allow_spinning=ALLOW_SPINNING,
+        graph_optimization="all",
+    )
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed. Raises BenchError for two
-    packages of ONNX Runtime."""
+    """Versions of those of PACKAGES that are installed. Raises BenchError if two packages of ONNX
+    Runtime are."""
     found = installed_versions(PACKAGES)
     conflict = onnxruntime_conflict(found)
     if conflict is not None:
@@ -103,19 +119,19 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def onnxruntime_conflict(found: dict[str, str]) -> str | None:
-    """What is wrong with two packages of ONNX Runtime among the installed ones, and the way out;
-    None where there are not two."""
+    """A sentence if two packages of ONNX Runtime are among the installed ones, with the way out."""
     rivals = [f"{name} {found[name]}" for name in ONNXRUNTIME_PACKAGES if name in found]
-    return (
-        f"{' and '.join(rivals)} are both installed and overwrite each other: {REINSTALL}"
-        if len(rivals) > 1
-        else None
-    )
+    if len(rivals) < 2:
+        return None
+    return f"{' and '.join(rivals)} are both installed and overwrite each other: {REINSTALL}"
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may run on."""
+    # A container or `taskset` may allow fewer cores than the machine has; only Linux tells.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:
@@ -126,14 +142,14 @@ def _version(package: str) -> str | None:
 
 
 def _processor_flags() -> list[str]:
-    """Those of FLAGS that the processor has; none where the system does not tell."""
+    """Those of FLAGS that the processor has; none if the system does not tell."""
+    # Linux says "flags" on x86 and "Features" on Arm.
     had = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
     return [flag for flag in FLAGS if flag in had]
 
 
 def _cpuinfo(key: str) -> str | None:
-    """What /proc/cpuinfo says of the first core, where there is one; it tells more than
-    `platform`."""
+    """What /proc/cpuinfo says of the first core; None without such a file or key."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)

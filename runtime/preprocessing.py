@@ -1,17 +1,18 @@
-"""From an image to the model's input by what the ONNX file itself says, in numpy and Pillow alone:
+"""From an image to the model's input, by what the ONNX file itself says, in NumPy and Pillow alone:
 what a server has to do.
 
-The file's metadata `marrq.preprocessing` holds the terms of timm's evaluation transform, and this
-is that transform again:
+The file's metadata `marrq.preprocessing` hold the terms of timm's evaluation transform:
 
-    convert to L or RGB  →  resize by Pillow  →  crop or pad about the centre  →  x / 255  →  (x - mean) / std
+    convert to L or RGB → resize by Pillow → crop or pad about the centre → x / 255
+    → (x - mean) / std
 
-    center    the shorter side becomes ⌊size / crop_pct⌋, and what is outside the centre is cut off
+    center    the shorter side becomes ⌊size / crop_pct⌋; what is outside the centre is cut off
     squash    both sides become ⌊size / crop_pct⌋, whatever the aspect ratio
-    border    the longer side becomes ⌊size / crop_pct⌋, and the rest is filled up with the mean
+    border    the longer side becomes ⌊size / crop_pct⌋; the rest is filled up with the mean
 
-It is written anew, and not taken from where the model was quantized, so that the bench can tell
-when the two differ."""
+marrq/models/preprocessing.py has the transform that the model was quantized with. This one is
+written anew and shares no code with it, so that the bench can tell if the two differ.
+"""
 
 import json
 import math
@@ -36,12 +37,17 @@ CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class ServedPreprocessing:
     """The terms of the metadata, and the function that they describe.
 
-    input_size: (channels, height, width), 1 channel for grey images, 3 for RGB; interpolation: a
-    key of INTERPOLATIONS; crop_pct: share of the resized image that the crop keeps; crop_mode: one
-    of CROP_MODES; mean, std: per channel, of values in 0 … 1."""
+    input_size: (channels, height, width), 1 channel for grey images, 3 for RGB.
+    interpolation: a key of INTERPOLATIONS.
+    crop_pct: share of the resized image that the crop keeps.
+    crop_mode: one of CROP_MODES.
+    mean, std: per channel, of values in 0 … 1.
+
+    Raises BenchError for an interpolation or a crop mode that is unknown.
+    """
 
     input_size: Sequence[int]
     interpolation: str
@@ -51,9 +57,9 @@ class Preprocessing:
     std: Sequence[float]
 
     @classmethod
-    def read(cls, metadata: str) -> "Preprocessing":
-        """The metadata `marrq.preprocessing` of a file. Raises BenchError when something is missing
-        there, or unknown."""
+    def read(cls, metadata: str) -> "ServedPreprocessing":
+        """From the metadata `marrq.preprocessing` of a file. Raises BenchError if a term is missing
+        or unknown."""
         try:
             return cls(**json.loads(metadata))
         except (TypeError, ValueError) as error:
@@ -70,7 +76,8 @@ class Preprocessing:
             )
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """The model's input of one image: [channels, height, width]."""
+        """The model's input of one image: float32 [channels, height, width]."""
+        # Divided by 255 in float32, as torchvision's ToTensor does: float64 would round otherwise.
         x = self.pixels(image).astype(np.float32) / np.float32(255)
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return np.ascontiguousarray(np.divide(x - mean, std, dtype=np.float32).transpose(2, 0, 1))
@@ -87,14 +94,14 @@ class Preprocessing:
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after resizing."""
+        # An image is resized to more than the input takes, and the crop cuts it down.
         target_height, target_width = (
             math.floor(side / self.crop_pct) for side in self.input_size[1:]
         )
         if self.crop_mode == "squash":
             return target_width, target_height
-        if (
-            self.crop_mode == "center" and target_height == target_width
-        ):  # timm rounds this case down and the others to the nearest
+        if self.crop_mode == "center" and target_height == target_width:
+            # timm rounds this case down, and the others to the nearest.
             short, longer = (
                 target_width,
                 int(target_width * max(width, height) / min(width, height)),
@@ -105,8 +112,9 @@ class Preprocessing:
         return round(width / ratio), round(height / ratio)
 
     def _about_the_centre(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What the input takes of an image [height, width, channels]; where it is too small it is
-        filled up."""
+        """The part of an image [height, width, channels] that the input takes; an image that is too
+        small is filled up."""
+        # Only `border` fills with the mean; a centre crop of a small image is filled with black.
         fill = np.array(
             [round(255 * value) for value in self.mean] if self.crop_mode == "border" else 0,
             np.uint8,
@@ -114,6 +122,7 @@ class Preprocessing:
         for axis, wanted in enumerate(self.input_size[1:]):
             missing = max(wanted - image.shape[axis], 0)
             if missing:
+                # An odd pixel goes behind the image, as torchvision's center_crop puts it.
                 before, after = (
                     (*image.shape[:axis], part, *image.shape[axis + 1 :])
                     for part in (missing // 2, (missing + 1) // 2)

@@ -1,16 +1,22 @@
-"""Open an ONNX file under ONNX Runtime, with the same session options for every model that is
-compared, and no provider but the one asked for."""
+"""Open an ONNX file under ONNX Runtime: with the same session options for every model that is
+compared, and with no provider but the one asked for.
+
+A provider that falls back to the CPU would be timed under a wrong name, so a fallback of the whole
+session raises. Single nodes may still run on the CPU; `executed_operators` counts them.
+"""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BenchError
+from runtime.metadata import Metadata
 
 try:
     import onnxruntime as ort
@@ -29,7 +35,7 @@ PROVIDERS = {
 }
 
 WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
-"""Those that build engines of their own: what is in them ONNX Runtime does not tell."""
+"""Providers that compile engines of their own: ONNX Runtime cannot tell what is in them."""
 
 OPTIMIZATIONS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -40,24 +46,31 @@ OPTIMIZATIONS = {
 """Levels of graph optimization; none and basic fuse no Q/DQ."""
 
 WRITE_OPTIMIZED = {
-    "session.optimized_model_external_initializers_file_name": "weights",  # the graph itself stays small, and below 2 GB
+    # Tensors go to a file beside the graph, so that the graph stays small and below 2 GB.
+    "session.optimized_model_external_initializers_file_name": "weights",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
     "session.record_ep_graph_assignment_info": "1",
-    "session.disable_prepacking": "1",  # the session is not going to run
+    # Prepacking prepares weights for runs, and this session never runs.
+    "session.disable_prepacking": "1",
 }
+"""Session options under which the optimized graph is written to disk."""
 
 DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
-"""Where the memory is of providers that have memory of their own."""
+"""Device of the providers that have memory of their own."""
 
 ALLOW_SPINNING = True
-"""Worker threads wait for work in a loop, as is ONNX Runtime's default; therefore only one session
-at a time is timed."""
+"""Whether worker threads wait for work in a loop, which is ONNX Runtime's default. A spinning
+thread takes a core from every other session, so only one session at a time is timed."""
 
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """provider: a key of PROVIDERS; threads: of one operator, None for ONNX Runtime's choice (one a
-    core); optimization: of the graph, a key of OPTIMIZATIONS."""
+    """How a file is opened.
+
+    provider: a key of PROVIDERS.
+    threads: of one operator; None for ONNX Runtime's choice, one a core.
+    optimization: of the graph, a key of OPTIMIZATIONS.
+    """
 
     provider: str = "cpu"
     threads: int | None = None
@@ -65,14 +78,14 @@ class SessionSettings:
 
 
 def available_providers() -> list[str]:
-    """Execution providers of this ONNX Runtime, as it names them."""
+    """Execution providers of this ONNX Runtime, as ONNX Runtime names them."""
     found: list[str] = ort.get_available_providers()
     return found
 
 
 class Model:
-    """One ONNX file, open. Close it by dropping it: its worker threads spin and slow every other
-    session on the machine."""
+    """One ONNX file, open. It is closed when the last reference to it goes; until then its worker
+    threads spin, and slow every other session on the machine."""
 
     def __init__(
         self,
@@ -81,35 +94,16 @@ class Model:
         profile_to: Path | None = None,
         optimized_to: Path | None = None,
     ) -> None:
-        """profile_to: prefix of the file that `end_profiling` writes, None for no profile;
-        optimized_to: where the graph goes as it is going to be executed, with its larger tensors in
-        a file beside it, None for nowhere. Raises BenchError when the file cannot be loaded or the
-        provider cannot be had."""
-        provider = PROVIDERS.get(settings.provider)
-        if provider not in available_providers():
-            raise BenchError(
-                f"provider {settings.provider!r} is not available here: this ONNX Runtime has "
-                f"{', '.join(available_providers())}"
-            )
-        options = ort.SessionOptions()
-        if settings.optimization not in OPTIMIZATIONS:
-            raise BenchError(
-                f"unknown graph optimization {settings.optimization!r}: choose one of "
-                f"{', '.join(OPTIMIZATIONS)}"
-            )
-        options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", str(int(ALLOW_SPINNING))
-        )
-        if settings.threads is not None:
-            options.intra_op_num_threads = settings.threads
-        if profile_to is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
-        if optimized_to is not None:
-            options.optimized_model_filepath = str(optimized_to)
-            for key, value in WRITE_OPTIMIZED.items():
-                options.add_session_config_entry(key, value)
+        """Open a file.
+
+        profile_to: prefix of the file that `end_profiling` writes; None for no profile.
+        optimized_to: where the graph is written as it is going to be executed, with its larger
+        tensors in a file beside it; None for nowhere.
+
+        Raises BenchError if the file cannot be loaded, and if the provider is not there.
+        """
+        provider = _provider(settings)
+        options = _options(settings, profile_to, optimized_to)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public
@@ -117,6 +111,7 @@ class Model:
             raise BenchError(
                 f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}"
             ) from error
+        # ONNX Runtime silently takes the CPU if a provider's libraries are missing.
         if self.session.get_providers()[0] != provider:
             raise BenchError(
                 f"provider {settings.provider!r} fell back to {self.session.get_providers()[0]}: "
@@ -133,9 +128,12 @@ class Model:
         return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
-        """One forward of inputs [batch, channels, height, width], to be timed: a function that
-        returns when the logits are there. Where the provider has memory of its own, inputs are put
-        there beforehand, logits stay there, and the device is waited for."""
+        """A function that runs one forward of inputs [batch, channels, height, width], and returns
+        when the logits are there.
+
+        If the provider has memory of its own, the inputs are copied there before, and the logits
+        stay there: the function times the forward alone.
+        """
         if self.device is None:
 
             def forward_on_host() -> None:
@@ -151,6 +149,7 @@ class Model:
 
         def forward_on_device() -> None:
             self.session.run_with_iobinding(binding)
+            # A kernel is only queued when `run` returns.
             binding.synchronize_outputs()
 
         return forward_on_device
@@ -161,10 +160,9 @@ class Model:
             (batch, *self.input.shape[1:]), dtype=np.float32
         )
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> Metadata:
         """The file's own metadata."""
-        found: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
-        return found
+        return Metadata(self.session.get_modelmeta().custom_metadata_map)
 
 
 def executed_operators(
@@ -173,15 +171,52 @@ def executed_operators(
     scratch: Path,
     by: Literal["op_name", "provider"] = "op_name",
 ) -> dict[str, int]:
-    """How many nodes of each operator, or on each provider, really ran in one forward, from ONNX
-    Runtime's own profile. scratch: a folder for that profile."""
+    """Number of nodes of each operator, or on each provider, that really ran in one forward: from
+    ONNX Runtime's own profile. scratch: a folder for the profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
     model.run(model.random_input(1))
-    events: list[dict[str, Any]] = json.loads(Path(model.session.end_profiling()).read_text())
-    counts: dict[str, int] = {}
-    for event in events:
-        counted = event.get("args", {}).get(by)
+    events = json.loads(Path(model.session.end_profiling()).read_text())
+    counts = Counter(
+        event["args"][by]
+        for event in events
         # ONNX Runtime up to 1.20 records a node three times, with the fences around it.
-        if event.get("cat") == "Node" and counted and event["name"].endswith("_kernel_time"):
-            counts[counted] = counts.get(counted, 0) + 1
+        if event.get("cat") == "Node"
+        and event["name"].endswith("_kernel_time")
+        and event.get("args", {}).get(by)
+    )
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _provider(settings: SessionSettings) -> str:
+    """ONNX Runtime's name of the provider. Raises BenchError if it is not available."""
+    provider = PROVIDERS.get(settings.provider)
+    if provider is None or provider not in available_providers():
+        raise BenchError(
+            f"provider {settings.provider!r} is not available here: this ONNX Runtime has "
+            f"{', '.join(available_providers())}"
+        )
+    return provider
+
+
+def _options(
+    settings: SessionSettings, profile_to: Path | None, optimized_to: Path | None
+) -> ort.SessionOptions:
+    """The session options, the same for every model that is compared."""
+    if settings.optimization not in OPTIMIZATIONS:
+        raise BenchError(
+            f"unknown graph optimization {settings.optimization!r}: choose one of "
+            f"{', '.join(OPTIMIZATIONS)}"
+        )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = OPTIMIZATIONS[settings.optimization]
+    options.log_severity_level = 3  # errors only: warnings are about the graph, not about the user
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+    if optimized_to is not None:
+        options.optimized_model_filepath = str(optimized_to)
+        for key, value in WRITE_OPTIMIZED.items():
+            options.add_session_config_entry(key, value)
+    return options

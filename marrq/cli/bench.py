@@ -56,9 +56,8 @@ def bench(
     marrq bench artifact --recommend --report bench.html
     """
     from marrq.workflows import bench as workflow
-    from runtime.measure.gate import demand_held, undecided
     from runtime.report.html import check_page, page
-    from runtime.report.tables import below_tables, tables
+    from runtime.report.tables import sentences, tables
 
     if page_file is not None:
         check_page(page_file)
@@ -67,13 +66,13 @@ def bench(
         max_drop, recommend, parity_images if parity else None, tuple(artifact),
     )  # fmt: skip
     report = workflow.bench(paths, data, options, common.say, common.progress_bars)
-    common.write_report(json_file, report)
+    common.write_report(json_file, report.to_json())
     if page_file is not None:
         write_text(page_file, page(report))
     common.stdout.print(*tables(report), sep="\n")
-    for sentence in below_tables(report):
+    for sentence in sentences(report):
         common.stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
-    if report["gate"]:
-        for warning in undecided(report["gate"]):
+    if report.gate is not None:
+        for warning in report.gate.warnings:
             common.say(f"warning: {warning}")
-        demand_held(report["gate"])
+        report.gate.demand()

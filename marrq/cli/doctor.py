@@ -3,7 +3,7 @@ whether ONNX Runtime here or on a server loads it."""
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from marrq.cli.common import JsonOption, stdout, write_report
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
-    from runtime.doctor.repository import ServedModel
+    from runtime.doctor.machine import TorchBuild
 
 
 def doctor(
@@ -19,7 +19,7 @@ def doctor(
         Path | None,
         typer.Argument(
             metavar="FILE|REPOSITORY",
-            help="An ONNX file of any tool, or a Triton repository; left out: the machine alone.",
+            help="An ONNX file of any tool, or a Triton repository; default: the machine alone.",
         ),
     ] = None,
     server: Annotated[
@@ -44,45 +44,21 @@ def doctor(
             f"{str(path)!r} does not exist: give an ONNX file, a Triton repository, or nothing to "
             "examine the machine alone"
         )
+    from runtime.doctor.diagnose import examine
+    from runtime.report.diagnosis import diagnosis_table
 
-    from runtime.doctor.doctor import (
-        diagnose,
-        diagnosis,
-        examine_file,
-        examine_machine,
-        parse_version,
-    )
-    from runtime.errors import GateError
-
-    if server is not None:
-        parse_version(server)
-    models = _models(path) if path is not None and path.is_dir() else []
-    paths = (
-        [file for model in models for file in model.files]
-        if models
-        else [path]
-        if path is not None
-        else []
-    )
-    report = diagnose(
-        examine_machine(_torch()), [examine_file(file) for file in paths], server, models
-    )
-    write_report(json_file, report)
-    stdout.print(diagnosis(report))
-    if report["problems"]:
-        raise GateError("; ".join(report["problems"]))
+    report = examine(path, server, _torch_build())
+    write_report(json_file, report.to_json())
+    stdout.print(diagnosis_table(report))
+    report.demand_no_problem()
 
 
-def _models(repository: Path) -> "list[ServedModel]":
-    from runtime.doctor.repository import examine_repository
+def _torch_build() -> "TorchBuild | None":
+    """The CUDA that torch was built for, and whether torch finds a GPU; None without torch."""
+    from runtime.doctor.machine import TorchBuild
 
-    return examine_repository(repository)
-
-
-def _torch() -> dict[str, Any] | None:
-    """What torch knows of CUDA; None where torch is not installed."""
     if find_spec("torch") is None:
         return None
     import torch
 
-    return {"cuda": torch.version.cuda, "cuda_found": torch.cuda.is_available()}
+    return TorchBuild(torch.version.cuda, torch.cuda.is_available())

@@ -1,38 +1,32 @@
 """`marrq inspect`: what really runs each linear of an ONNX file, with how many bits; or how each
 linear of an artifact was quantized."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from marrq.cli.common import JsonOption, PlotOption, ProviderOption, stdout, write_report
+from marrq.cli import common
 from marrq.errors import MarrqError
-
-SCHEMA = "marrq.inspect/1"
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="An ONNX file, of any tool; or an artifact folder.")],
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict",
-            help="Of a file: exit with 3 when a linear runs in float against its scheme.",
-        ),
+        typer.Option("--strict", help="Exit with 3 if a linear runs in float against its scheme."),
     ] = False,
-    json_file: JsonOption = None,
-    provider: ProviderOption = "cpu",
+    json_file: common.JsonOption = None,
+    provider: common.ProviderOption = "cpu",
     optimization: Annotated[
-        str, typer.Option(help="Graph optimization of ONNX Runtime: none, basic, extended or all.")
+        str, common.run_option(metavar="LEVEL", help="Of the graph: none, basic, extended or all.")
     ] = "all",
-    plot: PlotOption = None,
+    plot: common.PlotOption = None,
 ) -> None:
-    """Show what really runs each linear of a file, and why; or how an artifact was quantized.
+    """Show what really runs each linear of an ONNX file, and why; or how an artifact was quantized.
 
     marrq inspect model.onnx --strict
+
     marrq inspect artifact --plot alpha.svg
     """
     if path.is_file():
@@ -54,53 +48,27 @@ def inspect(
 def _inspect_file(
     file: Path, strict: bool, json_file: Path | None, provider: str, optimization: str
 ) -> None:
-    from runtime.audit.audit import audit, demand_integers, examine
-    from runtime.audit.precision import measure_precision
-    from runtime.report.inspection import audit_table, inspection
-    from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
+    from runtime.audit.inspect import inspect_file
+    from runtime.audit.rows import demand_integers
+    from runtime.report.inspection import audit_table, inspection_table
+    from runtime.session import SessionSettings
 
-    examined = examine(file, SessionSettings(provider, optimization=optimization))
-    rows = audit(examined)
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "path": str(file),
-        "size_bytes": examined.size_bytes,
-        "onnxruntime": ONNXRUNTIME_VERSION,
-        "provider": provider,
-        "graph_optimization": optimization,
-        "audit": [asdict(row) for row in rows],
-        "precision": asdict(measure_precision(examined)),
-    }
-    write_report(json_file, report)
-    stdout.print(audit_table(report["audit"]))
-    stdout.print(inspection(report))
+    report = inspect_file(file, SessionSettings(provider, optimization=optimization))
+    common.write_report(json_file, report.to_json())
+    common.stdout.print(audit_table(report.audit))
+    common.stdout.print(inspection_table(report))
     if strict:
-        demand_integers(rows)
+        demand_integers(report.audit)
 
 
 def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from marrq.artifact.folder import REPORTS, read_config
+    from runtime.quantization import read_quantization
+    from runtime.report.inspection import quantization_table
+    from runtime.report.plots import plot_alphas
 
     read_config(artifact)
-    reports: list[dict[str, Any]] = json.loads((artifact / REPORTS).read_text())
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("linear", no_wrap=True)
-    for heading in ("α", "steps", "relative error", "clipped %", "damping"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for report in reports:
-        table.add_row(
-            report["path"],
-            "–" if report["alpha"] is None else f"{report['alpha']:.2f}",
-            str(len(report["trajectory"])),
-            f"{report['relative_error']:.2e}",
-            f"{100 * report['clipped']:.1f}",
-            f"{report['damping']:g}",
-        )
+    modules = read_quantization(artifact / REPORTS)
     if plot is not None:
-        from runtime.report.plots import plot_alphas
-
-        plot_alphas(reports, plot)
-    stdout.print(table)
+        plot_alphas(modules, plot)
+    common.stdout.print(quantization_table(modules))

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from marrq.errors import MarrqError
+from marrq.files import check_data_folder
 from marrq.workflows.parity import artifact_of, measure_parity
 from runtime.environment import usable_cores
-from runtime.measure.bench import BenchSettings, Entry, Progress
+from runtime.measure.bench import BenchReport, BenchSettings, Entry, ImageData, Progress
 from runtime.measure.bench import bench as measure
 from runtime.measure.latency import Plan, thread_counts
+from runtime.metadata import Metadata
+from runtime.quantization import read_quantization
 from runtime.session import Model, SessionSettings
 
 if TYPE_CHECKING:
@@ -119,7 +122,7 @@ def bench(
     options: BenchOptions = BenchOptions(),
     say: Callable[[str], None] = lambda text: None,
     bars: Bars = hidden_bars,
-) -> dict[str, Any]:
+) -> BenchReport:
     """Measure accuracy, size and latency of files and artifacts beside their float baselines.
 
     paths: artifacts, or ONNX files that `marrq export` wrote, all of one model.
@@ -132,6 +135,12 @@ def bench(
     ONNX Runtime cannot run.
     """
     given = [Path(path) for path in paths]
+    # A mistake is told before minutes of exporting and measuring.
+    for path in given:
+        if not path.exists():
+            raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
+    if data is not None:
+        check_data_folder(data)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.
     artifacts = (
         {str(path): artifact_of(path, options.artifacts, options.session) for path in given}
@@ -155,18 +164,17 @@ def _onnx_files(
 ) -> list[BenchedFile]:
     """The file itself; or exports of an artifact: in one flavour, or for a recommendation in each
     flavour that can express the scheme."""
-    from exporters.onnx_file import VARIANTS, Export, suitable_flavor, variants, write
+    from exporters.flavors import VARIANTS, suitable_flavor, variants
+    from exporters.onnx_file import Export, write
     from exporters.trace import trace_quantized
     from marrq.artifact.folder import artifact_hash, load
 
-    if not path.exists():
-        raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
     if path.is_file():
         return [BenchedFile(path, path)]
     # The hash keeps exports of two artifacts apart that have the same folder name.
     model, artifact = load(path), artifact_hash(path)
     if not options.recommend:
-        flavor, file = options.flavor or suitable_flavor(model), scratch / f"{artifact}.onnx"
+        flavor, file = options.flavor or suitable_flavor(model.scheme), scratch / f"{artifact}.onnx"
         say(f"exporting {path} as {flavor}")
         Export(model, artifact, flavor).write(file)
         return [BenchedFile(path, file)]
@@ -181,28 +189,27 @@ def _onnx_files(
 
 def _candidates(
     files: Sequence[BenchedFile], session: SessionSettings
-) -> tuple[list[Entry], dict[str, str]]:
-    """The files as entries of the bench, and the metadata of the last: source, preprocessing and
-    labels are the same in all."""
+) -> tuple[list[Entry], Metadata]:
+    """The files as entries of the bench, and the metadata of the first: source,
+    preprocessing and labels are the same in all."""
     entries: list[Entry] = []
-    shared: dict[str, str] = {}
+    shared = _checked_metadata(files[0], session)
     for given in files:
         metadata = _checked_metadata(given, session)
-        if shared and metadata["marrq.source"] != shared["marrq.source"]:
+        if metadata.source != shared.source:
             raise MarrqError(
                 f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench "
                 "them apart"
             )
-        shared = metadata
         entries.append(_candidate(given, metadata, {entry.name for entry in entries}))
     return entries, shared
 
 
-def _checked_metadata(given: BenchedFile, session: SessionSettings) -> dict[str, str]:
+def _checked_metadata(given: BenchedFile, session: SessionSettings) -> Metadata:
     """The metadata of a file. Raises MarrqError for a file that the bench cannot feed."""
     opened = Model(given.file, session)
     metadata = opened.metadata()
-    if "marrq.source" not in metadata:
+    if not metadata.is_marrqs:
         raise MarrqError(
             f"{str(given.path)!r} was not written by `marrq export`: it does not say how its "
             "images are preprocessed"
@@ -215,28 +222,28 @@ def _checked_metadata(given: BenchedFile, session: SessionSettings) -> dict[str,
     return metadata
 
 
-def _candidate(given: BenchedFile, metadata: dict[str, str], taken: set[str]) -> Entry:
+def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry:
     """A file as an entry. taken: names that other entries have."""
     from marrq.artifact.folder import REPORTS
 
-    scheme, method = metadata["marrq.scheme"], metadata["marrq.method"]
-    name = " ".join(filter(None, (scheme, method, given.variant)))
+    scheme = metadata.scheme or "float"
+    name = " ".join(filter(None, (scheme, metadata.method, given.variant)))
     is_artifact = given.path.is_dir()
     return Entry(
         name=name if name not in taken else f"{name} {given.path.name}",
         file=given.file,
         path=str(given.path),
         role="candidate",
-        flavor=metadata["marrq.flavor"],
+        flavor=metadata.flavor,
         scheme=scheme,
-        method=method,
-        bits_per_weight=float(metadata["marrq.bits_per_weight"]),
-        quantization=json.loads((given.path / REPORTS).read_text()) if is_artifact else None,
+        method=metadata.method,
+        bits_per_weight=metadata.bits_per_weight,
+        quantization=read_quantization(given.path / REPORTS) if is_artifact else None,
     )
 
 
 def _baselines(
-    metadata: dict[str, str], flavors: Sequence[str], scratch: Path, say: Callable[[str], None]
+    metadata: Metadata, flavors: Sequence[str], scratch: Path, say: Callable[[str], None]
 ) -> list[Entry]:
     """The float model that the files come from, exported in each of the flavours."""
     from exporters.onnx_file import write_baseline
@@ -244,7 +251,7 @@ def _baselines(
 
     if not flavors:
         return []
-    model = load_source(ModelSource(**json.loads(metadata["marrq.source"])))
+    model = load_source(ModelSource(**json.loads(metadata.source)))
     entries = []
     for flavor in dict.fromkeys(flavors):
         say(f"exporting the baseline {flavor}")
@@ -264,13 +271,12 @@ def _baselines(
     return entries
 
 
-def _images(metadata: dict[str, str], data: str | None) -> "ImageSet":
+def _images(metadata: Metadata, data: str | None) -> "ImageSet":
     """The labelled images to measure accuracy on."""
-    from marrq.workflows.checks import data_for
     from marrq.models.images import find_images
+    from marrq.workflows.checks import data_for
 
-    name = data_for(json.loads(metadata["marrq.source"])["name"], data)
-    return find_images(name, "val", tuple(json.loads(metadata["marrq.labels"])))
+    return find_images(data_for(metadata.source_name, data), "val", metadata.labels)
 
 
 def _with_parity(
@@ -297,15 +303,15 @@ def _with_parity(
 
 def _measured(
     entries: Sequence[Entry],
-    metadata: dict[str, str],
+    metadata: Metadata,
     images: "ImageSet",
     options: BenchOptions,
     bars: Bars,
-) -> dict[str, Any]:
+) -> BenchReport:
     """Accuracy on all images, and speed."""
     from marrq.models.preprocessing import Preprocessing
 
-    preprocessing = Preprocessing.from_json(json.loads(metadata["marrq.preprocessing"]))
+    preprocessing = Preprocessing.from_json(json.loads(metadata.preprocessing))
     batches = (
         (pixels.numpy(), targets.numpy())
         for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE)
@@ -315,4 +321,5 @@ def _measured(
     sessions = options.rounds * len(entries) * (1 + len(settings.throughput_threads))
     with bars(accuracy=len(images), speed=sessions) as [looking, timing]:
         progress = Progress(looking.advance, timing.advance)
-        return measure(entries, batches, images.description(), settings, progress)
+        described = ImageData(images.name, len(images), images.sha256)
+        return measure(entries, batches, described, settings, progress)

@@ -1,33 +1,48 @@
 """What `marrq bench --parity` joins: torch's side of the comparison (marrq/workflows/evaluate.py)
-and ONNX Runtime's (runtime/measure/parity.py)."""
+and ONNX Runtime's side (runtime/measure/parity.py)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from marrq.errors import MarrqError
+from runtime.measure.parity import (
+    LinearsAlone,
+    Parity,
+    StageLogits,
+    compare_stages,
+    relative_error,
+)
+from runtime.preprocessing import ServedPreprocessing
+from runtime.session import Model, SessionSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from marrq.models.images import ImageSet
     from marrq.quantized_model import QuantizedModel
-    from runtime.session import SessionSettings
 
 IMAGES_AT_ONCE = 8
 LINEAR_IMAGES = 8
-"""Images that the linears are compared on: a few hundred tokens tell what one would."""
+"""Images that the linears are compared on: a few hundred tokens tell what a single one would."""
 
 
-def artifact_of(path: Path, artifacts: Sequence[Path], settings: "SessionSettings") -> Path:
-    """The artifact to compare with: the folder itself, or the one among `artifacts` that an ONNX
-    file was exported from. Raises MarrqError when it is none of them."""
+def artifact_of(path: Path, artifacts: Sequence[Path], settings: SessionSettings) -> Path:
+    """The artifact that a file is compared with.
+
+    path: an artifact, which is returned, or an ONNX file.
+    artifacts: folders; the file must have been exported from one of them as it is now.
+
+    Raises MarrqError if the file was exported from none of them.
+    """
     from marrq.artifact.folder import artifact_hash, read_config
-    from runtime.session import Model
 
     if not path.is_file():
         return path
-    found = Model(path, settings).metadata().get("marrq.artifact")
+    found = Model(path, settings).metadata().artifact
     if found is None:
         raise MarrqError(
             f"{str(path)!r} was not exported from an artifact, so there is nothing to compare it "
@@ -39,6 +54,7 @@ def artifact_of(path: Path, artifacts: Sequence[Path], settings: "SessionSetting
             "that by --artifact"
         )
     for folder in artifacts:
+        # A folder that is no artifact is a mistake of its own, and has an error of its own.
         read_config(folder)
         if artifact_hash(folder) == found:
             return folder
@@ -53,68 +69,76 @@ def measure_parity(
     folder: Path,
     file: Path,
     images: "ImageSet",
-    settings: "SessionSettings",
+    settings: SessionSettings,
     images_done: Callable[[int], None],
-) -> dict[str, Any]:
-    """The section `parity` of the bench's JSON for a file and the artifact it was exported from.
-    images_done: called after each batch."""
-    import numpy as np
-    import torch
+) -> Parity:
+    """Compare a file with the artifact that it was exported from.
 
+    folder: the artifact. file: the ONNX file.
+    images_done: called with the number of images of each batch.
+    """
     from marrq.artifact.folder import load
     from marrq.models.images import read_image
     from marrq.models.load import load_source
-    from marrq.workflows.evaluate import nudged
-    from runtime.measure.parity import Logits, parity
-    from runtime.preprocessing import Preprocessing
-    from runtime.session import Model
 
     model, session = load(folder), Model(file, settings)
-    original = load_source(model.source).module
-    preprocess = Preprocessing.read(session.metadata()["marrq.preprocessing"])
-    rows: list[list[np.ndarray]] = []
-    pixel_difference = 0.0
-    for start, (pixels, _) in zip(
-        range(0, len(images), IMAGES_AT_ONCE),
-        images.batches(model.preprocessing, IMAGES_AT_ONCE),
-        strict=True,
-    ):
-        served = np.stack(
-            [
-                preprocess(read_image(place))
-                for place in images.files[start : start + IMAGES_AT_ONCE]
-            ]
-        )
+    sides = _Sides(load_source(model.source).module, model.module, session)
+    preprocess = ServedPreprocessing.read(session.metadata().preprocessing)
+    batches: list[StageLogits] = []
+    pixel_difference, start = 0.0, 0
+    for pixels, _ in images.batches(model.preprocessing, IMAGES_AT_ONCE):
+        files = images.files[start : start + len(pixels)]
+        # What a server makes of the same images, by the terms in the file.
+        served = np.stack([preprocess(read_image(place)) for place in files])
         pixel_difference = max(pixel_difference, float(np.abs(served - pixels.numpy()).max()))
-        with torch.no_grad():
-            torchs = [original(pixels), model.module(pixels), model.module(nudged(pixels, start))]
-        rows.append(
-            [
-                *(logits.numpy() for logits in torchs),
-                session.run(pixels.numpy()),
-                session.run(served),
-            ]
-        )
+        batches.append(sides.logits(pixels, served, start))
+        start += len(pixels)
         images_done(len(pixels))
-    logits = Logits(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
-    errors = linear_errors(
-        model, file, images.pixels(model.preprocessing)[:LINEAR_IMAGES], settings
-    )
-    return parity(logits, np.array(images.targets), errors, pixel_difference)
+    # vars() keeps the order of the fields: original, simulated, nudged, exported, served.
+    columns = zip(*(vars(batch).values() for batch in batches), strict=True)
+    logits = StageLogits(*(np.concatenate(parts) for parts in columns))
+    first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
+    errors = linear_errors(model, file, first, settings)
+    return compare_stages(logits, np.array(images.targets), errors, pixel_difference)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The float model and the quantized model in torch, and the file under ONNX Runtime."""
+
+    original: "nn.Module"
+    quantized: "nn.Module"
+    session: Model
+
+    def logits(self, pixels: "Tensor", served: np.ndarray, seed: int) -> StageLogits:
+        """The logits of a batch. pixels: of torch; served: of the file's own preprocessing, both
+        [images, channels, height, width]. seed: of the nudge."""
+        import torch
+
+        from marrq.workflows.evaluate import nudged
+
+        with torch.no_grad():
+            return StageLogits(
+                original=self.original(pixels).numpy(),
+                simulated=self.quantized(pixels).numpy(),
+                nudged=self.quantized(nudged(pixels, seed)).numpy(),
+                exported=self.session.run(pixels.numpy()),
+                served=self.session.run(served),
+            )
 
 
 def linear_errors(
-    model: "QuantizedModel", file: Path, pixels: "Tensor", settings: "SessionSettings"
+    model: "QuantizedModel", file: Path, pixels: "Tensor", settings: SessionSettings
 ) -> dict[str, float]:
-    """Relative error of each quantized linear of the file, alone, on what enters it in torch.
-    pixels: [images, channels, height, width]."""
+    """Relative error of each quantized linear of the file, alone, on the input that it has in
+    torch. pixels: [images, channels, height, width]."""
     from marrq.workflows.evaluate import watch_linears
-    from runtime.measure.parity import LinearsAlone, relative_error
 
     linears, tensors = LinearsAlone(file, settings), model.module.state_dict()
     errors: dict[str, float] = {}
 
     def seen(path: str, x: "Tensor", y: "Tensor") -> None:
+        # The file has LayerScale multiplied into the linear; torch applies it after the linear.
         scale = linears.scale(path)
         expected = y if scale is None else y * tensors[scale]
         errors[path] = relative_error(linears.run(path, x.numpy()), expected.numpy())

@@ -1,9 +1,10 @@
-"""An ONNX graph, as far as one has to know it to tell what runs: who makes a value, what is
+"""An ONNX graph, as far as the audit has to know it: which node makes a value, which values are
 constant, and which nodes multiply.
 
-Only the shapes and types of tensors are read, never their numbers, so a file of any size is looked
+Only shapes and types of tensors are read, never their numbers, so a file of any size is looked
 through at once. Subgraphs of If and Loop are not looked into: no vision transformer has a linear
-there."""
+there.
+"""
 
 import math
 import re
@@ -18,13 +19,17 @@ from google.protobuf import message
 from onnx import NodeProto, TensorProto, helper
 
 from runtime.errors import BenchError
+from runtime.metadata import Metadata
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Places among the inputs of an operator that multiplies: the first operand and the second one;
-    the zero point of the first, and scale and zero point of the second, where the operator takes
-    them."""
+    """Places of the operands among the inputs of an operator that multiplies.
+
+    first, second: the two operands.
+    first_zero_point: of the first operand; None if the operator takes none.
+    second_grid: scale and zero point of the second operand, as far as the operator takes them.
+    """
 
     first: int = 0
     second: int = 1
@@ -50,18 +55,12 @@ PRODUCTS = {
 }
 """Operators that multiply two operands."""
 
+# fmt: off
 MOVING = (
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Identity",
-    "Split",
-    "Slice",
-    "Gather",
-    "Clip",
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice",
+    "Gather", "Clip",
 )
+# fmt: on
 """Operators that move numbers about, or cut them, and leave their type."""
 
 TYPES = {"float": "float32", "double": "float64"}
@@ -69,9 +68,12 @@ TYPES = {"float": "float32", "double": "float64"}
 
 @dataclass(frozen=True)
 class Product:
-    """A node that multiplies. activation: name of the operand that depends on the images; weight:
-    of the constant one, None where both depend on the images; grid: names of the weight's scale and
-    zero point, where the operator takes them."""
+    """A node that multiplies.
+
+    activation: name of the operand that depends on the images.
+    weight: name of the constant operand; None if both operands depend on the images.
+    grid: names of the weight's scale and zero point, if the operator takes them.
+    """
 
     node: NodeProto
     activation: str
@@ -88,7 +90,7 @@ class Graph:
     initializers: dict[str, TensorProto] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Constants written as nodes are initializers like the others."""
+        # Constants that are written as nodes are initializers like the others.
         graph = self.model.graph
         constants = {
             node.output[0]: attribute(node, "value")
@@ -100,13 +102,14 @@ class Graph:
 
     @classmethod
     def load(cls, file: Path) -> "Graph":
-        """From a file; weights in files beside it stay there. Raises BenchError for a file that is
-        none."""
+        """From a file; weights in files beside it stay there. Raises BenchError if the file is not
+        a whole ONNX file."""
         try:
             model = onnx.load(file, format="protobuf", load_external_data=False)
         except message.DecodeError:
             model = onnx.ModelProto()
-        if not model.HasField("graph"):  # as protobuf reads an empty file
+        # Protobuf reads an empty file as a model without a graph.
+        if not model.HasField("graph"):
             raise BenchError(
                 f"{str(file)!r} is no ONNX file, or not the whole of one: export or copy it again"
             )
@@ -127,38 +130,36 @@ class Graph:
         return found
 
     @cached_property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> Metadata:
         """The file's own metadata."""
-        return {entry.key: entry.value for entry in self.model.metadata_props}
+        return Metadata({entry.key: entry.value for entry in self.model.metadata_props})
 
     @cached_property
     def products(self) -> list[Product]:
         """All nodes that multiply something that depends on the images."""
-        found = []
-        for node in self.nodes:
-            if node.op_type in PRODUCTS:
-                places = PRODUCTS[node.op_type]
-                a, b = node.input[places.first], node.input[places.second]
-                if b not in self._constants:
-                    a, b = b, a
-                if a not in self._constants:
-                    grid = tuple(
-                        node.input[place]
-                        for place in places.second_grid
-                        if place < len(node.input) and node.input[place]
-                    )
-                    found.append(
-                        Product(node, a, b, grid)
-                        if b in self._constants
-                        else Product(node, b, None, ())
-                    )
-        return found
+        multiplying = (node for node in self.nodes if node.op_type in PRODUCTS)
+        return [product for node in multiplying if (product := self._product(node)) is not None]
+
+    def _product(self, node: NodeProto) -> Product | None:
+        """A node that multiplies; None if both operands are constant."""
+        places = PRODUCTS[node.op_type]
+        a, b = node.input[places.first], node.input[places.second]
+        # MatMul takes its constant operand on either side.
+        if b not in self._constants:
+            a, b = b, a
+        if a in self._constants:
+            return None
+        if b not in self._constants:
+            return Product(node, b, None, ())
+        there = (place for place in places.second_grid if place < len(node.input))
+        return Product(node, a, b, tuple(node.input[place] for place in there if node.input[place]))
 
     @cached_property
     def _constants(self) -> set[str]:
-        """Values that no input of the graph has a part in."""
+        """Values that depend on no input of the graph."""
         found = set(self.initializers)
-        for node in self.nodes:  # which are in the order of execution
+        # Nodes are in the order of execution, so one pass finds all.
+        for node in self.nodes:
             if node.input and found.issuperset(filter(None, node.input)):
                 found.update(node.output)
         return found
@@ -173,8 +174,8 @@ class Graph:
         }
 
     def type_of(self, value: str) -> str:
-        """The type of a value's elements as `int8` or `float32`, "unknown" where neither the file
-        nor its operators say it."""
+        """The type of a value's elements, as `int8` or `float32`; "unknown" if neither the file nor
+        the operands of its node say it."""
         if value in self.initializers:
             return type_name(self.initializers[value].data_type)
         if value in self._described:
@@ -182,23 +183,20 @@ class Graph:
         node = self.producers.get(value)
         if node is None or node.op_type in PRODUCTS:
             return "unknown"
-        if node.op_type == "QuantizeLinear":
-            return (
-                self.type_of(node.input[2])
-                if len(node.input) > 2
-                else type_name(attribute(node, "output_dtype", 0) or TensorProto.UINT8)
-            )
         if node.op_type == "DynamicQuantizeLinear":
             return "uint8"
         if node.op_type == "Cast":
             return type_name(attribute(node, "to"))
-        return self.type_of(
-            node.input[1 if node.op_type == "DequantizeLinear" else 0]
-        )  # the others leave it as it is
+        if node.op_type == "QuantizeLinear":
+            # The zero point has the type of the codes; without one an attribute may name the type.
+            if len(node.input) > 2:
+                return self.type_of(node.input[2])
+            return type_name(attribute(node, "output_dtype", 0) or TensorProto.UINT8)
+        # DequantizeLinear gives the type of its scale; the other operators leave the type.
+        return self.type_of(node.input[1 if node.op_type == "DequantizeLinear" else 0])
 
     def shape_of(self, value: str) -> list[int] | None:
-        """The lengths of a value's axes, 0 where one is free; None where the file does not say
-        them."""
+        """The lengths of a value's axes, 0 for a free axis; None if the file does not say them."""
         if value in self.initializers:
             return list(self.initializers[value].dims)
         if value not in self._described or not self._described[value].HasField("shape"):
@@ -206,11 +204,11 @@ class Graph:
         return [axis.dim_value for axis in self._described[value].shape.dim]
 
     def bits_of(self, initializer: str) -> int:
-        """What an initializer takes in the file."""
+        """Bits that an initializer takes in the file."""
         return self.elements_of(initializer) * bits_of_type(self.type_of(initializer))
 
     def elements_of(self, initializer: str) -> int:
-        """How many numbers it has."""
+        """Number of elements of an initializer."""
         return math.prod(self.initializers[initializer].dims)
 
     def origins(self, value: str) -> set[str]:
@@ -224,6 +222,7 @@ class Graph:
     def origin(self, constant: str) -> tuple[str, list[NodeProto]]:
         """The largest initializer that a constant is made from, and the nodes on the way back to
         it."""
+        # Of codes, scales and zero points that make a weight, the codes are the largest.
         way = []
         while constant not in self.initializers:
             way.append(self.producers[constant])
@@ -236,8 +235,8 @@ class Graph:
     def behind(
         self, values: Iterable[str], inputs: Callable[[NodeProto], Iterable[str]]
     ) -> list[str]:
-        """The values and what they are made from, nearest first. inputs: of a node that are to be
-        followed."""
+        """The values and what they are made from, nearest first. inputs: the inputs of a node that
+        are followed."""
         return _reached(
             values, lambda value: inputs(self.producers[value]) if value in self.producers else ()
         )
@@ -245,8 +244,8 @@ class Graph:
     def ahead(
         self, values: Iterable[str], outputs: Callable[[NodeProto], Iterable[str]]
     ) -> list[str]:
-        """The values and what is made from them, nearest first. outputs: of a node that are to be
-        followed."""
+        """The values and what is made from them, nearest first. outputs: those outputs of a node
+        that are followed."""
         return _reached(
             values,
             lambda value: [
@@ -256,7 +255,7 @@ class Graph:
 
 
 def size_bytes(path: Path) -> int:
-    """The size of a model: its file, and those beside it that hold its tensors."""
+    """The size of a model: of its file, and of the files beside it that hold its tensors."""
     tensors = Graph.load(path).initializers.values()
     beside = {
         entry.value
@@ -268,10 +267,11 @@ def size_bytes(path: Path) -> int:
 
 
 def _reached(values: Iterable[str], neighbours: Callable[[str], Iterable[str]]) -> list[str]:
-    """Breadth first."""
+    """All that can be reached, breadth first."""
     reached = dict.fromkeys(values)
+    # The list grows while it is gone through.
     waiting = list(reached)
-    for value in waiting:  # grows as it is gone through
+    for value in waiting:
         new = [name for name in neighbours(value) if name and name not in reached]
         reached.update(dict.fromkeys(new))
         waiting += dict.fromkeys(new)
@@ -295,4 +295,4 @@ def type_name(number: int) -> str:
 def bits_of_type(name: str) -> int:
     """Bits of a number of that type in a file."""
     match = re.search(r"\d+", name)
-    return int(match[0]) if match else 8  # bool
+    return int(match[0]) if match else 8  # bool has no number in its name

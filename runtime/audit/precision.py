@@ -1,52 +1,48 @@
-"""Truth in precision: the bits that a scheme names, those that the file keeps, and those that the
-kernels multiply with are three numbers.
+"""Truth in precision: the bits that a scheme names, the bits that the file keeps, and the bits that
+the kernels multiply with are three numbers.
 
-A 4-bit code in an int8 kernel is multiplied as 8 bits; MatMulNBits at accuracy level 4 rounds float
-activations to 8; a scale, a zero point and a low-rank branch take room beside the codes. All of it
-is counted in the file and in the graph that is executed; of the metadata only the scheme is
-believed. Where linears differ, the bits are those of most weights: the audit has a row for each.
+A 4-bit code in an int8 kernel is multiplied as 8 bits. MatMulNBits at accuracy level 4 rounds float
+activations to 8 bits. A scale, a zero point and a low-rank branch take room beside the codes. All
+of it is counted in the file and in the graph that is executed; of the metadata only the scheme is
+believed. If linears differ, the bits are those of most weights: the audit has a row for each.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from runtime.audit.audit import (
+from runtime.audit.graph import PRODUCTS, Product, attribute, bits_of_type
+from runtime.audit.linears import (
     FLOAT,
     Examined,
     Linear,
-    audit,
     kernel_types,
     nominal_bits,
     weights_of,
 )
-from runtime.audit.graph import PRODUCTS, Product, attribute, bits_of_type
+from runtime.audit.rows import audit
+from runtime.records import Record
 
 ATTENTION = ("Attention", "MultiHeadAttention")
 """Operators that hold both products of attention."""
 
+# fmt: off
 AROUND_PRODUCTS = {
     "norms": ("LayerNormalization", "SkipLayerNormalization", "BatchNormalization"),
     "activation functions": (
-        "Gelu",
-        "BiasGelu",
-        "FastGelu",
-        "QuickGelu",
-        "Erf",
-        "Sigmoid",
-        "Tanh",
-        "Relu",
+        "Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Erf", "Sigmoid", "Tanh", "Relu",
     ),
     "softmax": ("Softmax",),
 }
-"""What stands between the products of a vision transformer, by the operators that do it; sums and
-moves are left out."""
+"""What stands between the products of a vision transformer, by the operators that compute it. Sums
+and moves are left out."""
+# fmt: on
 
 
 @dataclass(frozen=True)
-class FloatPart:
+class FloatPart(Record):
     """Something that runs in floating point: `count` times `operator`, and why."""
 
     what: str
@@ -56,11 +52,15 @@ class FloatPart:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Numbers of a file as it is executed. nominal: its scheme; weight_bits, activation_bits: what
-    that says (16: float activations); kernel_*: of the operands as the kernels get them;
-    container_bits: of a weight's code in the file; bits_per_weight: all that the file keeps for the
-    quantized weights, over their number (of all linears' weights, where none is quantized)."""
+class Precision(Record):
+    """Numbers of a file as it is executed.
+
+    nominal: its scheme. weight_bits, activation_bits: what the scheme says; 16: float activations.
+    kernel_weight_bits, kernel_activation_bits: of the operands as the kernels get them.
+    container_bits: of a weight's code in the file.
+    bits_per_weight: all that the file keeps for the quantized weights, over their number. If no
+    linear is quantized, all linears are counted.
+    """
 
     nominal: str
     weight_bits: int
@@ -73,31 +73,29 @@ class Precision:
 
 
 def measure_precision(examined: Examined) -> Precision:
-    """Count the bits of a file and of the kernels that run it."""
-    linears = [linear for linear in examined.linears if linear.nominal != FLOAT] or list(
-        examined.linears
-    )
-    own = [linear for linear in linears if linear.role == "linear"]
+    """Count the bits of a file, and of the kernels that run it."""
+    quantized = [linear for linear in examined.linears if linear.nominal != FLOAT]
+    counted = quantized or list(examined.linears)
+    own = [linear for linear in counted if linear.role == "linear"]
 
     def of_most(bits: Callable[[Linear], int]) -> int:
+        # Each weight has a vote: a small head in 8 bits does not outvote blocks in 4.
         votes: Counter[int] = Counter()
         for linear in own:
             votes[bits(linear)] += weights_of(examined, linear)
         return votes.most_common(1)[0][0]
 
-    nominal = (
-        examined.file.metadata.get("marrq.scheme")
-        or Counter(linear.nominal for linear in own).most_common(1)[0][0]
-    )
+    most_common = Counter(linear.nominal for linear in own).most_common(1)[0][0]
+    stored = _stored_bits(examined, counted)
     return Precision(
-        nominal,
-        of_most(lambda linear: _nominal_bits(examined, linear)[0]),
-        of_most(lambda linear: _nominal_bits(examined, linear)[1]),
-        of_most(lambda linear: _kernel_bits(examined, linear)[0]),
-        of_most(lambda linear: _kernel_bits(examined, linear)[1]),
-        of_most(lambda linear: _container_bits(examined, linear)),
-        _stored_bits(examined, linears) / sum(weights_of(examined, linear) for linear in own),
-        tuple(_float_remainder(examined)),
+        nominal=examined.file.metadata.scheme or most_common,
+        weight_bits=of_most(lambda linear: _nominal_bits(examined, linear)[0]),
+        activation_bits=of_most(lambda linear: _nominal_bits(examined, linear)[1]),
+        kernel_weight_bits=of_most(lambda linear: _kernel_bits(examined, linear)[0]),
+        kernel_activation_bits=of_most(lambda linear: _kernel_bits(examined, linear)[1]),
+        container_bits=of_most(lambda linear: _container_bits(examined, linear)),
+        bits_per_weight=stored / sum(weights_of(examined, linear) for linear in own),
+        float_remainder=tuple(_float_remainder(examined)),
     )
 
 
@@ -114,8 +112,7 @@ def _kernel_bits(examined: Examined, linear: Linear) -> tuple[int, int]:
 
 
 def _container_bits(examined: Examined, linear: Linear) -> int:
-    """Bits of a code. 3-bit codes are two planes of bytes, whose bits add up; the constants that
-    unpack them hardly count."""
+    """Bits of a code in the file."""
     file, node = examined.file, linear.product.node
     if node.op_type == "MatMulNBits":
         return int(attribute(node, "bits", 4))
@@ -123,6 +120,8 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
         return bits_of_type(file.type_of(linear.origin))
     assert linear.product.weight is not None
 
+    # The constants that the weight is made from, without its scales: 3-bit codes are two planes of
+    # bytes, whose bits add up. The constants that unpack them hardly count.
     def made_of(node: NodeProto) -> list[str]:
         return list(node.input[:1] if node.op_type == "DequantizeLinear" else node.input)
 
@@ -134,7 +133,8 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
 
 
 def _stored_bits(examined: Examined, linears: list[Linear]) -> int:
-    """Codes, scales, zero points, and the factors of low-rank branches."""
+    """Bits of codes, scales, zero points, and the factors of low-rank branches."""
+    # A set: q, k and v may share a constant, which the file keeps once.
     kept: set[str] = set()
     for linear in linears:
         if linear.role != "correction":
@@ -144,61 +144,66 @@ def _stored_bits(examined: Examined, linears: list[Linear]) -> int:
 
 
 def _float_remainder(examined: Examined) -> list[FloatPart]:
-    """What runs in float, in the order of its first appearance, and what stands between the
-    products last."""
-    chooser = "the scheme" if "marrq.schemes" in examined.file.metadata else "the file"
+    """What runs in float, in the order of its first appearance; what stands between the products
+    last."""
+    found = Counter((*_floats_of_linears(examined), *_floats_around(examined)))
+    return [FloatPart(what, operator, count, why) for (what, operator, why), count in found.items()]
+
+
+def _chooser(examined: Examined) -> str:
+    """Who decided what is quantized."""
+    return "the scheme" if examined.file.metadata.tells_schemes else "the file"
+
+
+def _floats_of_linears(examined: Examined) -> Iterator[tuple[str, str, str]]:
+    """What, operator and why of each linear that runs in float."""
+    chooser = _chooser(examined)
     reasons = {
         row.linear: row.reason
         for row in audit(examined)
         if row.nominal != FLOAT and not row.integer
     }
-    found: Counter[tuple[str, str, str]] = Counter()
     for linear in examined.linears:
         operator = linear.kernel.node.op_type if linear.kernel is not None else "none"
         reason = reasons.get(linear.path, reasons.get(linear.part))
         if linear.role == "low-rank branch":
-            found[
-                "low-rank branches", operator, f"{chooser} keeps their factors in floating point"
-            ] += 1
+            why = f"{chooser} keeps their factors in floating point"
+            yield "low-rank branches", operator, why
         elif linear.role == "correction":
-            found[
-                "corrections for the tokens' zero points",
-                operator,
-                "two inputs each: no work for an integer kernel",
-            ] += 1
+            why = "two inputs each: no work for an integer kernel"
+            yield "corrections for the tokens' zero points", operator, why
         elif linear.nominal == FLOAT:
             what = _kind(examined, linear.product)
-            found[what, operator, f"{chooser} leaves the {what} in floating point"] += 1
+            yield what, operator, f"{chooser} leaves the {what} in floating point"
         elif reason is not None:
-            found["quantized linears", operator, reason] += 1
-    for product in examined.optimized.products:
-        if product.weight is None and examined.optimized.type_of(product.activation).startswith(
-            "float"
-        ):
-            found[
-                "attention products",
-                product.node.op_type,
-                f"{chooser} leaves attention in floating point",
-            ] += 1
-    for node in examined.optimized.nodes:
+            yield "quantized linears", operator, reason
+
+
+def _floats_around(examined: Examined) -> Iterator[tuple[str, str, str]]:
+    """What, operator and why of attention's products, and of what stands between products."""
+    optimized = examined.optimized
+    attention = f"{_chooser(examined)} leaves attention in floating point"
+    # Products of two operands that both depend on the images: Q Kᵀ and the product with V.
+    for product in optimized.products:
+        if product.weight is None and optimized.type_of(product.activation).startswith("float"):
+            yield "attention products", product.node.op_type, attention
+    for node in optimized.nodes:
         if node.op_type in ATTENTION:
-            found[
-                "attention products", node.op_type, f"{chooser} leaves attention in floating point"
-            ] += 1
+            yield "attention products", node.op_type, attention
     for what, operators in AROUND_PRODUCTS.items():
-        for node in examined.optimized.nodes:
+        for node in optimized.nodes:
             if node.op_type in operators:
-                found[what, node.op_type, "only products are quantized"] += 1
-    return [FloatPart(what, operator, count, why) for (what, operator, why), count in found.items()]
+                yield what, node.op_type, "only products are quantized"
 
 
 def _kind(examined: Examined, product: Product) -> str:
-    """The place of a float linear in the model: a convolution whose patches do not overlap, a
-    linear that no product comes after."""
+    """The place of a float linear in the model."""
     file = examined.file
     if product.node.op_type == "Conv":
+        # Patches that do not overlap are those of an embedding.
         patches = attribute(product.node, "kernel_shape") == attribute(product.node, "strides")
         return "patch embedding" if patches else "convolutions"
+    # No product comes after the head.
     after = file.ahead(product.node.output, lambda node: node.output)
     consumers = {node.op_type for value in after for node in file.consumers.get(value, ())}
     return "linears" if consumers.intersection((*PRODUCTS, *ATTENTION)) else "head"

@@ -1,11 +1,12 @@
-"""A Triton model repository, checked without a server: what would be refused at load, or answered
-wrongly.
+"""A Triton model repository, checked without a server: what a server would refuse to load, or would
+answer wrongly.
 
 Each model's config.pbtxt is read by the protobuf that tritonclient ships, and held against the ONNX
-files that it is about: names, types and shapes of input and output, the free batch in front of
-them, the file of each version, and the labels. It is written anew, and not taken from the exporter,
-so that it can tell when the two differ. Of models that marrq did not write only the config is read:
-a server completes what theirs leave out."""
+files that it describes: names, types and shapes of input and output, the free batch in front of
+them, the file of each version, and the labels. The check shares no code with the exporter
+(exporters/triton/), so that it can tell if config and file differ. Of models that marrq did not
+write only the config is read: a server completes what theirs leave out.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,12 @@ OURS = "onnx_file"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a repository. versions: numbers of its version folders, ascending; files: the ONNX
-    file of each that has a whole one, of models that marrq wrote; problems, warnings: sentences."""
+    """A model of a repository.
+
+    versions: numbers of its version folders, ascending.
+    files: the ONNX file of each version that has a whole one, if marrq wrote the model.
+    problems, warnings: sentences.
+    """
 
     name: str
     backend: str
@@ -56,8 +61,7 @@ class ServedModel:
 
 
 def examine_repository(folder: Path) -> list[ServedModel]:
-    """Every model of a repository, by name. Raises BenchError for a folder in which no folder has a
-    config."""
+    """Every model of a repository, by name. Raises BenchError if no folder in it has a config."""
     if not any(folder.glob(f"*/{CONFIG}")):
         raise BenchError(
             f"{str(folder)!r} is no model repository, no folder in it has a {CONFIG}: give what "
@@ -67,53 +71,54 @@ def examine_repository(folder: Path) -> list[ServedModel]:
 
 
 def _examine(folder: Path) -> ServedModel:
-    versions = tuple(
-        sorted(
-            int(place.name)
-            for place in folder.iterdir()
-            if place.is_dir() and place.name.isdecimal()
-        )
-    )
+    versions = _versions(folder)
     try:
         config = text_format.Parse(
             (folder / CONFIG).read_text(encoding="utf-8"), protocol.ModelConfig()
         )
     except (OSError, ValueError, text_format.ParseError) as error:
-        return ServedModel(
-            folder.name, "unknown", versions, problems=(f"{CONFIG} cannot be read: {error}",)
-        )
+        problem = f"{CONFIG} cannot be read: {error}"
+        return ServedModel(folder.name, "unknown", versions, problems=(problem,))
     if OURS not in config.parameters:
+        backend = config.backend or config.platform
         warning = "marrq did not write it: its config can be read, and nothing else was examined"
-        return ServedModel(
-            folder.name, config.backend or config.platform, versions, warnings=(warning,)
-        )
-    problems = _own_problems(folder, config, versions)
-    files = []
+        return ServedModel(folder.name, backend, versions, warnings=(warning,))
+    problems, files = _own_problems(folder, config, versions), []
     for version in versions:
         file = folder / str(version) / config.parameters[OURS].string_value
-        script = SCRIPTS.get(config.backend)
-        if script is not None and not file.with_name(script).is_file():
-            problems.append(
-                f"version {version} has no {script}, which the backend {config.backend} runs"
-            )
-        if not file.is_file():
-            problems.append(f"version {version} has no {file.name}")
-            continue
-        try:
-            graph = Graph.load(file)
-        except BenchError as error:
-            problems.append(f"version {version}: {error}")
-            continue
-        files.append(file)
-        problems += [
-            f"version {version}: {problem}" for problem in _differences(config, graph.model.graph)
-        ]
+        found, is_whole = _version_problems(file, config)
+        problems += [f"version {version}{problem}" for problem in found]
+        if is_whole:
+            files.append(file)
     return ServedModel(folder.name, config.backend, versions, tuple(files), tuple(problems))
 
 
-def _own_problems(folder: Path, config: Any, versions: tuple[int, ...]) -> list[str]:
-    """What is wrong whatever the files are."""
+def _versions(folder: Path) -> tuple[int, ...]:
+    """Numbers of the version folders. A server passes over folders with other names."""
+    places = (place for place in folder.iterdir() if place.is_dir() and place.name.isdecimal())
+    return tuple(sorted(int(place.name) for place in places))
+
+
+def _version_problems(file: Path, config: Any) -> tuple[list[str], bool]:
+    """What is wrong with the ONNX file of a version, and whether it is a whole ONNX file."""
     problems = []
+    script = SCRIPTS.get(config.backend)
+    if script is not None and not file.with_name(script).is_file():
+        problems.append(f" has no {script}, which the backend {config.backend} runs")
+    if not file.is_file():
+        return [*problems, f" has no {file.name}"], False
+    try:
+        graph = Graph.load(file)
+    except BenchError as error:
+        return [*problems, f": {error}"], False
+    differences = _differences(config, graph.model.graph)
+    return [*problems, *(f": {difference}" for difference in differences)], True
+
+
+def _own_problems(folder: Path, config: Any, versions: tuple[int, ...]) -> list[str]:
+    """What is wrong with the config, whatever the files are."""
+    problems = []
+    # A server takes the folder's name, and refuses a config with another.
     if config.name and config.name != folder.name:
         problems.append(
             f"the config names the model {config.name!r}, its folder is {folder.name!r}: a server "
@@ -138,6 +143,7 @@ def _own_problems(folder: Path, config: Any, versions: tuple[int, ...]) -> list[
 def _label_problems(file: Path, output: Any) -> list[str]:
     if not file.is_file():
         return [f"the labels of {output.name} should be in {file.name}, which is not there"]
+    # A line of the file is the label of one class.
     labels, classes = len(file.read_text(encoding="utf-8").splitlines()), output.dims[-1]
     return (
         []
@@ -147,7 +153,8 @@ def _label_problems(file: Path, output: Any) -> list[str]:
 
 
 def _differences(config: Any, graph: onnx.GraphProto) -> list[str]:
-    """Where a config and a file disagree about what goes in and what comes out."""
+    """Differences between a config and a file in what goes in and what comes out."""
+    # Old files list their weights among the inputs too.
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     pairs = (("input", config.input, inputs), ("output", config.output, graph.output))
@@ -159,6 +166,10 @@ def _differences(config: Any, graph: onnx.GraphProto) -> list[str]:
 
 
 def _tensor_differences(kind: str, said: Any, had: Any, batched: bool) -> list[str]:
+    """Differences of the inputs, or of the outputs.
+
+    said: of the config. had: of the file. batched: whether the server adds a batch axis in front.
+    """
     problems = []
     of_file = {value.name: value.type.tensor_type for value in had}
     for name in sorted({tensor.name for tensor in said} ^ set(of_file)):
@@ -170,6 +181,7 @@ def _tensor_differences(kind: str, said: Any, had: Any, batched: bool) -> list[s
             continue
         there = of_file[tensor.name]
         dims = [axis.dim_value or FREE for axis in there.shape.dim]
+        # If the server makes batches, the config leaves out the first axis, which must be free.
         if batched and dims[:1] != [FREE]:
             problems.append(
                 f"the {kind} {tensor.name!r} has {dims} in the file, whose batch is not free: "

@@ -1,23 +1,27 @@
-"""Accuracy from logits: top-1 and top-5, how sure they are, how often two models agree and how far
-their answers are apart, and how much one loses against another.
+"""Accuracy from logits: top-1 and top-5 with their intervals, agreement and divergence, and what a
+model loses against another.
 
-Of two models near each other the divergence tells sooner than top-1 which is nearer to the float
-one: every image counts in it, by all of its classes, and not only those whose best class changes.
+The divergence Σ p (log p - log q) tells sooner than top-1 which of two similar models is nearer to
+the float model: every image counts in it, by all of its classes, and not only those images whose
+best class changes.
 
-The images are the same for all models, so a loss is judged on pairs: only images that one model
-gets right and the other does not say anything about it. Of n images, b are right in the baseline
-alone and c in the model alone. The drop is (b - c) / n; two of its parts:
+All models see the same images, so a loss is judged on pairs. Only images that one model gets right
+and the other does not say anything about the loss. Of n images, b are right in the baseline alone
+and c in the model alone. The drop is (b - c) / n.
 
-- **Interval**: all drops Δ that the score test of T. Tango (Statistics in Medicine 17, 1998) does
-not reject,
+**Interval** of the drop: all Δ that the score test of T. Tango (Statistics in Medicine 17, 1998)
+does not reject,
 
-      |T(Δ)| ≤ 1.96,   T(Δ) = (b - c - n Δ) / √(n (2 q + Δ (1 - Δ))),
+    |T(Δ)| ≤ 1.96,   T(Δ) = (b - c - n Δ) / √(n (2 q + Δ (1 - Δ)))
 
-  q being the share of images right in the model alone that is likeliest if the drop is Δ: the larger root of
-  2n q² + ((2n - b + c) Δ - b - c) q - c Δ (1 - Δ). As Wilson's does for one share, it stays within -1 … 1 and serves few images, and
-  b = c = 0 too, where the difference of two shares and its standard error would claim certainty. T falls with Δ, so the ends are bisected.
-- **p-value**: McNemar's exact test. If neither model were better, c of b + c would be so many
-throws of a fair coin."""
+q is the likeliest share of images that are right in the model alone, if the drop is Δ: the larger
+root of 2n q² + ((2n - b + c) Δ - b - c) q - c Δ (1 - Δ). The interval stays within -1 … 1, serves
+few images, and b = c = 0 too, where the standard error of a difference of shares would be 0 and
+claim certainty. T falls with Δ, so the ends are found by bisection.
+
+**p-value**: McNemar's exact test (Q. McNemar, Psychometrika 12, 1947; binomial in place of χ²). If
+neither model were better, c of b + c would be so many throws of a fair coin.
+"""
 
 import math
 from dataclasses import dataclass
@@ -26,16 +30,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BenchError
+from runtime.records import Record
 
 NORMAL_95 = 1.959963984540054
-BISECTIONS = 60  # 2 / 2^60 is less than a float can tell
+BISECTIONS = 60  # 2 / 2⁶⁰ is below the spacing of floats near 1
+
+Logits = NDArray[np.float32]
+"""[images, classes]."""
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Shares of images, 0 … 1. _low, _high: the 95 % Wilson interval; agreement: share of images
-    with the same top-1 as the float32 model; divergence: from that model, in nats; both None
-    without it."""
+class Accuracy(Record):
+    """Shares of images, 0 … 1.
+
+    …_low, …_high: the 95 % Wilson interval.
+    agreement: share of images with the same top-1 as the float32 model.
+    divergence: from the float32 model, in nats. Both are None without that model.
+    images: how many there are.
+    """
 
     top1: float
     top1_low: float
@@ -49,10 +61,13 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class PairedDrop:
-    """What a model loses in top-1 against a baseline on the same images. drop: baseline less model,
-    a share of images, -1 … 1, with its 95 % interval; only_baseline, only_model: images that it
-    alone gets right; p_value: of McNemar's exact test, two-sided."""
+class PairedDrop(Record):
+    """What a model loses in top-1 against a baseline on the same images.
+
+    drop: baseline less model, a share of images, -1 … 1; …_low, …_high: its 95 % interval.
+    only_baseline, only_model: images that this model alone gets right.
+    p_value: of McNemar's exact test, two-sided.
+    """
 
     drop: float
     drop_low: float
@@ -62,67 +77,71 @@ class PairedDrop:
     p_value: float
 
 
-def hits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each image's top-1 is right. logits: [images, classes]; targets: [images], indices of
-    classes."""
+def hits(logits: Logits, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the top-1 of each image is right, [images]. targets: [images], indices of classes."""
     right: NDArray[np.bool_] = logits.argmax(1) == targets
     return right
 
 
 def measure_accuracy(
-    logits: NDArray[np.float32],
-    targets: NDArray[np.int64],
-    reference: NDArray[np.float32] | None = None,
+    logits: Logits, targets: NDArray[np.int64], reference: Logits | None = None
 ) -> Accuracy:
-    """logits, reference: [images, classes]; targets: [images], indices of classes."""
+    """Accuracy of a model.
+
+    targets: [images], indices of classes.
+    reference: logits of the float32 model on the same images.
+
+    Raises BenchError if a logit is not finite.
+    """
     if not np.isfinite(logits).all():
         raise BenchError(
             "the model gives NaN or infinite logits: its numbers overflow, so its accuracy means "
             "nothing"
         )
     count = len(targets)
-    first = int(hits(logits, targets).sum())
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    fifth = int((best == targets[:, None]).any(1).sum())
-    agreement = (
-        None if reference is None else float((logits.argmax(1) == reference.argmax(1)).mean())
+    right = int(hits(logits, targets).sum())
+    # Stable, so that classes of equal logits keep their order, and the result is reproducible.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]  # [images, 5]
+    among_best = int((best == targets[:, None]).any(1).sum())
+    same = None if reference is None else logits.argmax(1) == reference.argmax(1)
+    return Accuracy(
+        right / count,
+        *wilson_interval(right, count),
+        among_best / count,
+        *wilson_interval(among_best, count),
+        agreement=None if same is None else float(same.mean()),
+        divergence=None if reference is None else divergence(reference, logits),
+        images=count,
     )
-    apart = None if reference is None else divergence(reference, logits)
-    shares = (
-        first / count,
-        *wilson_interval(first, count),
-        fifth / count,
-        *wilson_interval(fifth, count),
-    )
-    return Accuracy(*shares, agreement=agreement, divergence=apart, images=count)
 
 
-def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
-    """The Kullback-Leibler divergence Σ p (log p - log q) in nats of a model's classes q from the
-    float32 model's p, mean over images; 0 for the same answers. reference, logits: [images,
-    classes]."""
+def divergence(reference: Logits, logits: Logits) -> float:
+    """The Kullback-Leibler divergence Σ p (log p - log q) in nats, mean over images; 0 for the same
+    answers. p: shares of the classes in the float32 model; q: in the model."""
     p, q = _log_softmax(reference), _log_softmax(logits)
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    # The largest logit becomes 0, so that no exponential overflows.
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     logarithms: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return logarithms
 
 
 def wilson_interval(hits: int, count: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """The Wilson score interval of a share (E. B. Wilson, JASA 22, 1927); stays inside 0 … 1 and
-    serves small counts too."""
+    """The Wilson score interval of a share (E. B. Wilson, JASA 22, 1927): all shares p with
+    |hits / count - p| ≤ z √(p (1 - p) / count). It stays within 0 … 1, and serves small counts."""
     share = hits / count
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
+    # The ends are within 0 … 1 but for rounding.
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def paired_drop(baseline: NDArray[np.bool_], model: NDArray[np.bool_]) -> PairedDrop:
-    """The drop from the `hits` of both, [images] each, in the same order."""
+    """The drop of a model. baseline, model: `hits` of both, [images], in the same order."""
     only_baseline, only_model = int((baseline & ~model).sum()), int((model & ~baseline).sum())
     low, high = drop_interval(only_baseline, only_model, len(model))
     p_value = mcnemar(only_baseline, only_model)
@@ -132,30 +151,29 @@ def paired_drop(baseline: NDArray[np.bool_], model: NDArray[np.bool_]) -> Paired
 
 
 def drop_score(only_baseline: int, only_model: int, count: int, drop: float) -> float:
-    """Tango's T: how many standard errors the drop found lies above the one given, which is taken
-    for true. For counts that grow in proportion it grows with the root of their size."""
+    """Tango's T(Δ): by how many standard errors the drop that was found exceeds the true drop, if
+    the true drop were `drop`. T grows with the root of n if all counts grow in proportion."""
+    # q: the larger root of 2n q² + root_b q + root_c.
     root_b = (2 * count - only_baseline + only_model) * drop - only_baseline - only_model
     root_c = -only_model * drop * (1 - drop)
-    if root_c <= 0:  # by hypot, since the square of a tiny drop is 0
+    if root_c <= 0:
+        # √(root_b² + (√-8n root_c)²) by hypot: the square of a tiny drop is 0 in floats.
         distance_of_roots = math.hypot(root_b, math.sqrt(-8 * count * root_c))
     else:
         distance_of_roots = math.sqrt(max(0.0, root_b * root_b - 8 * count * root_c))
     likeliest = (distance_of_roots - root_b) / (4 * count)
     variance = count * (2 * likeliest + drop * (1 - drop))
     distance = only_baseline - only_model - count * drop
-    return (
-        distance / math.sqrt(variance)
-        if variance > 0
-        else math.copysign(math.inf, distance)
-        if distance
-        else 0.0
-    )
+    if variance > 0:
+        return distance / math.sqrt(variance)
+    # Without variance a drop other than the true one is infinitely unlikely.
+    return math.copysign(math.inf, distance) if distance else 0.0
 
 
 def drop_interval(
     only_baseline: int, only_model: int, count: int, z: float = NORMAL_95
 ) -> tuple[float, float]:
-    """The interval of the drop by Tango's score test."""
+    """The interval of the drop by Tango's score test: from T(Δ) = z down to T(Δ) = -z."""
 
     def end(level: float) -> float:
         low, high = -1.0, 1.0
@@ -171,10 +189,10 @@ def drop_interval(
 
 
 def mcnemar(only_baseline: int, only_model: int) -> float:
-    """The two-sided p-value of McNemar's exact test: twice the share of outcomes of b + c throws
-    with no more heads than the fewer of the two (Q. McNemar, Psychometrika 12, 1947; binomial in
-    place of χ²)."""
+    """The two-sided p-value of McNemar's exact test: twice the chance that b + c throws of a fair
+    coin give at most min(b, c) heads."""
     throws = only_baseline + only_model
+    # Logarithms of n! / (k! (n - k)! 2ⁿ): factorials of thousands do not fit into a float.
     whole = math.lgamma(throws + 1) - throws * math.log(2)
     chances = (
         math.exp(whole - math.lgamma(heads + 1) - math.lgamma(throws - heads + 1))

@@ -1,25 +1,45 @@
-"""The bench: what several models of one source are worth, measured in one run on the same images
-and in the same rounds, as JSON (schema marrq.bench/2). Whatever is shown to people
-(runtime/report/tables.py) is made from that JSON."""
+"""The bench: accuracy, size and speed of several models of one source, measured in one run on the
+same images and in the same rounds.
+
+The result is a `BenchReport`, whose JSON has the schema marrq.bench/2. Tables, sentences and pages
+for people (runtime/report/) are made from it; nothing is measured there.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.audit.audit import audit, examine
 from runtime.audit.graph import size_bytes
-from runtime.audit.precision import measure_precision
-from runtime.environment import describe
-from runtime.measure.accuracy import hits, measure_accuracy, paired_drop
-from runtime.measure.gate import judge
-from runtime.measure.latency import Latency, Plan, Speed, measure_latency, measure_throughput
+from runtime.audit.linears import examine
+from runtime.audit.precision import Precision, measure_precision
+from runtime.audit.rows import AuditRow, audit
+from runtime.environment import Environment, describe
+from runtime.measure.accuracy import Logits, hits, measure_accuracy, paired_drop
+from runtime.measure.gate import Gate, hold_against_limit
+from runtime.measure.latency import (
+    Latency,
+    Plan,
+    Speed,
+    Throughput,
+    measure_latency,
+    measure_throughput,
+)
+from runtime.measure.measured import (
+    BaselineDrop,
+    ComparedAccuracy,
+    ComparedLatency,
+    MeasuredModel,
+    Role,
+)
 from runtime.measure.memory import measure_peak_memory
-from runtime.measure.recommend import recommend
+from runtime.measure.parity import Parity
+from runtime.measure.recommend import Recommendation, recommend
+from runtime.quantization import QuantizedModule
+from runtime.records import Json, Record
 from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings, executed_operators
 
 SCHEMA = "marrq.bench/2"
@@ -30,27 +50,34 @@ Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure. file: what is run; path: what the user named; flavor, scheme, method: as
-    its metadata says; quantization: how each linear was quantized, where its artifact was at hand;
-    parity: see runtime/measure/parity.py."""
+    """A model to measure.
+
+    file: what is run. path: what the user named.
+    flavor, scheme, method, bits_per_weight: as the file's metadata say.
+    quantization: how each linear was quantized; None without the artifact.
+    parity: how the file compares with its artifact; None if that was not asked for.
+    """
 
     name: str
     file: Path
     path: str
-    role: Literal["candidate", "baseline"]
+    role: Role
     flavor: str
     scheme: str
     method: str
     bits_per_weight: float
-    quantization: list[dict[str, Any]] | None = None
-    parity: dict[str, Any] | None = None
+    quantization: tuple[QuantizedModule, ...] | None = None
+    parity: Parity | None = None
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """throughput_threads: numbers of threads to measure throughput with, none for no throughput;
-    max_drop: points of top-1 that a candidate may lose against the baseline, None for no gate;
-    recommend: name the best candidates."""
+    """How to measure.
+
+    throughput_threads: numbers of threads to measure throughput with; empty for no throughput.
+    max_drop: points of top-1 that a candidate may lose against the baseline; None for no gate.
+    recommend: name the best candidates.
+    """
 
     session: SessionSettings
     plan: Plan
@@ -67,44 +94,92 @@ class Progress:
     session: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True)
+class BenchEnvironment(Environment):
+    """The environment, with the rounds and seconds of the plan."""
+
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ImageData(Record):
+    """The images that accuracy was measured on. hash: over the list of their names."""
+
+    path: str
+    images: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class BenchReport(Record):
+    """Everything that a run of the bench found.
+
+    gate: None if no drop was demanded. recommendation: by criterion; None if it was not asked for.
+    """
+
+    environment: BenchEnvironment
+    data: ImageData
+    models: tuple[MeasuredModel, ...]
+    gate: Gate | None
+    recommendation: dict[str, Recommendation] | None
+
+    def to_json(self) -> Json:
+        """Schema marrq.bench/2."""
+        return {"schema": SCHEMA, **super().to_json()}
+
+
+@dataclass(frozen=True)
+class _Running:
+    """Speed of one model, and what ran."""
+
+    speed: Speed
+    peak_memory_mb: float | None
+    throughput: tuple[Throughput, ...]
+    executed: dict[str, int]
+    executed_on: dict[str, int]
+
+
 def bench(
     entries: Sequence[Entry],
-    data: Batches,
-    description: dict[str, Any],
+    batches: Batches,
+    data: ImageData,
     settings: BenchSettings,
     progress: Progress,
-) -> dict[str, Any]:
-    """Measure all entries on the same images and in the same rounds. description: of the data, as
-    it goes into the JSON."""
-    environment = {
-        **describe(settings.session),
-        "rounds": settings.plan.rounds,
-        "seconds": settings.plan.seconds,
+) -> BenchReport:
+    """Measure all entries on the same images and in the same rounds. data: describes the images."""
+    plan, session = settings.plan, settings.session
+    environment = BenchEnvironment(
+        **vars(describe(session)), rounds=plan.rounds, seconds=plan.seconds
+    )
+    accuracies = _accuracies(entries, *_predict(entries, batches, session, progress))
+    runnings = _run(entries, settings, progress)
+    baselines = {
+        entry.flavor: running.speed
+        for entry, running in zip(entries, runnings, strict=True)
+        if entry.role == "baseline"
     }
-    accuracies = _accuracies(entries, *_predict(entries, data, settings.session, progress))
-    speeds = _speeds(entries, settings, progress)
-    models = [
-        _described(entry) | accuracy | speed | _what_runs(entry.file, settings.session)
-        for entry, accuracy, speed in zip(entries, accuracies, speeds, strict=True)
-    ]
-    return {
-        "schema": SCHEMA,
-        "environment": environment,
-        "data": description,
-        "models": models,
-        "gate": None if settings.max_drop is None else judge(models, settings.max_drop),
-        "recommendation": recommend(models) if settings.recommend else None,
-    }
+    models = tuple(
+        _measured(entry, accuracy, running, baselines, session)
+        for entry, accuracy, running in zip(entries, accuracies, runnings, strict=True)
+    )
+    return BenchReport(
+        environment=environment,
+        data=data,
+        models=models,
+        gate=None if settings.max_drop is None else hold_against_limit(models, settings.max_drop),
+        recommendation=recommend(models) if settings.recommend else None,
+    )
 
 
 def _predict(
-    entries: Sequence[Entry], data: Batches, settings: SessionSettings, progress: Progress
-) -> tuple[dict[Path, NDArray[np.float32]], NDArray[np.int64]]:
-    """Logits of every model on the same images, read once."""
+    entries: Sequence[Entry], batches: Batches, settings: SessionSettings, progress: Progress
+) -> tuple[dict[Path, Logits], NDArray[np.int64]]:
+    """Logits of every model by its file, and the targets. The images are read once."""
     models = {entry.file: Model(entry.file, settings) for entry in entries}
-    logits: dict[Path, list[NDArray[np.float32]]] = {path: [] for path in models}
+    logits: dict[Path, list[Logits]] = {path: [] for path in models}
     targets = []
-    for pixels, labels in data:
+    for pixels, labels in batches:
         targets.append(labels)
         for path, model in models.items():
             logits[path].append(model.run(pixels))
@@ -112,104 +187,100 @@ def _predict(
     return {path: np.concatenate(parts) for path, parts in logits.items()}, np.concatenate(targets)
 
 
-def _described(entry: Entry) -> dict[str, Any]:
-    """What is known of a model before it runs."""
-    return {
-        "name": entry.name,
-        "path": entry.path,
-        "role": entry.role,
-        "flavor": entry.flavor,
-        "scheme": entry.scheme,
-        "method": entry.method,
-        "size_bytes": size_bytes(entry.file),
-        "bits_per_weight": entry.bits_per_weight,
-        "quantization": entry.quantization,
-        "parity": entry.parity,
-    }
-
-
 def _accuracies(
-    entries: Sequence[Entry], logits: dict[Path, NDArray[np.float32]], targets: NDArray[np.int64]
-) -> list[dict[str, dict[str, Any]]]:
-    """Accuracy of each model, and what it loses against the baseline: float32 where it is one, else
-    the first. hits: a bit an image in the images' order, the first in the highest bit of the first
-    byte, so that any two models can be compared in pairs."""
-    reference = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
-    baselines = sorted(
-        (entry for entry in entries if entry.role == "baseline"),
-        key=lambda entry: entry.flavor != "fp32",
-    )
+    entries: Sequence[Entry], logits: dict[Path, Logits], targets: NDArray[np.int64]
+) -> list[ComparedAccuracy]:
+    """Accuracy of each model, and what it loses against the baseline."""
+    float32 = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
+    baselines = [entry for entry in entries if entry.role == "baseline"]
+    # Losses are counted from float32 if it was measured, and else from the first baseline.
+    baselines.sort(key=lambda entry: entry.flavor != "fp32")
     rows = []
     for entry in entries:
-        right = hits(logits[entry.file], targets)
-        against = None
+        right, against = hits(logits[entry.file], targets), None
         if baselines and entry is not baselines[0]:
             drop = paired_drop(hits(logits[baselines[0].file], targets), right)
-            against = {"baseline": baselines[0].name, **asdict(drop)}
-        accuracy = asdict(measure_accuracy(logits[entry.file], targets, reference))
-        rows.append(
-            {
-                "accuracy": {
-                    **accuracy,
-                    "against": against,
-                    "hits": np.packbits(right).tobytes().hex(),
-                }
-            }
-        )
+            against = BaselineDrop(**vars(drop), baseline=baselines[0].name)
+        accuracy = measure_accuracy(logits[entry.file], targets, float32)
+        packed = np.packbits(right).tobytes().hex()
+        rows.append(ComparedAccuracy(**vars(accuracy), against=against, hits=packed))
     return rows
 
 
-def _speeds(
-    entries: Sequence[Entry], settings: BenchSettings, progress: Progress
-) -> list[dict[str, Any]]:
-    """Latency, load time, memory, throughput where it is asked for, and what ran where, of each
-    model."""
-    files, session = [entry.file for entry in entries], settings.session
-    speeds = measure_latency(files, session, settings.plan, progress.session)
+def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) -> list[_Running]:
+    """Latency, load time, throughput, memory and executed operators of each model."""
+    files, session, plan = [entry.file for entry in entries], settings.session, settings.plan
+    speeds = measure_latency(files, session, plan, progress.session)
     throughputs = measure_throughput(
-        files, session, settings.plan, settings.throughput_threads, progress.session
+        files, session, plan, settings.throughput_threads, progress.session
     )
-    memory = measure_peak_memory(files, max(settings.plan.batches), session)
-    baselines = {
-        entry.flavor: speed
-        for entry, speed in zip(entries, speeds, strict=True)
-        if entry.role == "baseline"
-    }
+    # Memory at the largest batch, which a server has to have room for.
+    memory = measure_peak_memory(files, max(plan.batches), session)
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         return [
-            {
-                "latency": [
-                    _latency_row(slot, latency, baselines)
-                    for slot, latency in enumerate(speed.latency)
-                ],
-                "load_ms": speed.load_ms,
-                "peak_memory_mb": peak,
-                "throughput": [asdict(row) for row in rows],
-                "executed": executed_operators(file, session, Path(scratch)),
-                "executed_on": executed_operators(file, session, Path(scratch), by="provider"),
-            }
-            for file, speed, peak, rows in zip(files, speeds, memory, throughputs, strict=True)
+            _Running(
+                speed,
+                peak,
+                tuple(throughput),
+                executed_operators(file, session, folder),
+                executed_operators(file, session, folder, by="provider"),
+            )
+            for file, speed, peak, throughput in zip(
+                files, speeds, memory, throughputs, strict=True
+            )
         ]
 
 
-def _latency_row(slot: int, latency: Latency, baselines: dict[str, Speed]) -> dict[str, Any]:
-    """The latency at one batch size with its ratio to each baseline."""
+def _measured(
+    entry: Entry,
+    accuracy: ComparedAccuracy,
+    running: _Running,
+    baselines: dict[str, Speed],
+    session: SessionSettings,
+) -> MeasuredModel:
+    """All that was found of one model. baselines: speeds of the baselines, by flavour."""
+    rows, precision = _what_runs(entry.file, session)
+    return MeasuredModel(
+        name=entry.name,
+        path=entry.path,
+        role=entry.role,
+        flavor=entry.flavor,
+        scheme=entry.scheme,
+        method=entry.method,
+        size_bytes=size_bytes(entry.file),
+        bits_per_weight=entry.bits_per_weight,
+        quantization=entry.quantization,
+        parity=entry.parity,
+        accuracy=accuracy,
+        latency=tuple(
+            _with_ratios(latency, slot, baselines)
+            for slot, latency in enumerate(running.speed.latency)
+        ),
+        load_ms=running.speed.load_ms,
+        peak_memory_mb=running.peak_memory_mb,
+        throughput=running.throughput,
+        executed=running.executed,
+        executed_on=running.executed_on,
+        audit=rows,
+        precision=precision,
+    )
+
+
+def _with_ratios(latency: Latency, slot: int, baselines: dict[str, Speed]) -> ComparedLatency:
+    """A latency with its ratio to each baseline. slot: place of the batch size in the plan."""
     ratios = {
-        f"ratio_{flavor}": latency.ratio_to(baselines[flavor].latency[slot])
-        if flavor in baselines
-        else None
+        flavor: latency.ratio_to(baselines[flavor].latency[slot]) if flavor in baselines else None
         for flavor in ("fp16", "fp32")
     }
-    return {**asdict(latency), **ratios}
+    return ComparedLatency(**vars(latency), ratio_fp16=ratios["fp16"], ratio_fp32=ratios["fp32"])
 
 
-def _what_runs(file: Path, settings: SessionSettings) -> dict[str, Any]:
-    """Audit and precision; none with a provider that takes whole graphs, into which nobody can
-    look."""
+def _what_runs(
+    file: Path, settings: SessionSettings
+) -> tuple[tuple[AuditRow, ...], Precision | None]:
+    """Audit and precision. A provider that compiles the whole graph cannot be looked into."""
     if settings.provider in WHOLE_GRAPH_PROVIDERS:
-        return {"audit": [], "precision": None}
+        return (), None
     examined = examine(file, settings)
-    return {
-        "audit": [asdict(row) for row in audit(examined)],
-        "precision": asdict(measure_precision(examined)),
-    }
+    return tuple(audit(examined)), measure_precision(examined)

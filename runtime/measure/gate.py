@@ -1,97 +1,115 @@
 """The accuracy gate: does a model lose at most so many points of top-1 against its baseline?
 
     held       the upper end of the drop's 95 % interval is within the limit
-    failed     the lower end is beyond it
+    failed     the lower end is beyond the limit
     undecided  the limit lies inside the interval: the images are too few to tell
 
-How many images would tell: the score T at the limit grows with the root of their number as long as
-the shares stay as they are, so that n (1.96 / T)² images bring the interval's end to the limit."""
+How many images would tell: the score T at the limit (runtime/measure/accuracy.py) grows with the
+root of their number as long as the shares stay as they are. So n (1.96 / T)² images bring an end of
+the interval to the limit.
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from runtime.errors import BenchError, GateError
-from runtime.measure.accuracy import NORMAL_95, drop_score
+from runtime.measure.accuracy import NORMAL_95, PairedDrop, drop_score
+from runtime.measure.measured import BaselineDrop, MeasuredModel
+from runtime.records import Record
+
+Outcome = Literal["held", "failed", "undecided"]
 
 
-def judge(models: list[dict[str, Any]], max_drop: float) -> dict[str, Any]:
-    """The verdict on each candidate, as JSON. models: as in the bench's report; max_drop: in
-    points, hundredths of a share.
+@dataclass(frozen=True)
+class Verdict(Record):
+    """The verdict on one candidate.
 
-    images_needed: None where a verdict was found, or where the drop found is the limit itself,
-    which no number of images would part."""
-    candidates = [model for model in models if model["role"] == "candidate"]
-    if any(model["accuracy"]["against"] is None for model in candidates):
+    images_needed: number of images that would decide; None if a verdict was found, and if the drop
+    that was found is the limit itself, which no number of images would tell apart.
+    """
+
+    name: str
+    verdict: Outcome
+    sentence: str
+    images_needed: int | None
+
+
+@dataclass(frozen=True)
+class Gate(Record):
+    """The verdicts on all candidates. max_drop: the limit, in points, hundredths of a share."""
+
+    max_drop: float
+    baseline: str | None
+    models: tuple[Verdict, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence if candidates are undecided."""
+        names = self._names("undecided")
+        too_few = f"the gate of {self.max_drop:g} points is undecided for {names}: too few images"
+        return [too_few] if names else []
+
+    def demand(self) -> None:
+        """Raise GateError if a candidate failed."""
+        names = self._names("failed")
+        if names:
+            raise GateError(
+                f"{names} lost more than {self.max_drop:g} points against {self.baseline}"
+            )
+
+    def _names(self, outcome: Outcome) -> str:
+        return ", ".join(model.name for model in self.models if model.verdict == outcome)
+
+
+def hold_against_limit(models: Sequence[MeasuredModel], max_drop: float) -> Gate:
+    """The verdict on each candidate. max_drop: in points. Raises BenchError without a baseline."""
+    candidates = [model for model in models if model.is_candidate]
+    drops = [model.accuracy.against for model in candidates]
+    if any(drop is None for drop in drops):
         raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32")
-    baseline = next((model["accuracy"]["against"]["baseline"] for model in candidates), None)
-    return {
-        "max_drop": max_drop,
-        "baseline": baseline,
-        "models": [_verdict(model, max_drop) for model in candidates],
-    }
+    verdicts = tuple(
+        _verdict(model.name, drop, model.accuracy.images, max_drop)
+        for model, drop in zip(candidates, drops, strict=True)
+        if drop is not None
+    )
+    baseline = next((drop.baseline for drop in drops if drop is not None), None)
+    return Gate(max_drop, baseline, verdicts)
 
 
-def _verdict(model: dict[str, Any], max_drop: float) -> dict[str, Any]:
-    accuracy, limit = model["accuracy"], max_drop / 100
-    against, images = accuracy["against"], accuracy["images"]
-    low, drop, high = (100 * against[key] for key in ("drop_low", "drop", "drop_high"))
-    found = f"{drop:.1f} points ({low:.1f}…{high:.1f}) against {against['baseline']}"
-    needed = None
-    if against["drop_high"] <= limit:
-        verdict, sentence = "held", f"loses {found}, within {max_drop:g}"
-    elif against["drop_low"] > limit:
-        verdict, sentence = "failed", f"loses {found}, more than {max_drop:g}"
-    else:
-        needed = images_needed(against, images, limit)
-        enough = (
-            "no number of images would tell"
-            if needed is None
-            else f"about {_rounded(needed):,} would tell"
-        )
-        verdict, sentence = (
-            "undecided",
-            f"loses {found}: {images:,} images are too few to hold that against {max_drop:g}; "
-            f"{enough}",
-        )
-    return {
-        "name": model["name"],
-        "verdict": verdict,
-        "sentence": f"{verdict}: {model['name']} {sentence}",
-        "images_needed": needed,
-    }
+def _verdict(name: str, against: BaselineDrop, images: int, max_drop: float) -> Verdict:
+    limit = max_drop / 100
+    low, drop, high = (100 * x for x in (against.drop_low, against.drop, against.drop_high))
+    found = f"loses {drop:.1f} points ({low:.1f}…{high:.1f}) against {against.baseline}"
+    if against.drop_high <= limit:
+        return _said(name, "held", f"{found}, within {max_drop:g}")
+    if against.drop_low > limit:
+        return _said(name, "failed", f"{found}, more than {max_drop:g}")
+    needed = images_needed(against, images, limit)
+    enough = (
+        "no number of images would tell"
+        if needed is None
+        else f"about {_rounded(needed):,} would tell"
+    )
+    too_few = f"{images:,} images are too few to hold that against {max_drop:g}"
+    return _said(name, "undecided", f"{found}: {too_few}; {enough}", needed)
 
 
-def images_needed(against: dict[str, Any], images: int, limit: float) -> int | None:
-    """With how many images the limit leaves the interval, should the shares stay as they are.
-    limit: a share."""
-    score = drop_score(against["only_baseline"], against["only_model"], images, limit)
+def _said(name: str, outcome: Outcome, sentence: str, needed: int | None = None) -> Verdict:
+    return Verdict(name, outcome, f"{outcome}: {name} {sentence}", needed)
+
+
+def images_needed(against: PairedDrop, images: int, limit: float) -> int | None:
+    """Number of images with which the limit leaves the interval, if the shares stay as they are.
+
+    against: found with `images` images. limit: a share. None if the drop is the limit itself.
+    """
+    score = drop_score(against.only_baseline, against.only_model, images, limit)
     return math.ceil(images * (NORMAL_95 / score) ** 2) if score else None
 
 
-def undecided(gate: dict[str, Any]) -> list[str]:
-    """A sentence about the candidates that too few images decide; none if all are decided."""
-    names = _named(gate, "undecided")
-    return (
-        [f"the gate of {gate['max_drop']:g} points is undecided for {names}: too few images"]
-        if names
-        else []
-    )
-
-
-def demand_held(gate: dict[str, Any]) -> None:
-    """Raise GateError if a candidate failed."""
-    names = _named(gate, "failed")
-    if names:
-        raise GateError(
-            f"{names} lost more than {gate['max_drop']:g} points against {gate['baseline']}"
-        )
-
-
-def _named(gate: dict[str, Any], verdict: str) -> str:
-    return ", ".join(model["name"] for model in gate["models"] if model["verdict"] == verdict)
-
-
 def _rounded(number: int) -> int:
-    """Two leading digits, upwards."""
+    """Two leading digits, upwards: the number is an estimate."""
     unit = int(10 ** max(0, len(str(number)) - 2))
     return -(-number // unit) * unit

@@ -1,18 +1,21 @@
 """Latency and throughput of several models, compared fairly on a machine that is never quiet.
 
-Rounds: in each, every session is opened, warmed up, timed and closed in turn, so that only one
-lives at a time (the spinning threads of another would slow it) and slow spells of the machine fall
-on all alike. A ratio is the median over rounds of the ratio of the two models' median times within
-a round; percentiles are over all runs. Throughput is images in the time of a round's runs, back to
-back, the median over rounds; load time is that of creating the session, the median over rounds, the
-file being in the system's cache after the first.
+**Rounds.** In each round every session is opened, warmed up, timed and closed, one after the other.
+So only one session lives at a time (the spinning threads of another would slow it), and a slow
+spell of the machine falls on all models alike. Percentiles are over all runs of all rounds. A ratio
+of two models is the median over the rounds of the ratio of their medians within the round.
 
-Warm-up: runs until the median of the last three is not more than 5 % below that of the three
-before, six at least and thirty at most. What is left is noise, which the rounds deal with, or a
-machine that does not settle.
+**Warm-up.** A session runs until the median of its last three runs is at most 5 % below the median
+of the three runs before: at least 6 runs, at most 30. What is left is noise, with which the rounds
+deal, or a machine that does not settle.
 
-On CUDA and TensorRT a run begins and ends on the device (see `Model.forward`). That path has not
-been timed on a device yet."""
+**Throughput** is images over the time of a round's runs, back to back; the median over the rounds.
+**Load time** is the time to create the session; the median over the rounds. The file is in the
+system's cache after the first round.
+
+On CUDA and TensorRT a run begins and ends on the device (`Model.forward`). This path has not been
+timed on a device yet.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +26,23 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.records import Record
 from runtime.session import Model, SessionSettings
 
-WARM_UP_WINDOW, WARM_UP_TOLERANCE, MAX_WARM_UP = 3, 0.05, 30
-MIN_RUNS, MAX_RUNS = 5, 200
+WARM_UP_WINDOW = 3  # runs
+WARM_UP_TOLERANCE = 0.05
+MAX_WARM_UP = 30  # runs
+MIN_RUNS, MAX_RUNS = 5, 200  # of one round, after the warm-up
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Time of one forward of a batch, in milliseconds, and images per second at the median.
-    rounds_ms: median of each round."""
+class Latency(Record):
+    """Time of one forward of a batch, in milliseconds.
+
+    p50_ms, p90_ms, p99_ms: percentiles over all runs of all rounds.
+    images_per_s: at the median.
+    rounds_ms: median of each round.
+    """
 
     batch: int
     p50_ms: float
@@ -42,21 +52,25 @@ class Latency:
     rounds_ms: tuple[float, ...]
 
     def ratio_to(self, other: "Latency") -> float:
-        """Tell this model's time over the other's, both measured in the same rounds."""
+        """Time of this model over that of the other: the median over the rounds of the ratio within
+        a round. Both were measured in the same rounds."""
         return float(np.median(np.divide(self.rounds_ms, other.rounds_ms)))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model: the latency at each batch size, and how long its session takes to create, in
-    milliseconds."""
+    """Speed of one model.
+
+    latency: at each batch size, in the order of the plan.
+    load_ms: time to create the session.
+    """
 
     latency: tuple[Latency, ...]
     load_ms: float
 
 
 @dataclass(frozen=True)
-class Throughput:
+class Throughput(Record):
     """Images per second of one model at a batch size and a number of threads."""
 
     batch: int
@@ -66,8 +80,12 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure. batches: batch sizes; rounds: how often each session is opened; seconds: time
-    spent in each on each batch size, without the warm-up."""
+    """How to measure.
+
+    batches: batch sizes.
+    rounds: how often each session is opened.
+    seconds: time spent on each batch size in a round, without the warm-up.
+    """
 
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 5
@@ -79,7 +97,7 @@ Samples = list[list[NDArray[np.float64]]]
 
 
 class TimedModel(Protocol):
-    """An open file, under any runtime."""
+    """An open model under any runtime: what a comparison with another tool has to provide."""
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [batch, classes] of inputs [batch, channels, height, width]."""
@@ -99,8 +117,11 @@ def measure_latency(
     session_done: Callable[[], None] = lambda: None,
     open_model: Callable[[Path, SessionSettings], TimedModel] = Model,
 ) -> list[Speed]:
-    """Latency and load time of each path. session_done: called `plan.rounds · len(paths)` times;
-    open_model: what opens a path, where not all run under ONNX Runtime."""
+    """Latency and load time of each path.
+
+    session_done: called after each session, `plan.rounds · len(paths)` times.
+    open_model: opens a path; another function than `Model` measures another runtime.
+    """
     measured = _interleaved([(path, settings) for path in paths], plan, session_done, open_model)
     return [
         Speed(
@@ -118,9 +139,13 @@ def measure_throughput(
     threads: Sequence[int],
     session_done: Callable[[], None] = lambda: None,
 ) -> list[list[Throughput]]:
-    """Throughput of each path at each batch size and number of threads, whatever `settings` has for
-    threads. session_done: called `plan.rounds · len(paths) · len(threads)` times."""
+    """Throughput of each path at each batch size and number of threads.
+
+    settings: its number of threads is not used.
+    session_done: called `plan.rounds · len(paths) · len(threads)` times.
+    """
     sessions = [(path, replace(settings, threads=number)) for path in paths for number in threads]
+    # The sessions of one path follow each other: each takes the next of what was measured.
     measured = iter(_interleaved(sessions, plan, session_done, Model))
     return [
         [row for number in threads for row in _throughput(number, plan.batches, next(measured)[0])]
@@ -147,17 +172,17 @@ def _interleaved(
     for _ in range(plan.rounds):
         for (path, settings), (samples, loads) in zip(sessions, measured, strict=True):
             start = time.perf_counter()
-            model = open_model(path, settings)
+            model = open_model(path, settings)  # in every round anew, so that each starts cold
             loads.append(1e3 * (time.perf_counter() - start))
             for batch, by_round in zip(plan.batches, samples, strict=True):
                 by_round.append(_time(model.forward(model.random_input(batch)), plan.seconds))
-            del model
+            del model  # closes the session: its threads would spin beside the next one
             session_done()
     return measured
 
 
 def _time(forward: Callable[[], None], seconds: float) -> NDArray[np.float64]:
-    """Milliseconds of single runs, warm."""
+    """Milliseconds of single runs after the warm-up, [runs]."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -167,6 +192,8 @@ def _time(forward: Callable[[], None], seconds: float) -> NDArray[np.float64]:
     warming: list[float] = []
     while len(warming) < MAX_WARM_UP and not is_warm(warming):
         warming.append(timed())
+    # At least MIN_RUNS, so that a slow model has a median too; at most MAX_RUNS, so that a fast one
+    # does not fill the memory with times.
     times: list[float] = []
     while len(times) < MIN_RUNS or (sum(times) < 1e3 * seconds and len(times) < MAX_RUNS):
         times.append(timed())
@@ -174,7 +201,8 @@ def _time(forward: Callable[[], None], seconds: float) -> NDArray[np.float64]:
 
 
 def is_warm(times: Sequence[float]) -> bool:
-    """Whether the last runs are no faster than those before, but for the tolerance."""
+    """Whether the last three runs are at most 5 % faster than the three before, by their
+    medians."""
     if len(times) < 2 * WARM_UP_WINDOW:
         return False
     before, last = times[-2 * WARM_UP_WINDOW : -WARM_UP_WINDOW], times[-WARM_UP_WINDOW:]
@@ -194,7 +222,8 @@ def _latency(batch: int, by_round: list[NDArray[np.float64]]) -> Latency:
 
 
 def _throughput(threads: int, batches: Sequence[int], samples: Samples) -> list[Throughput]:
-    """A row a batch size, of a session with so many threads."""
+    """The throughput at each batch size, of a session with that many threads."""
+    # Images over the whole time of a round, not over the median: a server pays for slow runs too.
     rates = [
         [1e3 * batch * len(times) / times.sum() for times in by_round]
         for batch, by_round in zip(batches, samples, strict=True)

@@ -1,11 +1,13 @@
 """Memory that a model takes when it runs.
 
-    peak memory = peak of a process that opens the file and runs it - peak of a process that imports ONNX Runtime alone
+    peak memory = peak of a process that opens the file and runs it
+                - peak of a process that imports ONNX Runtime alone
 
-Both are fresh processes, as each would be in serving: in one that has run other models, what they
-left behind would count too. Peak is the largest resident memory (VmHWM of Linux), which has pages
-of the file that are mapped, and the arena that ONNX Runtime keeps. It is memory of the host, under
-CUDA and TensorRT too. `ru_maxrss` will not do: a child inherits it from its parent."""
+Both are fresh processes, as a server's would be: in a process that has run other models, what they
+left behind would count too. The peak is the largest resident memory (VmHWM of Linux): with the
+pages of the file that are mapped, and with the arena that ONNX Runtime keeps. It is memory of the
+host, under CUDA and TensorRT too. `ru_maxrss` will not do: a child inherits it from its parent.
+"""
 
 import json
 import re
@@ -17,12 +19,14 @@ from pathlib import Path
 from runtime.errors import BenchError
 from runtime.session import Model, SessionSettings
 
-RUNS = 3  # the arena grows in the first, and again in the second when ONNX Runtime has seen the pattern
+# The arena grows in the first run, and again in the second, when ONNX Runtime has seen which sizes
+# are needed.
+RUNS = 3
 
 
 def resident_peak_mb() -> float | None:
-    """The largest resident memory of this process so far, in MB (10^6 bytes), or None where the
-    system does not tell it."""
+    """The largest resident memory of this process so far, in MB (10⁶ bytes); None if the system
+    does not tell."""
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match[1]) * 1024 / 1e6 if match else None
@@ -31,8 +35,8 @@ def resident_peak_mb() -> float | None:
 def measure_peak_memory(
     paths: list[Path], batch: int, settings: SessionSettings
 ) -> list[float | None]:
-    """Peak memory of each model at a batch size, in MB, or None where the system does not tell
-    it."""
+    """Peak memory of each model at a batch size, in MB; None if the system does not tell. Raises
+    BenchError if a process that measures fails."""
     alone = _peak_of_process({"path": None, "batch": batch, "settings": asdict(settings)})
     peaks = [
         _peak_of_process(
@@ -44,8 +48,8 @@ def measure_peak_memory(
 
 
 def _peak_of_process(task: dict[str, object]) -> float | None:
-    """The peak of a fresh process that does a task. It starts beside this package, so that no other
-    one named `runtime` is found first."""
+    """The peak of a fresh process that does a task, in MB."""
+    # It starts in the folder of this package: another package `runtime` might be found elsewhere.
     command = [sys.executable, "-m", "runtime.measure.memory", json.dumps(task)]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
@@ -61,8 +65,9 @@ def _peak_of_process(task: dict[str, object]) -> float | None:
 
 
 def _main(task: str) -> None:
-    """In the fresh process: do the task and print the peak."""
+    """In the fresh process: do the task, and print the peak as JSON."""
     given = json.loads(task)
+    # No path: what importing ONNX Runtime takes, which is subtracted from the others.
     if given["path"] is not None:
         model = Model(Path(given["path"]), SessionSettings(**given["settings"]))
         pixels = model.random_input(given["batch"])

@@ -1,31 +1,38 @@
 """Where a model loses on its way from float weights in torch to a file that a server feeds:
 quantization, export, or preprocessing.
 
-Four sets of logits of the same images, each compared with the one before it:
+Four sets of logits of the same images, each compared with the one before:
 
-    float torch  →  simulated torch  →  ONNX Runtime, the same pixels  →  ONNX Runtime, pixels by the file's own preprocessing
-           quantization             export                      preprocessing
+    float torch → simulated torch → ONNX Runtime on the same pixels → ONNX Runtime on served pixels
+           quantization         export                         preprocessing
 
-Each stage has a rule of its own by which it *loses*, since each may do another thing to the logits;
-the first that loses is named.
+Served pixels are made by the file's own preprocessing (runtime/preprocessing.py). Each stage may do
+another thing to the logits, so each has a rule of its own by which it *loses*. The first stage that
+loses is named.
 
-quantization    may change them. It loses when it gets fewer images right than chance explains: by McNemar's exact test at 5 %.
-export          may change them by the rounding of float sums. That is not little for every model: a quantized one carries an activation
-                that falls to the other side between two codes on through all blocks behind. So the judge is twofold.
-                Linear by linear (`LinearsAlone`): what enters a linear in torch goes through that linear's own part of the graph alone,
-                where nothing amplifies; an output channel then errs by 1e-6 of its size, and one wrong scale, zero point or code of it by
-                more than LINEAR_TOLERANCE. And for what lies between the linears, by the logits: their mean distance (1 - cosine)
-                must stay within AMPLIFICATIONS times that of the simulation from itself under a nudge of its pixels by a millionth, and
-                LOGITS_TOLERANCE.
-preprocessing   may change nothing: it loses when a pixel, in units of the model's input, differs by more than PIXEL_TOLERANCE.
+**Quantization** may change the logits. It loses if it gets fewer images right than chance explains:
+by McNemar's exact test at 5 %.
+
+**Export** may change the logits by the rounding of float sums. In a quantized model that is not
+always little: an activation that falls to the other side between two codes is carried on through
+all later blocks. So there are two rules:
+
+- Linear by linear (`LinearsAlone`): the input that a linear has in torch goes through that linear's
+  own part of the graph alone, where nothing amplifies. An output channel of a healthy file then
+  errs by about 1e-6 of its size; one wrong scale, zero point or code errs by more than
+  LINEAR_TOLERANCE.
+- Between the linears, by the logits: their mean distance (1 - cosine) must be within AMPLIFICATIONS
+  times the distance by which a nudge of the pixels by a millionth moves the simulation, and
+  LOGITS_TOLERANCE.
+
+**Preprocessing** may change nothing. It loses if a pixel, in units of the model's input, differs by
+more than PIXEL_TOLERANCE.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -33,6 +40,8 @@ from numpy.typing import NDArray
 
 from runtime.errors import BenchError
 from runtime.measure.accuracy import hits, paired_drop
+from runtime.metadata import LinearPart, Metadata
+from runtime.records import Record
 from runtime.session import Model, SessionSettings
 
 SIGNIFICANT = 0.05
@@ -45,10 +54,15 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Logits:
-    """Of the same images, [images, classes]: by the float model in torch, by the simulation, by the
-    simulation with nudged pixels, by the file on the simulation's pixels, and by the file on pixels
-    that its own preprocessing made."""
+class StageLogits:
+    """Logits of the same images, [images, classes].
+
+    original: of the float model in torch.
+    simulated: of the quantized model in torch.
+    nudged: of the quantized model in torch, with pixels nudged by a millionth.
+    exported: of the file, on the pixels that torch gets.
+    served: of the file, on the pixels of its own preprocessing.
+    """
 
     original: Array
     simulated: Array
@@ -57,47 +71,107 @@ class Logits:
     served: Array
 
 
-def parity(
-    logits: Logits,
+@dataclass(frozen=True)
+class Closeness(Record):
+    """How near two sets of logits are: cosine of each image's logits, and share of images with the
+    same top-1."""
+
+    least_cosine: float
+    median_cosine: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Stage(Record):
+    """What one stage does to the logits.
+
+    source, target: what is compared. agreement: share of images with the same top-1.
+    top1_source, top1_target: accuracy before and after the stage.
+    loss: a sentence; None if the stage loses nothing.
+    """
+
+    stage: str
+    source: str
+    target: str
+    least_cosine: float
+    median_cosine: float
+    agreement: float
+    top1_source: float
+    top1_target: float
+    loss: str | None
+
+
+@dataclass(frozen=True)
+class LinearError(Record):
+    """Relative error of a linear's own part of the graph, on the input that it has in torch."""
+
+    linear: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Parity(Record):
+    """The section `parity` of a model in the bench's report.
+
+    first_loss: the first stage that loses; None if no stage does.
+    nudged: how far a nudge of the pixels moves the simulation.
+    pixel_difference: largest difference between the pixels of the two preprocessings.
+    """
+
+    images: int
+    stages: tuple[Stage, ...]
+    first_loss: str | None
+    nudged: Closeness
+    pixel_difference: float
+    linears: tuple[LinearError, ...]
+
+
+def compare_stages(
+    logits: StageLogits,
     targets: NDArray[np.int64],
     linears: Mapping[str, float],
     pixel_difference: float,
-) -> dict[str, Any]:
-    """The section `parity` of the bench's JSON.
+) -> Parity:
+    """Find the stages that lose.
 
-    targets: [images], indices of classes; linears: relative error of each; pixel_difference: the
-    largest there is between what the two preprocessings make of an image. Besides its numbers a
-    stage has `loss`, a sentence, or None where it loses nothing."""
-    quantization = _stage(
-        "quantization", "float torch", "simulated torch", logits.original, logits.simulated, targets
+    targets: [images], indices of classes.
+    linears: relative error of each linear, by module path.
+    pixel_difference: largest difference between the pixels of the two preprocessings.
+    """
+    compared = (
+        ("quantization", "float torch", "simulated torch", logits.original, logits.simulated),
+        ("export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported),
+        (
+            "preprocessing",
+            "ONNX Runtime",
+            "ONNX Runtime, the file's preprocessing",
+            logits.exported,
+            logits.served,
+        ),
     )
-    export = _stage(
-        "export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported, targets
+    losses = (
+        _quantization_loss(logits, targets),
+        # A linear at fault is the better answer: the logits only say that there is a fault.
+        _linear_loss(linears) or _logits_loss(logits),
+        _preprocessing_loss(pixel_difference),
     )
-    preprocessing = _stage(
-        "preprocessing",
-        "ONNX Runtime",
-        "ONNX Runtime, the file's preprocessing",
-        logits.exported,
-        logits.served,
-        targets,
+    stages = tuple(
+        Stage(name, source, target, **vars(_closeness(before, after)),
+              top1_source=_top1(before, targets), top1_target=_top1(after, targets), loss=loss)
+        for (name, source, target, before, after), loss in zip(compared, losses, strict=True)
+    )  # fmt: skip
+    return Parity(
+        images=len(targets),
+        stages=stages,
+        first_loss=next((stage.stage for stage in stages if stage.loss), None),
+        nudged=_closeness(logits.simulated, logits.nudged),
+        pixel_difference=pixel_difference,
+        linears=tuple(LinearError(path, error) for path, error in linears.items()),
     )
-    quantization["loss"] = _quantization_loss(logits, targets)
-    export["loss"] = _linear_loss(linears) or _logits_loss(logits)
-    preprocessing["loss"] = _preprocessing_loss(pixel_difference)
-    stages = [quantization, export, preprocessing]
-    return {
-        "images": len(targets),
-        "stages": stages,
-        "first_loss": next((stage["stage"] for stage in stages if stage["loss"]), None),
-        "nudged": _closeness(logits.simulated, logits.nudged),
-        "pixel_difference": pixel_difference,
-        "linears": [{"linear": path, "relative_error": error} for path, error in linears.items()],
-    }
 
 
 def cosines(a: Array, b: Array) -> NDArray[np.float64]:
-    """Of each row of a [n, c] with that of b: [n]."""
+    """Cosine of each row of a [n, c] with that of b [n, c]: [n]."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     found: NDArray[np.float64] = (
         (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
@@ -106,46 +180,47 @@ def cosines(a: Array, b: Array) -> NDArray[np.float64]:
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """The largest over channels of ‖found - expected‖ / ‖expected‖, each over all tokens of that
-    channel; [..., channels].
+    """The largest over channels of ‖found - expected‖ / ‖expected‖, each norm over all tokens of
+    that channel; [..., channels].
 
-    A single wrong code shows in its own channel and would be lost in a norm over all of them. A
-    channel that is 0 throughout is measured by the largest one."""
+    A single wrong code shows in its own channel, and would be lost in a norm over all channels. A
+    channel that is 0 throughout is measured by the size of the largest channel.
+    """
     difference, size = (
-        np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0)
+        np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0)  # [channels]
         for x in (found - expected, expected)
     )
     return float((difference / np.where(size > 0, size, size.max() or 1.0)).max())
 
 
 class LinearsAlone:
-    """The quantized linears of a file, each cut out of its graph, to be run by itself: from the
-    value that enters to the value that leaves, as the metadata `marrq.linears` names them."""
+    """The quantized linears of a file, each cut out of its graph, to be run alone: from the value
+    that enters to the value that leaves, as the metadata `marrq.linears` name them."""
 
     def __init__(self, file: Path, settings: SessionSettings) -> None:
-        """Raises BenchError when the file does not tell where its linears are."""
+        """Raises BenchError if the file does not tell where its linears are."""
         self._model, self._settings = ir.load(file), settings
-        described = self._model.metadata_props.get("marrq.linears")
-        if described is None:
+        linears = Metadata(self._model.metadata_props).linears
+        if linears is None:
             raise BenchError(
                 f"{str(file)!r} does not say where its linears are: export the artifact again"
             )
-        self._parts: dict[str, list[dict[str, str]]] = json.loads(described)
+        self._parts = linears
 
     def run(self, path: str, x: Array) -> Array:
-        """The output [..., out] of a linear for an input [..., in]. Where the graph computes some
-        tokens only, here all of x are."""
-        return np.concatenate(
-            [self._run(part["input"], part["output"], x) for part in self._parts[path]], -1
-        )
+        """The output [..., out] of a linear for an input [..., in]. Every token of x is computed,
+        also if the graph drops some of them."""
+        # q, k and v of one linear are parts of it, side by side along the channels.
+        return np.concatenate([self._run(part, x) for part in self._parts[path]], -1)
 
     def scale(self, path: str) -> str | None:
-        """Name of the model's tensor [out] (LayerScale) that a linear's output is multiplied by in
-        the file, where there is one."""
-        return self._parts[path][0].get("scale")
+        """Name of the model's tensor [out] (LayerScale) that the file has multiplied into the
+        linear's output; None if there is none."""
+        return self._parts[path][0].scale
 
-    def _run(self, enters: str, leaves: str, x: Array) -> Array:
-        graph = ir.convenience.extract(self._model.graph, [enters], [leaves])
+    def _run(self, part: LinearPart, x: Array) -> Array:
+        graph = ir.convenience.extract(self._model.graph, [part.input], [part.output])
+        # The batch and the number of tokens are those of x, whatever the file says of the value.
         graph.inputs[0].shape, graph.outputs[0].shape = ir.Shape(x.shape), None
         alone = ir.external_data.load_to_model(ir.Model(graph, ir_version=self._model.ir_version))
         with tempfile.TemporaryDirectory() as scratch:
@@ -154,43 +229,40 @@ class LinearsAlone:
             return Model(file, self._settings).run(x)
 
 
-def _stage(
-    stage: str, source: str, target: str, before: Array, after: Array, targets: NDArray[np.int64]
-) -> dict[str, Any]:
-    right = [float(hits(logits, targets).mean()) for logits in (before, after)]
-    names = {"stage": stage, "source": source, "target": target}
-    return {**names, **_closeness(before, after), "top1_source": right[0], "top1_target": right[1]}
+def _top1(logits: Array, targets: NDArray[np.int64]) -> float:
+    return float(hits(logits, targets).mean())
 
 
-def _closeness(before: Array, after: Array) -> dict[str, float]:
+def _closeness(before: Array, after: Array) -> Closeness:
     found = cosines(before, after)
-    agreement = float((before.argmax(1) == after.argmax(1)).mean())
-    return {
-        "least_cosine": float(found.min()),
-        "median_cosine": float(np.median(found)),
-        "agreement": agreement,
-    }
+    same = before.argmax(1) == after.argmax(1)
+    return Closeness(float(found.min()), float(np.median(found)), float(same.mean()))
 
 
-def _quantization_loss(logits: Logits, targets: NDArray[np.int64]) -> str | None:
+def _quantization_loss(logits: StageLogits, targets: NDArray[np.int64]) -> str | None:
     found = paired_drop(hits(logits.original, targets), hits(logits.simulated, targets))
     if found.drop <= 0 or found.p_value >= SIGNIFICANT:
         return None
-    return f"{found.only_baseline} images are right in float only, {found.only_model} when quantized only: more than chance explains"
+    return (
+        f"{found.only_baseline} images are right in float only, {found.only_model} when quantized "
+        "only: more than chance explains"
+    )
 
 
 def _linear_loss(linears: Mapping[str, float]) -> str | None:
-    wrong = sorted(
-        (path for path in linears if not linears[path] <= LINEAR_TOLERANCE),
-        key=lambda path: -linears[path],
-    )
+    # `not <=` and not `>`: an error that is NaN is a fault too.
+    wrong = [path for path in linears if not linears[path] <= LINEAR_TOLERANCE]
     if not wrong:
         return None
+    worst = sorted(wrong, key=lambda path: -linears[path])[0]
     others = f", and {len(wrong) - 1} other linears differ too" if len(wrong) > 1 else ""
-    return f"{wrong[0]} differs by {linears[wrong[0]]:.1e} from torch on the same input, where {LINEAR_TOLERANCE:g} is allowed{others}"
+    return (
+        f"{worst} differs by {linears[worst]:.1e} from torch on the same input, where "
+        f"{LINEAR_TOLERANCE:g} is allowed{others}"
+    )
 
 
-def _logits_loss(logits: Logits) -> str | None:
+def _logits_loss(logits: StageLogits) -> str | None:
     distance, explained = (
         float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)
     )
@@ -198,12 +270,15 @@ def _logits_loss(logits: Logits) -> str | None:
         return None
     return (
         f"logits are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the "
-        "pixels by a millionth moves them by "
-        f"{explained:.1e}; no linear is at fault, so it lies between them"
+        f"pixels by a millionth moves them by {explained:.1e}; no linear is at fault, so the fault "
+        "lies between the linears"
     )
 
 
 def _preprocessing_loss(pixel_difference: float) -> str | None:
     if pixel_difference <= PIXEL_TOLERANCE:
         return None
-    return f"pixels differ by up to {pixel_difference:.1e} from those that the model was quantized for: the file's preprocessing is another"
+    return (
+        f"pixels differ by up to {pixel_difference:.1e} from those that the model was quantized "
+        "for: the file's preprocessing is another"
+    )

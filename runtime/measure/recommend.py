@@ -1,157 +1,158 @@
-"""Which candidate to take for size, for latency, for accuracy: a pure function of the bench's
-report.
+"""Which candidate to take for size, latency or accuracy: a pure function of what was measured.
 
-The best by a criterion is not alone where the difference is noise, and then the next criterion
-decides among those that are level with it, in the order size, latency, accuracy and round again.
+The best by a criterion is not alone if the difference is noise. Then the next criterion decides
+among the candidates that are level with it, in the order size, latency, accuracy and round again.
 Level are
 
 - sizes within 1 %,
-- latencies, at the first batch size, where the other was at least as fast in one round or more:
-were they the same, five rounds would all
-  fall to one side once in sixteen runs,
-- accuracies where the 95 % interval of the paired drop from the best includes 0
-(runtime/measure/accuracy.py)."""
+- latencies at the first batch size, if the other was at least as fast in one round or more: if the
+  two were equally fast, five rounds would all fall to one side once in sixteen runs,
+- accuracies, if the 95 % interval of the paired drop from the best includes 0
+  (runtime/measure/accuracy.py).
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.measure.accuracy import paired_drop
+from runtime.measure.measured import MeasuredModel
+from runtime.records import Record
 
 SIZE_TOLERANCE = 0.01
 
-Measured = dict[str, Any]
-"""A model of the bench's report."""
+
+@dataclass(frozen=True)
+class Recommendation(Record):
+    """The candidate to take by one criterion. value: by which it is the best."""
+
+    name: str
+    flavor: str
+    value: float
+    sentence: str
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """superlative: of the best; value: as it stands in the report; sign: 1 where less is better, -1
-    where more is; level: whether a model (second) is level with the best (first); figure: the value
-    in words."""
+    """A way to compare models.
+
+    superlative: of the best.
+    value: what is compared. sign: 1 if less is better, -1 if more is.
+    level: whether a model (second) is level with the best (first).
+    figure: the value in words.
+    """
 
     superlative: str
-    value: Callable[[Measured], float]
+    value: Callable[[MeasuredModel], float]
     sign: int
-    level: Callable[[Measured, Measured], bool]
-    figure: Callable[[Measured], str]
+    level: Callable[[MeasuredModel, MeasuredModel], bool]
+    figure: Callable[[MeasuredModel], str]
 
-    def best(self, models: list[Measured]) -> Measured:
+    def best(self, models: Sequence[MeasuredModel]) -> MeasuredModel:
         """The best, the first of several."""
         return min(models, key=lambda model: self.sign * self.value(model))
 
+    def level_with_best(self, models: Sequence[MeasuredModel]) -> list[MeasuredModel]:
+        """The best, and those from which only noise tells it apart."""
+        best = self.best(models)
+        return [model for model in models if model is best or self.level(best, model)]
 
-def recommend(models: list[Measured]) -> dict[str, dict[str, Any]]:
-    """For each criterion the candidate to take, as JSON. models: as in the bench's report, one
-    candidate at least."""
-    candidates = [model for model in models if model["role"] == "candidate"]
+    def named(self, model: MeasuredModel) -> str:
+        """A model with its value."""
+        return f"{model.name}, {self.figure(model)}"
+
+
+def recommend(models: Sequence[MeasuredModel]) -> dict[str, Recommendation]:
+    """For each criterion the candidate to take. models: with one candidate at least."""
+    candidates = [model for model in models if model.is_candidate]
     return {name: _recommended(name, candidates) for name in CRITERIA}
 
 
-def _recommended(name: str, candidates: list[Measured]) -> dict[str, Any]:
+def _recommended(name: str, candidates: list[MeasuredModel]) -> Recommendation:
     first, *others = _from(name)
     criterion = CRITERIA[first]
-    level = _level_with_best(criterion, candidates)
+    level = criterion.level_with_best(candidates)
+    # The next criteria see only the models that the ones before could not tell apart.
     rest, decided = level, None
     for other in others:
         if len(rest) > 1:
-            rest, decided = _level_with_best(CRITERIA[other], rest), other
+            rest, decided = CRITERIA[other].level_with_best(rest), other
     chosen = criterion.best(rest)
-    return {
-        "name": chosen["name"],
-        "flavor": chosen["flavor"],
-        "value": criterion.value(chosen),
-        "sentence": _sentence(
-            criterion, chosen, level, candidates, decided if len(rest) == 1 else None
-        ),
-    }
+    # A criterion has decided only if it left a single model.
+    reason = f"{decided} decides" if decided and len(rest) == 1 else "nothing tells them apart"
+    sentence = _sentence(criterion, chosen, level, candidates, reason)
+    return Recommendation(chosen.name, chosen.flavor, criterion.value(chosen), sentence)
 
 
 def _from(name: str) -> list[str]:
-    """All criteria in their order, from one on."""
+    """All criteria in their order, beginning with one of them."""
     names = list(CRITERIA)
     start = names.index(name)
     return names[start:] + names[:start]
 
 
-def _level_with_best(criterion: Criterion, models: list[Measured]) -> list[Measured]:
-    best = criterion.best(models)
-    return [model for model in models if model is best or criterion.level(best, model)]
-
-
 def _sentence(
     criterion: Criterion,
-    chosen: Measured,
-    level: list[Measured],
-    candidates: list[Measured],
-    decided: str | None,
+    chosen: MeasuredModel,
+    level: list[MeasuredModel],
+    candidates: list[MeasuredModel],
+    reason: str,
 ) -> str:
-    """The choice, and what it is level with or, where it stands alone, the next best."""
-    said = f"{criterion.superlative}: {_named(criterion, chosen)}"
+    """The choice, and what it is level with; if it stands alone, the next best."""
+    said = f"{criterion.superlative}: {criterion.named(chosen)}"
     if len(candidates) == 1:
         return f"{said}, the only candidate"
     if len(level) == 1:
         second = criterion.best([model for model in candidates if model is not chosen])
-        return f"{said}; next {_named(criterion, second)}"
-    peers = " and ".join(_named(criterion, model) for model in level if model is not chosen)
-    reason = f"{decided} decides" if decided else "nothing tells them apart"
+        return f"{said}; next {criterion.named(second)}"
+    peers = " and ".join(criterion.named(model) for model in level if model is not chosen)
     return f"{said}; within noise of {peers}: {reason}"
 
 
-def _named(criterion: Criterion, model: Measured) -> str:
-    return f"{model['name']}, {criterion.figure(model)}"
-
-
-def _round_ratio(best: Measured, model: Measured) -> NDArray[np.float64]:
-    """Of the model's time to the best's in each round, at the first batch size."""
-    ratio: NDArray[np.float64] = np.divide(
-        model["latency"][0]["rounds_ms"], best["latency"][0]["rounds_ms"]
-    )
+def _round_ratio(best: MeasuredModel, model: MeasuredModel) -> NDArray[np.float64]:
+    """Time of the model over that of the best in each round, at the first batch size, [rounds]."""
+    ratio: NDArray[np.float64] = np.divide(model.latency[0].rounds_ms, best.latency[0].rounds_ms)
     return ratio
 
 
-def _latency_figure(model: Measured) -> str:
-    row = model["latency"][0]
-    ratio = "" if row["ratio_fp32"] is None else f" ({row['ratio_fp32']:.2f} × fp32)"
-    return f"{row['p50_ms']:.2f} ms at batch {row['batch']}{ratio}"
+def _latency_figure(model: MeasuredModel) -> str:
+    first = model.latency[0]
+    ratio = "" if first.ratio_fp32 is None else f" ({first.ratio_fp32:.2f} × fp32)"
+    return f"{first.p50_ms:.2f} ms at batch {first.batch}{ratio}"
 
 
-def _hits(model: Measured) -> NDArray[np.bool_]:
-    """Whether each image's top-1 is right, unpacked."""
-    accuracy = model["accuracy"]
-    packed = np.frombuffer(bytes.fromhex(accuracy["hits"]), np.uint8)
-    return np.unpackbits(packed, count=accuracy["images"]).astype(bool)
-
-
-def _accuracy_figure(model: Measured) -> str:
-    accuracy = model["accuracy"]
-    return f"top-1 {100 * accuracy['top1']:.1f} % ({100 * accuracy['top1_low']:.1f}–{100 * accuracy['top1_high']:.1f})"
+def _accuracy_figure(model: MeasuredModel) -> str:
+    low, top1, high = (
+        100 * x for x in (model.accuracy.top1_low, model.accuracy.top1, model.accuracy.top1_high)
+    )
+    return f"top-1 {top1:.1f} % ({low:.1f}–{high:.1f})"
 
 
 CRITERIA = {
     "size": Criterion(
         "smallest",
-        lambda model: model["size_bytes"],
-        1,
-        lambda best, model: model["size_bytes"] <= (1 + SIZE_TOLERANCE) * best["size_bytes"],
-        lambda model: f"{model['size_bytes'] / 1e6:.2f} MB",
+        value=lambda model: model.size_bytes,
+        sign=1,
+        level=lambda best, model: model.size_bytes <= (1 + SIZE_TOLERANCE) * best.size_bytes,
+        figure=lambda model: f"{model.size_bytes / 1e6:.2f} MB",
     ),
     "latency": Criterion(
         "fastest",
-        lambda model: model["latency"][0]["p50_ms"],
-        1,
-        lambda best, model: bool(_round_ratio(best, model).min() <= 1),
-        _latency_figure,
+        value=lambda model: model.latency[0].p50_ms,
+        sign=1,
+        level=lambda best, model: bool(_round_ratio(best, model).min() <= 1),
+        figure=_latency_figure,
     ),
     "accuracy": Criterion(
         "most accurate",
-        lambda model: model["accuracy"]["top1"],
-        -1,
-        lambda best, model: paired_drop(_hits(best), _hits(model)).drop_low <= 0,
-        _accuracy_figure,
+        value=lambda model: model.accuracy.top1,
+        sign=-1,
+        level=lambda best, model: (
+            paired_drop(best.accuracy.right, model.accuracy.right).drop_low <= 0
+        ),
+        figure=_accuracy_figure,
     ),
 }
 """In the order in which they decide."""

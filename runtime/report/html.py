@@ -1,18 +1,24 @@
-"""The bench's JSON (schema marrq.bench/2, made by runtime/measure/bench.py) as one page for people:
-what it costs, what it gains, and all that this rests on, in the order in which a reader decides.
+"""The bench's report as one page for people: what a model costs, what it gains, and all that this
+rests on, in the order in which a reader decides.
 
 The page is a single file that fetches nothing and runs no script. Its own security policy forbids
 both, so that a name out of a file could do no harm even if it were not escaped. The layout is
-runtime/report/report.html.jinja; what the report lacks has no section there. Nothing is measured
-here, and the JSON stands whole at the end of the page."""
+runtime/report/report.html.jinja; a part that the report lacks has no section there. Nothing is
+measured here, and the JSON (schema marrq.bench/2) stands whole at the end of the page.
+"""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from runtime.audit.rows import AuditRow
 from runtime.errors import BenchError
+from runtime.measure.accuracy import Accuracy
+from runtime.measure.bench import BenchReport
+from runtime.measure.measured import BaselineDrop, MeasuredModel
+from runtime.quantization import QuantizedModule
 from runtime.report.figures import (
     accuracy_figure,
     alpha_figure,
@@ -27,12 +33,35 @@ from runtime.report.figures import (
 SUFFIX = ".html"
 TEMPLATE = "report.html.jinja"
 
-Model = dict[str, Any]
-"""An entry of `models` in the report."""
+Models = Sequence[MeasuredModel]
+
+
+@dataclass(frozen=True)
+class AuditGroup:
+    """Linears of a model whose rows differ in nothing but the linear. row: of the first of them."""
+
+    model: MeasuredModel
+    row: AuditRow
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantizationSection:
+    """How an artifact was quantized.
+
+    names: of all its files that were measured.
+    errors, alphas, searches: figures; None if the method has no search.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[QuantizedModule, ...]
+    errors: str
+    alphas: str | None
+    searches: str | None
 
 
 def check_page(file: Path) -> None:
-    """Raise BenchError when a page could not be written to the file: its suffix, or a package that
+    """Raise BenchError if a page could not be written to the file: for its suffix, or if a package
     is missing."""
     if file.suffix != SUFFIX:
         raise BenchError(
@@ -42,68 +71,70 @@ def check_page(file: Path) -> None:
         raise BenchError(f"pages need {' and '.join(missing)}: pip install 'marrq[plots]'")
 
 
-def page(report: dict[str, Any]) -> str:
+def page(report: BenchReport) -> str:
     """The report as an HTML document. Needs jinja2 and matplotlib: see check_page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
+        autoescape=True,  # names come from files
+        undefined=StrictUndefined,  # a misspelled field is an error, not an empty cell
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
         "number": number,
         "percent": percent,
-        "interval": interval,
         "scientific": scientific,
+        "top1": top1,
+        "top5": top5,
     }
-    models, reference = report["models"], reference_of(report["models"])
-    gate = report.get("gate") or {"max_drop": None, "models": []}
-    paired = [model for model in models if model["accuracy"].get("against")]
+    models, reference = report.models, reference_of(report.models)
+    paired = [model for model in models if model.accuracy.against is not None]
+    verdicts = report.gate.models if report.gate is not None else ()
+    document = report.to_json()
     return environment.get_template(TEMPLATE).render(
         report=report,
         described=described,
+        environment=document["environment"],
+        data=document["data"],
+        schema=document["schema"],
         reference=reference,
-        title=models[0]["path"] if reference is None else reference["path"],
+        title=models[0].path if reference is None else reference.path,
         headlines=[
             (model, sentence(model, reference), key_numbers(model, reference))
             for model in models
-            if model["role"] == "candidate"
+            if model.is_candidate
         ],
-        gates={verdict["name"]: verdict for verdict in gate["models"]},
+        gates={verdict.name: verdict for verdict in verdicts},
         paired=paired,
-        figures={
-            "accuracy": accuracy_figure(models),
-            "drop": drop_figure(paired, gate["max_drop"]) if paired else None,
-            "latency": latency_figure(models),
-            "ratio": ratio_figure(models, reference["flavor"]) if reference else None,
-            "size": size_figure(models),
-        },
-        images=f"{report['data']['images']:,} images of {report['data']['path']}",
+        figures=_figures(report, paired, reference),
+        images=f"{report.data.images:,} images of {report.data.path}",
         batch_headings=[
-            f"batch {row['batch']} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0]["latency"]
+            f"batch {row.batch} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0].latency
         ],
         parities=[
             (model, _parity_figure(slot, model))
             for slot, model in enumerate(models)
-            if model.get("parity")
+            if model.parity is not None
         ],
         audits=grouped(models),
         quantizations=_quantizations(models),
-        document=json.dumps(report, indent=2, ensure_ascii=False),
+        document=json.dumps(document, indent=2, ensure_ascii=False),
     )
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """With so many digits after the point, a true minus sign and no negative zero; – for none."""
-    return "–" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
+    """With so many digits after the point, a true minus sign and no negative zero; – for None."""
+    if value is None:
+        return "–"
+    # Adding 0.0 makes -0.0 positive.
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
-def scientific(value: float | None) -> str:
-    """Three digits and a power of ten; – for none."""
-    return "–" if value is None else f"{value:.2e}"
+def scientific(value: float) -> str:
+    """Three digits and a power of ten."""
+    return f"{value:.2e}"
 
 
 def percent(share: float | None) -> str:
@@ -111,16 +142,21 @@ def percent(share: float | None) -> str:
     return number(None if share is None else 100 * share, 1)
 
 
-def interval(values: dict[str, Any], key: str) -> str:
-    """A share in percent with its 95 % interval, where it has one."""
-    if f"{key}_low" not in values:
-        return percent(values[key])
-    return (
-        f"{percent(values[key])} ({percent(values[f'{key}_low'])}–{percent(values[f'{key}_high'])})"
-    )
+def top1(accuracy: Accuracy) -> str:
+    """Top-1 in percent with its 95 % interval."""
+    return _interval(accuracy.top1_low, accuracy.top1, accuracy.top1_high)
 
 
-def described(value: Any) -> str:
+def top5(accuracy: Accuracy) -> str:
+    """Top-5 in percent with its 95 % interval."""
+    return _interval(accuracy.top5_low, accuracy.top5, accuracy.top5_high)
+
+
+def _interval(low: float, share: float, high: float) -> str:
+    return f"{percent(share)} ({percent(low)}–{percent(high)})"
+
+
+def described(value: object) -> str:
     """A value of the environment in words."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {version}" for name, version in value.items())
@@ -129,125 +165,140 @@ def described(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
-def reference_of(models: Sequence[Model]) -> Model | None:
-    """The baseline that candidates are set beside: fp32 if it was measured."""
-    baselines = {model["flavor"]: model for model in models if model["role"] == "baseline"}
+def reference_of(models: Models) -> MeasuredModel | None:
+    """The baseline that candidates are set beside: fp32 if it was measured, else fp16."""
+    baselines = {model.flavor: model for model in models if not model.is_candidate}
     return baselines.get("fp32") or baselines.get("fp16")
 
 
-def sentence(model: Model, reference: Model | None) -> str:
+def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
     """What a candidate gains and what it costs."""
-    first, accuracy, against = (
-        model["latency"][0],
-        model["accuracy"],
-        model["accuracy"].get("against"),
-    )
-    gain = f"takes {number(model['size_bytes'] / 1e6)} MB, and {number(first['p50_ms'])} ms"
+    first, accuracy, against = model.latency[0], model.accuracy, model.accuracy.against
+    gain = f"takes {number(model.size_bytes / 1e6)} MB, and {number(first.p50_ms)} ms"
     if reference is not None:
         smaller, faster = _gains(model, reference)
-        gain = f"is {smaller} smaller than {reference['name']}, and {faster} as fast"
-    start = f"{model['name']} {gain} at batch {first['batch']}."
+        gain = f"is {smaller} smaller than {reference.name}, and {faster} as fast"
+    start = f"{model.name} {gain} at batch {first.batch}."
     if against is None:
-        return f"{start} Its top-1 accuracy is {interval(accuracy, 'top1')} %."
-    if against["drop_low"] <= 0 <= against["drop_high"]:
-        images = f"{accuracy['images']:,} images"
-        return f"{start} Its top-1 accuracy is {percent(accuracy['top1'])} %, which {images} cannot tell from that of {against['baseline']}."
-    change = "loses" if against["drop"] > 0 else "gains"
-    return f"{start} It {change} {percent(abs(against['drop']))} points of top-1 accuracy against {against['baseline']}."
+        return f"{start} Its top-1 accuracy is {top1(accuracy)} %."
+    # A loss is claimed only if the interval shows one.
+    if against.drop_low <= 0 <= against.drop_high:
+        return (
+            f"{start} Its top-1 accuracy is {percent(accuracy.top1)} %, which "
+            f"{accuracy.images:,} images cannot tell from that of {against.baseline}."
+        )
+    change = "loses" if against.drop > 0 else "gains"
+    points = f"{percent(abs(against.drop))} points of top-1 accuracy"
+    return f"{start} It {change} {points} against {against.baseline}."
 
 
-def key_numbers(model: Model, reference: Model | None) -> list[tuple[str, str, str]]:
+def key_numbers(
+    model: MeasuredModel, reference: MeasuredModel | None
+) -> list[tuple[str, str, str]]:
     """The numbers that decide, each with what it counts and what it rests on."""
-    first, accuracy, against = (
-        model["latency"][0],
-        model["accuracy"],
-        model["accuracy"].get("against"),
-    )
-    size, time, batch = (
-        f"{number(model['size_bytes'] / 1e6)} MB",
-        f"{number(first['p50_ms'])} ms",
-        f"at batch {first['batch']}",
-    )
-    gains = [(size, "file", model["flavor"]), (time, f"one forward {batch}", "median")]
+    first, against = model.latency[0], model.accuracy.against
+    size, time = f"{number(model.size_bytes / 1e6)} MB", f"{number(first.p50_ms)} ms"
+    batch = f"at batch {first.batch}"
+    gains = [(size, "file", model.flavor), (time, f"one forward {batch}", "median")]
     if reference is not None:
         smaller, faster = _gains(model, reference)
-        other_size, other_time = reference["size_bytes"] / 1e6, reference["latency"][0]["p50_ms"]
+        other_size = f"{reference.name} {number(reference.size_bytes / 1e6)} MB"
+        other_time = f"{reference.name} {number(reference.latency[0].p50_ms)} ms"
         gains = [
-            (smaller, "smaller", f"{size}, {reference['name']} {number(other_size)} MB"),
-            (faster, f"as fast {batch}", f"{time}, {reference['name']} {number(other_time)} ms"),
+            (smaller, "smaller", f"{size}, {other_size}"),
+            (faster, f"as fast {batch}", f"{time}, {other_time}"),
         ]
-    top1, values, key = (f"{percent(accuracy['top1'])} %", "top-1 accuracy"), accuracy, "top1"
-    if against is not None:
-        top1, values, key = (percent(against["drop"]), "points of top-1 lost"), against, "drop"
-    bounds = f"95 % interval {percent(values[f'{key}_low'])} to {percent(values[f'{key}_high'])}"
-    return [
-        *gains,
-        (*top1, bounds),
-        (number(model["bits_per_weight"]), "bits a weight", "with scales and zero points"),
-    ]
+    accuracy = _top1_number(model.accuracy) if against is None else _drop_number(against)
+    bits = (number(model.bits_per_weight), "bits a weight", "with scales and zero points")
+    return [*gains, accuracy, bits]
 
 
-def grouped(models: Sequence[Model]) -> list[tuple[Model, dict[str, Any]]]:
-    """Rows of a model's audit that differ in nothing but the linear, as one with their `linears`;
-    exceptions (with a reason) first."""
-    groups: dict[tuple[Any, ...], tuple[Model, dict[str, Any]]] = {}
+def _top1_number(accuracy: Accuracy) -> tuple[str, str, str]:
+    basis = _bounds(accuracy.top1_low, accuracy.top1_high)
+    return f"{percent(accuracy.top1)} %", "top-1 accuracy", basis
+
+
+def _drop_number(against: BaselineDrop) -> tuple[str, str, str]:
+    basis = _bounds(against.drop_low, against.drop_high)
+    return percent(against.drop), "points of top-1 lost", basis
+
+
+def _bounds(low: float, high: float) -> str:
+    return f"95 % interval {percent(low)} to {percent(high)}"
+
+
+def grouped(models: Models) -> list[AuditGroup]:
+    """Linears that run alike in one model, as one group; groups with a reason first."""
+    groups: dict[tuple[str, AuditRow], list[AuditRow]] = {}
+    models_by_name = {model.name: model for model in models}
     for model in models:
-        for row in model.get("audit") or ():
-            same = {
-                key: row[key] for key in ("operator", "weight", "activation", "integer", "reason")
-            }
-            group = groups.setdefault(
-                (model["name"], *same.values()), (model, {**same, "linears": []})
-            )
-            group[1]["linears"].append(row["linear"])
-    return sorted(groups.values(), key=lambda pair: pair[1]["reason"] is None)
+        for row in model.audit:
+            # What the table shows: not the linear, the scheme, or how often the operator runs.
+            way = replace(row, linear="", nominal="", operators=0)
+            groups.setdefault((model.name, way), []).append(row)
+    found = [
+        AuditGroup(models_by_name[name], rows[0], tuple(row.linear for row in rows))
+        for (name, _), rows in groups.items()
+    ]
+    return sorted(found, key=lambda group: group.row.reason is None)
 
 
-def _gains(model: Model, reference: Model) -> tuple[str, str]:
+def _gains(model: MeasuredModel, reference: MeasuredModel) -> tuple[str, str]:
     """How many times smaller than the reference, and as fast at the first batch size."""
-    ratios = (
-        reference["size_bytes"] / model["size_bytes"],
-        1 / model["latency"][0][f"ratio_{reference['flavor']}"],
-    )
-    smaller, faster = (f"{number(ratio, 1 if ratio >= 1 else 2)} ×" for ratio in ratios)
+    ratio = model.latency[0].ratio(reference.flavor)
+    assert ratio is not None  # the reference was measured
+    gains = (reference.size_bytes / model.size_bytes, 1 / ratio)
+    # A factor below one needs a digit more to say as much.
+    smaller, faster = (f"{number(gain, 1 if gain >= 1 else 2)} ×" for gain in gains)
     return smaller, faster
 
 
-def _parity_figure(slot: int, model: Model) -> str | None:
-    linears = model["parity"]["linears"]
-    return (
-        error_figure(f"parity-{slot}", [(row["linear"], row["relative_error"]) for row in linears])
-        if linears
-        else None
-    )
+def _figures(
+    report: BenchReport, paired: list[MeasuredModel], reference: MeasuredModel | None
+) -> dict[str, str | None]:
+    """The figures of the page, by name. paired: models with a baseline to be compared with."""
+    max_drop = None if report.gate is None else report.gate.max_drop
+    return {
+        "accuracy": accuracy_figure(report.models),
+        "drop": drop_figure(paired, max_drop) if paired else None,
+        "latency": latency_figure(report.models),
+        "ratio": ratio_figure(report.models, reference.flavor) if reference else None,
+        "size": size_figure(report.models),
+    }
 
 
-def _quantizations(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """How each artifact was quantized, with the names of all its files that were measured, and
-    figures."""
-    found: list[dict[str, Any]] = []
+def _parity_figure(slot: int, model: MeasuredModel) -> str | None:
+    if model.parity is None or not model.parity.linears:
+        return None
+    errors = [(row.linear, row.relative_error) for row in model.parity.linears]
+    return error_figure(f"parity-{slot}", errors)
+
+
+def _quantizations(models: Models) -> list[QuantizationSection]:
+    """How each artifact was quantized. Several files may come from one artifact."""
+    found: list[QuantizationSection] = []
     for model in models:
-        modules = model.get("quantization")
-        same = next((one for one in found if one["modules"] == modules), None)
-        if same is not None:
-            same["names"].append(model["name"])
-        elif modules:
-            found.append(
-                {
-                    "names": [model["name"]],
-                    "modules": modules,
-                    **_quantization_figures(str(len(found)), modules),
-                }
-            )
+        modules = model.quantization
+        if not modules:
+            continue
+        same = next((slot for slot, one in enumerate(found) if one.modules == modules), None)
+        if same is None:
+            found.append(_quantization_section(str(len(found)), model.name, modules))
+        else:
+            found[same] = replace(found[same], names=(*found[same].names, model.name))
     return found
 
 
-def _quantization_figures(suffix: str, modules: list[dict[str, Any]]) -> dict[str, str | None]:
-    searched = any(module["trajectory"] for module in modules)
-    return {
-        "errors": error_figure(
-            f"errors-{suffix}", [(module["path"], module["relative_error"]) for module in modules]
-        ),
-        "alphas": alpha_figure(f"alphas-{suffix}", modules) if searched else None,
-        "searches": search_figure(f"searches-{suffix}", modules) if searched else None,
-    }
+def _quantization_section(
+    suffix: str, name: str, modules: tuple[QuantizedModule, ...]
+) -> QuantizationSection:
+    """suffix: of the names of its figures, which keeps ids of two sections apart."""
+    searched = any(module.trajectory for module in modules)
+    errors = [(module.path, module.relative_error) for module in modules]
+    return QuantizationSection(
+        names=(name,),
+        modules=modules,
+        errors=error_figure(f"errors-{suffix}", errors),
+        alphas=alpha_figure(f"alphas-{suffix}", modules) if searched else None,
+        searches=search_figure(f"searches-{suffix}", modules) if searched else None,
+    )

@@ -1,108 +1,125 @@
-"""Audit and precision, as they stand in the JSON of `marrq inspect` and of the bench, for people.
-Nothing is examined or counted here."""
+"""What `marrq inspect` says, for people: the audit and precision of a file, or how an artifact was
+quantized. Nothing is examined or counted here."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from runtime.audit.inspect import Inspection
+from runtime.audit.precision import Precision
+from runtime.audit.rows import AuditRow
+from runtime.quantization import QuantizedModule
 
-def audit_table(rows: list[dict[str, Any]]) -> Table:
-    """Linears that differ by their numbers only, and run alike, are one line; a linear that runs
-    otherwise than most of its kind has a line of its own. Fits 100 columns. An operator stands with
-    how often a linear needs it."""
+
+def audit_table(rows: Sequence[AuditRow]) -> Table:
+    """A line for linears that differ by their numbers only and run alike; a linear that runs
+    otherwise than most of its kind has a line of its own. An operator stands with how often a
+    linear needs it. Fits 100 columns."""
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     result.add_column("linear", overflow="fold")
     result.add_column("×", justify="right")
     for heading in ("scheme", "runs", "weight", "input", "ok"):
         result.add_column(heading, no_wrap=True)
     for name, count, row in _grouped(rows):
-        operator = (
-            row["operator"] if row["operators"] <= 1 else f"{row['operators']} × {row['operator']}"
-        )
+        times = f"{row.operators} × " if row.operators > 1 else ""
         result.add_row(
             name,
             str(count),
-            row["nominal"],
-            operator,
-            row["weight"],
-            row["activation"],
-            "yes" if row["reason"] is None else "no",
+            row.nominal,
+            f"{times}{row.operator}",
+            row.weight,
+            row.activation,
+            "yes" if row.reason is None else "no",
         )
     return result
 
 
-def _grouped(rows: list[dict[str, Any]]) -> Iterable[tuple[str, int, dict[str, Any]]]:
-    """Name, number and example of each line."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+def _grouped(rows: Sequence[AuditRow]) -> Iterable[tuple[str, int, AuditRow]]:
+    """Name, number of linears, and an example for each line."""
+    # blocks.0.mlp.fc1 and blocks.1.mlp.fc1 are of one kind, blocks.*.mlp.fc1.
+    kinds: dict[str, list[AuditRow]] = {}
     for row in rows:
-        kinds.setdefault(re.sub(r"\d+", "*", row["linear"]), []).append(row)
+        kinds.setdefault(re.sub(r"\d+", "*", row.linear), []).append(row)
     for kind, members in kinds.items():
-        ways = Counter(_way(row) for row in members)
-        [(usual, count)] = ways.most_common(1)
+        [(usual, count)] = Counter(map(_way, members)).most_common(1)
         example = next(row for row in members if _way(row) == usual)
-        yield (escape(kind if count > 1 else example["linear"]), count, example)
-        yield from ((escape(row["linear"]), 1, row) for row in members if _way(row) != usual)
+        yield escape(kind if count > 1 else example.linear), count, example
+        for row in members:
+            if _way(row) != usual:
+                yield escape(row.linear), 1, row
 
 
-def _way(row: dict[str, Any]) -> tuple[Any, ...]:
-    """All of a row but its name."""
-    return tuple(value for key, value in row.items() if key != "linear")
+def _way(row: AuditRow) -> AuditRow:
+    """The row without the name of its linear."""
+    return replace(row, linear="")
 
 
-def reasons(rows: list[dict[str, Any]]) -> list[str]:
+def reasons(rows: Sequence[AuditRow]) -> list[str]:
     """A sentence for each reason why linears do not run as their scheme says, with the first of
-    them and their number."""
+    these linears and their number."""
     linears: dict[str, list[str]] = {}
     for row in rows:
-        if row["reason"] is not None:
-            linears.setdefault(row["reason"], []).append(row["linear"])
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, of {len(rows)}: "
-        f"{reason}"
-        for reason, names in linears.items()
-    ]
+        if row.reason is not None:
+            linears.setdefault(row.reason, []).append(row.linear)
+    found = []
+    for reason, names in linears.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        found.append(f"{names[0]}{more}, of {len(rows)}: {reason}")
+    return found
 
 
-def precision_lines(precision: dict[str, Any], size_bytes: int) -> list[tuple[str, str]]:
-    """Heading and text of each line."""
-    kernel = f"{precision['kernel_weight_bits']}-bit weights, {precision['kernel_activation_bits']}-bit activations"
-    file = f"{size_bytes / 1e6:.2f} MB; {precision['bits_per_weight']:.2f} bits a weight, with {precision['container_bits']}-bit codes"
-    parts: dict[tuple[str, str], list[str]] = {}
-    for part in precision["float_remainder"]:
-        parts.setdefault((part["what"], part["why"]), []).append(
-            f"{part['count']} {part['operator']}"
-        )
-    in_float = [
-        f"{what} ({', '.join(operators)}): {why}" for (what, why), operators in parts.items()
-    ]
-    lines = [("scheme", precision["nominal"]), ("kernels", kernel), ("file", file)]
-    return lines + [("in float" if place == 0 else "", text) for place, text in enumerate(in_float)]
-
-
-def inspection(report: dict[str, Any]) -> Table:
+def inspection_table(report: Inspection) -> Table:
     """What stands below the table of the linears: why some do not run as they should, and the
     bits."""
     result = Table.grid(padding=(0, 2, 0, 0))
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
-    for place, reason in enumerate(reasons(report["audit"])):
+    for place, reason in enumerate(reasons(report.audit)):
         result.add_row("why not" if place == 0 else "", escape(reason))
-    for heading, text in precision_lines(report["precision"], report["size_bytes"]):
+    for heading, text in _precision_lines(report.precision, report.size_bytes):
         result.add_row(heading, escape(text))
     return result
 
 
-def shortfalls(report: dict[str, Any]) -> list[str]:
-    """A sentence for each candidate of a bench of which a linear does not run as its scheme
-    says."""
-    return [
-        f"{model['name']}: {reason}"
-        for model in report["models"]
-        if model["role"] == "candidate"
-        for reason in reasons(model["audit"])
+def _precision_lines(precision: Precision, size_bytes: int) -> list[tuple[str, str]]:
+    """Heading and text of each line."""
+    weights, activations = precision.kernel_weight_bits, precision.kernel_activation_bits
+    per_weight = f"{precision.bits_per_weight:.2f} bits a weight"
+    lines = [
+        ("scheme", precision.nominal),
+        ("kernels", f"{weights}-bit weights, {activations}-bit activations"),
+        (
+            "file",
+            f"{size_bytes / 1e6:.2f} MB; {per_weight}, with {precision.container_bits}-bit codes",
+        ),
     ]
+    # Operators that run in float for the same reason share a line.
+    parts: dict[tuple[str, str], list[str]] = {}
+    for part in precision.float_remainder:
+        parts.setdefault((part.what, part.why), []).append(f"{part.count} {part.operator}")
+    for place, ((what, why), operators) in enumerate(parts.items()):
+        lines.append(("in float" if place == 0 else "", f"{what} ({', '.join(operators)}): {why}"))
+    return lines
+
+
+def quantization_table(modules: Sequence[QuantizedModule]) -> Table:
+    """How an artifact was quantized, for people."""
+    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result.add_column("linear", no_wrap=True)
+    for heading in ("α", "steps", "relative error", "clipped %", "damping"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for module in modules:
+        result.add_row(
+            module.path,
+            "–" if module.alpha is None else f"{module.alpha:.2f}",
+            str(len(module.trajectory)),
+            f"{module.relative_error:.2e}",
+            f"{100 * module.clipped:.1f}",
+            f"{module.damping:g}",
+        )
+    return result

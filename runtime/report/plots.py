@@ -1,14 +1,15 @@
-"""Plots for people: a comparison of methods (marrq.compare/2) and the search of α that an artifact
+"""Plots for people: a comparison of methods (marrq.compare/2), and the search of α that an artifact
 records in quantization.json.
 
-Drawn with matplotlib, an optional extra, as .png or .svg by the file's suffix: readable at a width
-of 800 px, in colours that the colour-blind can tell apart, and byte for byte the same from the same
-input and version of matplotlib. The plots of the bench's page (runtime/report/figures.py) have the
-same style, and are elements of that page: `inline_svg`."""
+They are drawn with matplotlib, an optional extra, as .png or .svg by the file's suffix: readable at
+a width of 800 px, in colours that the colour-blind can tell apart, and byte for byte the same from
+the same input and version of matplotlib. The figures of the bench's page
+(runtime/report/figures.py) have the same style, and are elements of that page: `inline_svg`.
+"""
 
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from io import StringIO
@@ -17,7 +18,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import BenchError
-from runtime.report.comparison import by_scheme, summarize
+from runtime.quantization import QuantizedModule, SearchStep
+from runtime.report.comparison import ComparisonReport, ComparisonRow, by_scheme, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,23 +28,22 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 WIDTH = 8.0  # inches; at 100 px each the text is readable
 NAME_WIDTH = 40  # letters of a method's name on a line
-COLORS = [
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#d55e00",
-    "#56b4e9",
-    "#666666",
-]  # Okabe and Ito's, for the colour-blind
+
+# Okabe and Ito's colours, for the colour-blind; the last one is for baselines.
+COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666"]
 MARKERS = "osD^vPX"
-DEPTHS = [
-    "#2a7fbf",
-    "#b5729f",
-    "#d9682a",
-]  # from the first module to the last; of one lightness, so that white and black paper do
+
+# From the first module to the last; of one lightness, so that they show on white and black paper.
+DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]
 INK, GRID, PAPER = "#111111", "#e5e5e5", "#fefefe"
-STYLE: dict[Any, Any] = {
+
+Style = dict[str, Any]
+"""Keyword arguments of matplotlib's drawing functions."""
+
+Settings = dict[Any, Any]
+"""Settings of matplotlib (rcParams), whose names it types as literals."""
+
+STYLE: Settings = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -55,14 +56,16 @@ STYLE: dict[Any, Any] = {
     "grid.color": GRID,
     "legend.frameon": False,
     "savefig.dpi": 200,
-    "svg.fonttype": "none",  # text stays text: small, and found by a search
-    "svg.hashsalt": "marrq",  # the ids in the file are random without it
-    "text.parse_math": False,  # a name with dollars in it is a name
+    # Text stays text: small, and found by a search.
+    "svg.fonttype": "none",
+    # The ids in the file are random without it.
+    "svg.hashsalt": "marrq",
+    # A name with dollars in it is a name, and no formula.
+    "text.parse_math": False,
 }
-PAGE_WIDTH = (
-    5.0  # inches; 360 points, a phone's width, so that text is there as large as it is drawn
-)
-PAGE_STYLE: dict[Any, Any] = {
+# Inches; 360 points, a phone's width, so that text on a phone is as large as it is drawn.
+PAGE_WIDTH = 5.0
+PAGE_STYLE: Settings = {
     "font.size": 11,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": GRID,
@@ -72,18 +75,18 @@ PAGE_STYLE: dict[Any, Any] = {
 PAGE_COLORS = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--paper)"} | {
     color: f"var(--plot-{slot})" for slot, color in enumerate(COLORS)
 }
-"""What the page's style sheet calls our colours: it has other ones for dark screens."""
+"""What the page's style sheet calls our colours: it has other values for dark screens."""
 
 
 def check_installed(*packages: str) -> None:
-    """Raise BenchError where a package that draws is not installed."""
+    """Raise BenchError if a package that draws is not installed."""
     for package in packages:
         if find_spec(package) is None:
             raise BenchError(f"plots and pages need {package}: pip install 'marrq[plots]'")
 
 
 def check_plot(file: Path) -> None:
-    """Raise BenchError when a plot could not be written to the file: its suffix, or no
+    """Raise BenchError if a plot could not be written to the file: for its suffix, or without
     matplotlib."""
     if file.suffix not in FORMATS:
         raise BenchError(
@@ -109,9 +112,14 @@ def _figure(file: Path, height: float) -> Iterator["Figure"]:
 
 
 def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], None]) -> str:
-    """What `draw` draws, as an <svg> element for a page. name: of one figure in its page, which
-    keeps their ids apart; height: in inches; alt: what it shows, in words. Colours are the page's
-    (PAGE_COLORS), so that it is legible on light and on dark paper."""
+    """What `draw` draws, as an <svg> element for a page.
+
+    name: of the figure; no two figures of a page have the same, which keeps their ids apart.
+    height: in inches.
+    alt: what the figure shows, in words.
+
+    Its colours are the page's (PAGE_COLORS), so that it is legible on light and on dark paper.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -126,68 +134,69 @@ def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], No
             metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
         )
     _, _, element = file.getvalue().partition("<svg ")
-    element = re.sub(
-        r'<g id="[^"]*"', "<g", element
-    )  # matplotlib counts its groups anew in each figure; nothing refers to them
+    # matplotlib counts its groups anew in each figure, so ids of two figures would be the same.
+    # Nothing refers to these ids.
+    element = re.sub(r'<g id="[^"]*"', "<g", element)
     element = re.sub(
         f"(?<=: )({'|'.join(PAGE_COLORS)})", lambda color: PAGE_COLORS[color[0]], element
     )
     return f'<svg role="img" aria-label="{html.escape(alt)}" {element}'
 
 
-def plot_comparison(report: dict[str, Any], file: Path) -> None:
+def plot_comparison(report: ComparisonReport, file: Path) -> None:
     """Top-1 and divergence of each method, a pair of panels a scheme: dots at the means over the
-    seeds, bars from worst to best seed."""
+    seeds, bars from the worst to the best seed."""
     schemes = by_scheme(summarize(report))
-    methods = list(dict.fromkeys(run["method"] for run in report["runs"]))
-    labels = [
-        "\n".join(wrap(method.replace(",", ", "), NAME_WIDTH)).replace(", ", ",")
-        for method in methods
-    ]
+    methods = list(dict.fromkeys(run.method for run in report.runs))
+    labels = [_broken(method) for method in methods]
     lines = max(label.count("\n") + 1 for label in labels)
-    reference = 100 * report["float"]["top1"]
-    with _figure(
-        file, height=0.9 + len(schemes) * (0.8 + len(labels) * (0.12 + 0.16 * lines))
-    ) as figure:
+    height = 0.9 + len(schemes) * (0.8 + len(labels) * (0.12 + 0.16 * lines))
+    with _figure(file, height) as figure:
         panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
         for (left, right), (scheme, rows) in zip(panels, schemes.items(), strict=True):
-            _draw_methods(
-                left,
-                methods,
-                {
-                    row.method: (100 * row.top1_worst, 100 * row.top1, 100 * row.top1_best)
-                    for row in rows
-                },
-            )
+            _draw_top1(left, methods, rows, 100 * report.float_top1)
             _draw_methods(
                 right,
                 methods,
-                {
-                    row.method: (row.divergence_worst, row.divergence, row.divergence_best)
-                    for row in rows
-                },
-            )
-            left.axvline(
-                reference,
-                color="black",
-                linestyle="--",
-                linewidth=1,
-                label=f"full precision, {reference:.1f} %",
+                {r.method: (r.divergence_worst, r.divergence, r.divergence_best) for r in rows},
             )
             left.set(title=scheme, xlabel="top-1 accuracy (%)")
+            # The panels share this axis, so that the methods are named at the left only.
             left.set_yticks(range(len(labels)), labels)
             right.set(title=scheme, xlabel="divergence (nats)")
-        figure.suptitle(report["model"], fontsize=11)
+        figure.suptitle(report.model, fontsize=11)
+        # All panels have the same legend.
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3
         )
 
 
-def _draw_methods(
-    panel: "Axes", methods: list[str], values: dict[str, tuple[float, float, float]]
+def _broken(method: str) -> str:
+    """A method's name, broken into lines at its settings."""
+    return "\n".join(wrap(method.replace(",", ", "), NAME_WIDTH)).replace(", ", ",")
+
+
+def _draw_top1(
+    panel: "Axes", methods: list[str], rows: Sequence[ComparisonRow], reference: float
 ) -> None:
-    """A panel of plot_comparison, the first method on top. values: by method, worst seed, mean,
-    best seed."""
+    """A left panel. reference: top-1 of the float model, in percent."""
+    shares = {row.method: (row.top1_worst, row.top1, row.top1_best) for row in rows}
+    percents = {method: tuple(100 * share for share in found) for method, found in shares.items()}
+    _draw_methods(panel, methods, percents)
+    panel.axvline(
+        reference,
+        color="black",
+        linestyle="--",
+        linewidth=1,
+        label=f"full precision, {reference:.1f} %",
+    )
+
+
+def _draw_methods(
+    panel: "Axes", methods: list[str], values: Mapping[str, tuple[float, ...]]
+) -> None:
+    """A panel of plot_comparison, the first method on top. values: worst seed, mean and best seed,
+    by method."""
     places = [methods.index(method) for method in values]
     worst, means, best = zip(*values.values(), strict=True)
     panel.hlines(places, worst, best, color=COLORS[5], linewidth=7, label="worst to best seed")
@@ -196,13 +205,11 @@ def _draw_methods(
     panel.locator_params(axis="x", nbins=5)
 
 
-def plot_alphas(quantization: Sequence[dict[str, Any]], file: Path) -> None:
+def plot_alphas(quantization: Sequence[QuantizedModule], file: Path) -> None:
     """α of each module against its depth, and the search that led there: α and J at each step.
-    quantization: of quantization.json."""
-    modules = [
-        (depth, module) for depth, module in enumerate(quantization) if module["alpha"] is not None
-    ]
-    if not any(module["trajectory"] for _, module in modules):
+    Raises BenchError if no module has a search."""
+    modules = with_alpha(quantization)
+    if not any(module.trajectory for _, module in modules):
         raise BenchError(
             "there is no search of α to plot: the method has none; quantize with one that has, "
             "such as --method marr"
@@ -210,17 +217,27 @@ def plot_alphas(quantization: Sequence[dict[str, Any]], file: Path) -> None:
     with _figure(file, height=6.4) as figure:
         upper, lower = figure.subfigures(2, 1, squeeze=False).flat
         panel = upper.subplots()
-        draw_by_depth(
-            panel, [(depth, module["path"], module["alpha"]) for depth, module in modules]
-        )
+        draw_by_depth(panel, alphas(quantization))
         panel.set(title="α of each module", ylabel="α")
         upper.legend(loc="outside right center")
         draw_searches(lower, lower.subplots(1, 2), modules, len(quantization))
 
 
+def with_alpha(quantization: Sequence[QuantizedModule]) -> list[tuple[int, QuantizedModule]]:
+    """The modules that have an α, each with its depth."""
+    return [(depth, one) for depth, one in enumerate(quantization) if one.alpha is not None]
+
+
+def alphas(quantization: Sequence[QuantizedModule]) -> list[tuple[int, str, float]]:
+    """Depth, path and α of the modules that have an α."""
+    modules = enumerate(quantization)
+    return [(depth, one.path, one.alpha) for depth, one in modules if one.alpha is not None]
+
+
 def draw_by_depth(panel: "Axes", values: Sequence[tuple[int, str, float]]) -> None:
     """A value of each module against its depth, a colour for each kind of linear. values: depth,
     path and value."""
+    # The kind is the last part of the path: qkv, proj, fc1, fc2.
     kinds: dict[str, list[tuple[int, float]]] = {}
     for depth, path, value in values:
         kinds.setdefault(path.rpartition(".")[2], []).append((depth, value))
@@ -233,31 +250,28 @@ def draw_by_depth(panel: "Axes", values: Sequence[tuple[int, str, float]]) -> No
 def draw_searches(
     figure: "FigureBase",
     panels: Iterable["Axes"],
-    modules: Sequence[tuple[int, dict[str, Any]]],
+    modules: Sequence[tuple[int, QuantizedModule]],
     depths: int,
 ) -> None:
     """α in the first and J in the second panel at each step, a line for each search, coloured by
-    depth. modules: depth and its record."""
+    depth. modules: each with its depth. depths: number of all modules."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
     steps, errors = panels
-    # matplotlib draws a bar of more than 50 colours as a picture, fewer as shapes
+    # matplotlib draws a bar of more than 50 colours as a picture, fewer as shapes.
     colors = ScalarMappable(
         Normalize(0, depths - 1), LinearSegmentedColormap.from_list("depth", DEPTHS, N=48)
     )
     for depth, module in modules:
-        for search in _searches(module["trajectory"]):
-            style: dict[str, Any] = {
-                "color": colors.cmap(depth / max(depths - 1, 1)),
-                "linewidth": 0.7,
-                "marker": ".",
-                "markersize": 3,
-            }
-            steps.plot([step["alpha"] for step in search], **style)
-            if search[0]["error"] > 0:
-                errors.plot([step["error"] / search[0]["error"] for step in search], **style)
+        color = colors.cmap(depth / max(depths - 1, 1))
+        style: Style = {"color": color, "linewidth": 0.7, "marker": ".", "markersize": 3}
+        for search in _searches(module.trajectory):
+            steps.plot([step.alpha for step in search], **style)
+            # J of modules differs by powers of ten, so that each is shown against its first.
+            if search[0].error > 0:
+                errors.plot([step.error / search[0].error for step in search], **style)
     for panel, name, label in ((steps, "α", "α"), (errors, "J", "J / J of the first step")):
         panel.set(title=f"{name} during the search", xlabel="step", ylabel=label)
         panel.locator_params(axis="x", integer=True)
@@ -266,13 +280,14 @@ def draw_searches(
         colors, ax=[steps, errors], label="module, in the order of the model", ticks=ticks
     )
     assert bar.solids is not None
-    bar.solids.set_edgecolor("face")  # the paper shines through between two colours without it
+    # The paper would shine through between two colours.
+    bar.solids.set_edgecolor("face")
 
 
-def _searches(trajectory: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The steps of each half; a module that was judged on its own calibration data has one search,
-    of half None."""
-    halves: dict[int | None, list[dict[str, Any]]] = {}
+def _searches(trajectory: Sequence[SearchStep]) -> list[list[SearchStep]]:
+    """The steps of each half of the calibration images; a search on all images has the half
+    None."""
+    halves: dict[int | None, list[SearchStep]] = {}
     for step in trajectory:
-        halves.setdefault(step["half"], []).append(step)
+        halves.setdefault(step.half, []).append(step)
     return list(halves.values())

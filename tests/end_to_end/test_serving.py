@@ -25,7 +25,7 @@ from triton_server import Installation, Server, install, running
 from marrq.cli import main
 from marrq.models.images import find_images, read_image
 from marrq.models.load import load_model
-from runtime.preprocessing import Preprocessing
+from runtime.preprocessing import ServedPreprocessing
 from runtime.session import Model, SessionSettings
 
 pytestmark = pytest.mark.server
@@ -94,11 +94,11 @@ def images() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def preprocessing(repository: Path) -> Preprocessing:
-    return Preprocessing.read(
-        Model(repository / "digits" / "1" / "model.onnx", SessionSettings()).metadata()[
-            "marrq.preprocessing"
-        ]
+def preprocessing(repository: Path) -> ServedPreprocessing:
+    return ServedPreprocessing.read(
+        Model(repository / "digits" / "1" / "model.onnx", SessionSettings())
+        .metadata()
+        .preprocessing
     )
 
 
@@ -132,7 +132,7 @@ def test_every_image_gets_the_class_that_the_bench_gives_it(
     server: Server,
     repository: Path,
     images: list[Any],
-    preprocessing: Preprocessing,
+    preprocessing: ServedPreprocessing,
 ):
     inputs = np.stack(
         [
@@ -149,7 +149,7 @@ def test_every_image_gets_the_class_that_the_bench_gives_it(
 
 
 def test_images_and_normalized_pixels_get_the_same_answer(
-    server: Server, images: list[Any], preprocessing: Preprocessing
+    server: Server, images: list[Any], preprocessing: ServedPreprocessing
 ):
     normalized, raw = (
         np.stack([preprocessing(image) for image in images[:8]]),
@@ -161,7 +161,7 @@ def test_images_and_normalized_pixels_get_the_same_answer(
 
 
 def test_two_thousand_requests_of_eight_clients_all_get_the_answer_that_they_get_alone(
-    server: Server, images: list[Any], preprocessing: Preprocessing
+    server: Server, images: list[Any], preprocessing: ServedPreprocessing
 ):
     inputs = [preprocessing(image)[None] for image in images]
     expected = [infer("http", server, "digits", pixels) for pixels in inputs]
@@ -298,7 +298,7 @@ def test_the_example_client_reports_the_accuracy_that_the_images_have(
     repository: Path,
     image_names: Path,
     images: list[Any],
-    preprocessing: Preprocessing,
+    preprocessing: ServedPreprocessing,
     tmp_path: Path,
 ):
     command = [

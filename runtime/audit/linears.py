@@ -1,0 +1,246 @@
+"""The linears of an ONNX file, and what ONNX Runtime runs in their place.
+
+A file says what it wants (codes, Q/DQ pairs, a scheme). ONNX Runtime fuses what matches one of its
+patterns, and computes the rest in float without a word. So the graph is taken back from ONNX
+Runtime as it is going to be executed (`SessionOptions.optimized_model_filepath`), and set beside
+the file.
+
+A product of the optimized graph stands for the nearest product of the file before the first value
+that both graphs have. Names cannot tell: fusion renames nodes, weights and some values.
+
+What the scheme says, and of which linears, stands in the metadata of marrq's files
+(`marrq.schemes`). In another tool's file it is what the file's own Q/DQ pairs or operators say; a
+linear with a float weight is taken to be meant so.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onnx import NodeProto
+
+from runtime.audit.graph import (
+    MOVING,
+    PRODUCTS,
+    Graph,
+    Product,
+    attribute,
+    bits_of_type,
+    size_bytes,
+)
+from runtime.errors import BenchError
+from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
+
+FLOAT = "float"
+"""The scheme of a linear that is not quantized."""
+
+CAST_PREFIX = "InsertedPrecisionFreeCast_"
+"""What ONNX Runtime puts before the name of a float16 value that it makes float32."""
+
+Role = Literal["linear", "low-rank branch", "correction"]
+
+ROLES: dict[str, Role] = {
+    "lowrank_left": "low-rank branch",
+    "lowrank_right": "low-rank branch",
+    "bias_and_sums": "correction",
+}
+"""Constants of a quantized linear that other products than its own multiply with, by the names that
+marrq's exporters give them."""
+
+CONSTANT_NAME = re.compile(r"(.+?)\.(?:weight|lowrank|bias_and_sums)")
+"""Name of a constant of a linear. The group is the module path of the linear, or of a third of it:
+PATH.q, PATH.k, PATH.v. PyTorch's exporter names constants the same way, so the pattern serves
+files of other tools, for which no metadata name the linears."""
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Of MatMulNBits."""
+
+INT8_BLOCKS = {2: (32, 64, 128), 4: BLOCK_SIZES, 8: BLOCK_SIZES}
+"""Block sizes for which MatMulNBits quantizes activations to int8 at accuracy level 4, by bits of
+its codes. With the others it computes in float32 there too (seen with ONNX Runtime 1.32 on AVX-512
+VNNI, from the outputs)."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product of the file whose weight is constant.
+
+    path: of the linear's module. part: the same, or with `.q`, `.k` or `.v` if it is a third.
+    nominal: the scheme, as `W4A8`, or FLOAT.
+    kernel: the product of the optimized graph that stands for it; None if there is none.
+    origin: the largest initializer that its weight is made from. way: the nodes back to it.
+    """
+
+    path: str
+    part: str
+    role: Role
+    nominal: str
+    product: Product
+    kernel: Product | None
+    origin: str
+    way: tuple[NodeProto, ...]
+
+    @property
+    def dequantizer(self) -> NodeProto | None:
+        """The node that makes floats of the weight's codes, if there is one."""
+        return next((node for node in self.way if node.op_type == "DequantizeLinear"), None)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A file, its graph as it is executed under the settings, and the linears of both. assigned:
+    execution provider of each node, by the node's name."""
+
+    file: Graph
+    optimized: Graph
+    settings: SessionSettings
+    assigned: Mapping[str, str]
+    linears: tuple[Linear, ...]
+    size_bytes: int
+
+
+def examine(path: Path, settings: SessionSettings) -> Examined:
+    """Have a file optimized for execution. Raises BenchError if it cannot be loaded, if it has no
+    linear, and for a provider that compiles whole graphs."""
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        raise BenchError(
+            f"{settings.provider} builds engines that ONNX Runtime cannot look into: examine with "
+            "--provider cpu or cuda"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized_to = Path(scratch) / "optimized.onnx"
+        session = Model(path, settings, optimized_to=optimized_to).session
+        assigned = {
+            node.name: part.ep_name
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        }
+        file, optimized = Graph.load(path), Graph.load(optimized_to)
+    linears = tuple(find_linears(file, optimized))
+    if not linears:
+        raise BenchError(f"{str(path)!r} has no linear: there is nothing to examine")
+    return Examined(file, optimized, settings, assigned, linears, size_bytes(path))
+
+
+def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
+    """All products of a file with a constant weight, each with the kernel that runs it."""
+    kernels = {
+        found: product
+        for product in optimized.products
+        if (found := _stands_for(product, optimized, file)) is not None
+    }
+    return [
+        _linear(file, product, product.weight, kernels)
+        for product in file.products
+        if product.weight is not None
+    ]
+
+
+def _linear(file: Graph, product: Product, weight: str, kernels: Mapping[str, Product]) -> Linear:
+    """A product of the file. kernels: by the output of the product that they stand for."""
+    schemes = file.metadata.scheme_by_linear
+    origin, way = file.origin(weight)
+    named = CONSTANT_NAME.match(origin)
+    part = named[1] if named else product.node.name or origin
+    # A third of a linear is cut off its path only if the scheme names the linear and not the third:
+    # a model may have a module that is called q.
+    path = part if part in schemes or part[:-2] not in schemes else part[:-2]
+    return Linear(
+        path=path,
+        part=part,
+        role=ROLES.get(origin.rpartition(".")[2], "linear"),
+        nominal=schemes.get(path) or _nominal(file, product, origin),
+        product=product,
+        kernel=kernels.get(product.node.output[0]),
+        origin=origin,
+        way=tuple(way),
+    )
+
+
+def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:
+    """The output of the file's product that a product of the optimized graph stands for."""
+    # Forward from the kernel to the first value that the file has too, but not through another
+    # product: what comes after that one belongs to that one.
+    after = optimized.ahead(
+        kernel.node.output, lambda node: () if node.op_type in PRODUCTS else node.output
+    )
+    shared = next(
+        (name for value in after if (name := value.removeprefix(CAST_PREFIX)) in file.producers),
+        None,
+    )
+    if shared is None:
+        return None
+    # And in the file back from this value to the nearest product.
+    before = file.behind([shared], lambda node: () if node.op_type in PRODUCTS else node.input)
+    made = (value for value in before if value in file.producers)
+    return next((value for value in made if file.producers[value].op_type in PRODUCTS), None)
+
+
+def _nominal(file: Graph, product: Product, origin: str) -> str:
+    """The scheme that the form of a product in the file amounts to."""
+    code_type = file.type_of(origin)
+    if not is_integer(code_type):
+        return FLOAT
+    is_nbits = product.node.op_type == "MatMulNBits"
+    weight = attribute(product.node, "bits", 4) if is_nbits else bits_of_type(code_type)
+    found, (_, multiplied) = quantizer(file, product), kernel_types(file, product)
+    activation = multiplied if found is None else file.type_of(found.output[0])
+    # MatMulNBits rounds activations inside of the kernel, which is not what the file asks for.
+    bits = bits_of_type(activation) if is_integer(activation) and not is_nbits else 16
+    return f"W{weight}A{bits}"
+
+
+def nominal_bits(nominal: str) -> tuple[int, int]:
+    """Bits of weights and activations of a scheme such as `W4A8-g64`. 16 stands for float
+    activations; a float linear has 32 and 32."""
+    match = re.match(r"W(\d+)A(\d+)", nominal)
+    return (int(match[1]), int(match[2])) if match else (32, 32)
+
+
+def quantizer(file: Graph, product: Product) -> NodeProto | None:
+    """The node that makes the codes of a product's activations; None if they are not codes."""
+    before = file.behind(
+        [product.activation],
+        lambda node: node.input[:1] if node.op_type in (*MOVING, "DequantizeLinear") else (),
+    )
+    made_by = [file.producers[value] for value in before if value in file.producers]
+    quantizers = ("QuantizeLinear", "DynamicQuantizeLinear")
+    return next((node for node in made_by if node.op_type in quantizers), None)
+
+
+def kernel_types(graph: Graph, kernel: Product) -> tuple[str, str]:
+    """Types of weight and activation as a kernel multiplies them."""
+    node = kernel.node
+    if node.op_type == "MatMulNBits":
+        # Its codes are packed into bytes, and it may round activations itself: attributes tell.
+        bits, block = attribute(node, "bits", 4), attribute(node, "block_size")
+        int8 = attribute(node, "accuracy_level", 0) == 4 and block in INT8_BLOCKS[bits]
+        return f"int{bits}", "int8" if int8 else graph.type_of(kernel.activation)
+    assert kernel.weight is not None
+    weight, zero_point = graph.type_of(kernel.weight), PRODUCTS[node.op_type].first_zero_point
+    if node.op_type == "DynamicQuantizeMatMul":
+        return weight, "uint8"  # it takes floats, and quantizes them itself
+    # A fused product's activation has no type in the file; its zero point has the same type.
+    has_zero_point = zero_point is not None and zero_point < len(node.input)
+    typed = node.input[zero_point] if has_zero_point else kernel.activation
+    return weight, graph.type_of(typed)
+
+
+def weights_of(examined: Examined, linear: Linear) -> int:
+    """Number of weights of a product."""
+    node = linear.kernel.node if linear.kernel is not None else linear.product.node
+    if node.op_type == "MatMulNBits":
+        return int(attribute(node, "K") * attribute(node, "N"))
+    # The kernel's weight first: the file may have packed several codes into one byte.
+    weight = linear.kernel.weight if linear.kernel is not None else None
+    shape = examined.optimized.shape_of(weight) if weight else None
+    return math.prod(shape) if shape else examined.file.elements_of(linear.origin)
+
+
+def is_integer(type_name: str) -> bool:
+    """Whether a type is one of integers."""
+    return type_name.startswith(("int", "uint"))

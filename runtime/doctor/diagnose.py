@@ -1,0 +1,116 @@
+"""The doctor's report (schema marrq.doctor/1): what this machine has, what ONNX files need, and
+whether this machine, or a server, can load them. The files may be in a Triton repository.
+
+    problem    what keeps a file from being loaded, or will: named with the way out
+    warning    what may be worse than it looks, or cannot be known from here
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.doctor.file import FileFacts, examine_file
+from runtime.doctor.machine import ExaminedMachine, TorchBuild, examine_machine
+from runtime.doctor.releases import loads_under, parse_version
+from runtime.errors import GateError
+from runtime.records import Json, Record
+
+if TYPE_CHECKING:
+    from runtime.doctor.repository import ServedModel
+
+SCHEMA = "marrq.doctor/1"
+
+
+@dataclass(frozen=True)
+class ServedFile(FileFacts):
+    """A file, and whether a server loads it. loads_on_server: None if no server was asked about,
+    and if that is not known."""
+
+    loads_on_server: bool | None
+
+
+@dataclass(frozen=True)
+class RepositoryModel(Record):
+    """A model of a Triton repository. versions: numbers of its version folders."""
+
+    name: str
+    backend: str
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis(Record):
+    """Facts and verdicts. server: version of the ONNX Runtime that was asked about, or None."""
+
+    machine: ExaminedMachine
+    files: tuple[ServedFile, ...]
+    models: tuple[RepositoryModel, ...]
+    server: str | None
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> Json:
+        """Schema marrq.doctor/1."""
+        return {"schema": SCHEMA, **super().to_json()}
+
+    def demand_no_problem(self) -> None:
+        """Raise GateError if there is a problem."""
+        if self.problems:
+            raise GateError("; ".join(self.problems))
+
+
+def examine(path: Path | None, server: str | None, torch: TorchBuild | None) -> Diagnosis:
+    """Examine this machine, and a file or a repository.
+
+    path: an ONNX file, a folder with a Triton repository, or None.
+    server: version of the ONNX Runtime that is to load the files; None if none is asked about.
+
+    Raises BenchError for a version, a file or a folder that is none.
+    """
+    if server is not None:
+        parse_version(server)
+    models: Sequence[ServedModel] = ()
+    paths = [] if path is None else [path]
+    if path is not None and path.is_dir():
+        # Imported here: the protobuf of tritonclient is an optional extra.
+        from runtime.doctor.repository import examine_repository
+
+        models = examine_repository(path)
+        paths = [file for model in models for file in model.files]
+    files = [examine_file(file) for file in paths]
+    return diagnose(examine_machine(torch), files, server, models)
+
+
+def diagnose(
+    machine: ExaminedMachine,
+    files: Sequence[FileFacts] = (),
+    server: str | None = None,
+    models: Sequence["ServedModel"] = (),
+) -> Diagnosis:
+    """The verdicts on facts. models: of the repository that the files are in."""
+    problems, warnings = machine.problems, machine.warnings
+    for file in files:
+        problems += file.problems
+        warnings += file.warnings
+    for model in models:
+        problems += [f"{model.name}: {sentence}" for sentence in model.problems]
+        warnings += [f"{model.name}: {sentence}" for sentence in model.warnings]
+    served = []
+    for file in files:
+        loads = None if server is None else loads_under(server, file.lowest_onnxruntime)
+        served.append(ServedFile(**vars(file), loads_on_server=loads))
+        sentence = None if server is None else file.server_problem(server)
+        if sentence is not None:
+            # What is not known is no problem yet.
+            (warnings if loads is None else problems).append(sentence)
+    return Diagnosis(
+        machine=machine,
+        files=tuple(served),
+        models=tuple(
+            RepositoryModel(model.name, model.backend, model.versions) for model in models
+        ),
+        server=server,
+        problems=tuple(dict.fromkeys(problems)),  # file and machine may have the same
+        warnings=tuple(warnings),
+    )

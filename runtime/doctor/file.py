@@ -1,0 +1,151 @@
+"""What an ONNX file needs, and whether ONNX Runtime here opens it."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from runtime.audit.graph import Graph
+from runtime.doctor.machine import import_session
+from runtime.doctor.releases import NEWEST, loads_under, lowest_onnxruntime
+from runtime.errors import BenchError
+from runtime.records import Record
+
+STANDARD = "ai.onnx"
+"""Name of the domain that files leave empty."""
+
+SOURCE_LINE = re.compile(r"/[^\s:]+\.(?:cc|h):\d+ .*?\) (?:const )?")
+"""Where in ONNX Runtime an error was raised: a file, a line and a C++ signature."""
+
+
+@dataclass(frozen=True)
+class FileFacts(Record):
+    """What an ONNX file needs, and whether it has that here.
+
+    opsets, operators: version, and number of nodes, by domain.
+    other_domains: of operators that are neither standard nor defined in the file.
+    lowest_onnxruntime: first release that loads the file; None if the file is newer than all that
+    was tried.
+    stated: whether the file says that release itself.
+    external_data: files with its tensors, and whether they are there.
+    load_error: why ONNX Runtime does not open it here; None if it does.
+    """
+
+    path: str
+    producer: str
+    opsets: dict[str, int]
+    ir_version: int
+    operators: dict[str, int]
+    other_domains: tuple[str, ...]
+    lowest_onnxruntime: str | None
+    stated: bool
+    external_data: dict[str, bool]
+    load_error: str | None
+
+    @property
+    def versions(self) -> str:
+        """What runtime/doctor/releases.py is asked about."""
+        return f"opset {self.opsets[STANDARD]} with IR version {self.ir_version}"
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps the file from being loaded here."""
+        missing = ", ".join(name for name, there in self.external_data.items() if not there)
+        if missing:
+            return [
+                f"{self.path!r} has tensors in {missing}, missing here: copy that to where the "
+                "file is"
+            ]
+        return [] if self.load_error is None else [self.load_error]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What cannot be known of the file from its versions."""
+        if not self.other_domains or self.stated:
+            return []
+        return [
+            f"the operators of {', '.join(self.other_domains)} are not covered by what "
+            f"{self.versions} tells about {self.path!r}: a server's ONNX Runtime may lack them, so "
+            "try it there"
+        ]
+
+    def server_problem(self, server: str) -> str | None:
+        """Why an ONNX Runtime of that version does not load the file, or may not; None if it
+        does."""
+        if loads_under(server, self.lowest_onnxruntime):
+            return None
+        if self.lowest_onnxruntime is None:
+            return (
+                f"no ONNX Runtime up to {NEWEST} was seen to load {self.versions}, as "
+                f"{self.path!r} has it: convert it to lower ones"
+            )
+        seen, way = f"load {self.versions}", "convert the file to lower ones"
+        if self.stated:
+            seen, way = "run it", "export with --no-fuse, or a flavour that needs less"
+        return (
+            f"ONNX Runtime {server} is too old for {self.path!r}: {self.lowest_onnxruntime} is the "
+            f"first that was seen to {seen}; update the server, or {way}"
+        )
+
+
+def examine_file(path: Path) -> FileFacts:
+    """Look an ONNX file through, and open it. Raises BenchError if it is not a whole ONNX file."""
+    graph = Graph.load(path)
+    model = graph.model
+    # A file that names no opset is of opset 1.
+    opsets = {STANDARD: 1} | {_domain(entry.domain): entry.version for entry in model.opset_import}
+    operators = Counter(
+        _domain(node.domain)
+        for body in (model.graph, *model.functions)
+        for node in _nodes(body.node)
+    )
+    # Operators that the file itself defines as functions need nothing of a runtime.
+    own_domains = {function.domain for function in model.functions}
+    stated = graph.metadata.lowest_onnxruntime
+    return FileFacts(
+        path=str(path),
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        opsets=opsets,
+        ir_version=model.ir_version,
+        operators=dict(operators.most_common()),
+        other_domains=tuple(sorted(set(operators) - {STANDARD} - own_domains)),
+        lowest_onnxruntime=stated or lowest_onnxruntime(opsets[STANDARD], model.ir_version),
+        stated=stated is not None,
+        external_data={name: (path.parent / name).is_file() for name in _external_data(graph)},
+        load_error=_load_error(path),
+    )
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body.node)
+
+
+def _domain(name: str) -> str:
+    return name or STANDARD
+
+
+def _external_data(graph: Graph) -> list[str]:
+    """Files that hold tensors of the graph, as the graph names them."""
+    outside = filter(uses_external_data, graph.initializers.values())
+    entries = (entry for tensor in outside for entry in tensor.external_data)
+    return sorted({entry.value for entry in entries if entry.key == "location"})
+
+
+def _load_error(path: Path) -> str | None:
+    """Why ONNX Runtime does not open the file on the CPU; None if it does."""
+    try:
+        session = import_session()
+        session.Model(path, session.SessionSettings(threads=1))
+    except BenchError as error:
+        # A path of the machine that ONNX Runtime was built on tells a user nothing.
+        return SOURCE_LINE.sub(" ", str(error))
+    return None

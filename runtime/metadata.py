@@ -1,0 +1,139 @@
+"""The metadata `marrq.*` of an ONNX file: what marrq's exporters wrote into it.
+
+This is the reading side; exporters/metadata.py is the writing side. All values are text, and some
+are JSON. A file of another tool has none of these keys, so every property that the audit or the
+doctor asks for has a value that says so.
+
+| key | value |
+|---|---|
+| flavor | lowering: integer, matmulnbits, qdq, fp32, fp16 |
+| scheme | as `W4A8-g64`; the flavour's name for a float model |
+| method | as `marr-stream`; `none` for a float model |
+| artifact | SHA-256 of the artifact; no such key in a float model |
+| source | JSON: where the float model comes from, with its `name` |
+| preprocessing | JSON: terms of the images' transform (runtime/preprocessing.py) |
+| labels | JSON: list of class names |
+| bits_per_weight | all that the file keeps for quantized weights, over their number |
+| container_bits | bits of one weight code in the file |
+| schemes | JSON: module paths of the quantized linears, by scheme |
+| linears | JSON: by module path, where each part of a linear begins and ends in the graph |
+| lowest_onnxruntime | first release that was seen to run such a file |
+| fuse, accuracy_level, symmetric | options of the flavour, those that it has |
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from runtime.errors import BenchError
+
+PREFIX = "marrq."
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """A part of a quantized linear in the graph: all of it, or its q, k or v.
+
+    input, output: names of the values at its ends.
+    scale: name of the model's tensor [out] (LayerScale) that the file has multiplied into it.
+    """
+
+    input: str
+    output: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """properties: all metadata of a file, by key, of whatever tool."""
+
+    properties: Mapping[str, str]
+
+    @property
+    def is_marrqs(self) -> bool:
+        """Whether `marrq export` wrote the file."""
+        return self._text("source") is not None
+
+    @property
+    def flavor(self) -> str:
+        """How the graph was lowered."""
+        return self._required("flavor")
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of most linears."""
+        return self._text("scheme")
+
+    @property
+    def method(self) -> str:
+        """How the codes were found."""
+        return self._required("method")
+
+    @property
+    def artifact(self) -> str | None:
+        """The hash of the artifact; None for a float model."""
+        return self._text("artifact")
+
+    @property
+    def source(self) -> str:
+        """The float model, as JSON."""
+        return self._required("source")
+
+    @property
+    def source_name(self) -> str:
+        """The name by which a user loads the float model."""
+        name: str = json.loads(self.source)["name"]
+        return name
+
+    @property
+    def preprocessing(self) -> str:
+        """The terms of the images' transform, as JSON."""
+        return self._required("preprocessing")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return tuple(json.loads(self._required("labels")))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales, zero points and branches counted too."""
+        return float(self._required("bits_per_weight"))
+
+    @property
+    def lowest_onnxruntime(self) -> str | None:
+        """First release that was seen to run such a file."""
+        return self._text("lowest_onnxruntime")
+
+    @property
+    def tells_schemes(self) -> bool:
+        """Whether the file names its quantized linears."""
+        return self._text("schemes") is not None
+
+    @cached_property
+    def scheme_by_linear(self) -> dict[str, str]:
+        """The scheme of each quantized linear, by module path; empty for another tool's file."""
+        linears: dict[str, list[str]] = json.loads(self._text("schemes") or "{}")
+        return {path: scheme for scheme, paths in linears.items() for path in paths}
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[LinearPart, ...]] | None:
+        """Where each quantized linear is in the graph, by module path; None if the file does not
+        tell."""
+        described = self._text("linears")
+        if described is None:
+            return None
+        linears: dict[str, list[dict[str, str]]] = json.loads(described)
+        return {
+            path: tuple(LinearPart(**part) for part in parts) for path, parts in linears.items()
+        }
+
+    def _text(self, key: str) -> str | None:
+        return self.properties.get(PREFIX + key)
+
+    def _required(self, key: str) -> str:
+        found = self._text(key)
+        if found is None:
+            raise BenchError(f"the file's metadata lack {PREFIX}{key}: export it again with marrq")
+        return found

@@ -1,0 +1,30 @@
+"""What a report is made of: frozen dataclasses whose fields are the keys of its JSON.
+
+A class is thereby the description of its part of the schema. A field that is added, renamed or
+moved changes the JSON that users read: tests/runtime/test_schemas.py holds the keys of each schema.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+Json = dict[str, Any]
+"""An object of JSON. Only what is written to a file or read from one is untyped."""
+
+
+class Record:
+    """Base of the dataclasses in reports."""
+
+    def to_json(self) -> Json:
+        """The fields by their names, in their order, as values that `json` writes."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def _plain(value: object) -> object:
+    """Records become objects of JSON, and tuples become lists, at every depth."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,110 @@
+"""The doctor's report as a table for people."""
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
+from runtime.doctor.machine import ExaminedMachine, TorchBuild
+from runtime.doctor.releases import NEWEST
+from runtime.environment import ONNXRUNTIME_PACKAGES
+
+CONTRIBUTED = "com.microsoft"
+"""Domain of the operators that ONNX Runtime brings."""
+
+Line = tuple[str, str]
+"""Heading and text."""
+
+
+def diagnosis_table(report: Diagnosis) -> Table:
+    """The report for people. Fits 100 columns."""
+    result = Table.grid(padding=(0, 2, 0, 0))
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    lines = _machine_lines(report.machine)
+    lines += [("model", _served(model)) for model in report.models]
+    for file in report.files:
+        lines += _file_lines(file)
+        if report.server:
+            lines.append((f"loads under {report.server}", _loads(file)))
+    lines += _listed("problems", report.problems or ["none"])
+    lines += _listed("warnings", report.warnings)
+    for heading, text in lines:
+        # Names from files are text: a bracket in them is no markup.
+        result.add_row(heading, escape(text))
+    return result
+
+
+def _machine_lines(machine: ExaminedMachine) -> list[Line]:
+    packages, found = machine.packages, machine.onnxruntime
+    flags = ", ".join(machine.processor_flags)
+    # Without flags the system does not tell, and "none" would claim too much.
+    dot_products = ", ".join(machine.int8_dot_products) or ("none" if flags else "not known")
+    installed = [f"{name} {packages[name]}" for name in ONNXRUNTIME_PACKAGES if name in packages]
+    shown = (*ONNXRUNTIME_PACKAGES, "torch")
+    others = [f"{name} {version}" for name, version in packages.items() if name not in shown]
+    torch = packages.get("torch", "version not known")
+    return [
+        ("processor", f"{machine.processor}, {machine.cores} cores"),
+        ("flags", flags or "not told by the system"),
+        ("int8 products", dot_products),
+        ("system", f"{machine.system}, Python {machine.python}"),
+        ("ONNX Runtime", ", ".join(installed) or found.version or "none"),
+        ("providers", ", ".join(found.providers) or "none"),
+        ("torch", f"{torch}, {_cuda(machine.torch)}" if machine.torch else "not installed"),
+        ("packages", ", ".join(others)),
+    ]
+
+
+def _cuda(torch: TorchBuild) -> str:
+    if torch.cuda is None:
+        return "built without CUDA"
+    finds = "which it finds" if torch.cuda_found else "which it does not find"
+    return f"built for CUDA {torch.cuda}, {finds}"
+
+
+def _file_lines(file: ServedFile) -> list[Line]:
+    lowest = file.lowest_onnxruntime or f"later than {NEWEST}"
+    source = "its metadata says" if file.stated else "opset and IR version tell"
+    beside = [
+        f"{name}{'' if there else ' (missing)'}" for name, there in file.external_data.items()
+    ]
+    producer = file.producer or "a tool that does not say its name"
+    return [
+        ("file", f"{file.path}, written by {producer}"),
+        ("opsets", f"{_counted(file.opsets)}; IR version {file.ir_version}"),
+        ("operators", _counted(file.operators)),
+        ("made for", _made_for(file.other_domains)),
+        ("lowest", f"ONNX Runtime {lowest}, as {source}"),
+        ("data beside it", ", ".join(beside) or "none"),
+        ("loads here", "yes" if file.load_error is None else "no"),
+    ]
+
+
+def _made_for(domains: Sequence[str]) -> str:
+    if CONTRIBUTED in domains:
+        return f"ONNX Runtime only: operators of {', '.join(domains)}"
+    if domains:
+        return f"runtimes with operators of {', '.join(domains)}"
+    return "every runtime that knows the opset"
+
+
+def _loads(file: ServedFile) -> str:
+    return {True: "yes", False: "no", None: "not known"}[file.loads_on_server]
+
+
+def _served(model: RepositoryModel) -> str:
+    numbers = ", ".join(map(str, model.versions))
+    versions = f"versions {numbers}" if numbers else "no version"
+    return f"{model.name}, backend {model.backend}, {versions}"
+
+
+def _counted(numbers: dict[str, int]) -> str:
+    """`ai.onnx 21, com.microsoft 1`."""
+    return ", ".join(f"{domain} {number}" for domain, number in numbers.items())
+
+
+def _listed(heading: str, texts: Sequence[str]) -> list[Line]:
+    """A line for each text, the heading before the first."""
+    return [(heading if place == 0 else "", text) for place, text in enumerate(texts)]

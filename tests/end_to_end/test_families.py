@@ -1,8 +1,8 @@
 """Families of models end to end: from a checkpoint folder to an artifact and to every flavour,
 which gives torch's outputs.
 
-The README's table of families is what these tests find: `python tests/end_to_end/test_families.py`
-prints it. All models are tiny and their weights random; the flavours of one artifact lower one
+The table of families in marrq/models/README.md is what these tests find:
+`python tests/end_to_end/test_families.py` prints it. All models are tiny and their weights random; the flavours of one artifact lower one
 trace, as they would one by one."""
 
 import copy
@@ -28,14 +28,15 @@ from exporters.trace import trace_quantized
 from marrq.artifact.folder import load, save
 from marrq.errors import MarrqError
 from marrq.methods.spec import parse_method
-from marrq.models.load import TransformersOutput, VisionModel, load_model
+from marrq.models.load import VisionModel, load_model
+from marrq.models.transformers_output import TransformersOutput
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings, QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import parse_scheme
 from runtime.session import Model, SessionSettings
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "marrq" / "models" / "README.md"
 QUANTIZED = {"integer": "W4A8", "qdq": "W4A8", "matmulnbits": "W4A16"}
 """The scheme that is tried with each flavour."""
 
@@ -270,7 +271,7 @@ def line(cells: tuple[str, ...]) -> str:
 
 
 def row(family: Family) -> str:
-    """The family's line of the README."""
+    """The family's line in the README of marrq/models."""
     seen = found(family)
     columns = ["yes" if seen.cosines else "–"]
     columns += [

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from marrq.models import preprocessing as model_preprocessing
+from marrq.models.preprocessing import Preprocessing
 from runtime.errors import BenchError
-from runtime.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
+from runtime.preprocessing import CROP_MODES, INTERPOLATIONS, ServedPreprocessing
 
 NORMAL = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
@@ -48,11 +48,11 @@ def test_it_equals_the_transform_of_torch(
     if max(given_size) > 8 * min(given_size):  # torch, too, cannot resize to less than half a pixel
         given_size = (given_size[0], given_size[0])
     mean, std = NORMAL[channels]
-    described = model_preprocessing.Preprocessing(
+    described = Preprocessing(
         (channels, *size), interpolation, crop_pct, crop_mode, mean, std
     )
     picture = image(*given_size, mode, seed)
-    mine = Preprocessing.read(json.dumps(asdict(described)))(picture)
+    mine = ServedPreprocessing.read(json.dumps(asdict(described)))(picture)
     expected = described.transform()(picture).numpy()
     assert mine.dtype == np.float32
     np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-6)
@@ -69,6 +69,6 @@ def test_it_equals_the_transform_of_torch(
 def test_what_the_file_asks_for_and_is_not_known_is_refused(
     change: dict[str, object], message: str
 ):
-    described = model_preprocessing.Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])
+    described = Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])
     with pytest.raises(BenchError, match=message):
-        Preprocessing.read(json.dumps(asdict(described) | change))
+        ServedPreprocessing.read(json.dumps(asdict(described) | change))

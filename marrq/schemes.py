@@ -1,17 +1,19 @@
-"""What the user chooses about numbers: how many bits weights and activations get, and how their
-grids are laid.
+"""A scheme: how many bits weights and activations get, and how their grids are laid.
 
 A scheme is written `W4A8`: weight bits, activation bits. A16 leaves activations in floating point.
-Weights lie on one asymmetric grid per output channel unless a suffix says otherwise:
+Weights are asymmetric and per-channel (one scale and zero point per output channel) unless a suffix
+says otherwise:
 
-    W4A16-g128      one grid for each 128 inputs of an output channel
-    W4A8-sym        zero point 0, as TensorRT wants it; goes with -g128 too: W4A16-g128-sym
-    W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two that the block shares
+    W4A16-g128      per-group: one scale and zero point for each 128 inputs of an output channel
+    W4A8-sym        symmetric: zero points are 0, as TensorRT wants it; also W4A16-g128-sym
+    W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
-    W4A8-e8         patch embedding and head, the edges of the model, in W8A8 (marrq/models/first_last.py); without it they stay in floating point
+    W4A8-e8         first and last layers (patch embedding and head) in W8A8; without the suffix
+                    they stay in floating point (marrq/models/first_last.py)
 
-Activations lie on one grid per tensor, found in calibration (`per-tensor`, static), or on one grid
-per token, found at run time (`per-token`, dynamic)."""
+Activations are per-tensor with a scale found in calibration (`per-tensor`, static), or per-token
+with a scale found at run time (`per-token`, dynamic).
+"""
 
 import re
 from dataclasses import dataclass
@@ -26,24 +28,27 @@ WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (3, 4, 8)
 FLOAT_BITS = 16
 MXINT_BLOCK = 32
-EDGE_BITS = 8
+OUTER_BITS = 8
+"""Bits of weights and activations of the first and last layers with the suffix -e8."""
 COARSE_BITS = 4
-"""Activations of as many bits or fewer are coarse: rounding them costs more than rounding weights,
-or nearly as much."""
+"""Activations of 4 bits or fewer are coarse: to round them costs about as much accuracy as to round
+the weights, or more."""
 
-SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{EDGE_BITS})?")
+SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{OUTER_BITS})?")
 SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Signed codes of `num_bits` bits.
+    """Weights as signed codes of `num_bits` bits.
 
-    group_size: inputs of an output channel that share a scale and zero point; None: all of them.
-    grid: how they are laid. reduce_range: 8-bit codes lie in -64 … 63, half their range (the name
-    is ONNX Runtime's). Kernels on x86 processors without VNNI add two products of a uint8
-    activation and an int8 weight in 16 bits, and saturate: 2 · 255 · 127 is more than 2¹⁵ - 1, 2 ·
-    255 · 64 is not. Codes of fewer bits cannot saturate."""
+    group_size: inputs of an output channel that share a scale and zero point; None for all inputs
+    grid: asymmetric, symmetric or mxint
+    reduce_range: 8-bit codes lie in -64 … 63, half their range (the name is ONNX Runtime's)
+
+    Kernels on x86 processors without VNNI add two products of a uint8 activation and an int8 weight
+    in 16 bits, and saturate: 2 · 255 · 127 is more than 2¹⁵ - 1, but 2 · 255 · 64 is not. Codes of
+    fewer bits cannot saturate."""
 
     num_bits: int
     group_size: int | None = None
@@ -62,17 +67,21 @@ class WeightSpec:
                 f"mxint has blocks of {MXINT_BLOCK} inputs: got group size {self.group_size}"
             )
         if self.reduce_range and self.num_bits != 8:
-            raise MarrqError(f"only 8-bit codes have a range to reduce: got {self.num_bits} bits")
+            raise MarrqError(
+                f"only 8-bit codes have a range to reduce: got {self.num_bits} bits; leave "
+                "reduce_range off"
+            )
 
     @property
     def suffix(self) -> str:
-        """What a scheme's name says about the grid."""
+        """What a scheme's name says about the grid: `-g64-sym`."""
+        # mxint has one group size only, which its name implies.
         group = f"-g{self.group_size}" if self.group_size and self.grid != "mxint" else ""
         return group + {"asymmetric": "", "symmetric": "-sym", "mxint": "-mxint"}[self.grid]
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code; codes are signed since integer kernels run signed weights
+        """Smallest and largest code. Codes are signed because integer kernels run signed weights
         twice as fast."""
         half = 2 ** (self.num_bits - 1 - self.reduce_range)
         return -half, half - 1
@@ -80,8 +89,9 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Unsigned codes of `num_bits` bits, asymmetric; 3- and 4-bit codes live in 8-bit containers,
-    clipped to 0 … 7 or 15."""
+    """Activations as unsigned codes of `num_bits` bits, asymmetric.
+
+    3- and 4-bit codes are stored in 8 bits, clipped to 0 … 7 or 0 … 15."""
 
     num_bits: int
     strategy: ActivationStrategy = "per-tensor"
@@ -99,8 +109,8 @@ class ActivationSpec:
 
     @property
     def is_static(self) -> bool:
-        """Whether the grid is found in calibration; if not, only how much of its range is
-        clipped."""
+        """Whether calibration finds the scale and zero point; if not, it finds the clip factor
+        alone."""
         return self.strategy == "per-tensor"
 
     @property
@@ -111,47 +121,48 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weight numbers and activation numbers of the blocks; `activation` is None where activations
-    stay in floating point.
+    """Bits and grids of a model's blocks.
 
-    edges: whether patch embedding and head are quantized too, as `of_edges` says.
-    """
+    activation: None if activations stay in floating point
+    outer_layers: whether first and last layers are quantized too, as `of_outer_layers` says"""
 
     weight: WeightSpec
     activation: ActivationSpec | None
-    edges: bool = False
+    outer_layers: bool = False
 
     def __str__(self) -> str:
         bits = self.activation.num_bits if self.activation else FLOAT_BITS
-        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}{f'-e{EDGE_BITS}' if self.edges else ''}"
+        outer = f"-e{OUTER_BITS}" if self.outer_layers else ""
+        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}{outer}"
 
     @property
-    def of_edges(self) -> "Scheme":
-        """The numbers of patch embedding and head: a grid per output channel, static activations.
-        Zero points are 0, and activations in floating point, where they are so in the blocks: a
-        flavour that can express the one can express the other."""
+    def of_outer_layers(self) -> "Scheme":
+        """The scheme of patch embedding and head: 8 bits, per-channel weights, static activations.
+
+        Weights are symmetric, and activations stay in floating point, if they do in the blocks: a
+        flavour that can express the blocks can then express these layers."""
         grid: WeightGrid = "asymmetric" if self.weight.grid == "asymmetric" else "symmetric"
-        activation = ActivationSpec(EDGE_BITS) if self.activation else None
+        activation = ActivationSpec(OUTER_BITS) if self.activation else None
         return Scheme(
-            WeightSpec(EDGE_BITS, grid=grid, reduce_range=activation is not None), activation
+            WeightSpec(OUTER_BITS, grid=grid, reduce_range=activation is not None), activation
         )
 
     @property
     def has_coarse_activations(self) -> bool:
-        """Whether it is worth some effort, even at run time, to round activations better."""
+        """Whether to round activations better is worth some effort, even at run time."""
         return self.activation is not None and self.activation.num_bits <= COARSE_BITS
 
     @property
     def description(self) -> str:
-        """`W4A8` with the activation strategy, for people."""
+        """The scheme with its activation strategy, for people: `W4A8 per-tensor`."""
         return f"{self} {self.activation.strategy}" if self.activation else str(self)
 
 
 def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Scheme:
-    """`W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is not one of the
-    offered combinations."""
+    """Text such as `W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is
+    not offered."""
     match = SCHEME.fullmatch(text)
-    bits, activation_bits, group, suffix, edges = (
+    bits, activation_bits, group, suffix, outer = (
         match.groups() if match else ("0", "0", None, None, None)
     )
     if (
@@ -160,8 +171,8 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
         or (group and suffix == "mxint")
     ):
         raise MarrqError(
-            f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}[-gSIZE][-sym] or …-mxint, "
-            "[-e8] behind"
+            f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}, then -gSIZE, -sym, both or "
+            "-mxint, then -e8; all suffixes may be left out"
         )
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
     activation = (
@@ -169,10 +180,7 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
         if int(activation_bits) != FLOAT_BITS
         else None
     )
-    weight = WeightSpec(
-        int(bits),
-        group_size,
-        SUFFIXES[suffix],
-        reduce_range=int(bits) == 8 and activation is not None,
-    )
-    return Scheme(weight, activation, edges is not None)
+    # Only 8-bit weights beside quantized activations could saturate a sum of two products.
+    reduce_range = int(bits) == 8 and activation is not None
+    weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix], reduce_range)
+    return Scheme(weight, activation, outer is not None)

@@ -26,6 +26,8 @@ PACKAGES = ("marrq", "torch", "timm", "transformers")
 """Packages whose version the codes may depend on."""
 REPORT_KEYS = {"is_outer": "edge"}
 """Keys of a report that differ from the name of the field."""
+SCHEME_KEYS = {"outer_layers": "edges"}
+"""Keys of a scheme that differ from the name of the field."""
 
 
 def description(
@@ -39,6 +41,7 @@ def description(
         **{name: asdict(value) for name, value in vars(settings).items()},
         "versions": {name: version(name) for name in PACKAGES},
     }
+    fields["scheme"] = _renamed(asdict(settings.scheme), SCHEME_KEYS)
     # Through JSON and back, so that it can be compared with a description that was read: JSON has
     # lists in place of tuples.
     return cast(dict[str, Any], json.loads(json.dumps(fields)))
@@ -77,7 +80,11 @@ def labels_from_json(labels: Any) -> tuple[str, ...]:
 
 def report_to_json(report: ModuleReport) -> dict[str, Any]:
     """A report as quantization.json has it."""
-    return {REPORT_KEYS.get(name, name): value for name, value in asdict(report).items()}
+    return _renamed(asdict(report), REPORT_KEYS)
+
+
+def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in fields.items()}
 
 
 def report_from_json(fields: dict[str, Any]) -> ModuleReport:

@@ -110,7 +110,7 @@ def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
     linears = linears_in(tensors)
     linear_shapes = {}
     for path, parts in linears.items():
-        spec = scheme.of_edges.weight if path in outer else scheme.weight
+        spec = scheme.of_outer_layers.weight if path in outer else scheme.weight
         linear_shapes[path] = check_linear(parts, spec)
     shapes = {name: tuple(tensor.shape) for name, tensor in outside(tensors, linears).items()}
     preprocessing = Preprocessing.from_json(config["preprocessing"])

@@ -120,7 +120,7 @@ def restore(
         parent, _, _ = path.rpartition(".")
         if isinstance(module.get_submodule(parent), nn.Conv2d):
             put_patches(module, parent)
-        linear = _restored_linear(parts, scheme.of_edges if path in outer else scheme)
+        linear = _restored_linear(parts, scheme.of_outer_layers if path in outer else scheme)
         module.set_submodule(path, linear)
     missing, unexpected = module.load_state_dict(outside(tensors, linears), strict=False)
     # The buffers of the quantized linears are in their places already.

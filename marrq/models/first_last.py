@@ -82,7 +82,7 @@ class OuterLayers(Block):
 
     def scheme_of(self, scheme: Scheme) -> Scheme:
         """8 bits, whatever the blocks have."""
-        return scheme.of_edges
+        return scheme.of_outer_layers
 
     def owns(self, tensor: str) -> bool:
         """Whether the tensor of the model lies outside the blocks."""

@@ -49,7 +49,7 @@ class FullPrecisionKey:
             preprocessing=model.preprocessing,
             calibration=settings.calibration,
             rotation=settings.method.rotation,
-            outer_layers=settings.scheme.edges,
+            outer_layers=settings.scheme.outer_layers,
             balanced=settings.method.balances(settings.scheme),
             device=device,
         )

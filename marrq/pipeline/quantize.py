@@ -139,7 +139,7 @@ def _chain(module: nn.Module, images: Tensor, settings: QuantizationSettings) ->
     if settings.method.rotation is not None:
         rotate(module, images, settings.method.rotation)
     blocks = find_blocks(module, images)
-    return with_outer_layers(module, blocks, images) if settings.scheme.edges else blocks
+    return with_outer_layers(module, blocks, images) if settings.scheme.outer_layers else blocks
 
 
 def _quantize_block(

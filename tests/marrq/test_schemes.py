@@ -43,7 +43,7 @@ def test_every_scheme_prints_what_it_was_parsed_from(weight: int, activation: in
     assert str(scheme) == text
     assert scheme.weight.num_bits == weight
     assert (scheme.activation is None) == (activation == FLOAT_BITS)
-    assert scheme.edges == text.endswith("-e8")
+    assert scheme.outer_layers == text.endswith("-e8")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_scheme_prints_what_it_was_parsed_from(weight: int, activation: in
         ("W4A8-sym", Scheme(WeightSpec(4, None, "symmetric"), ActivationSpec(8))),
         ("W4A16-g64-sym", Scheme(WeightSpec(4, 64, "symmetric"), None)),
         ("W4A16-mxint", Scheme(WeightSpec(4, 32, "mxint"), None)),
-        ("W4A8-e8", Scheme(WeightSpec(4), ActivationSpec(8), edges=True)),
+        ("W4A8-e8", Scheme(WeightSpec(4), ActivationSpec(8), outer_layers=True)),
     ],
 )
 def test_a_scheme_says_how_the_grids_are_laid(text: str, scheme: Scheme):
@@ -102,14 +102,14 @@ def test_code_ranges_are_those_of_the_onnx_types():
 def test_no_two_products_of_a_scheme_s_codes_leave_sixteen_bits(text: str):
     scheme = parse_scheme(text)
     assert scheme.activation is not None
-    for numbers in (scheme, scheme.of_edges):
+    for numbers in (scheme, scheme.of_outer_layers):
         largest = max(map(abs, numbers.weight.code_range))
         assert 2 * 255 * largest <= 2**15 - 1
 
 
 def test_weights_keep_all_eight_bits_where_activations_are_float():
     assert parse_scheme("W8A16-e8").weight.code_range == (-128, 127)
-    assert parse_scheme("W4A16-e8").of_edges.weight.code_range == (-128, 127)
+    assert parse_scheme("W4A16-e8").of_outer_layers.weight.code_range == (-128, 127)
     with pytest.raises(MarrqError, match="only 8-bit codes have a range to reduce: got 4 bits"):
         WeightSpec(4, reduce_range=True)
 

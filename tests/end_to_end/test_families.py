@@ -2,8 +2,8 @@
 which gives torch's outputs.
 
 The table of families in marrq/models/README.md is what these tests find:
-`python tests/end_to_end/test_families.py` prints it. All models are tiny and their weights random; the flavours of one artifact lower one
-trace, as they would one by one."""
+`python tests/end_to_end/test_families.py` prints it. All models are tiny and their weights random.
+"""
 
 import copy
 import json

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -41,16 +44,27 @@ def transformers_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_demo_model_carries_labels_and_reaches_the_accuracy_it_was_trained_to():
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_demo_model_carries_labels_and_reaches_the_accuracy_it_was_trained_to(count: int):
     model = load_model("demo")
     assert model.labels == tuple("0123456789")
     assert sum(parameter.numel() for parameter in model.module.parameters()) <= 1_500_000
     images = find_images("demo", "val", model.labels)
     assert len(images) == 1000
     assert len(find_images("demo", "train", model.labels)) == 512
-    pixels, targets = next(images.batches(model.preprocessing, 1000))
+    pixels, targets = next(images.draw(count, seed=0).batches(model.preprocessing, count))
     with torch.no_grad():
         assert (model.module(pixels).argmax(1) == targets).float().mean() >= 0.97
+
+
+def test_a_timm_model_is_loaded_and_a_wrong_name_refused_without_transformers(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "marrq.models.transformers_models", None)
+    assert load_model(tiny).source.library == "timm"
+    for name in ("vit_no_such", "local-dir:/no/such/folder", "/no/such/folder", "./no_such_folder"):
+        with pytest.raises(MarrqError, match=r"unknown model|has no config\.json"):
+            load_model(name)
 
 
 def test_a_timm_folder_is_preprocessed_by_timms_own_transform(tiny: str, photo: Image.Image):
@@ -62,8 +76,6 @@ def test_a_timm_folder_is_preprocessed_by_timms_own_transform(tiny: str, photo: 
 
 
 def test_preprocessing_survives_json(tiny: str):
-    from dataclasses import asdict
-
     preprocessing = load_model(tiny).preprocessing
     assert Preprocessing.from_json(json.loads(json.dumps(asdict(preprocessing)))) == preprocessing
 
@@ -118,8 +130,6 @@ def test_a_transformers_folder_loads_with_labels_and_can_be_built_again(transfor
 
 
 def test_weights_that_changed_since_are_noticed(tiny_folder: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
     source = load_model(f"local-dir:{copy}").source
@@ -132,8 +142,6 @@ def test_weights_that_changed_since_are_noticed(tiny_folder: Path, tmp_path: Pat
 
 
 def test_weights_with_nan_are_refused_by_name(tiny_folder: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
@@ -164,6 +172,12 @@ def test_a_model_that_only_numbers_its_classes_takes_the_sorted_folders(image_fo
     assert {
         file.parent.name: target for file, target in zip(images.files, images.targets, strict=True)
     } == {"cat": 0, "dog": 1, "eel": 2}
+
+
+def test_without_labels_the_sorted_folders_are_the_classes(image_folder: Path):
+    images = find_images(str(image_folder), "train")
+    assert images == find_images(str(image_folder), "train", ("cat", "dog", "eel"))
+    assert sorted(set(images.targets)) == [0, 1, 2]
 
 
 def test_the_draw_is_random_repeatable_and_hashed(image_folder: Path):

@@ -48,9 +48,7 @@ def test_it_equals_the_transform_of_torch(
     if max(given_size) > 8 * min(given_size):  # torch, too, cannot resize to less than half a pixel
         given_size = (given_size[0], given_size[0])
     mean, std = NORMAL[channels]
-    described = Preprocessing(
-        (channels, *size), interpolation, crop_pct, crop_mode, mean, std
-    )
+    described = Preprocessing((channels, *size), interpolation, crop_pct, crop_mode, mean, std)
     picture = image(*given_size, mode, seed)
     mine = ServedPreprocessing.read(json.dumps(asdict(described)))(picture)
     expected = described.transform()(picture).numpy()

@@ -153,7 +153,13 @@ def test_a_balanced_model_gives_the_outputs_of_its_own_float_model_and_says_what
 
 
 @pytest.mark.parametrize(
-    ("scheme", "balanced"), [("W4A4", True), ("W3A3", True), ("W2A8", False), ("W4A16", False)]
+    ("scheme", "balanced"),
+    [
+        ("W4A4", True),
+        pytest.param("W3A3", True, marks=pytest.mark.slow),
+        ("W2A8", False),
+        ("W4A16", False),
+    ],
 )
 def test_left_to_itself_it_is_done_where_activations_are_coarse(scheme: str, balanced: bool):
     images = noise(4)

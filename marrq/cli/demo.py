@@ -30,8 +30,7 @@ def demo(
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
     quantize("demo", output=artifact, force=force)
-    common.say(f"exporting {artifact}")
-    export(artifact, file, force=force)
+    export(artifact, file, force=force, say=common.say)
     bench([file], json_file=report)
     common.say(
         f"files are in {output}: {', '.join(path.name for path in (artifact, file, report))}"

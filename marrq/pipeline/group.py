@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from marrq.errors import MarrqError
 from marrq.methods.problem import Problem
+from marrq.methods.registry import RESIDUAL_STREAM
 from marrq.methods.solve import Solution, solve
-from marrq.methods.spec import RESIDUAL_STREAM, MethodSpec
+from marrq.methods.spec import MethodSpec
 from marrq.methods.statistics import OutputDrift, ResidualStatistics
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer, read_stream
 from marrq.pipeline.collect import BatchDrift, BlockPair, sample_inputs, sum_statistics
@@ -113,7 +114,7 @@ class GroupCalibration:
     def _input_drift(
         self, rounding: nn.Module, inverse: Tensor | None, quantized: Tensor, original: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x and dx = x̃ - x, [..., n] each, for the tokens of a batch on both paths."""
+        """The input x and dx = x̃ - x, [..., n] each, for the tokens of a batch on both paths."""
         x = rounding(self.pair.quantized.input_of(self.linears[0], quantized))
         x_float = smoothed(self.pair.original.input_of(self.linears[0], original), inverse)
         return x, x_float - x
@@ -121,8 +122,9 @@ class GroupCalibration:
     def _stream_drift(
         self, rounding: nn.Module, writer: ResidualWriter, quantized: Tensor, original: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [..., n], and e = (s̃ - s) / γ [..., m]: what the stream after the writer falls short
-        of, in units of the writer's output. A channel with γ = 0 cannot be mended: its e is 0."""
+        """The input x [..., n], and e = (s̃ - s) / γ [..., m] with s the residual stream after the
+        writer: what s lacks, in units of the writer's output. A channel with γ = 0 cannot be
+        mended: its e is 0."""
         x, stream = read_stream(self.pair.quantized, writer, quantized, rounding)
         _, stream_float = read_stream(self.pair.original, writer, original, nn.Identity())
         return x, torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
-from marrq.methods.spec import method_named
+from marrq.methods.registry import method_named
 from marrq.models.blocks import Block, find_blocks
 from marrq.models.first_last import with_outer_layers
 from marrq.models.load import VisionModel, weights_sha256

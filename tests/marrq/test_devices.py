@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marrq.artifact.tensors import tensors_of
+from marrq.methods.factor import Factor
 from marrq.methods.gptq import sweep
 from marrq.methods.problem import Problem
+from marrq.methods.registry import METHODS
 from marrq.methods.solve import solve
-from marrq.methods.spec import METHODS, parse_method
-from marrq.methods.statistics import Factor, ResidualStatistics
+from marrq.methods.spec import parse_method
+from marrq.methods.statistics import ResidualStatistics
 from marrq.models.blocks import Block
 from marrq.models.residual_writers import ResidualWriter, find_residual_writer
 from marrq.quantizers.affine import Grid
@@ -90,7 +92,7 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "quantizers.affine.WEIGHT_CLIP_FACTORS",
         "quantizers.activations.ACTIVATION_CLIP_FACTORS",
-        "methods.gptq.CLIP_FACTORS",
+        "methods.gptq.OUTPUT_CLIP_FACTORS",
     ):
         monkeypatch.setattr(f"marrq.{name}", (1.0, 0.9))
 

@@ -41,7 +41,8 @@ def compare(
     marrq compare demo --method gptq --method marr -o compare.json
     marrq compare demo --scheme W4A4:per-token --seeds 5 -o compare.json --plot compare.svg
     """
-    from marrq.methods.spec import METHODS, parse_method
+    from marrq.methods.registry import METHODS
+    from marrq.methods.spec import parse_method
     from marrq.workflows.checks import data_for
     from marrq.workflows.devices import choose_device
 

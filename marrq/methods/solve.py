@@ -34,7 +34,7 @@ TARGETS: dict[str, type[ResidualTarget]] = {
     "gptaq": GptaqTarget,
     "rescomp": RescompTarget,
     "exact": ExactTarget,
-    "stream": ExactTarget,  # the statistics make the difference, see `wants` in methods/spec.py
+    "stream": ExactTarget,  # the statistics make the difference, see `wants` in methods/registry.py
 }
 """The target of each residual method; MARR searches any of them."""
 
@@ -44,7 +44,7 @@ IMPLEMENTATIONS: dict[str, Method] = {
     **{name: partial(with_constant, target) for name, target in TARGETS.items()},
     **{f"marr-{name}": partial(marr, target) for name, target in TARGETS.items()},
 }
-"""The code of every method in methods/spec.py (METHODS)."""
+"""The code of every method in methods/registry.py."""
 
 
 @dataclass(frozen=True)

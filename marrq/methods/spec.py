@@ -4,18 +4,19 @@
     gptaq,alpha=global=0.5
     marr-gptaq,alpha=grid,feedback=calibration,lowrank=srr:32,rotate=0,pid.initial=0.5
 
-METHODS has every method by name. A setting is a field of MethodSpec, AlphaSpec or PID. The field
-carries its key, its meaning and the form of its values; reading, writing, the list of known
-settings and the table of the README all come from there. Nothing here imports torch, so that the
-command line knows methods and settings before it loads a model.
+A setting is a field of MethodSpec, AlphaSpec or PID. The field carries its key, its meaning and the
+form of its values (methods/setting.py); reading, writing, the list of known settings and the table
+of the README all come from there. Nothing here imports torch, so that the command line knows the
+settings before it loads a model.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from marrq.errors import MarrqError
+from marrq.methods.registry import ALIASES, METHODS, Wants, method_named
 from marrq.methods.setting import (
     COUNT,
     NUMBER,
@@ -35,63 +36,9 @@ Feedback = Literal["held-out", "calibration"]
 Clip = Literal["weights", "outputs"]
 Balance = Literal["auto", "on", "off"]
 LowRankKind = Literal["srr", "qera", "lqer"]
-Wants = Literal["input drift", "residual stream"]
-
-INPUT_DRIFT: Wants = "input drift"
-"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision ones."""
-RESIDUAL_STREAM: Wants = "residual stream"
-"""The same, but for linears that write to the residual stream the sums of what that stream lacks
-(methods/exact.py)."""
 
 LOW_RANK = re.compile(r"(\w+):(\d+)(?::(\w+))?", re.ASCII)
 NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What is known of a method without its code.
-
-    summary: what the codes aim at, for people; wants: the statistics to collect; has_alpha: whether
-    a residual strength α multiplies its correction; searches_alpha: whether it finds an α for each
-    module."""
-
-    summary: str
-    wants: Wants = INPUT_DRIFT
-    has_alpha: bool = False
-    searches_alpha: bool = False
-
-
-RESIDUAL_METHODS: dict[str, MethodInfo] = {
-    "gptaq": MethodInfo(
-        "the full-precision output, by a residual term in the sweep; α = 0.25", has_alpha=True
-    ),
-    "rescomp": MethodInfo("as gptaq, with a second residual term; α = 0.25", has_alpha=True),
-    "exact": MethodInfo(
-        "the full-precision output, by the weight that comes nearest to it; α = 1", has_alpha=True
-    ),
-    "stream": MethodInfo(
-        "as exact; linears that write to the residual stream aim at the full-precision stream",
-        wants=RESIDUAL_STREAM,
-        has_alpha=True,
-    ),
-}
-"""Methods with one residual strength α for all modules."""
-
-METHODS: dict[str, MethodInfo] = {
-    "rtn": MethodInfo("nothing: each weight goes to the nearest value of its grid"),
-    "gptq": MethodInfo("the output of the original weight on the quantized inputs"),
-    **RESIDUAL_METHODS,
-    **{
-        f"marr-{name}": replace(
-            info, summary=f"MARR: as {name}, with an α for each module", searches_alpha=True
-        )
-        for name, info in RESIDUAL_METHODS.items()
-    },
-}
-"""Every method by name; methods/solve.py has their implementations."""
-
-ALIASES = {"marr": "marr-stream"}
-"""Short names; marr-stream is the best of the MARR methods."""
 
 
 def parse_lowrank(text: str) -> "LowRankSpec":
@@ -227,7 +174,7 @@ class AlphaSpec:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """The method and its settings. name: one of METHODS."""
+    """The method and its settings. name: one of METHODS (methods/registry.py)."""
 
     name: str = "marr-stream"
     damping: float = field(
@@ -305,15 +252,8 @@ SETTINGS: dict[str, Setting] = {
 }
 """Every setting by key, in the order in which a text has them."""
 
-
-def method_named(name: str) -> str:
-    """The full name of a method. Raises MarrqError with the known names for an unknown one."""
-    name = ALIASES.get(name, name)
-    if name not in METHODS:
-        raise MarrqError(
-            f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
-        )
-    return name
+DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in SETTINGS.items()}
+"""The default of every setting as text."""
 
 
 def parse_method(text: str) -> MethodSpec:
@@ -350,10 +290,10 @@ def text_of(spec: MethodSpec) -> str:
     return ",".join([spec.name, *changed])
 
 
-DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in SETTINGS.items()}
-"""The default of every setting as text."""
-
-
-def settings_table() -> list[tuple[str, str, str, str]]:
-    """Key, default, values and meaning of every setting, for `--help` and the README."""
-    return [(key, DEFAULTS[key], one.form.values, one.meaning) for key, one in SETTINGS.items()]
+def settings_table() -> str:
+    """Every setting with its default, its values and its meaning, as a Markdown table."""
+    rows = [
+        f"| `{key}` | `{DEFAULTS[key]}` | {one.form.values} | {one.meaning} |"
+        for key, one in SETTINGS.items()
+    ]
+    return "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *rows])

@@ -213,7 +213,7 @@ class OutputDrift(Drift):
         """There is none: what the stream lacks is no function of this linear's input alone."""
         raise MarrqError(
             "these statistics sum what the residual stream lacks, and gptaq and rescomp need the "
-            "drift of the inputs: collect what the method wants (marrq/methods/spec.py)"
+            "drift of the inputs: collect what the method wants (marrq/methods/registry.py)"
         )
 
     def of_rows(self, rows: slice) -> "OutputDrift":

@@ -17,16 +17,14 @@ from marrq.methods.gptq import sweep
 from marrq.methods.marr import best, pid_search
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.problem import Problem, Rounding
+from marrq.methods.registry import ALIASES, METHODS, method_named
 from marrq.methods.solve import IMPLEMENTATIONS, TARGETS, solve
 from marrq.methods.spec import (
-    ALIASES,
-    METHODS,
     PID,
     AlphaSpec,
     Clip,
     LowRankSpec,
     MethodSpec,
-    method_named,
     parse_lowrank,
     parse_method,
     text_of,

@@ -7,7 +7,8 @@ from tiny_models import noise, quantized, vision_model, vit
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.methods.spec import ALIASES, parse_method
+from marrq.methods.registry import ALIASES
+from marrq.methods.spec import parse_method
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings

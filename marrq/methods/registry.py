@@ -1,0 +1,77 @@
+"""The methods by name: what each aims at, and which statistics it wants.
+
+Nothing here imports torch, so that the command line knows the names before it loads a model.
+methods/solve.py has the code of each.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from marrq.errors import MarrqError
+
+Wants = Literal["input drift", "residual stream"]
+
+INPUT_DRIFT: Wants = "input drift"
+"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs."""
+RESIDUAL_STREAM: Wants = "residual stream"
+"""For linears that write to the residual stream, sums of what that stream lacks (methods/exact.py);
+for all others the input drift."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method without its code.
+
+    summary: what the codes aim at, for people
+    wants: the statistics that the pipeline has to collect
+    has_alpha: whether a residual strength α multiplies its correction
+    searches_alpha: whether it finds an α for each module"""
+
+    summary: str
+    wants: Wants = INPUT_DRIFT
+    has_alpha: bool = False
+    searches_alpha: bool = False
+
+
+RESIDUAL_METHODS: dict[str, MethodInfo] = {
+    "gptaq": MethodInfo(
+        "the full-precision output, by a residual term in the sweep; α = 0.25", has_alpha=True
+    ),
+    "rescomp": MethodInfo("as gptaq, with a second residual term; α = 0.25", has_alpha=True),
+    "exact": MethodInfo(
+        "the full-precision output, by the weight that comes nearest to it; α = 1", has_alpha=True
+    ),
+    "stream": MethodInfo(
+        "as exact; linears that write to the residual stream aim at the full-precision stream",
+        wants=RESIDUAL_STREAM,
+        has_alpha=True,
+    ),
+}
+"""Methods with one residual strength α for all modules. Each has a MARR method too, which searches
+α for each module."""
+
+METHODS: dict[str, MethodInfo] = {
+    "rtn": MethodInfo("nothing: each weight goes to the nearest value of its grid"),
+    "gptq": MethodInfo("the output of the original weight on the quantized inputs"),
+    **RESIDUAL_METHODS,
+    **{
+        f"marr-{name}": replace(
+            info, summary=f"MARR: as {name}, with an α for each module", searches_alpha=True
+        )
+        for name, info in RESIDUAL_METHODS.items()
+    },
+}
+"""Every method by name."""
+
+ALIASES = {"marr": "marr-stream"}
+"""Short names; marr-stream is the best of the MARR methods."""
+
+
+def method_named(name: str) -> str:
+    """The full name of a method. Raises MarrqError with the known names for an unknown one."""
+    name = ALIASES.get(name, name)
+    if name not in METHODS:
+        raise MarrqError(
+            f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
+        )
+    return name

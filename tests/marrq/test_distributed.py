@@ -170,14 +170,11 @@ def test_processes_that_disagree_are_told_apart(monkeypatch: pytest.MonkeyPatch)
         Processes().check_agreement(weights_sha256(vit()), "block 'blocks.0'")
 
 
-def test_the_commands_of_the_readme_run_on_the_demo(tmp_path: Path):
-    """The block under "Big models"; each quantizes anew, so each has a folder of its own, but for
+def test_the_commands_of_the_pipelines_readme_run_on_the_demo(tmp_path: Path):
+    """The block under "Commands"; each quantizes anew, so each has a folder of its own, but for
     the evaluation of what is there."""
-    block = re.search(
-        r"## Big models.*?\n.*?```sh\n(.*?)```",
-        (FOLDER.parent / "README.md").read_text(),
-        re.DOTALL,
-    )
+    readme = (FOLDER.parent / "marrq" / "pipeline" / "README.md").read_text()
+    block = re.search(r"## Commands\n.*?```sh\n(.*?)```", readme, re.DOTALL)
     assert block is not None
     lines = [line.split("#")[0].split() for line in block.group(1).splitlines()]
     assert [words[0] for words in lines] == ["torchrun", "torchrun", "marrq", "marrq", "marrq"]

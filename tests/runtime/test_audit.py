@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
+from sample_report import FP32, REPORT, W4A8
 from tiny_models import VIT, noise, quantized, randomized, swin, vit
 
 from exporters.onnx_file import write, write_baseline
@@ -26,11 +27,14 @@ from exporters.trace import trace_quantized
 from marrq.cli import main
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight, quantized_linears
-from runtime.audit.audit import Examined, Row, audit, examine
 from runtime.audit.graph import Graph
+from runtime.audit.inspect import inspect_file
+from runtime.audit.linears import Examined, examine
 from runtime.audit.precision import measure_precision
+from runtime.audit.rows import AuditRow, audit
 from runtime.errors import BenchError
-from runtime.report.inspection import audit_table, inspection, shortfalls
+from runtime.report.inspection import audit_table, inspection_table
+from runtime.report.tables import shortfalls
 from runtime.session import SessionSettings
 
 CPU = SessionSettings(threads=1)
@@ -68,7 +72,7 @@ def make(
     return quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)  # type: ignore[arg-type]
 
 
-def alarms(rows: list[Row]) -> dict[str, str | None]:
+def alarms(rows: list[AuditRow]) -> dict[str, str | None]:
     return {row.linear: row.reason for row in rows if row.reason is not None}
 
 
@@ -286,7 +290,12 @@ def test_a_node_that_another_provider_runs_is_named(qdq_file: Path):
 def test_accuracy_level_4_is_eight_bit_activations_whatever_the_scheme_says(tmp_path: Path):
     made = make("vit", "W4A16")
     for level in (1, 4):
-        write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / f"{level}.onnx", {"accuracy_level": level})
+        write(
+            trace_quantized(made, "hash"),
+            "matmulnbits",
+            tmp_path / f"{level}.onnx",
+            {"accuracy_level": level},
+        )
     quiet, told = (examine(tmp_path / f"{level}.onnx", CPU) for level in (1, 4))
     assert alarms(audit(quiet)) == {}
     assert set(alarms(audit(told))) == set(quantized_linears(made.module))
@@ -536,7 +545,7 @@ def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
     weight_only.process()
     weight_only.model.save_model_to_file(str(tmp_path / "nbits.onnx"))
 
-    def seen(name: str) -> tuple[list[tuple[str, str, bool]], list[Row]]:
+    def seen(name: str) -> tuple[list[tuple[str, str, bool]], list[AuditRow]]:
         rows = audit(examine(tmp_path / f"{name}.onnx", CPU))
         return sorted({(row.nominal, row.operator, row.integer) for row in rows}), rows
 
@@ -597,23 +606,13 @@ def test_the_table_fits_100_columns_counts_what_agrees_and_singles_out_what_does
 ):
     file = planted(qdq_file, tmp_path / "m.onnx", int4_straight_into_dq)
     assert main(["inspect", str(file), "--json", str(tmp_path / "i.json")]) == 0
-    report = json.loads((tmp_path / "i.json").read_text())
-    assert report["schema"] == "marrq.inspect/1"
-    assert len(report["audit"]) == 10
-    assert set(report["audit"][0]) == {
-        "linear",
-        "nominal",
-        "operator",
-        "operators",
-        "weight",
-        "activation",
-        "integer",
-        "reason",
-    }
+    report = inspect_file(file, SessionSettings())
+    assert json.loads((tmp_path / "i.json").read_text()) == report.to_json()
+    assert len(report.audit) == 10
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(audit_table(report["audit"]))
-        console.print(inspection(report))
+        console.print(audit_table(report.audit))
+        console.print(inspection_table(report))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 100
     cells = [line.split() for line in lines]
@@ -646,15 +645,13 @@ def test_the_bench_has_a_line_for_a_candidate_that_does_not_run_as_its_scheme_sa
     qdq_file: Path, tmp_path: Path
 ):
     file = planted(qdq_file, tmp_path / "m.onnx", int4_straight_into_dq)
-    healthy, faulty = (
-        [asdict(row) for row in audit(examine(path, CPU))] for path in (qdq_file, file)
+    healthy, faulty = (tuple(audit(examine(path, CPU))) for path in (qdq_file, file))
+    models = (
+        replace(FP32, audit=faulty),
+        replace(W4A8, name="good", audit=healthy),
+        replace(W4A8, name="bad", audit=faulty),
     )
-    models = [
-        {"name": "fp32", "role": "baseline", "audit": faulty},
-        {"name": "good", "role": "candidate", "audit": healthy},
-        {"name": "bad", "role": "candidate", "audit": faulty},
-    ]
-    [line] = shortfalls({"models": models})
+    [line] = shortfalls(replace(REPORT, models=models))
     assert line.startswith(f"bad: {FAULTY}, of 10: int4 codes go straight into DequantizeLinear")
 
 

@@ -1,67 +1,55 @@
-"""The bench's terminal output from a literal report: it fits, and it says below the table what the
-table cannot."""
+"""The bench's terminal output from a report: it fits, and it says below the tables what the tables
+cannot."""
 
-from typing import Any
+from dataclasses import replace
 
 from rich.console import Console
+from sample_report import BARE_REPORT, FP32, REPORT, TRANSPOSED, W4A8
 
-from runtime.report.tables import sentences, table
+from runtime.measure.measured import BaselineDrop
+from runtime.report.tables import models_table, sentences, tables
 
-
-def measured(
-    name: str, against: dict[str, Any] | None, executed_on: dict[str, int]
-) -> dict[str, Any]:
-    """What the terminal output reads of a model."""
-    accuracy = {
-        "top1": 0.554,
-        "top1_low": 0.532,
-        "top1_high": 0.577,
-        "agreement": 0.834,
-        "against": against,
-    }
-    latency = [{"batch": batch, "p50_ms": 17.7 * batch, "ratio_fp32": 1.11} for batch in (1, 8)]
-    return {
-        "name": name,
-        "size_bytes": 87_020_000,
-        "bits_per_weight": 32.0,
-        "accuracy": accuracy,
-        "latency": latency,
-        "executed_on": executed_on,
-        "parity": None,
-    }
-
-
-LOSS = {"baseline": "fp32", "drop": 0.251, "drop_low": 0.226, "drop_high": 0.279}
-REPORT = {
-    "data": {"images": 1860, "path": "OUT/emoji"},
-    "environment": {"onnxruntime": "1.32.0"},
-    "models": [
-        measured("fp32", None, {"CPUExecutionProvider": 200}),
-        measured(
-            "W4A8-g128 marr-stream integer",
-            LOSS,
-            {"CUDAExecutionProvider": 180, "CPUExecutionProvider": 20},
-        ),
-    ],
-    "gate": None,
-    "recommendation": None,
-}
+NAME = "W4A8-g128 marr-stream integer"
+LOSS = BaselineDrop(0.251, 0.226, 0.279, 500, 20, 1e-9, "fp32")
 
 
 def test_a_table_with_two_batch_sizes_and_a_great_loss_fits_80_columns_uncut():
+    candidate = replace(W4A8, name=NAME, accuracy=replace(W4A8.accuracy, against=LOSS))
+    report = replace(REPORT, models=(FP32, candidate))
     console = Console(width=80)
     with console.capture() as printed:
-        console.print(table(REPORT))
+        console.print(models_table(report))
     lines = printed.get().splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in printed.get().replace("(22.6…27.9)", ""), "nothing is cut off"
     assert sum("25.1 (22.6…27.9)" in line for line in lines) == 1
-    assert "141.60 (1.11)" in printed.get()
+    assert "41.72 (0.42)" in printed.get()
 
 
 def test_nodes_that_ran_on_another_provider_are_counted_below_the_table():
-    name = "W4A8-g128 marr-stream integer"
-    assert sentences(REPORT) == [
-        f"{name}: 180 of 200 nodes ran on CUDAExecutionProvider",
-        f"{name}: 20 of 200 nodes ran on CPUExecutionProvider",
+    executed_on = {"CUDAExecutionProvider": 180, "CPUExecutionProvider": 20}
+    model = replace(W4A8, name=NAME, audit=(), parity=None, executed_on=executed_on)
+    report = replace(REPORT, models=(FP32, model), gate=None, recommendation=None)
+    assert sentences(report) == [
+        f"{NAME}: 180 of 200 nodes ran on CUDAExecutionProvider",
+        f"{NAME}: 20 of 200 nodes ran on CPUExecutionProvider",
     ]
+
+
+def test_sentences_name_shortfalls_losses_verdicts_and_recommendations_in_this_order():
+    found = sentences(REPORT)
+    assert found[0] == f"W4A8 marr-stream: blocks.1.mlp.fc1, of 8: {TRANSPOSED}"
+    assert found[1] == "W4A8 marr-stream: the first stage that loses is quantization"
+    assert found[2] == "quantization loses: 87 images are right in float only"
+    assert found[3].endswith("9.0e-06, at blocks.1.mlp.fc2")
+    assert [text.split(":")[0] for text in found[5:]] == [
+        "undecided",
+        "smallest",
+        "fastest",
+        "most accurate",
+    ]
+
+
+def test_there_is_a_table_for_what_was_measured_and_no_other():
+    assert len(tables(REPORT)) == 3  # models, throughput, parity
+    assert len(tables(BARE_REPORT)) == 1

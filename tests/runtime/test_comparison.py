@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.text import Text
 
 from runtime.errors import BenchError
-from runtime.report.comparison import SCHEMA, Row, markdown, summarize, table
+from runtime.quantization import QuantizedModule
+from runtime.report.comparison import (
+    SCHEMA,
+    ComparisonReport,
+    ComparisonRow,
+    markdown,
+    summarize,
+    table,
+)
 from runtime.report.plots import plot_alphas, plot_comparison
 
 
@@ -40,10 +48,30 @@ def run(scheme: str, method: str, seed: int, top1: float, **changes: float) -> d
     }
 
 
+def read(runs: list[dict[str, Any]]) -> ComparisonReport:
+    """The report with these runs."""
+    return ComparisonReport.read(
+        {
+            "schema": SCHEMA,
+            "environment": {},
+            "model": "demo",
+            "data": {"path": "images", "images": 5, "hash": "0"},
+            "samples": 256,
+            "float": {"top1": 0.875, "images": 64},
+            "runs": runs,
+        }
+    )
+
+
 @pytest.fixture
-def report() -> dict[str, Any]:
-    """Runs in an order that interleaves the schemes; gptq was not run at W2A8."""
-    runs = [
+def report(runs: list[dict[str, Any]]) -> ComparisonReport:
+    return read(runs)
+
+
+@pytest.fixture
+def runs() -> list[dict[str, Any]]:
+    """In an order that interleaves the schemes; gptq was not run at W2A8."""
+    return [
         run("W4A4 per-token", "gptq", 0, 0.5),
         run("W2A8", "marr-exact", 0, 0.125),
         run(
@@ -68,21 +96,17 @@ def report() -> dict[str, Any]:
             **costs(8.0, 400.0),
         ),
     ]
-    data = {"path": "images", "images": 5, "hash": "0"}
-    reference = {"top1": 0.875, "images": 64}
-    return {
-        "schema": SCHEMA,
-        "environment": {},
-        "model": "demo",
-        "data": data,
-        "samples": 256,
-        "float": reference,
-        "runs": runs,
-    }
+
+
+def searched(path: str, alpha: float | None, steps: list[dict[str, Any]]) -> QuantizedModule:
+    """A module with the steps of its search."""
+    numbers = {"error": 1.0, "relative_error": 0.1, "mse": 0.1, "clipped": 0.0, "damping": 0.01}
+    found = {"path": path, "alpha": alpha, "trajectory": steps, "fallback": None}
+    return QuantizedModule.read({**found, **numbers})
 
 
 @pytest.fixture
-def quantization() -> list[dict[str, Any]]:
+def quantization() -> list[QuantizedModule]:
     """Two blocks: searches judged by halves, one judged on its own data, one step long, one without
     J, and a module that has no α."""
     halves = [
@@ -101,14 +125,11 @@ def quantization() -> list[dict[str, Any]]:
         ("blocks.1.qkv", 0.25, whole),
         ("blocks.1.fc2", 0.0, still),
     ]
-    return [
-        {"path": path, "error": 1.0, "mse": 0.1, "alpha": alpha, "trajectory": steps}
-        for path, alpha, steps in modules
-    ]
+    return [searched(*module) for module in modules]
 
 
 def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_largest_memory(
-    report: dict[str, Any],
+    report: ComparisonReport,
 ):
     rows = summarize(report)
     assert [(row.scheme, row.method) for row in rows] == [
@@ -116,7 +137,7 @@ def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_larg
         ("W2A8", "marr-exact"),
         ("W4A4 per-token", "marr-exact"),
     ]
-    assert rows[2] == Row(
+    assert rows[2] == ComparisonRow(
         scheme="W4A4 per-token",
         method="marr-exact",
         top1=0.625,
@@ -135,11 +156,13 @@ def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_larg
     )
 
 
-def test_a_single_seed_has_no_spread(report: dict[str, Any]):
+def test_a_single_seed_has_no_spread(report: ComparisonReport):
     assert [row.top1_percent for row in summarize(report)] == ["50.0", "12.5", "62.5 ± 12.5"]
 
 
-def test_the_table_has_a_section_for_each_scheme_with_its_best_top1_in_bold(report: dict[str, Any]):
+def test_the_table_has_a_section_for_each_scheme_with_its_best_top1_in_bold(
+    report: ComparisonReport,
+):
     names, top1, *_ = (list(column.cells) for column in table(report).columns)
     assert names == ["W4A4 per-token", "  gptq", "  marr-exact", "W2A8", "  marr-exact"]
     assert [str(cell) for cell in top1 if isinstance(cell, Text) and cell.style == "bold"] == [
@@ -148,8 +171,8 @@ def test_the_table_has_a_section_for_each_scheme_with_its_best_top1_in_bold(repo
     ]
 
 
-def test_the_table_fits_100_columns_with_nothing_cut_off(report: dict[str, Any]):
-    report["runs"].append(
+def test_the_table_fits_100_columns_with_nothing_cut_off(runs: list[dict[str, Any]]):
+    runs.append(
         run(
             "W3A16-g128 per-token",
             "rescomp-lowrank",
@@ -162,7 +185,7 @@ def test_the_table_fits_100_columns_with_nothing_cut_off(report: dict[str, Any])
     )
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(table(report))
+        console.print(table(read(runs)))
     text = capture.get()
     row = next(line for line in text.splitlines() if "rescomp-lowrank" in line)
     assert row.split() == [
@@ -181,7 +204,7 @@ def test_the_table_fits_100_columns_with_nothing_cut_off(report: dict[str, Any])
     assert "full precision 87.5 % on 64 images of images, 256 calibration images" in text
 
 
-def test_markdown_has_a_dash_where_a_method_was_not_run(report: dict[str, Any]):
+def test_markdown_has_a_dash_where_a_method_was_not_run(report: ComparisonReport):
     assert markdown(report).splitlines() == [
         "| top-1 % | W4A4 per-token | W2A8 |",
         "| --- | ---: | ---: |",
@@ -200,11 +223,13 @@ def test_markdown_has_a_dash_where_a_method_was_not_run(report: dict[str, Any]):
 SIGNATURES = {".png": b"\x89PNG\r\n", ".svg": b"<?xml"}
 
 
-def test_a_long_name_of_a_method_is_broken_at_its_settings(report: dict[str, Any], tmp_path: Path):
-    report["runs"].append(
+def test_a_long_name_of_a_method_is_broken_at_its_settings(
+    runs: list[dict[str, Any]], tmp_path: Path
+):
+    runs.append(
         run("W2A8", "marr-gptaq,pid.proportional=0.3,pid.integral=0.05,lowrank=srr:32", 0, 0.25)
     )
-    plot_comparison(report, tmp_path / "comparison.svg")
+    plot_comparison(read(runs), tmp_path / "comparison.svg")
     text = (tmp_path / "comparison.svg").read_text()
     for part in ("marr-gptaq,pid.proportional=0.3,", "pid.integral=0.05,lowrank=srr:32"):
         assert f">{part}</" in text
@@ -212,7 +237,7 @@ def test_a_long_name_of_a_method_is_broken_at_its_settings(report: dict[str, Any
 
 @pytest.mark.parametrize("suffix", SIGNATURES)
 def test_the_same_input_gives_the_same_bytes_of_the_format_that_the_suffix_names(
-    report: dict[str, Any], quantization: list[dict[str, Any]], tmp_path: Path, suffix: str
+    report: ComparisonReport, quantization: list[QuantizedModule], tmp_path: Path, suffix: str
 ):
     def draw(name: str) -> list[bytes]:
         files = [tmp_path / f"{name}-comparison{suffix}", tmp_path / f"{name}-alphas{suffix}"]
@@ -226,10 +251,10 @@ def test_the_same_input_gives_the_same_bytes_of_the_format_that_the_suffix_names
 
 
 def test_the_plot_of_a_comparison_names_methods_schemes_and_full_precision_as_text(
-    report: dict[str, Any], tmp_path: Path
+    runs: list[dict[str, Any]], tmp_path: Path
 ):
-    report["runs"] += [run(scheme, "rtn", 0, 0.125) for scheme in ("W3A8", "W4A8")]
-    plot_comparison(report, tmp_path / "comparison.svg")
+    runs += [run(scheme, "rtn", 0, 0.125) for scheme in ("W3A8", "W4A8")]
+    plot_comparison(read(runs), tmp_path / "comparison.svg")
     text = (tmp_path / "comparison.svg").read_text()
     for name in (
         "gptq",
@@ -245,7 +270,7 @@ def test_the_plot_of_a_comparison_names_methods_schemes_and_full_precision_as_te
 
 
 def test_the_plot_of_alphas_leaves_out_the_modules_without_one(
-    quantization: list[dict[str, Any]], tmp_path: Path
+    quantization: list[QuantizedModule], tmp_path: Path
 ):
     plot_alphas(quantization, tmp_path / "alphas.svg")
     text = (tmp_path / "alphas.svg").read_text()
@@ -254,7 +279,7 @@ def test_the_plot_of_alphas_leaves_out_the_modules_without_one(
 
 @pytest.mark.parametrize("alpha", [None, 0.25])
 def test_a_method_without_a_search_has_no_plot_of_alphas(alpha: float | None, tmp_path: Path):
-    module = {"path": "blocks.0.qkv", "error": 1.0, "mse": 0.1, "alpha": alpha, "trajectory": []}
+    module = searched("blocks.0.qkv", alpha, [])
     with pytest.raises(BenchError, match="no search of α"):
         plot_alphas([module], tmp_path / "alphas.png")
     assert not (tmp_path / "alphas.png").exists()
@@ -262,14 +287,14 @@ def test_a_method_without_a_search_has_no_plot_of_alphas(alpha: float | None, tm
 
 @pytest.mark.parametrize("name", ["plot.pdf", "plot"])
 def test_another_suffix_is_refused_with_the_choices(
-    report: dict[str, Any], tmp_path: Path, name: str
+    report: ComparisonReport, tmp_path: Path, name: str
 ):
     with pytest.raises(BenchError, match=rf"\.png or \.svg: got the suffix '{Path(name).suffix}'"):
         plot_comparison(report, tmp_path / name)
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(
-    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: ComparisonReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BenchError, match=r"pip install 'marrq\[plots\]'"):

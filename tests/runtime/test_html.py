@@ -7,15 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_report import LINEARS, bare_report, full_report
+from sample_report import BARE_MODEL, BARE_REPORT, LINEARS, REPORT, W4A8
 
 from marrq.cli import main
 from runtime.errors import BenchError
+from runtime.measure.bench import BenchReport
 from runtime.report.html import check_page, key_numbers, page, reference_of, sentence
 
 SECTIONS = [
@@ -80,7 +82,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def parsed() -> Parsed:
-    return Parsed(page(full_report()))
+    return Parsed(page(REPORT))
 
 
 def rows(parsed: Parsed, section: str) -> list[str]:
@@ -110,9 +112,7 @@ def test_the_page_begins_with_what_is_gained_what_it_costs_and_the_verdict(parse
         "tell" in words
     )
     recommended = parsed.text["recommendation"]
-    assert all(
-        choice["sentence"] in recommended for choice in full_report()["recommendation"].values()
-    )
+    assert all(choice.sentence in recommended for choice in REPORT.recommendation.values())
 
 
 def test_the_tables_have_every_number(parsed: Parsed):
@@ -166,7 +166,7 @@ def test_linears_that_agree_are_counted_together_and_exceptions_stand_first(pars
 
 
 def test_the_environment_is_there_in_full_and_the_json_whole(parsed: Parsed):
-    report = full_report()
+    report = REPORT.to_json()
     for value in (*report["environment"].values(), *report["data"].values()):
         parts = (
             value.items()
@@ -221,14 +221,14 @@ def test_nothing_is_fetched_and_no_script_is_there(parsed: Parsed):
         if name in ("src", "href", "xlink:href", "srcset", "action", "data")
     ]
     assert {value for value in fetched if not value.startswith("#")} == {"data:,"}
-    source = page(full_report())
+    source = page(REPORT)
     assert "@import" not in source
     assert not re.search(r"url\((?!#)", source)
     assert not re.search(r"<(script|iframe|object|embed|base)\b", source)
 
 
 def test_the_same_report_gives_the_same_page():
-    assert page(full_report()) == page(full_report())
+    assert page(REPORT) == page(REPORT)
 
 
 def luminance(color: str) -> float:
@@ -248,7 +248,7 @@ def test_text_and_plots_have_the_contrast_that_wcag_aa_asks_for(theme: int):
     colors = dict(
         re.findall(
             r"--([\w-]+): (#\w{6});",
-            re.findall(r":root \{(.*?)\}", page(full_report()), re.DOTALL)[theme],
+            re.findall(r":root \{(.*?)\}", page(REPORT), re.DOTALL)[theme],
         )
     )
     text, plots = (
@@ -264,7 +264,7 @@ def test_text_and_plots_have_the_contrast_that_wcag_aa_asks_for(theme: int):
 
 
 def test_sections_that_the_report_lacks_are_not_there():
-    parsed = Parsed(page(bare_report()))
+    parsed = Parsed(page(BARE_REPORT))
     gone = {"recommendation", "parity", "quantization"}
     assert list(parsed.text) == ["", *(section for section in SECTIONS if section not in gone)]
     words = " ".join(parsed.text[""].split())
@@ -279,24 +279,15 @@ def test_sections_that_the_report_lacks_are_not_there():
         assert "None" not in words
 
 
-def test_a_report_without_the_sections_of_later_measurements_is_a_page_still():
-    report = bare_report()
-    for key in (
-        "audit",
-        "precision",
-        "parity",
-        "quantization",
-        "throughput",
-        "load_ms",
-        "peak_memory_mb",
-    ):
-        del report["models"][0][key]
-    for key in ("against", "top5_low", "top5_high"):
-        del report["models"][0]["accuracy"][key]
-    del report["gate"], report["recommendation"]
-    parsed = Parsed(page(report))
+def test_a_report_of_a_provider_that_compiles_the_graph_is_a_page_still():
+    """Nobody can look into such a graph: it has no audit and no precision."""
+    model = replace(BARE_MODEL, audit=(), precision=None, peak_memory_mb=None)
+    parsed = Parsed(page(replace(BARE_REPORT, models=(model,))))
     assert "precision" not in parsed.text
-    assert rows(parsed, "accuracy")[1:] == ["W4A8 marr-stream | 54.2 (51.9–56.4) | 78.1 | – | –"]
+    assert rows(parsed, "accuracy")[1:] == [
+        "W4A8 marr-stream | 54.2 (51.9–56.4) | 78.1 (76.2–79.9) | – | –"
+    ]
+    assert rows(parsed, "size")[-1] == "W4A8 marr-stream | 4.08 | 33.8 | –"
 
 
 @pytest.mark.parametrize(
@@ -315,21 +306,20 @@ def test_a_report_without_the_sections_of_later_measurements_is_a_page_still():
 def test_a_drop_is_claimed_only_where_the_interval_shows_one(
     low: float, drop: float, high: float, expected: str
 ):
-    models = full_report()["models"]
-    models[2]["accuracy"]["against"] |= {"drop_low": low, "drop": drop, "drop_high": high}
-    assert sentence(models[2], reference_of(models)).endswith(expected)
+    assert W4A8.accuracy.against is not None
+    against = replace(W4A8.accuracy.against, drop_low=low, drop=drop, drop_high=high)
+    model = replace(W4A8, accuracy=replace(W4A8.accuracy, against=against))
+    assert sentence(model, reference_of(REPORT.models)).endswith(expected)
 
 
 def test_a_candidate_that_is_slower_has_a_factor_below_one():
-    models = full_report()["models"]
-    models[2]["latency"][0]["ratio_fp32"] = 1.25
-    assert key_numbers(models[2], reference_of(models))[1][0] == "0.80 ×"
+    slower = replace(W4A8, latency=(replace(W4A8.latency[0], ratio_fp32=1.25),))
+    assert key_numbers(slower, reference_of(REPORT.models))[1][0] == "0.80 ×"
 
 
 def test_flavours_of_one_artifact_share_its_section():
-    report = full_report()
-    second = {**report["models"][2], "name": "W4A8 marr-stream qdq", "flavor": "qdq"}
-    report["models"].append(second)
+    second = replace(W4A8, name="W4A8 marr-stream qdq", flavor="qdq")
+    report = replace(REPORT, models=(*REPORT.models, second))
     text = Parsed(page(report)).text["quantization"]
     assert "W4A8 marr-stream, W4A8 marr-stream qdq" in text
     assert text.count("Every linear") == 2  # the heading of the fold and that of its table
@@ -340,25 +330,36 @@ ATTACK = "<script>alert(1)</script>\"&'$x^{"
 
 def planted(value: Any, attack: str = ATTACK) -> Any:
     """The report with the attack behind every text in it, but those that say what something is."""
+    if is_dataclass(value):
+        kept = ("schema", "role", "flavor", "verdict", "first_loss", "hits", "source")
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(
+            value,
+            **{key: planted(part, attack) for key, part in parts.items() if key not in kept},
+        )
     if isinstance(value, dict):
-        kept = ("schema", "role", "flavor", "verdict", "first_loss")
-        return {key: part if key in kept else planted(part, attack) for key, part in value.items()}
-    if isinstance(value, list):
-        return [planted(part, attack) for part in value]
+        return {key: planted(part, attack) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(planted(part, attack) for part in value)
     return value + attack if isinstance(value, str) else value
 
 
+def with_operator(report: BenchReport, name: str) -> BenchReport:
+    """The report with an operator of that name among those that the first model ran."""
+    first, *others = report.models
+    executed = {**first.executed, name: 1}
+    return replace(report, models=(replace(first, executed=executed), *others))
+
+
 def test_whatever_came_from_files_is_text_and_not_markup():
-    report, harmless = planted(full_report()), full_report()
-    for one, operator in ((report, ATTACK), (harmless, "Operator")):
-        one["models"][0]["executed"][operator] = 1
+    report = with_operator(planted(REPORT), ATTACK)
     source = page(report)
     assert "<script" not in source
     parsed = Parsed(source)
-    assert json.loads(parsed.document) == report
+    assert json.loads(parsed.document) == report.to_json()
     assert rows(parsed, "models")[1].startswith(f"fp16{ATTACK} |")
     assert ATTACK in parsed.text["conditions"]
-    assert parsed.tags == Parsed(page(harmless)).tags
+    assert parsed.tags == Parsed(page(with_operator(REPORT, "Operator"))).tags
 
 
 @pytest.mark.parametrize("name", ["page.htm", "page"])
@@ -453,11 +454,11 @@ def browse(source: str, folder: Path) -> tuple[str, list[str]]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(
     "report",
-    [full_report(), bare_report(), planted(full_report(), "-" + "long" * 20)],
+    [REPORT, BARE_REPORT, planted(REPORT, "-" + "long" * 20)],
     ids=["full", "bare", "long"],
 )
 def test_a_browser_has_no_complaint_and_the_page_is_no_wider_than_a_phone(
-    report: dict[str, Any], tmp_path: Path
+    report: BenchReport, tmp_path: Path
 ):
     """In frames of a page that measures them, beside one that is too wide: the measure must see
     that."""

@@ -1,15 +1,16 @@
 """Paired statistics against slow, direct references, and the gate that rests on them."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sample_report import W4A8
 
-from runtime.errors import BenchError
+from runtime.errors import BenchError, GateError
 from runtime.measure.accuracy import (
     NORMAL_95,
     drop_interval,
@@ -18,7 +19,8 @@ from runtime.measure.accuracy import (
     mcnemar,
     paired_drop,
 )
-from runtime.measure.gate import judge
+from runtime.measure.gate import hold_against_limit
+from runtime.measure.measured import BaselineDrop, MeasuredModel, Role
 
 
 @st.composite
@@ -131,18 +133,14 @@ def test_a_paired_drop_counts_what_one_model_alone_gets_right():
 
 
 def measured(
-    only_baseline: int, only_model: int, images: int, role: str = "candidate"
-) -> dict[str, Any]:
-    """What the gate reads of a model."""
-    low, high = drop_interval(only_baseline, only_model, images)
-    against = {
-        "baseline": "fp32",
-        "drop": (only_baseline - only_model) / images,
-        "drop_low": low,
-        "drop_high": high,
-    }
-    against |= {"only_baseline": only_baseline, "only_model": only_model}
-    return {"name": "W4A8 marr", "role": role, "accuracy": {"images": images, "against": against}}
+    only_baseline: int, only_model: int, images: int, role: Role = "candidate"
+) -> MeasuredModel:
+    """A model of the report with so many images right in one model alone."""
+    drop = (only_baseline - only_model) / images
+    interval = drop_interval(only_baseline, only_model, images)
+    against = BaselineDrop(drop, *interval, only_baseline, only_model, 1.0, "fp32")
+    accuracy = replace(W4A8.accuracy, images=images, against=against)
+    return replace(W4A8, name="W4A8 marr", role=role, accuracy=accuracy)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +148,12 @@ def measured(
     [((100, 100, 50_000), "held"), ((900, 100, 10_000), "failed"), ((20, 5, 1_000), "undecided")],
 )
 def test_the_verdict_is_that_of_the_interval(table: tuple[int, int, int], verdict: str):
-    gate = judge([measured(*table), measured(900, 0, 1000, role="baseline")], 1.0)
-    assert (gate["max_drop"], gate["baseline"]) == (1.0, "fp32")
-    [found] = gate["models"]
-    assert found["verdict"] == verdict
-    assert found["sentence"].startswith(f"{verdict}: W4A8 marr loses ")
-    assert (found["images_needed"] is None) == (verdict != "undecided")
+    gate = hold_against_limit([measured(*table), measured(900, 0, 1000, role="baseline")], 1.0)
+    assert (gate.max_drop, gate.baseline) == (1.0, "fp32")
+    [found] = gate.models
+    assert found.verdict == verdict
+    assert found.sentence.startswith(f"{verdict}: W4A8 marr loses ")
+    assert (found.images_needed is None) == (verdict != "undecided")
 
 
 @pytest.mark.parametrize(("only_baseline", "only_model"), [(3, 0), (10, 5), (6, 3), (0, 0)])
@@ -164,26 +162,38 @@ def test_as_many_images_as_the_gate_asks_for_decide_it_and_fewer_do_not(
 ):
     images = 100
     limit = 2.0
-    needed = judge([measured(only_baseline, only_model, images)], limit)["models"][0][
-        "images_needed"
-    ]
+    needed = (
+        hold_against_limit([measured(only_baseline, only_model, images)], limit)
+        .models[0]
+        .images_needed
+    )
 
     def verdict(count: float) -> str:
         scaled = [round(number * count / images) for number in (only_baseline, only_model)]
-        return judge([measured(*scaled, round(count))], limit)["models"][0]["verdict"]
+        return hold_against_limit([measured(*scaled, round(count))], limit).models[0].verdict
 
     assert verdict(1.1 * needed) != "undecided"
     assert verdict(0.9 * needed) == "undecided"
 
 
 def test_a_drop_that_is_the_limit_itself_is_not_told_by_any_number_of_images():
-    [found] = judge([measured(2, 1, 100)], 1.0)["models"]
-    assert (found["verdict"], found["images_needed"]) == ("undecided", None)
-    assert "no number of images would tell" in found["sentence"]
+    [found] = hold_against_limit([measured(2, 1, 100)], 1.0).models
+    assert (found.verdict, found.images_needed) == ("undecided", None)
+    assert "no number of images would tell" in found.sentence
 
 
 def test_a_gate_without_a_baseline_is_an_error():
     model = measured(1, 1, 10)
-    model["accuracy"]["against"] = None
+    model = replace(model, accuracy=replace(model.accuracy, against=None))
     with pytest.raises(BenchError, match="pass --baseline fp32"):
-        judge([model], 1.0)
+        hold_against_limit([model], 1.0)
+
+
+def test_a_candidate_that_failed_is_demanded_and_an_undecided_one_is_warned_of():
+    failed = hold_against_limit([measured(900, 100, 10_000)], 1.0)
+    assert failed.warnings == []
+    with pytest.raises(GateError, match="^W4A8 marr lost more than 1 points against fp32$"):
+        failed.demand()
+    undecided = hold_against_limit([measured(20, 5, 1_000)], 1.0)
+    assert undecided.warnings == ["the gate of 1 points is undecided for W4A8 marr: too few images"]
+    undecided.demand()

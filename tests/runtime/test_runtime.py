@@ -201,14 +201,14 @@ def test_a_process_that_measures_memory_and_fails_is_an_error(tmp_path: Path):
 
 def test_the_environment_names_flags_versions_providers_and_settings():
     found = describe(SessionSettings(threads=3))
-    assert found["onnxruntime"] in found["packages"].values()
-    assert {"numpy", "onnx"} <= set(found["packages"])
-    assert found["provider"] == "cpu"
-    assert "CPUExecutionProvider" in found["providers_available"]
-    assert (found["threads"], found["allow_spinning"]) == (3, True)
-    assert set(found["processor_flags"]) <= set(FLAGS)
+    assert found.onnxruntime in found.packages.values()
+    assert {"numpy", "onnx"} <= set(found.packages)
+    assert found.provider == "cpu"
+    assert "CPUExecutionProvider" in found.providers_available
+    assert (found.threads, found.allow_spinning) == (3, True)
+    assert set(found.processor_flags) <= set(FLAGS)
     if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
-        assert found["processor_flags"]
+        assert found.processor_flags
 
 
 def test_two_packages_of_onnx_runtime_are_an_error_with_the_way_out(

@@ -77,7 +77,7 @@ def test_zero_is_on_every_grid_of_weights(spec: WeightSpec):
         assert not grid.nearest(torch.zeros(4, 64, dtype=torch.float64)).any()
 
 
-def test_an_unclipped_value_is_off_by_half_a_step_at_most():
+def test_a_value_within_the_range_is_off_by_at_most_half_a_step():
     x = normal(8, 100)
     grid = grid_from_range(x.amin(1, keepdim=True), x.amax(1, keepdim=True), (-8, 7))
     error = (grid.nearest(x) - x).abs()
@@ -195,7 +195,7 @@ def test_the_mxint_scale_is_the_power_of_two_of_the_largest_magnitude(num_bits: 
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
-def test_mxint_clips_the_largest_magnitude_by_half_a_step_more_than_rounding_does_at_most(
+def test_mxint_is_off_by_less_than_one_step_and_within_its_range_by_half_a_step(
     num_bits: int,
 ):
     blocks = blocks_of_all_magnitudes()

@@ -1,5 +1,5 @@
-"""Equalization changes no output, takes into a norm only what it alone feeds, and expects of a
-scale what a sweep then finds."""
+"""Equalization changes no output, uses a norm only if the norm feeds nothing else, and expects the
+error that a sweep then finds."""
 
 import pytest
 import torch
@@ -62,14 +62,14 @@ def swept_error(x: Tensor, weight: Tensor, scheme: Scheme) -> float:
 
 
 @FAMILIES
-def test_the_linears_behind_the_two_norms_can_be_equalized_by_them_and_no_others(make):
+def test_only_the_linears_behind_the_two_norms_can_be_equalized_by_a_norm(make):
     with torch.no_grad():
         tokens, block = tokens_and_block(make())
         found = [find_norm(block, group, tokens) is not None for group in block.groups]
     assert found == [True, False, True, False]
 
 
-def test_windows_between_the_norm_and_the_linear_are_left_alone():
+def test_no_norm_is_found_if_windows_are_cut_between_the_norm_and_the_linear():
     with torch.no_grad():
         tokens, block = tokens_and_block(swin())
         found = {group: find_norm(block, group, tokens) for group in block.groups}
@@ -77,7 +77,7 @@ def test_windows_between_the_norm_and_the_linear_are_left_alone():
 
 
 @FAMILIES
-def test_a_scale_that_a_norm_takes_in_changes_no_output(make):
+def test_a_scale_that_a_norm_holds_changes_no_output(make):
     with torch.no_grad():
         tokens, block = tokens_and_block(make())
         before, group = block(tokens), block.groups[0]
@@ -91,7 +91,7 @@ def test_a_scale_that_a_norm_takes_in_changes_no_output(make):
         torch.testing.assert_close(block.linear(group[0]).weight, weight * made.scale)
 
 
-def test_where_no_norm_is_before_the_linear_the_input_is_multiplied_at_run_time():
+def test_without_a_norm_before_the_linear_its_input_is_multiplied_at_run_time():
     with torch.no_grad():
         _, block = tokens_and_block(vit())
         x = with_strong_channels(128, 500)
@@ -106,7 +106,7 @@ def test_where_no_norm_is_before_the_linear_the_input_is_multiplied_at_run_time(
         )
 
 
-def test_a_pass_at_run_time_is_not_taken_for_little():
+def test_a_small_gain_is_not_worth_a_pass_at_run_time():
     with torch.no_grad():
         _, block = tokens_and_block(vit())
         weight = block.linear("mlp.fc2").weight.clone()
@@ -132,7 +132,7 @@ def test_columns_of_very_different_size_are_evened_out():
     ("text", "nearly"),
     [("W2A8", 1.8), ("W3A16", 1.2), ("W4A4", 1.2), ("W3A3", 1.2), ("W4A4-g16", 1.2)],
 )
-def test_the_expected_error_is_that_of_a_sweep_within_a_factor_and_its_choice_is_nearly_the_best(
+def test_the_expected_error_is_near_that_of_a_sweep_and_chooses_nearly_the_best_scale(
     text: str, nearly: float, seed: int
 ):
     """The two errors differ, since a sweep clips ranges further.
@@ -170,7 +170,7 @@ def test_a_channel_nearly_dead_in_calibration_does_not_drown_the_others_when_it_
     assert scale.median() / scale[7] < 2e3
 
 
-def test_a_dead_channel_leaves_the_choice_for_the_others_as_it_is():
+def test_a_dead_channel_does_not_change_the_scale_of_the_others():
     x, weight = (
         with_strong_channels(128, 500),
         torch.randn(24, 128, generator=torch.Generator().manual_seed(1)),
@@ -272,7 +272,7 @@ def test_j_of_an_equalized_model_is_the_square_error_of_its_outputs(method: str)
         ("W4A16", False),
     ],
 )
-def test_inputs_are_multiplied_at_run_time_where_activations_are_coarse_and_only_there(
+def test_inputs_are_multiplied_at_run_time_only_if_activations_are_coarse(
     scheme: str, at_run_time: bool
 ):
     for setting in ("on", "off"):

@@ -104,7 +104,7 @@ def test_preprocessing_survives_json(tiny: str):
         },
     ],
 )
-def test_a_transformers_processor_is_followed_to_a_rounding_of_its_pixels(
+def test_a_transformers_processor_is_followed_up_to_the_rounding_of_its_pixels(
     settings: dict, photo: Image.Image
 ):
     processor = ViTImageProcessor(**settings)

@@ -1,5 +1,5 @@
-"""The preprocessing that a file carries, done in numpy and Pillow, is the one that calibrated and
-judged the model in torch."""
+"""The preprocessing of an exported file, done in numpy and Pillow, gives the pixels that torch
+calibrated and evaluated the model with."""
 
 import json
 from dataclasses import asdict
@@ -35,7 +35,7 @@ def image(width: int, height: int, mode: str, seed: int) -> Image.Image:
     mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1"]),
     seed=st.integers(0, 9),
 )
-def test_it_equals_the_transform_of_torch(
+def test_numpy_and_torch_give_the_same_pixels(
     given_size: tuple[int, int],
     channels: int,
     size: tuple[int, int],
@@ -64,7 +64,7 @@ def test_it_equals_the_transform_of_torch(
         ({"gamma": 2}, "cannot be read"),
     ],
 )
-def test_what_the_file_asks_for_and_is_not_known_is_refused(
+def test_an_unknown_step_in_the_metadata_of_a_file_is_refused(
     change: dict[str, object], message: str
 ):
     described = Preprocessing((3, 8, 8), "bicubic", 1.0, "center", *NORMAL[3])

@@ -1,5 +1,5 @@
-"""Balance changes no output, finds the ways that lead to a linear and no others, and its basis is
-the least harmful one."""
+"""Another basis for values changes no output; value paths are found; no other basis does less
+harm."""
 
 from collections.abc import Callable
 
@@ -78,7 +78,7 @@ def test_values_with_a_linear_of_their_own_are_found(make: Callable[[], nn.Modul
 
 
 @torch.no_grad()
-def test_the_channels_of_a_gated_mlp_stay_each_to_itself():
+def test_the_channels_of_a_gated_mlp_form_groups_of_one_channel():
     found = value_paths(*block_and_tokens(gated()))
     assert found["mlp.fc2"].width == 1
     assert found["attn.proj"].width == 16
@@ -161,7 +161,7 @@ def test_a_balanced_model_gives_the_outputs_of_its_own_float_model_and_says_what
         ("W4A16", False),
     ],
 )
-def test_left_to_itself_it_is_done_where_activations_are_coarse(scheme: str, balanced: bool):
+def test_values_are_balanced_by_default_only_if_activations_are_coarse(scheme: str, balanced: bool):
     images = noise(4)
     for setting, expected in ("auto", balanced), ("on", True), ("off", False):
         model = quantized(vit(depth=1), images, scheme, f"rtn,balance={setting}")

@@ -34,6 +34,7 @@ COARSE_BITS = 4
 """Activations of 4 bits or fewer are coarse: to round them costs about as much accuracy as to round
 the weights, or more."""
 
+# The five parts: W bits, A bits, -gSIZE, -sym or -mxint, -e8.
 SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{OUTER_BITS})?")
 SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
 
@@ -62,6 +63,7 @@ class WeightSpec:
             raise MarrqError(
                 f"a weight grid must be one of {get_args(WeightGrid)}: got {self.grid!r}"
             )
+        # The OCP specification has blocks of 32, no others.
         if self.grid == "mxint" and self.group_size != MXINT_BLOCK:
             raise MarrqError(
                 f"mxint has blocks of {MXINT_BLOCK} inputs: got group size {self.group_size}"
@@ -83,6 +85,7 @@ class WeightSpec:
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code. Codes are signed because integer kernels run signed weights
         twice as fast."""
+        # [-2^(b-1), 2^(b-1) - 1], or half of that with a reduced range.
         half = 2 ** (self.num_bits - 1 - self.reduce_range)
         return -half, half - 1
 
@@ -116,6 +119,7 @@ class ActivationSpec:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
+        # Unsigned, as ONNX Runtime's fastest integer kernels take them: uint8 times int8.
         return 0, 2**self.num_bits - 1
 
 
@@ -141,6 +145,7 @@ class Scheme:
 
         Weights are symmetric, and activations stay in floating point, if they do in the blocks: a
         flavour that can express the blocks can then express these layers."""
+        # Per-channel always: these layers are small, and groups would save nothing.
         grid: WeightGrid = "asymmetric" if self.weight.grid == "asymmetric" else "symmetric"
         activation = ActivationSpec(OUTER_BITS) if self.activation else None
         return Scheme(
@@ -150,6 +155,7 @@ class Scheme:
     @property
     def has_coarse_activations(self) -> bool:
         """Whether to round activations better is worth some effort, even at run time."""
+        # Beyond 4 bits, the weights are what costs accuracy.
         return self.activation is not None and self.activation.num_bits <= COARSE_BITS
 
     @property
@@ -161,6 +167,7 @@ class Scheme:
 def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Scheme:
     """Text such as `W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is
     not offered."""
+    # Text that does not match gets 0 bits, which no scheme has, and ends in the same error.
     match = SCHEME.fullmatch(text)
     bits, activation_bits, group, suffix, outer = (
         match.groups() if match else ("0", "0", None, None, None)

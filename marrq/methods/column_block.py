@@ -14,20 +14,22 @@ from marrq.quantizers.affine import ColumnGrid
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """Columns of a weight that are rounded one after the other. A column is a row of these tensors,
-    so that its m values lie side by side.
+    """Columns of a weight that are rounded one after the other.
 
-    columns: [width, m], compensated for the blocks before; the loop compensates them further in
-    place; original: [width, m], the columns of the weight as given; kernels: [width, width, terms],
-    kernels[j, i, t] tells by how much of term t of column j column i moves; grids: of each column;
-    alpha: the residual strength, one for all rows or [m], one for each row.
-    Written: steps, [width, m], codes minus zero points; terms, [width, terms, m], which multiply
-    the kernels."""
+    A column of the weight is a row of these tensors, so that its m values lie side by side. Steps
+    and terms are written, all else is read."""
 
+    # [width, m], compensated for the blocks before; the loop compensates them further, in place.
     columns: Tensor
+    # [width, m], the columns of the weight as given: W0 of ResComp's term.
     original: Tensor
+    # [width, width, terms]: kernels[j, i, t] is by how much term t of column j moves column i.
     kernels: Tensor
+    # The grid of each column.
     grids: Sequence[ColumnGrid]
+    # The residual strength: one for all rows, or [m], one for each row.
     alpha: float | Tensor
+    # Written, [width, m]: codes minus zero points.
     steps: Tensor
+    # Written, [width, terms, m]: what multiplies the kernels, on the columns behind the block too.
     terms: Tensor

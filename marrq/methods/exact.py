@@ -36,7 +36,8 @@ from marrq.schemes import WeightSpec
 
 def correction(weight: Tensor, data: SweepData) -> Tensor:
     """Δ = G (H + λI)⁻¹ = G Uᵀ U, [m, n], for a weight [m, n], in the weight's type."""
-    upper = data.factors.target_factor.upper  # U, [n, n]
+    # (H + λI)⁻¹ = Uᵀ U, [n, n]; from left to right, so that the large products are m × n × n.
+    upper = data.factors.target_factor.upper
     return (data.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
 
 
@@ -55,6 +56,7 @@ class ExactTarget:
 
         All are rounded on the grid of the first α that is asked for, so that J moves with α alone
         within a search."""
+        # The a weights W_α, [m, n] each; stacked they are [a · m, n].
         targets = [self.weight + alpha * self.delta for alpha in alphas]
         # An α that overflowed left a grid that is of no use to the next.
         if self.grid is None or not self.grid.scale.isfinite().all():
@@ -64,4 +66,5 @@ class ExactTarget:
 
     def direction(self, alpha: float) -> Tensor:
         """T = Δ, at every α: [m, n]."""
+        # dW_α/dα; GPTQ's compensation only moves errors that rounding makes.
         return self.delta

@@ -25,8 +25,9 @@ MAX_DAMPING_STEPS = 12
 class Factor:
     """U of the damped inverse Hessian, its columns in sweep order.
 
-    order: [n], the input that each position of the sweep works on; upper: U, [n, n] float64;
-    damping: the λ / mean(diag H) that was used."""
+    order: [n], the input that each position of the sweep works on
+    upper: U, [n, n] float64
+    damping: the λ / mean(diag H) that was used"""
 
     order: Tensor
     upper: Tensor
@@ -46,14 +47,17 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
             "the inputs of the layer are not finite: look for NaN or infinity in the model's "
             "weights or the images"
         )
+    # λ is relative to the mean of diag H, so that the scale of the inputs does not matter.
     diagonal = hessian.diagonal()
     alive = diagonal > 0
     mean = diagonal.mean() if alive.any() else torch.ones_like(diagonal[0])
+    # Act order. Stable: inputs of equal strength keep their order, on every machine.
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
         else torch.arange(len(diagonal), device=hessian.device)
     )
+    # H_ii = 1 for a dead input. Its row and column of H are 0, so that U couples it to no other.
     filled = hessian + torch.diag((~alive).to(hessian.dtype))
     filled = filled[order][:, order]
     identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
@@ -65,7 +69,8 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
             if not failed:
                 inverse = torch.linalg.solve_triangular(lower, identity, upper=False)  # L⁻¹
                 return Factor(order, inverse.flip(0, 1), damping)
-        damping = max(damping * 10, 1e-8)  # also leaves a damping of 0
+        # At least 1e-8, to get away from a damping of 0.
+        damping = max(damping * 10, 1e-8)
     raise MarrqError(
         f"the layer's Hessian cannot be factored even with damping {damping:g}: use other "
         "calibration images"

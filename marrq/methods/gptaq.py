@@ -43,6 +43,7 @@ class GptaqTarget:
 
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep at each α of [a]: codes [a · m, n]."""
+        # Rows do not depend on each other: a copies of the weight cost one column loop.
         count = len(alphas)
         grid = stack_grids([self.grid] * count)
         stacked = self.weight.repeat(count, 1)  # [a · m, n]
@@ -51,6 +52,7 @@ class GptaqTarget:
 
     def direction(self, alpha: float) -> Tensor:
         """T = w̃ P1 (I - α P1)⁻¹, by two triangular solves: [m, n]."""
+        # Column j of the sweep gives α w_j P1[j, >j] to those behind, so w̃ = W + α w̃ P1.
         residual = self.residuals[0].to(self.weight)
         # w̃ = W (I - α P1)⁻¹, in sweep order.
         moved = self._solve(self.weight[:, self.factor.order], alpha * residual)
@@ -60,6 +62,7 @@ class GptaqTarget:
     @staticmethod
     def _solve(rows: Tensor, strictly_upper: Tensor) -> Tensor:
         """R (I - strictly_upper)⁻¹ for the rows R [m, n]."""
+        # Unit upper triangular, hence never singular, at any α.
         identity = torch.eye(len(strictly_upper), dtype=rows.dtype, device=rows.device)
         solved: Tensor = torch.linalg.solve_triangular(
             identity - strictly_upper, rows, upper=True, left=False, unitriangular=True

@@ -83,11 +83,14 @@ def sweep(
         upper.div(upper.diagonal()[:, None]).neg_(),
         *(residual.to(w) for residual in residuals),
     ]
-    steps = torch.empty_like(w)  # codes minus zero points
+    # Codes minus zero points, [n, m]: the grid counted from its zero.
+    steps = torch.empty_like(w)
     round_block = block_rounding(w)
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
-        terms = w.new_empty(end - start, len(kernels), w.shape[1])  # [width, terms, m]
+        # [width, terms, m], filled column by column.
+        terms = w.new_empty(end - start, len(kernels), w.shape[1])
+        # The part of the kernels that acts within the block: [width, width, terms].
         inside = torch.stack([kernel[start:end, start:end] for kernel in kernels], 2)
         round_block(
             ColumnBlock(
@@ -114,7 +117,8 @@ def round_columns(block: ColumnBlock) -> None:
     w, grids, alpha = block.columns, block.grids, block.alpha
     columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
     for j, (kernel, term) in enumerate(zip(block.kernels, block.terms, strict=True)):
-        error, *residual = term.unbind()  # each [m], a view into block.terms
+        # Each [m], a view into block.terms: what is written here acts on later blocks too.
+        error, *residual = term.unbind()
         # GPTQ: error = w_j - q(w_j), with q(w_j) = step · scale.
         step = grids[j].round(columns[j], out=rounded[j])
         torch.addcmul(columns[j], step, grids[j].scale, value=-1, out=error)
@@ -164,10 +168,12 @@ def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) 
         *clipped_weight_grids(rows, weight_spec, OUTPUT_CLIP_FACTORS),
         search_weight_grid(rows, weight_spec),
     ]
+    # All candidates in one column loop: the rows stacked once for each grid, [grids · m, n].
     stacked = stack_grids(grids)
-    repeated = rows.repeat(len(grids), 1)  # [grids · m, n]
+    repeated = rows.repeat(len(grids), 1)
     codes = sweep(repeated, stacked, data.factors.factor)
-    error = stacked.spread(rows.shape[1]).dequantize(codes).sub_(repeated)  # E = Q - W
+    # E = Q - W.
+    error = stacked.spread(rows.shape[1]).dequantize(codes).sub_(repeated)
     # diag(E H Eᵀ), the square error of each row's output: [grids, m].
     hessian = data.statistics.hessian.to(rows)
     outputs = (error @ hessian).mul_(error).sum(1).view(len(grids), -1)

@@ -64,6 +64,7 @@ def input_scaling(statistics: ResidualStatistics, kind: LowRankKind) -> Scaling:
             "the inputs of the layer are not finite: look for NaN or infinity in the model's "
             "weights or the images"
         )
+    # LQER: S = diag(rms x_i), and the mean over tokens is a factor, which cancels.
     if kind == "lqer":
         # Centred sums of a constant input can come out slightly below 0.
         return Scaling(hessian.diagonal().clamp(min=0).sqrt().diag(), 0.0)
@@ -76,6 +77,7 @@ def _exact_scaling(hessian: Tensor) -> Scaling:
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()
     mean = mean if mean > 0 else torch.ones_like(mean)
+    # H = L Lᵀ, so that Sᵀ = L.
     # H is often singular, and sums of float32 products can make it slightly indefinite.
     for damping in DAMPINGS:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * identity)
@@ -96,6 +98,7 @@ def preserved(weight: Tensor, scaling: Scaling, spec: LowRankSpec) -> tuple[Tens
     kept = split(weight, scaling, spec.rank) if spec.kind == "srr" else 0
     if kept == 0:
         return torch.zeros_like(weight), 0
+    # The best rank-k part of W itself, under the scaling: SVD_k(W Sᵀ) S⁻ᵀ.
     left, right = _project(weight.double(), scaling, kept)
     return (left @ right).to(weight), kept
 
@@ -104,6 +107,7 @@ def refit(residual: Tensor, scaling: Scaling, spec: LowRankSpec) -> LowRank:
     """The best L R of the whole rank for a residual W - Q [m, n], rounded as it is stored. Raises
     MarrqError as `preserved` does."""
     _check_rank(residual, spec)
+    # SVD_r((W - Q) Sᵀ) S⁻ᵀ, in float64: the residual is small beside W.
     left, right = _project(residual.double(), scaling, spec.rank)
     # Columns of L have norm 1, rows of R have any. Give both the square root of that norm, so that
     # neither leaves the range of float16.
@@ -121,17 +125,21 @@ def split(weight: Tensor, scaling: Scaling, rank: int) -> int:
     # Drawn on the CPU, so that a GPU finds the same k.
     noise = torch.rand(weight.shape, dtype=torch.float64, generator=generator)
     noise = noise.to(weight.device) * 2 - 1  # N
-    exposed = _unexplained(weight.double() @ scaling.transposed, rank)  # ρ_k(W Sᵀ), k = 0 … r
-    unrecovered = _unexplained(noise @ scaling.transposed, rank).flip(0)  # ρ_{r-k}(N Sᵀ)
+    # ρ_k(W Sᵀ) for k = 0 … r: the share of the weight that has to go through the quantizer.
+    exposed = _unexplained(weight.double() @ scaling.transposed, rank)
+    # ρ_{r-k}(N Sᵀ): the share of the rounding error that the other ranks cannot take back.
+    unrecovered = _unexplained(noise @ scaling.transposed, rank).flip(0)
     return int((exposed * unrecovered).argmin())
 
 
 def _unexplained(matrix: Tensor, rank: int) -> Tensor:
     """ρ_0 … ρ_rank of a matrix, [rank + 1]; zeros for a matrix of zeros."""
+    # σ², ascending; rounding can take the smallest below 0.
     with one_thread():
-        energies = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)  # σ², ascending
+        energies = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)
     # Tails are summed from the smallest σ²: the difference 1 - Σ would lose small tails.
     tails = torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
+    # tails[p] is the energy that rank p leaves; tails[0] is all of it.
     return tails[: rank + 1] / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)
 
 
@@ -143,10 +151,12 @@ def _project(matrix: Tensor, scaling: Scaling, rank: int) -> tuple[Tensor, Tenso
     scaled = matrix @ scaling.transposed
     with one_thread():
         _, vectors = torch.linalg.eigh(_small_gram(scaled))
-        leading = vectors[:, -rank:].flip(1)  # by descending σ²
+        # eigh sorts by ascending σ²: the leading vectors are the last columns.
+        leading = vectors[:, -rank:].flip(1)
         # Of A Aᵀ they are U_r itself. Of Aᵀ A they are right singular vectors V_r, and A V_r spans
         # the same outputs; QR makes it orthonormal even if A has a lower rank.
         left = leading if len(leading) == len(scaled) else torch.linalg.qr(scaled @ leading).Q
+    # U_r (U_rᵀ E): no S⁻ᵀ is needed, and a singular H does no harm.
     return left, left.T @ matrix
 
 
@@ -161,6 +171,7 @@ def _stored(factor: Tensor, dim: int, num_bits: int) -> StoredFactor:
     factor = factor.float()
     if num_bits == 16:
         return StoredFactor(factor.half())
+    # One scale for each component, [1, r] of L or [r, 1] of R: components differ in size.
     scale = factor.abs().amax(dim, keepdim=True) / INT8_LIMIT
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     grid = Grid(scale, torch.zeros_like(scale), -INT8_LIMIT, INT8_LIMIT)

@@ -47,6 +47,7 @@ def pid_search(
     """The steps of one PID run; the caller picks from them."""
     pid = spec.pid
     steps: list[SearchStep] = []
+    # previous: e_{t-1}; before the first step there is no error, and no sum of errors.
     alpha, integral, previous = pid.initial, 0.0, 0.0
     while len(steps) < pid.steps:
         # Plant: sweep at α, then J and its gradient at the codes.
@@ -62,7 +63,9 @@ def pid_search(
         # A sweep that overflowed gives no direction: the steps so far decide.
         if not math.isfinite(change):
             break
+        # The next α, within its bounds.
         following = min(max(alpha + change, pid.lower), pid.upper)
+        # The paper's end, J no longer changes; and ours, α would hardly move.
         unchanged = len(steps) > 1 and abs(value - steps[-2].error) < pid.tolerance * steps[0].error
         if unchanged or abs(following - alpha) < pid.settled:
             break
@@ -95,6 +98,7 @@ def marr(
 ) -> Rounding:
     """Search α with each half in turn, average the two best, carry the average over to the whole
     set, and sweep with that."""
+    # A value for all modules was asked for: then this is the method without MARR.
     if spec.alpha.strategy == "global":
         return with_constant(target_class, weight, problem, spec)
     search = SEARCHES[spec.alpha.strategy]
@@ -102,6 +106,7 @@ def marr(
     for sweeping, judging, half in _rounds(problem, spec):
         target = target_class(weight, sweeping, problem.weight_spec)
         searches.append(search(target, problem.loss(judging, weight), spec.alpha, half))
+    # The least J seen, not the last: a step too far is not taken over.
     alpha = sum(best(steps).alpha for steps in searches) / len(searches)
     if spec.alpha.feedback == "held-out":
         # a / (a + b) with b for half the tokens, to a / (a + b / 2).
@@ -115,5 +120,6 @@ def _rounds(problem: Problem, spec: MethodSpec) -> list[tuple[SweepData, SweepDa
     """For each search: the data that sweeps, the data that judges, and the number of its half."""
     if spec.alpha.feedback == "calibration":
         return [(problem.whole, problem.whole, None)]
+    # Halves are numbered 0 and 1; a step names the half that judged it.
     first, second = problem.halves
     return [(first, second, 1), (second, first, 0)]

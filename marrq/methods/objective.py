@@ -33,6 +33,7 @@ class ReconstructionLoss:
     def __init__(
         self, statistics: ResidualStatistics, weight: Tensor, total: Total = of_one_process
     ) -> None:
+        # For input drift e = W dx, and the sums of e follow from those of dx.
         self.statistics, self.weight = statistics, weight
         self._wanted, self._total = statistics.drift.of_outputs(weight), total
         self._importance = self._wanted.importance[:, None]  # [m, 1]
@@ -41,8 +42,9 @@ class ReconstructionLoss:
     def __call__(self, quantized: Tensor) -> tuple[float, Tensor]:
         """J of Q [m, n], the square error summed over tokens and outputs; and half its gradient,
         [m, n]."""
-        error = quantized.double() - self.weight.double()  # E
-        pull = error @ self.statistics.hessian  # E H
+        # E and E H, [m, n]. E is small, and Q is not: from Q directly, J would lose digits.
+        error = quantized.double() - self.weight.double()
+        pull = error @ self.statistics.hessian
         # ⟨E, E H⟩ - 2 ⟨E, G⟩, row by row: [m].
         rows = (self._importance * error * (pull - 2 * self._wanted.moment)).sum(1)
         return self._total(rows) + self._constant, self._importance * (pull - self._wanted.moment)
@@ -51,6 +53,7 @@ class ReconstructionLoss:
         """The multiple of a direction T [m, n] at which J is least: ⟨-gradient, T⟩ / ⟨T H, T⟩.
 
         gradient: half the gradient, as the call gives it. 0 if T changes no output."""
+        # J(Q + s T) = J(Q) + 2 s ⟨E H - G, T⟩ + s² ⟨T H, T⟩ is least where its slope is 0.
         direction = direction.double()
         slope = self._total((gradient * direction).sum(1))
         curved = self._importance * (direction @ self.statistics.hessian) * direction

@@ -24,8 +24,9 @@ from marrq.schemes import WeightSpec
 class SearchStep:
     """One step of a search for α.
 
-    half: the half of the calibration set that judged, None if all of it did; alpha: the α that was
-    tried; error: J there."""
+    half: the half of the calibration set that judged; None if all of it did
+    alpha: the α that was tried
+    error: J there"""
 
     half: int | None
     alpha: float
@@ -36,8 +37,9 @@ class SearchStep:
 class Rounding:
     """Codes [m, n] on a grid, and how they came about.
 
-    alpha: None if the method has no α; trajectory: the steps of its search; fallback: why α = 0 was
-    used in place of the α that was asked for, or None."""
+    alpha: None if the method has no α
+    trajectory: the steps of its search
+    fallback: why α = 0 was used in place of the α that was asked for, or None"""
 
     codes: Tensor
     grid: Grid
@@ -48,6 +50,7 @@ class Rounding:
     @property
     def quantized(self) -> Tensor:
         """Q, the weight that the codes stand for: [m, n]."""
+        # (code - zero point) · scale.
         return self.grid.spread(self.codes.shape[1]).dequantize(self.codes)
 
 
@@ -67,6 +70,7 @@ class SweepFactors:
     @cached_property
     def target_factor(self) -> Factor:
         """U of the exact target's solve, with its own damping; the inputs stay in their order."""
+        # The solve has no order of columns: Δ comes out in the order of the inputs.
         return factorize(self._statistics.hessian, self._spec.target_damping, act_order=False)
 
     @cached_property
@@ -77,11 +81,13 @@ class SweepFactors:
     @cached_property
     def error_residual(self) -> Tensor:
         """ResComp's P2 = ((C L) ∘ M) Lᵀ with C = Σ x̃ xᵀ = H + D; shape as P1."""
+        # Σ x̃ xᵀ = Σ (x + dx) xᵀ = H + D: nothing new has to be summed.
         return self._residual(self._statistics.hessian + self._statistics.drift.input_moment)
 
     def _residual(self, moment: Tensor) -> Tensor:
         """((moment L) ∘ M) Lᵀ with L = Uᵀ and M the strictly upper 0/1 mask."""
         order, lower = self.factor.order, self.factor.upper.T
+        # The mask goes between the two products: after them it would give another matrix.
         masked = torch.triu(moment[order][:, order] @ lower, 1)
         # Both factors are upper triangular; the second triu takes off what rounding leaves below.
         return torch.triu(masked @ lower.T, 1)
@@ -91,7 +97,7 @@ class SweepFactors:
 class SweepData:
     """The statistics that a sweep compensates by, with what is computed from them.
 
-    clip: how the grid of a row is searched, see MethodSpec."""
+    clip: what clips the grid of a row, see MethodSpec."""
 
     statistics: ResidualStatistics
     clip: Clip
@@ -111,10 +117,12 @@ class SweepData:
 class Problem:
     """The statistics of the calibration set: the whole, and each half by itself.
 
-    whole: all the data, for the final sweep; halves: to find α, each half in turn sweeps while the
-    other judges; weight_spec: the codes that are wanted; processes: the processes that share the
-    rows of a weight; total_rows: m of the whole weight if this is the problem of some of its rows,
-    None if it is the problem of all rows."""
+    whole: all the data, for the final sweep
+    halves: each half in turn sweeps while the other judges, to find α
+    weight_spec: the codes that are wanted
+    processes: the processes that share the rows of a weight
+    total_rows: m of the whole weight if this is the problem of some of its rows; None if it is the
+    problem of all rows"""
 
     whole: SweepData
     halves: tuple[SweepData, SweepData]
@@ -134,6 +142,7 @@ class Problem:
 
         The sums that are given are taken over, not copied: if the bias is to take up the mean
         error, they are centred in place."""
+        # The halves add exactly: the whole is the same however the images are split.
         whole, (first, second) = halves[0] + halves[1], halves
         if spec.correct_bias:
             for sums in (whole, first, second):
@@ -147,6 +156,7 @@ class Problem:
 
     def of_rows(self, rows: slice, total_rows: int) -> "Problem":
         """The problem of the rows that this process has, of a weight with `total_rows` rows."""
+        # No sums are copied: what belongs to the inputs is the same for all rows.
         first, second = (half.of_rows(rows) for half in self.halves)
         return replace(
             self, whole=self.whole.of_rows(rows), halves=(first, second), total_rows=total_rows

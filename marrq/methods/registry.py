@@ -33,6 +33,7 @@ class MethodInfo:
     searches_alpha: bool = False
 
 
+# Adding a method: a line here, and one in methods/solve.py; a test fails if one of them is missing.
 RESIDUAL_METHODS: dict[str, MethodInfo] = {
     "gptaq": MethodInfo(
         "the full-precision output, by a residual term in the sweep; α = 0.25", has_alpha=True

@@ -23,6 +23,7 @@ class RescompTarget(GptaqTarget):
     """w̃(α) = W (I + α P2) (I - α(P1 - P2))⁻¹ without rounding."""
 
     def _residuals(self, data: SweepData) -> tuple[Tensor, ...]:
+        # The sweep has one α for both terms (methods/gptq.py).
         return (data.factors.drift_residual, data.factors.error_residual)
 
     def direction(self, alpha: float) -> Tensor:

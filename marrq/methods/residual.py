@@ -25,6 +25,7 @@ class ResidualTarget(Protocol):
 
     constant: the α of the method if there is no search."""
 
+    # GPTAQ's released code has 0.25, QEP's closed form 1.
     constant: ClassVar[float]
 
     def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None: ...
@@ -65,5 +66,6 @@ def with_constant(
     """The method with one residual strength for every module: the one that was chosen, or the
     method's own."""
     alpha = target_class.constant if spec.alpha.value is None else spec.alpha.value
+    # No search, so that all the data can sweep.
     target = target_class(weight, problem.whole, problem.weight_spec)
     return final(target, weight, problem.processes, alpha)

@@ -22,8 +22,9 @@ SWITCH = {"on": True, "off": False}
 class Form:
     """How the values of a setting are written as text.
 
-    values: what may be written, for people; read: (key, text) to a value, raises MarrqError that
-    names the key; write: a value to text that `read` takes."""
+    values: what may be written, for people
+    read: (key, text) to a value; raises MarrqError that names the key
+    write: a value to text that `read` takes"""
 
     values: str
     read: Callable[[str, str], Any]
@@ -34,10 +35,12 @@ class Form:
 class Setting:
     """One setting of a method.
 
-    key: its name in text; meaning: one sentence; form: how its values are written; argument: the
-    field that holds the number behind a second `=`, as in alpha=global=0.5, or ""; field: the name
-    of its own field; owner: the attributes that lead from a MethodSpec to the object that has the
-    field."""
+    key: its name in text
+    meaning: one sentence
+    form: how its values are written
+    argument: the field that holds the number behind a second `=`, as in alpha=global=0.5, or ""
+    field: the name of its own field
+    owner: the attributes that lead from a MethodSpec to the object that has the field"""
 
     key: str
     meaning: str
@@ -49,6 +52,7 @@ class Setting:
     def read(self, spec: Spec, text: str) -> Spec:
         """The spec with this setting read from text. Raises MarrqError for a wrong value."""
         changes: dict[str, Any] = {}
+        # alpha=global=0.5: the text before the second `=` is this field's, the number another's.
         if self.argument:
             text, _, number = text.partition("=")
             changes[self.argument] = NUMBER.read(self.key, number) if number else None
@@ -60,6 +64,7 @@ class Setting:
         owner: Any = spec
         for name in self.owner:
             owner = getattr(owner, name)
+        # The inverse of `read`.
         text = self.form.write(getattr(owner, self.field))
         number = getattr(owner, self.argument) if self.argument else None
         return text if number is None else f"{text}={NUMBER.write(number)}"
@@ -67,6 +72,7 @@ class Setting:
 
 def _changed(spec: Spec, owner: tuple[str, ...], changes: dict[str, Any]) -> Spec:
     """A copy of the frozen dataclass with some fields changed in what `owner` leads to."""
+    # Frozen: every object on the way is replaced by a copy, from the innermost out.
     if not owner:
         return replace(spec, **changes)
     first, *others = owner
@@ -75,11 +81,12 @@ def _changed(spec: Spec, owner: tuple[str, ...], changes: dict[str, Any]) -> Spe
 
 
 def _read_number(kind: type) -> Callable[[str, str], Any]:
+    wanted = "a number" if kind is float else "a whole number"
+
     def read(key: str, text: str) -> Any:
         try:
             return kind(text)
         except ValueError as error:
-            wanted = "a number" if kind is float else "a whole number"
             raise MarrqError(f"setting {key!r} must be {wanted}: got {text!r}") from error
 
     return read
@@ -96,6 +103,7 @@ def _read_choice(choices: Mapping[str, Any]) -> Callable[[str, str], Any]:
 
 def digits(value: float) -> str:
     """The shortest text that reads back to the same number."""
+    # %g has six digits, which is enough for numbers that people choose but not for all.
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -124,6 +132,7 @@ def setting(key: str, meaning: str, form: Form, argument: str = "") -> dict[str,
 
 def settings_of(spec: type, owner: tuple[str, ...] = (), prefix: str = "") -> dict[str, Setting]:
     """The settings among the fields of a dataclass, by key."""
+    # The field itself cannot know its name, nor what leads to its object: both are added here.
     found = {}
     for attribute in fields(spec):
         if METADATA in attribute.metadata:

@@ -51,10 +51,12 @@ IMPLEMENTATIONS: dict[str, Method] = {
 class Solution:
     """What a linear becomes.
 
-    bias_shift: what to add to the bias, [m], or None; lowrank: the branch beside the codes, or
-    None; error: J over all calibration tokens; relative_error: J / ‖W X̃‖², 0 if the wanted outputs
-    are all 0; damping, lowrank_damping: λ / mean(diag H) that the factorizations of the sweep and
-    of the branch's input scaling used, None without a branch."""
+    bias_shift: what to add to the bias, [m], or None
+    lowrank: the branch beside the codes, or None
+    error: J over all calibration tokens
+    relative_error: J / ‖W X̃‖²; 0 if the wanted outputs are all 0
+    damping: λ / mean(diag H) that the factorization of the sweep used
+    lowrank_damping: the same of the branch's input scaling; None without a branch"""
 
     rounding: Rounding
     bias_shift: Tensor | None
@@ -69,11 +71,14 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     """Quantize one weight [m, n]. Raises MarrqError for NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise MarrqError("the weight has NaN or infinite values: load other weights")
+    # The branch's scaling belongs to the inputs; codes and branch both need it.
     statistics = problem.whole.statistics
     scaling = None if spec.lowrank is None else input_scaling(statistics, spec.lowrank.kind)
     rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
+    # J counts the branch: it is what the linear will compute that is compared.
     error, relative_error = _errors(weight, quantized, problem)
+    # The mean error that is left, with the branch counted too.
     shift = statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     return Solution(
         rounding,
@@ -88,6 +93,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
 
 def _errors(weight: Tensor, quantized: Tensor, problem: Problem) -> tuple[float, float]:
     """J over all calibration tokens, and J / ‖W X̃‖²; each process sums its share of the rows."""
+    # J is a sum over rows, and so is the power of the wanted outputs.
     rows = problem.processes.rows(len(weight))
     part = problem.of_rows(rows, len(weight))
     loss = part.loss(part.whole, weight[rows])
@@ -119,6 +125,7 @@ def _by_rows(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     Rows do not depend on each other but for α and J, on which the processes agree."""
     processes, count = problem.processes, len(weight)
     rows = processes.rows(count)
+    # The statistics of the inputs are those of all rows; a method never sees the other rows.
     part = IMPLEMENTATIONS[spec.name](weight[rows], problem.of_rows(rows, count), spec)
     codes, scale, zero_point = (
         processes.gather_rows(tensor, count)

@@ -44,6 +44,7 @@ NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
 def parse_lowrank(text: str) -> "LowRankSpec":
     """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
     anything else."""
+    # KIND:RANK[:STORAGE]; without a storage, 16 bits.
     match = LOW_RANK.fullmatch(text)
     if not match or match[3] not in NUM_BITS:
         raise MarrqError(
@@ -64,8 +65,10 @@ BRANCH = Form(
 class LowRankSpec:
     """A low-rank branch L R beside the codes (methods/lowrank.py).
 
-    kind: how L and R are found; rank: r; num_bits: 16 stores L and R as float16, 8 as int8 with a
-    float32 scale for each of the r components of L and of R."""
+    kind: how L and R are found
+    rank: r
+    num_bits: 16 stores L and R as float16; 8 as int8, with a float32 scale for each of the r
+    components of L and of R"""
 
     kind: LowRankKind
     rank: int
@@ -97,6 +100,7 @@ class PID:
     """Settings of MARR's controller; methods/marr.py has its law. The paper publishes `tolerance`
     alone."""
 
+    # The three gains of the law, and how fast its memory fades.
     proportional: float = field(
         default=0.6, metadata=setting("proportional", "gain of the error", NUMBER)
     )
@@ -109,9 +113,11 @@ class PID:
     leak: float = field(
         default=0.5, metadata=setting("leak", "share of the sum that is kept at each step", NUMBER)
     )
+    # α = 0 is no correction and α = 1 all of it; a search may go somewhat beyond.
     initial: float = field(default=0.25, metadata=setting("initial", "first α", NUMBER))
     lower: float = field(default=0.0, metadata=setting("lower", "least α", NUMBER))
     upper: float = field(default=1.5, metadata=setting("upper", "largest α", NUMBER))
+    # Three ends of a search. A step costs a whole sweep.
     steps: int = field(default=8, metadata=setting("steps", "most steps of a search", COUNT))
     tolerance: float = field(
         default=1e-5,
@@ -135,9 +141,11 @@ class PID:
 class AlphaSpec:
     """How the residual strength α of a module is found.
 
-    strategy: `pid` and `grid` search α for each module, `global` takes `value` for all modules;
-    value: None stands for the method's own constant; grid: the values that `grid` tries."""
+    strategy: `pid` and `grid` search α for each module, `global` takes `value` for all modules
+    value: None stands for the method's own constant
+    grid: the values that `grid` tries"""
 
+    # `global=0.5` is one setting in two fields: the number goes to `value`.
     strategy: AlphaStrategy = field(
         default="pid",
         metadata=setting(
@@ -148,6 +156,7 @@ class AlphaSpec:
         ),
     )
     value: float | None = None
+    # J on the data that produced the codes cannot tell fit from noise; J on other data can.
     feedback: Feedback = field(
         default="held-out",
         metadata=setting(
@@ -156,13 +165,15 @@ class AlphaSpec:
             choice(Feedback),
         ),
     )
+    # 0 to 1.5, the bounds of the PID.
     grid: tuple[float, ...] = tuple(i / 8 for i in range(13))
     pid: PID = field(default_factory=PID)
 
     def __post_init__(self) -> None:
+        # Text is checked when it is read; these catch a spec that was built in Python.
         if self.strategy not in get_args(AlphaStrategy) or self.feedback not in get_args(Feedback):
             raise MarrqError(
-                "alpha is found by pid, grid or global, judged held-out or calibration: got "
+                "alpha is found by pid, grid or global, with feedback held-out or calibration: got "
                 f"{self.strategy}, {self.feedback}"
             )
         if (self.value is not None) != (self.strategy == "global"):
@@ -177,6 +188,8 @@ class MethodSpec:
     """The method and its settings. name: one of METHODS (methods/registry.py)."""
 
     name: str = "marr-stream"
+    # Two dampings: the sweep needs H to be invertible, no more. The target's solve is a ridge
+    # regression from few tokens, and wants to be regularized.
     damping: float = field(
         default=0.01,
         metadata=setting(
@@ -189,6 +202,7 @@ class MethodSpec:
             "target-damping", "λ / mean(diag H) of the solve for the exact target", NUMBER
         ),
     )
+    # What is rounded first is compensated by the most columns behind it.
     act_order: bool = field(
         default=True,
         metadata=setting(
@@ -199,11 +213,12 @@ class MethodSpec:
         default="outputs",
         metadata=setting(
             "clip",
-            "a row's grid is clipped by the error of its weights, or of its outputs after a sweep",
+            "what clips a row's grid: the error of its weights, or of its outputs after a sweep",
             choice(Clip),
         ),
     )
     alpha: AlphaSpec = field(default_factory=AlphaSpec)
+    # Free of charge at run time: it changes the values of a bias, or adds a bias.
     correct_bias: bool = field(
         default=True,
         metadata=setting(
@@ -214,8 +229,10 @@ class MethodSpec:
         default=None,
         metadata=setting("lowrank", "a low-rank branch in floating point beside the codes", BRANCH),
     )
+    # The last three change the model before its weights are quantized (marrq/transforms).
     rotation: int | None = field(
-        default=None, metadata=setting("rotate", "seed of a rotation of the residual stream", SEED)
+        default=None,
+        metadata=setting("rotate", "rotate the residual stream; seed of the draw", SEED),
     )
     equalize: bool = field(
         default=True,
@@ -285,6 +302,7 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
 def text_of(spec: MethodSpec) -> str:
     """The text that `parse_method` reads back: the name, and the settings that are not at their
     defaults."""
+    # Texts are compared, not values: what is written is what would be read back as another value.
     texts = {key: one.write(spec) for key, one in SETTINGS.items()}
     changed = [f"{key}={text}" for key, text in texts.items() if text != DEFAULTS[key]]
     return ",".join([spec.name, *changed])

@@ -72,15 +72,18 @@ class Units:
 
         x: [batch tokens, n]; drift: dx or e, [batch tokens, n or m]; tokens: how many there will
         be in all batches together."""
+        # A power of two of tokens keeps R, like u, free of rounding.
         return cls(_sizes(x), _sizes(drift), 1 << (tokens - 1).bit_length())
 
     @property
     def shift(self) -> float:
         """R / uᵢ uⱼ."""
+        # ¾ of a power of two: c + R then stays in one binade whether c is positive or negative.
         return 0.75 * HEADROOM * self.tokens
 
     def round_outer_(self, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Round sums of products [p, q] in place; left [p], right [q]: the sizes of the factors."""
+        # R = shift · uᵢ uⱼ is exact, so that what is added is taken off to the last bit.
         return sums.addr_(left, right, alpha=self.shift).addr_(left, right, alpha=-self.shift)
 
     def round(self, sums: Tensor, sizes: Tensor) -> Tensor:
@@ -90,6 +93,7 @@ class Units:
 
 def _sizes(tokens: Tensor) -> Tensor:
     """The rms of each channel of [tokens, p], rounded up to a power of two; 1 if there is none."""
+    # A batch can miss a channel that others have: no size is below a floor.
     squares = tokens.double().square().mean(0)
     rms = torch.maximum(squares, UNIT_FLOOR**2 * squares.mean()).sqrt()
     # Powers of two: multiplying by them rounds nothing, so that uᵢ uⱼ t is exact.
@@ -118,6 +122,7 @@ class Drift(ABC):
 
     def add(self, x: Tensor, drift: Tensor, units: Units) -> None:
         """Take in a batch. x: [tokens, n]; drift: dx, [tokens, n], or e, [tokens, m]."""
+        # Σ d xᵀ of this batch, rounded before it is added: the addition itself is exact.
         self.moment += units.round_outer_(_products(drift, x), units.drift, units.inputs)
         self._add_power(drift, units)
         self.sum += units.round(drift.sum(0, dtype=torch.float64), units.drift)
@@ -164,9 +169,11 @@ class InputDrift(Drift):
         return cls(square, square.clone(), square.new_zeros(in_features))
 
     def _add_power(self, drift: Tensor, units: Units) -> None:
+        # S = Σ dx dxᵀ: all of it, since J of any weight W asks for W S Wᵀ.
         self.power += units.round_outer_(_products(drift, drift), units.drift, units.drift)
 
     def _centre_power(self, tokens: int) -> None:
+        # Σ (dx - d̄)(dx - d̄)ᵀ = S - (Σ dx)(Σ dx)ᵀ / k
         self.power.addr_(self.sum, self.sum, alpha=-1 / tokens)
 
     @property
@@ -180,6 +187,7 @@ class InputDrift(Drift):
 
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """The sums of e = W dx: G = W D, diag(W S Wᵀ) and W Σ dx."""
+        # c of each output is the diagonal of W S Wᵀ; all outputs count alike.
         w = weight.double()
         return OutputDrift(
             w @ self.moment, ((w @ self.power) * w).sum(1), w @ self.sum, w.new_ones(len(w))
@@ -203,9 +211,11 @@ class OutputDrift(Drift):
         return cls(moment, torch.zeros_like(importance), torch.zeros_like(importance), importance)
 
     def _add_power(self, drift: Tensor, units: Units) -> None:
+        # e belongs to one linear, so that Σ e² of each output is all that J asks for.
         self.power += units.round(drift.double().square().sum(0), units.drift.square())
 
     def _centre_power(self, tokens: int) -> None:
+        # Σ (e - ē)² = Σ e² - (Σ e)² / k
         self.power.sub_(self.sum.square() / tokens)
 
     @property
@@ -273,6 +283,7 @@ class ResidualStatistics:
 
         x: [tokens, n]; drift: dx = x̃ - x, [tokens, n], or e, [tokens, m]. The caller forms the
         difference before any product: it is a small difference of large numbers."""
+        # Processes and halves must round alike: the pipeline hands out the units of one batch.
         if self.units is None:
             self.units = Units.of(x, drift, len(x))
         sizes = self.units.inputs
@@ -283,6 +294,7 @@ class ResidualStatistics:
 
     def pooled_(self, processes: Processes) -> "ResidualStatistics":
         """The sums of all processes, in place. Returns itself."""
+        # Exact additions: the sums are the same whatever the number of processes.
         drift, tokens = self.drift, torch.tensor(self.tokens)
         sums = (self.hessian, self.input_sum, drift.moment, drift.power, drift.sum)
         processes.all_reduce(*sums, tokens)
@@ -304,6 +316,7 @@ class ResidualStatistics:
         self.hessian.addr_(self.input_sum, self.input_sum, alpha=-1 / self.tokens)
         # For a constant input this difference is noise, by which nothing may be weighed or divided.
         varies = (self.hessian.diagonal() > VARIATION * power).to(power)
+        # A constant input becomes dead, its noise 0.
         self.hessian.mul_(varies).mul_(varies[:, None])
         self.drift.centre_(self.input_sum, self.tokens, varies)
         return self
@@ -311,6 +324,7 @@ class ResidualStatistics:
     def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """What the bias needs so that the outputs of Q are right in the mean: (Σ e - E Σ x) / k,
         [m]. weight, quantized: W and Q, [m, n]."""
+        # The mean over tokens of W x + e - Q x.
         error = quantized.double() - weight.double()
         return (self.drift.of_outputs(weight).sum - error @ self.input_sum) / self.tokens
 
@@ -321,6 +335,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     The matrix product runs in the type of the tokens, without their means; what the means add is
     put back in float64. If the mean of an input is a thousand times its deviation, a float32
     product would lose the deviation, which is all that `centre_` keeps."""
+    # [p] and [q], then [tokens, p]ᵀ × [tokens, q].
     left_mean, right_mean = left.mean(0), right.mean(0)
     sums = ((left - left_mean).T @ (right - right_mean)).double()
     # Σ (l - a)(r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ, for any a and b: it matters not that

@@ -37,6 +37,7 @@ def _columns(
     TERMS: tl.constexpr, PER_COLUMN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     HALFWAY: tl.constexpr,
 ):  # fmt: skip
+    # A program works on ROWS rows of the weight; every tensor has a column as its row, [·, rows].
     column = tl.arange(0, WIDTH)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -47,7 +48,9 @@ def _columns(
         other=0.0,
     )
     alpha = tl.load(alphas + row, mask=there, other=0.0)
+    # One column after the other, for all rows of the tile at once.
     for j in range(width):
+        # Grids are [1, rows] if all columns share one, else [width, rows].
         grid = row + (j * rows if PER_COLUMN else 0)
         scale = tl.load(scales + grid, mask=there, other=1.0)
         low = tl.load(lowest + grid, mask=there, other=0.0)
@@ -59,10 +62,12 @@ def _columns(
         ratio = tl.clamp(tl.div_rn(x, scale), low, high, propagate_nan=tl.PropagateNan.ALL)
         step = (ratio + HALFWAY) - HALFWAY
         tl.store(steps + j * rows + row, step, mask=there)
+        # Columns not yet rounded; behind the block torch takes over.
         after = (column > j) & (column < width)
         # GPTQ: the error w_j - q(w_j), onto the columns behind.
         first = x - step * scale
         tl.store(terms + j * TERMS * rows + row, first, mask=there)
+        # kernels is [width, width, TERMS]: row j, every column.
         kernel = kernels + (j * width + column) * TERMS
         tile += tl.load(kernel, mask=after, other=0.0)[:, None] * first[None, :]
         # GPTAQ: α w_j.
@@ -86,6 +91,7 @@ def sweep_columns(block: ColumnBlock) -> None:
     shared = all(grid is block.grids[0] for grid in block.grids)
     grids = block.grids[:1] if shared else block.grids
     scales, lowest, highest = (_joined(grids, part) for part in ("scale", "lowest", "highest"))
+    # The kernel reads an α for each row.
     alphas = alpha.to(w).contiguous() if isinstance(alpha, Tensor) else w.new_full((rows,), alpha)
     inputs = (w, block.kernels, scales, lowest, highest, block.original, alphas)
     sizes: dict[str, Any] = {

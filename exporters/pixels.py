@@ -1,45 +1,44 @@
-"""Normalization inside the graph: a client sends the resized image as it is, and the model does the
-arithmetic.
+"""Normalization inside the graph: a client sends the resized image as it is.
 
-    pixels, uint8 [batch, height, width, channels]  →  (x / 255 - mean) / std  →  float32 [batch, channels, height, width]
+    pixels, uint8 [batch, height, width, channels]
+        → (x / 255 - mean) / std
+        → float32 [batch, channels, height, width]
 
-The operations are those of the preprocessing outside (marrq/models/preprocessing.py), in its order
-and in float32, so that the model reads the same numbers. Resizing stays with the client: no
-operator of ONNX resizes as Pillow does."""
+The operations are those of marrq/models/preprocessing.py, in the same order and in float32, so that
+the model reads the same numbers. Resizing stays with the client, because no ONNX operator resizes
+as Pillow does.
+"""
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.passes import add_constant
+from exporters.graph import add_constant
 from marrq.models.preprocessing import Preprocessing
 
 CHANNELS_FIRST = [0, 3, 1, 2]
 
 
 def take_images(graph: ir.Graph, preprocessing: Preprocessing) -> None:
-    """Put the normalization before a graph with one float32 input. The new input has the old one's
-    name."""
+    """Put the normalization before a graph with one float32 input.
+
+    The new input keeps the name of the old one.
+    """
     [normalized] = graph.inputs
     assert normalized.name is not None
     assert normalized.shape is not None
     channels, height, width = preprocessing.input_size
     shape = ir.Shape([normalized.shape[0], height, width, channels])
     images = ir.Value(name=normalized.name, shape=shape, type=ir.TensorType(ir.DataType.UINT8))
-    nodes = [
-        ir.node("Cast", [images], attributes={"to": int(ir.DataType.FLOAT)}, name="pixels/Cast")
-    ]
-    for op_type, numbers in (("Div", 255), ("Sub", preprocessing.mean), ("Div", preprocessing.std)):
+    to_float = {"to": int(ir.DataType.FLOAT)}
+    nodes = [ir.node("Cast", [images], attributes=to_float, name="pixels/Cast")]
+    steps = (("Div", 255), ("Sub", preprocessing.mean), ("Div", preprocessing.std))
+    for op_type, numbers in steps:
+        # mean and std are per channel, which is the last axis here.
         name = f"pixels/{op_type}_{len(nodes)}"
         constant = add_constant(graph, f"{name}.constant", np.array(numbers, np.float32))
         nodes.append(ir.node(op_type, [nodes[-1].outputs[0], constant], name=name))
-    nodes.append(
-        ir.node(
-            "Transpose",
-            nodes[-1].outputs,
-            attributes={"perm": CHANNELS_FIRST},
-            name="pixels/Transpose",
-        )
-    )
+    turn = {"perm": CHANNELS_FIRST}
+    nodes.append(ir.node("Transpose", nodes[-1].outputs, attributes=turn, name="pixels/Transpose"))
     for node in nodes:
         node.outputs[0].name = node.name
     normalized.replace_all_uses_with(nodes[-1].outputs[0])

@@ -1,9 +1,12 @@
-"""Trace a model to a float ONNX graph in which every quantized linear is one placeholder node
-`marrq::QuantizedLinear` that carries its module path. A flavour is a lowering of that node; the
-graph around it is the same for all.
+"""From a torch model to a float ONNX graph in which every quantized linear is one placeholder.
 
-Whatever does not depend on the images is a constant in it: relative positions that a model makes
-anew in each forward, rotary tables."""
+A placeholder is a node `marrq::QuantizedLinear` that carries its module path. A flavour lowers each
+placeholder to operators that ONNX Runtime knows (exporters/flavors); the graph around the
+placeholders is the same for all flavours, so a model is traced once.
+
+Whatever does not depend on the images becomes a constant: relative positions that a model computes
+in each forward, rotary tables.
+"""
 
 import copy
 import logging
@@ -21,66 +24,43 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exporters.opsets import OPSET
 from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
-from marrq.quantizers.linear import QuantLinear, quantized_linears
+from marrq.quantizers.linear import quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
 PLACEHOLDER = "QuantizedLinear"
+
+PATH, PART, OUTPUT_SCALE = "path", "part", "output_scale"
+"""Attributes of a placeholder.
+
+path: the linear's module path.
+part: q, k or v for a third of a fused linear's rows (exporters/passes/qkv.py); else absent.
+output_scale: [out], multiplies the output (exporters/passes/layer_scale.py); else absent.
+"""
+
+PARTS = "qkv"
+"""Parts of a fused linear in the order of its rows."""
+
 INPUT = "pixels"
-
-OPSET = 20
-"""The opset of a trace: the lowest that has Gelu."""
-
-
-class _Placeholder(nn.Module):
-    """Stands for a quantized linear in the trace: knows its path and its output's width, nothing
-    else."""
-
-    def __init__(self, path: str, out_features: int) -> None:
-        super().__init__()
-        self.path, self.out_features = path, out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.out_features)
-        return torch.onnx.ops.symbolic(
-            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}",
-            (x,),
-            attrs={"path": self.path},
-            dtype=x.dtype,
-            shape=shape,
-            version=1,
-        )
-
-
-def with_placeholders(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every QuantLinear is a placeholder."""
-    model = copy.deepcopy(model)
-    for path, linear in quantized_linears(model).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _Placeholder(path, len(linear.codes)))
-    return model
 
 
 @dataclass(frozen=True)
 class TracedModel:
     """A quantized model and its graph, traced once for all flavours.
 
-    model: what was traced; artifact_hash: of the artifact that the model was read from; graph: the
-    float graph with a placeholder for each quantized linear, which nothing changes.
+    model: the model that was traced.
+    artifact_hash: of the artifact that holds the model.
+    graph: the float graph with a placeholder for each quantized linear. Nothing changes it.
     """
 
     model: QuantizedModel
     artifact_hash: str
     graph: ir.Model
 
-    @property
-    def linears(self) -> dict[str, QuantLinear]:
-        """The quantized linears by their module paths, as the placeholders carry them."""
-        return quantized_linears(self.model.module)
-
     def clone(self) -> ir.Model:
-        """A copy of the graph that a flavour may rewrite; the constants are shared."""
+        """A copy of the graph that a flavour may rewrite. Constants are shared, not copied."""
         return self.graph.clone()
 
 
@@ -91,15 +71,64 @@ def trace_quantized(model: QuantizedModel, artifact_hash: str) -> TracedModel:
     return TracedModel(model, artifact_hash, graph)
 
 
+def placeholders(graph: ir.Graph) -> list[ir.Node]:
+    """The quantized linears of a traced graph, in its order."""
+    return [
+        node for node in graph if node.op_type == PLACEHOLDER and node.domain == PLACEHOLDER_DOMAIN
+    ]
+
+
+def placeholder(whole: ir.Node, part: str, name: str) -> ir.Node:
+    """A placeholder for a part of the rows of another one, on the same input."""
+    attributes = {PATH: whole.attributes[PATH].as_string(), PART: part}
+    node = ir.node(
+        PLACEHOLDER, whole.inputs, domain=PLACEHOLDER_DOMAIN, attributes=attributes, name=name
+    )
+    node.outputs[0].name, node.outputs[0].type = name, whole.outputs[0].type
+    return node
+
+
+class _Placeholder(nn.Module):
+    """Stands for a quantized linear in the trace; knows its path and the width of its output."""
+
+    def __init__(self, path: str, out_features: int) -> None:
+        super().__init__()
+        self.path, self.out_features = path, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}",
+            (x,),
+            attrs={PATH: self.path},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
+
+
+def with_placeholders(model: nn.Module) -> nn.Module:
+    """A copy of the model in which every QuantLinear is a placeholder."""
+    model = copy.deepcopy(model)
+    for path, linear in quantized_linears(model).items():
+        model.set_submodule(path, _Placeholder(path, len(linear.codes)))
+    return model
+
+
 def trace(
     model: nn.Module, input_size: Sequence[int], opset: int, output: str = "logits"
 ) -> ir.Model:
-    """The graph of a model from float32 `pixels` [batch, channels, height, width] to `output`
-    [batch, …], batch dynamic."""
+    """The graph of a model, from `pixels` to `output`.
+
+    pixels: float32 [batch, channels, height, width]; the batch is dynamic.
+    output: [batch, …].
+    input_size: channels, height, width.
+    Raises MarrqError if torch cannot export the model.
+    """
+    # A batch of 1 would be traced as a constant.
     example = torch.zeros(2, *input_size)
     try:
-        # With another kernel the exporter fails to find the strides again that a masked attention
-        # gave (timm's BEiT).
+        # With another kernel the exporter cannot reproduce the strides of a masked attention's
+        # output (timm's BEiT).
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 model.eval(),
@@ -116,7 +145,8 @@ def trace(
                 verbose=False,
             )
             if program is not None:
-                optimize_ir(program.model, should_fold=lambda node: True)  # constants of any size
+                # Fold constants of any size: relative positions and rotary tables are large.
+                optimize_ir(program.model, should_fold=lambda node: True)
     except torch.onnx.OnnxExporterError as error:
         raise MarrqError(
             f"the model cannot be traced to ONNX: {str(error).strip().splitlines()[0]}"
@@ -136,11 +166,15 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(s q kᵀ + mask) v as two products, which `fuse_attention` knows: torch's own
-    translation at opsets below 23 moves shapes about at run time, and scales q and k separately."""
+    """softmax(s q kᵀ + mask) v as two products, the pattern that `fuse_attention` knows.
+
+    torch's own translation for opsets below 23 computes shapes at run time, and scales q and k
+    separately.
+    """
     if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
         raise NotImplementedError("causal, grouped or boolean-masked attention")
     op: Any = opset18  # its stubs type tensors by element, which a translation cannot know
+    # [b, h, n, d] → [b, h, d, n]
     rank = len(query.shape)
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
@@ -153,7 +187,7 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress and deprecation messages concern its own developers."""
+    """Silence the exporter's progress and deprecation messages, which concern its developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

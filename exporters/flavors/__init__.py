@@ -1,1 +1,89 @@
-"""One file a flavour: how a quantized linear becomes ONNX operators."""
+"""The flavours: ways to write a quantized linear in ONNX. One file is one flavour.
+
+    integer        low-bit codes in the file, ONNX Runtime's integer kernels at run time
+    matmulnbits    weight-only schemes on ONNX Runtime's MatMulNBits
+    qdq            standard operators, for any runtime; with `symmetric`, for TensorRT
+    floating.py    fp32 and fp16: the float model that the artifact was made from
+
+A new flavour is a class with the four methods of `Flavor`, an entry of FLAVORS, and its name with
+its options in exporters/choices.py.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from exporters.choices import NO_OPTIONS, Options, check_choice
+from exporters.flavors.integer import Integer
+from exporters.flavors.matmulnbits import MatMulNBits
+from exporters.flavors.qdq import Qdq
+from exporters.lowering import LoweredModel
+from exporters.trace import TracedModel
+from marrq.errors import MarrqError
+from marrq.schemes import Scheme
+
+
+class Flavor(Protocol):
+    """A way to lower the placeholders of a traced graph. Its options are its fields."""
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """Why the flavour cannot express a scheme, or None."""
+
+    def container_bits(self, scheme: Scheme) -> int:
+        """Bits that one weight code takes in the file."""
+
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to run such a file (exporters/opsets.py)."""
+
+    def lower(self, traced: TracedModel) -> LoweredModel:
+        """The graph with every placeholder replaced. The trace stays as it is."""
+
+
+FLAVORS: dict[str, Callable[..., Flavor]] = {
+    "integer": Integer,
+    "matmulnbits": MatMulNBits,
+    "qdq": Qdq,
+}
+"""Flavours of a quantized model. The first that can express a scheme suits it best under ONNX
+Runtime; `qdq` can express every scheme."""
+
+VARIANTS: dict[str, tuple[str, Options]] = {
+    "integer": ("integer", NO_OPTIONS),
+    "matmulnbits": ("matmulnbits", NO_OPTIONS),
+    "matmulnbits level 4": ("matmulnbits", {"accuracy_level": 4}),
+    "qdq": ("qdq", NO_OPTIONS),
+    "qdq symmetric": ("qdq", {"symmetric": True}),
+}
+"""Flavours with the options that are worth measuring beside each other."""
+
+
+def variants(scheme: Scheme) -> list[str]:
+    """The names of VARIANTS that can express a scheme."""
+    return [
+        name
+        for name, (flavor, options) in VARIANTS.items()
+        if FLAVORS[flavor](**options).objection(scheme) is None
+    ]
+
+
+def suitable_flavor(scheme: Scheme) -> str:
+    """The flavour that suits a scheme best under ONNX Runtime."""
+    return _able(scheme)[0]
+
+
+def check_flavor(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
+    """Raise MarrqError for an unknown flavour, an option that the flavour does not have, and a
+    scheme that the flavour cannot express."""
+    check_choice(flavor, options)
+    if flavor not in FLAVORS:
+        return  # a float flavour has no scheme
+    objection = FLAVORS[flavor](**options).objection(scheme)
+    if objection is not None:
+        raise MarrqError(
+            f"the flavor {flavor} {objection}: the artifact has {scheme.description}; use "
+            f"--flavor {' or '.join(_able(scheme))}"
+        )
+
+
+def _able(scheme: Scheme) -> list[str]:
+    """The flavours that can express a scheme with their default options."""
+    return [name for name, make in FLAVORS.items() if make().objection(scheme) is None]

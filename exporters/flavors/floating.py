@@ -1,25 +1,24 @@
-"""The float baselines: the model an artifact was made from, in float32 or in float16, traced like
-the quantized one.
+"""The float flavours: the model that an artifact was made from, traced like the quantized model.
 
-The float16 graph takes and gives float32, so that every graph of a model is fed and read alike. On
-the CPU provider, which has few float16 kernels, ONNX Runtime runs it as a graph of casts: compare
-with float32 too."""
+The float16 graph takes and gives float32, so that every graph of a model is fed and read alike.
+ONNX Runtime's CPU provider has few float16 kernels and runs that graph as a graph of casts; compare
+with float32 too.
+"""
 
 import copy
+from collections.abc import Callable
 from typing import cast
 
 import onnx_ir as ir
 from torch import Tensor, nn
 
+from exporters.opsets import OPSET
 from exporters.trace import trace
 from marrq.models.load import VisionModel
 
-OPSET = 20
-"""The lowest that has Gelu."""
-
 
 class _Half(nn.Module):
-    """A model in float16 with a float32 interface."""
+    """A model in float16 between float32 inputs and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -37,3 +36,10 @@ def export_float32(model: VisionModel) -> ir.Model:
 def export_float16(model: VisionModel) -> ir.Model:
     """Weights and arithmetic in float16."""
     return trace(_Half(model.module), model.preprocessing.input_size, OPSET, model.output)
+
+
+FLOAT_FLAVORS: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {
+    "fp32": (export_float32, 32),
+    "fp16": (export_float16, 16),
+}
+"""The exporter and the bits of a weight of each float flavour."""

@@ -1,29 +1,32 @@
-"""The qdq flavour: plain standard operators, for runtimes that have none of ONNX Runtime's own.
+"""The qdq flavour: standard operators, for runtimes that have none of ONNX Runtime's own.
 
     x → QuantizeLinear(uint8) [→ Clip] → DequantizeLinear  ┐
     codes (INT4) → Cast(int8) → DequantizeLinear           ┴ MatMul → Add(bias)
 
-It expresses every scheme. What ONNX Runtime makes of it depends on the form of the weight (seen
-with 1.31.1 on the CPU):
+The flavour expresses every scheme. What ONNX Runtime makes of the graph depends on the form of the
+weight (seen with 1.31.1 on the CPU):
 
-    static activations, a scale per channel    [in, out], as above          an integer kernel, at rank 3; without the Cast, and at
-                                                                            rank 2, where Gemm comes first, it computes in float
-    anything else, group scales included       [out, in], then Transpose    float; the weight is dequantized at every run
+    static activations, a scale per channel    [in, out], as above
+        An integer kernel, at rank 3. Without the Cast, and at rank 2, for which ONNX Runtime first
+        makes a Gemm, it computes in float.
+    anything else, group scales included       [out, in], then Transpose
+        Float; the weight is dequantized at every run.
 
-The last form has a scale for each block of inputs (opset 21), a block being all of them where there
-are no groups, and a Transpose behind. Without those two ONNX Runtime fuses weight and product to
-its MatMulNBits with `accuracy_level` 4, which quantizes float activations to int8: a model whose
-scheme says A16 would be run, and measured, as A8.
+The second form has a scale per block of inputs (opset 21), even if all inputs are one block, and a
+Transpose. Without these two, ONNX Runtime fuses weight and product to its MatMulNBits with
+`accuracy_level` 4, which quantizes float activations to int8: a model whose scheme says A16 would
+run, and be measured, as A8.
 
 `symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4
 and INT8, zero points 0, a scale per channel, or with INT4 per block of inputs):
 
     x, codes (INT4) → DequantizeLinear → MatMul → Add(bias)
 
-without a Cast, without zero points, and with codes of 2 and 3 bits in INT4. It takes the artifact's
-codes as they are, so their grid must be symmetric; and float activations, since those of marrq lie
-on asymmetric uint8 grids. This form ONNX Runtime does run as W4A8, silently, unless the session
-sets `session.qdq_matmulnbits_accuracy_level` to 1."""
+This form has no Cast and no zero points, and holds codes of 2 and 3 bits in INT4. It takes the
+artifact's codes as they are, so their grid must be symmetric. It needs float activations, because
+marrq's activations have asymmetric uint8 grids. ONNX Runtime runs this form as W4A8, silently,
+unless the session sets `session.qdq_matmulnbits_accuracy_level` to 1.
+"""
 
 from dataclasses import dataclass
 
@@ -31,18 +34,17 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.flavors.lowering import (
-    BLOCK_OPSET,
-    WIDENED_ONNXRUNTIME,
-    LinearLowering,
-    int8_codes,
-    lower,
-    opset_of,
-    with_bias,
-    with_lowrank,
-)
+from exporters.lowering import LoweredModel, lower
+from exporters.lowering.inputs import input_values
+from exporters.lowering.linear import LinearLowering
+from exporters.lowering.lowrank import with_lowrank
+from exporters.lowering.weights import int8_codes
+from exporters.opsets import BLOCK_ONNXRUNTIME, BLOCK_OPSET, WIDENED_ONNXRUNTIME, opset_of
 from exporters.trace import TracedModel
 from marrq.schemes import Scheme
+
+TRANSPOSED_ONNXRUNTIME = "1.20.0"
+"""First ONNX Runtime that runs the form with a Transpose with torch's logits."""
 
 
 @dataclass(frozen=True)
@@ -56,99 +58,99 @@ class Qdq:
         if not self.symmetric:
             return None
         if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
-            return "with --symmetric needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym"
+            return (
+                "with --symmetric needs weights with zero point 0 and float activations, --scheme "
+                "W4A16-g128-sym"
+            )
         if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
-            return "with --symmetric has no group scales for 8-bit weights, --scheme W8A16-sym has none"
+            return (
+                "with --symmetric has no group scales for 8-bit weights, --scheme W8A16-sym has "
+                "none"
+            )
         return None
 
     def container_bits(self, scheme: Scheme) -> int:
-        """Bits that a weight code takes in the file."""
+        """Bits that one weight code takes in the file."""
         return max(scheme.weight.num_bits, 4) if self.symmetric else scheme.weight.num_bits
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
-        """First ONNX Runtime that was seen to load such a file and to give the same logits."""
+        """First ONNX Runtime that was seen to run such a file."""
         if self.symmetric:
-            return "1.19.0"
+            return BLOCK_ONNXRUNTIME
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
-        return widened if _fits_integer_kernel(scheme) else max(widened, "1.20.0")
+        return widened if _fits_integer_kernel(scheme) else max(widened, TRANSPOSED_ONNXRUNTIME)
 
-    def lower(self, traced: TracedModel) -> ir.Model:
-        """The graph of a quantized model in Q/DQ form."""
+    def lower(self, traced: TracedModel) -> LoweredModel:
+        """The graph in standard operators."""
         if self.symmetric:
             return lower(traced, BLOCK_OPSET, _symmetric)
-        opset = opset_of(traced.model.scheme)
-        return lower(
-            traced,
-            opset if _fits_integer_kernel(traced.model.scheme) else max(opset, BLOCK_OPSET),
-            _standard,
-        )
+        scheme = traced.model.scheme
+        opset = opset_of(scheme)
+        if not _fits_integer_kernel(scheme):
+            opset = max(opset, BLOCK_OPSET)
+        return lower(traced, opset, _standard)
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
-    """Whether an integer kernel can multiply: static activations, and a scale per channel."""
-    return (
-        scheme.weight.group_size is None
-        and scheme.activation is not None
-        and scheme.activation.is_static
+    """Whether ONNX Runtime can fuse an integer kernel: static activations, a scale per channel."""
+    static = scheme.activation is not None and scheme.activation.is_static
+    return scheme.weight.group_size is None and static
+
+
+def _standard(linear: LinearLowering) -> ir.Value:
+    """Choose the form by the linear's own scheme: patch embedding and head may fit an integer
+    kernel although the blocks do not."""
+    quantizer = linear.quantizer
+    if quantizer is None or not quantizer.spec.is_static or linear.slice.groups > 1:
+        return _per_block(linear)
+    if linear.x.shape is None or len(linear.x.shape) != 2:
+        return _per_channel(linear, linear.x)
+    # A product of rank 2 would become a Gemm in float, so the head's input gets a third axis.
+    axis = linear.constant("axis", np.array([1]))
+    y = _per_channel(linear, linear.add("Unsqueeze", [linear.x, axis]))
+    return linear.add("Squeeze", [y, axis])
+
+
+def _per_channel(linear: LinearLowering, x: ir.Value) -> ir.Value:
+    rows = linear.slice
+    codes = int8_codes(linear, rows.codes.T.contiguous())  # [in, rows]
+    scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
+    zero_point = linear.weight_constant(
+        "weight_zero_point", rows.zero_point[:, 0].contiguous().numpy()
     )
+    weight = linear.add("DequantizeLinear", [codes, scale, zero_point], axis=1)
+    return _product(linear, x, weight)
 
 
-def _product(site: LinearLowering, weight: ir.Value) -> ir.Value:
-    """weight: float [in, rows]."""
-    return with_bias(site, with_lowrank(site, site.add("MatMul", [site.input_values(), weight])))
-
-
-def _standard(site: LinearLowering) -> ir.Value:
-    """Each linear by its own numbers: the edges of a model may have an integer kernel where its
-    blocks have none."""
-    fits = (
-        site.quantizer is not None
-        and site.quantizer.spec.is_static
-        and site.rows.scale.shape[1] == 1
+def _per_block(linear: LinearLowering) -> ir.Value:
+    rows = linear.slice
+    codes = int8_codes(linear, rows.codes)  # [rows, in]
+    scale = linear.weight_constant("weight_scale", rows.scale.numpy())
+    zero_point = linear.weight_constant("weight_zero_point", rows.zero_point.numpy())
+    weight = linear.add(
+        "DequantizeLinear", [codes, scale, zero_point], axis=1, block_size=rows.group_size
     )
-    return _per_channel(site) if fits else _per_block(site)
+    return _product(linear, linear.x, linear.add("Transpose", [weight]))
 
 
-def _per_channel(site: LinearLowering) -> ir.Value:
-    """A product of two axes would become a Gemm in float: the classifier's has a third."""
-    if site.x.shape is not None and len(site.x.shape) == 2:
-        axis = site.constant("axis", np.array([1]))
-        site.x = site.add("Unsqueeze", [site.x, axis])
-        return site.add("Squeeze", [_per_channel(site), axis])
-    codes = int8_codes(site, site.rows.codes.T.contiguous())
-    scale = site.constant("weight_scale", site.rows.scale[:, 0].numpy())
-    zero_point = site.constant("weight_zero_point", site.rows.zero_point[:, 0].contiguous().numpy())
-    return _product(site, site.add("DequantizeLinear", [codes, scale, zero_point], axis=1))
-
-
-def _per_block(site: LinearLowering) -> ir.Value:
-    rows = site.rows
-    codes = int8_codes(site, rows.codes)
-    scale, zero_point = (
-        site.constant("weight_scale", rows.scale.numpy()),
-        site.constant("weight_zero_point", rows.zero_point.numpy()),
-    )
-    weight = site.add(
-        "DequantizeLinear", [codes, scale, zero_point], axis=1, block_size=_block_size(site)
-    )
-    return _product(site, site.add("Transpose", [weight]))
-
-
-def _symmetric(site: LinearLowering) -> ir.Value:
-    rows = site.rows
+def _symmetric(linear: LinearLowering) -> ir.Value:
+    rows = linear.slice
     container = np.int8 if rows.num_bits == 8 else ml_dtypes.int4
-    codes = site.constant("weight_codes", rows.codes.T.contiguous().numpy().astype(container))
-    if rows.scale.shape[1] == 1:
-        weight = site.add(
-            "DequantizeLinear",
-            [codes, site.constant("weight_scale", rows.scale[:, 0].numpy())],
-            axis=1,
-        )
+    transposed = rows.codes.T.contiguous().numpy().astype(container)  # [in, rows]
+    codes = linear.weight_constant("weight_codes", transposed)
+    if rows.groups == 1:
+        scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
+        weight = linear.add("DequantizeLinear", [codes, scale], axis=1)
     else:
-        scale = site.constant("weight_scale", rows.scale.T.contiguous().numpy())
-        weight = site.add("DequantizeLinear", [codes, scale], axis=0, block_size=_block_size(site))
-    return _product(site, weight)
+        scale = linear.weight_constant("weight_scale", rows.scale.T.contiguous().numpy())
+        weight = linear.add("DequantizeLinear", [codes, scale], axis=0, block_size=rows.group_size)
+    return _product(linear, linear.x, weight)
 
 
-def _block_size(site: LinearLowering) -> int:
-    return site.rows.codes.shape[1] // site.rows.scale.shape[1]
+def _product(linear: LinearLowering, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """The output x W + L (R x) + b. weight: float [in, rows]."""
+    y = linear.add("MatMul", [input_values(linear, x), weight])
+    y = with_lowrank(linear, x, y)
+    if linear.slice.bias is None:
+        return y
+    return linear.add("Add", [y, linear.constant("bias", linear.slice.bias.numpy())])

@@ -1,9 +1,9 @@
-"""The model of Triton's python backend: runs the ONNX file beside it by onnxruntime, for servers
-without the onnxruntime backend.
+"""The model of Triton's python backend: it runs the ONNX file beside it with onnxruntime.
 
-`marrq export --format triton --backend python` copies this file into the repository; it needs numpy
-and onnxruntime there, nothing else. All requests that the server hands over at once are one run, as
-they would be in the onnxruntime backend."""
+For servers without the onnxruntime backend. `marrq export --format triton --backend python` copies
+this file into the repository as model.py; it needs numpy and onnxruntime there, and nothing else.
+All requests that the server hands over at once are one run, as in the onnxruntime backend.
+"""
 
 import json
 from pathlib import Path
@@ -20,9 +20,12 @@ class TritonPythonModel:
     """One instance of the model. The names of class and methods are the backend's."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the file. args: `model_config` as JSON, folder and version of the model, kind and
-        number of the device. Raises what onnxruntime raises for a file that it cannot load, and
-        RuntimeError for a provider that cannot be had: the model is then not served."""
+        """Open the ONNX file.
+
+        args: `model_config` as JSON, folder and version of the model, kind and number of the
+        device. Raises what onnxruntime raises for a file that it cannot load, and RuntimeError if
+        the provider is not available; the server then does not serve the model.
+        """
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
         threads = config["parameters"].get("intra_op_thread_count")
@@ -42,6 +45,7 @@ class TritonPythonModel:
         self.session = onnxruntime.InferenceSession(
             file, options, providers=[provider], provider_options=device
         )
+        # onnxruntime falls back to the CPU by itself, only with a warning.
         if self.session.get_providers()[0] != provider:
             had = ", ".join(onnxruntime.get_available_providers())
             raise RuntimeError(
@@ -54,12 +58,12 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """A response for each request. Shapes and types were checked by the server, which knows
-        them from its config."""
+        """A response for each request. The server has checked shapes and types by its config."""
         inputs = [
             triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests
         ]
         [results] = self.session.run([self.output], {self.input: np.concatenate(inputs)})
+        # Cut the batch [images, …] into the requests' parts again.
         ends = np.cumsum([len(images) for images in inputs])
         return [
             triton.InferenceResponse([triton.Tensor(self.output, part)])

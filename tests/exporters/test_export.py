@@ -19,12 +19,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from exporters.onnx_file import IR_VERSIONS, write, write_baseline
+from exporters.onnx_file import write, write_baseline
+from exporters.opsets import IR_VERSIONS
 from exporters.trace import trace_quantized
 from marrq.methods.spec import MethodSpec
 from marrq.models.images import find_images
-from marrq.models.load import ATTENTION, ModelSource, TransformersOutput, VisionModel, load_model
+from marrq.models.load import ModelSource, VisionModel, load_model
 from marrq.models.preprocessing import Preprocessing
+from marrq.models.transformers_models import ATTENTION
+from marrq.models.transformers_output import TransformersOutput
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings, QuantizedModel
 from marrq.quantizers.linear import quantized_linears

@@ -12,7 +12,8 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from tiny_models import noise, quantized, vit
 
 import exporters.onnx_file
-from exporters.onnx_file import external_data, write
+from exporters.external_data import external_data
+from exporters.onnx_file import write
 from exporters.trace import trace_quantized
 from marrq.cli import main
 from marrq.quantized_model import QuantizedModel

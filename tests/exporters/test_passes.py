@@ -12,16 +12,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tiny_models import dinov2, distilled, noise, randomized, swin, transformers_vit, vit
 from torch import nn
 
-from exporters.flavors.lowering import ATTENTION_OPSET
-from exporters.passes import (
-    add_constant,
-    attend_on_tokens,
-    drop_copies,
-    drop_open_masks,
-    drop_unread_tokens,
-    flatten_patches,
-    fuse_attention,
-)
+from exporters.graph import add_constant
+from exporters.opsets import ATTENTION_OPSET
+from exporters.passes.attention import attend_on_tokens, fuse_attention
+from exporters.passes.copies import drop_copies, drop_open_masks
+from exporters.passes.patches import flatten_patches
+from exporters.passes.unread_tokens import drop_unread_tokens
 from exporters.trace import INPUT, trace
 from marrq.models.first_last import put_patches
 

@@ -16,17 +16,18 @@ import pytest
 import yaml
 from google.protobuf import text_format
 from PIL import Image
+from runtime.doctor.file import examine_file
+from runtime.doctor.releases import loads_under
 from tritonclient.grpc import model_config_pb2 as protocol
 
 from exporters import onnx_file
-from exporters.triton.repository import preferred_batches
+from exporters.triton.config import preferred_batches
 from marrq.artifact.folder import load
 from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.models.load import load_model
-from runtime.doctor.doctor import examine_file, loads_under
 from runtime.doctor.repository import examine_repository
-from runtime.preprocessing import Preprocessing
+from runtime.preprocessing import ServedPreprocessing
 from runtime.session import Model, SessionSettings
 
 ROOT = Path(__file__).parents[2]
@@ -433,7 +434,7 @@ def test_the_graph_normalizes_each_channel_as_the_preprocessing_does(tiny: str, 
     )
     onnx_file.write_baseline(model, "fp32", tmp_path / "floats.onnx")
     onnx_file.write_baseline(model, "fp32", tmp_path / "images.onnx", takes_images=True)
-    preprocessing = Preprocessing(**asdict(model.preprocessing))
+    preprocessing = ServedPreprocessing(**asdict(model.preprocessing))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
     floats, images = (
         Model(tmp_path / f"{name}.onnx", SessionSettings()) for name in ("floats", "images")

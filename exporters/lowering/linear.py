@@ -1,0 +1,170 @@
+"""One placeholder, the tensors that it stands for, and the nodes that will replace it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporters.graph import add_constant
+from exporters.trace import OUTPUT_SCALE, PART, PARTS, PATH
+from marrq.quantizers.linear import QuantLinear, StoredFactor
+
+
+@dataclass(frozen=True)
+class LinearSlice:
+    """The rows of a linear that a placeholder stands for, its output scale included.
+
+    codes: int8 [rows, in], the artifact's.
+    scale: float32 [rows, groups].
+    zero_point: int8 [rows, groups].
+    bias: float32 [rows], or None.
+    left: rows of the low-rank branch's L [rows, r], or None.
+    left_scale: float32 [rows], multiplies L in the graph (LayerScale), or None.
+    right: R [r, in] of the low-rank branch, or None.
+    """
+
+    codes: Tensor
+    num_bits: int
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    left: StoredFactor | None
+    left_scale: Tensor | None
+    right: StoredFactor | None
+
+    @classmethod
+    def of(cls, node: ir.Node, linear: QuantLinear) -> "LinearSlice":
+        """Cut out the rows of the placeholder's part, and multiply them by its output scale."""
+        rows = slice(None)
+        if PART in node.attributes:
+            third = len(linear.codes) // len(PARTS)
+            start = PARTS.index(node.attributes[PART].as_string()) * third
+            rows = slice(start, start + third)
+        scale, bias = linear.scale[rows], None if linear.bias is None else linear.bias[rows]
+        factor = None
+        if OUTPUT_SCALE in node.attributes:
+            # γ ∘ (s ∘ (q - z) x + b): γ goes into s and b, the codes stay.
+            factor = torch.from_numpy(node.attributes[OUTPUT_SCALE].as_tensor().numpy())
+            scale, bias = scale * factor[:, None], None if bias is None else bias * factor
+        branch = linear.lowrank
+        return cls(
+            codes=linear.codes[rows],
+            num_bits=linear.spec.num_bits,
+            scale=scale,
+            zero_point=linear.zero_point[rows],
+            bias=bias,
+            left=None if branch is None else _rows_of(branch.left, rows),
+            left_scale=factor,
+            right=None if branch is None else branch.right,
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the linear."""
+        return self.codes.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row: 1, or one for each group of inputs."""
+        return self.scale.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.in_features // self.groups
+
+
+def _rows_of(left: StoredFactor, rows: slice) -> StoredFactor:
+    """Rows of L. Its int8 scales are one for each column, so the rows share them."""
+    return StoredFactor(left.codes[rows], left.scale)
+
+
+@dataclass(frozen=True)
+class InputCodes:
+    """A linear's input as uint8 codes: x = scale · (codes - zero_point).
+
+    scale, zero_point: scalars, or per token [..., 1].
+    """
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value
+    per_token: bool
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What linears with the same input share in a graph, so that it is computed once.
+
+    codes: by the input and the bytes of the quantizer's tensors.
+    values: the dequantized codes.
+    components: R x of a low-rank branch, by the linear's path and the input. The parts q, k and v
+    of a linear share R, and may read different tokens.
+    """
+
+    codes: dict[tuple[ir.Value, tuple[bytes, ...]], InputCodes] = field(default_factory=dict)
+    values: dict[InputCodes, ir.Value] = field(default_factory=dict)
+    components: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
+
+
+class LinearLowering:
+    """A placeholder, and the nodes and constants that will replace it.
+
+    path: the linear's module path. name: the path and the part, which all new names begin with.
+    slice: the tensors. quantizer: of the input, or None for float activations. x: the input.
+    nodes: the new nodes in order. weight_tensors: names of the constants that hold the weight.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, node: ir.Node, linear: QuantLinear, shared: SharedInputs
+    ) -> None:
+        self.graph, self.shared = graph, shared
+        self.path = node.attributes[PATH].as_string()
+        part = f".{node.attributes[PART].as_string()}" if PART in node.attributes else ""
+        self.name = f"{self.path}{part}"
+        self.slice, self.quantizer = LinearSlice.of(node, linear), linear.input
+        self.nodes, self.weight_tensors = list[ir.Node](), set[str]()
+        assert node.inputs[0] is not None  # a placeholder has one input
+        self.x = node.inputs[0]
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        domain: str = "",
+        **attributes: int | str,
+    ) -> ir.Value:
+        """Append a node and return its only output."""
+        name = f"{self.name}/{op_type}_{len(self.nodes)}"
+        node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def split(self, value: ir.Value, axis: int, parts: int) -> list[ir.Value]:
+        """Append a node that cuts a value into equal parts, and return them."""
+        name = f"{self.name}/Split_{len(self.nodes)}"
+        node = ir.node(
+            "Split",
+            [value],
+            attributes={"axis": axis, "num_outputs": parts},
+            num_outputs=parts,
+            name=name,
+        )
+        for index, output in enumerate(node.outputs):
+            output.name = f"{name}_{index}"
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A new initializer."""
+        return add_constant(self.graph, f"{self.name}.{name}", array)
+
+    def weight_constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A new initializer that counts for the bits per weight."""
+        value = self.constant(name, array)
+        self.weight_tensors.add(f"{self.name}.{name}")
+        return value

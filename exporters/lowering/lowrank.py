@@ -1,0 +1,49 @@
+"""The low-rank branch beside the codes: y + L (R x), in float32.
+
+x is the dequantized input, as in the torch simulation (marrq/quantizers/linear.py). The branch
+costs r (in + out) float products for each token.
+"""
+
+import onnx_ir as ir
+from torch import Tensor
+
+from exporters.lowering.inputs import input_values
+from exporters.lowering.linear import LinearLowering
+from marrq.quantizers.linear import StoredFactor
+
+
+def with_lowrank(linear: LinearLowering, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The output y + L (R x); y itself if the linear has no low-rank branch."""
+    rows = linear.slice
+    if rows.left is None or rows.right is None:
+        return y
+    left = _factor(linear, "lowrank_left", rows.left, rows.left_scale)
+    components = _components(linear, x, rows.right)
+    return linear.add("Add", [y, linear.add("MatMul", [components, left])])
+
+
+def _components(linear: LinearLowering, x: ir.Value, right: StoredFactor) -> ir.Value:
+    """R x [..., r], made once for all parts of a linear that read the same tokens."""
+    made = linear.shared.components
+    if (linear.path, x) not in made:
+        transposed = _factor(linear, "lowrank_right", right, None)
+        made[linear.path, x] = linear.add("MatMul", [input_values(linear, x), transposed])
+    return made[linear.path, x]
+
+
+def _factor(
+    linear: LinearLowering, name: str, factor: StoredFactor, output_scale: Tensor | None
+) -> ir.Value:
+    """A factor, transposed, in float32. ONNX Runtime folds the nodes when it loads the file.
+
+    output_scale: float32 [rows], multiplies the rows of L.
+    """
+    stored = linear.weight_constant(name, factor.codes.T.contiguous().numpy())
+    values = linear.add("Cast", [stored], to=int(ir.DataType.FLOAT))
+    if factor.scale is not None:
+        scale = linear.weight_constant(f"{name}_scale", factor.scale.T.contiguous().numpy())
+        values = linear.add("Mul", [values, scale])
+    if output_scale is not None:
+        layer_scale = linear.weight_constant(f"{name}_output_scale", output_scale.numpy())
+        values = linear.add("Mul", [values, layer_scale])
+    return values

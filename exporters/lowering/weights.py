@@ -1,0 +1,71 @@
+"""The codes of a weight as int8, from the narrowest initializer that holds them.
+
+    2 bits    INT2 (opset 25) → Cast
+    3 bits    two uint8 planes, unpacked by shifts, masks and ors: ONNX has no 3-bit type
+    4 bits    INT4 (opset 21) → Cast
+    8 bits    int8
+
+ONNX Runtime folds these nodes when it loads the file, so they cost nothing at run time.
+"""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from exporters.lowering.linear import LinearLowering
+from marrq.quantizers.packing import packed_planes
+
+NARROW_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4}
+
+
+def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
+    """The codes as an int8 value of the same shape. codes: the slice's, in any layout."""
+    num_bits = linear.slice.num_bits
+    if num_bits == 8:
+        return linear.weight_constant("weight_codes", codes.numpy())
+    if num_bits == 3:
+        return _from_planes(linear, codes)
+    packed = codes.numpy().astype(NARROW_TYPES[num_bits])
+    stored = linear.weight_constant("weight_codes", packed)
+    return linear.add("Cast", [stored], to=int(ir.DataType.INT8))
+
+
+def _from_planes(linear: LinearLowering, codes: Tensor) -> ir.Value:
+    """Two planes to int8: u = low | high << 2 is the two's complement, (u xor 4) - 4 the code."""
+    low, high = packed_planes(codes, 3)
+    stored_low = linear.weight_constant("weight_low", low.numpy())
+    stored_high = linear.weight_constant("weight_high", high.numpy())
+    count = codes.numel()
+    high_bits = _plane(linear, stored_high, "high", 1, count)
+    lifted = linear.add(
+        "BitShift", [high_bits, _bytes(linear, "high_place", [2])], direction="LEFT"
+    )
+    low_bits = _plane(linear, stored_low, "low", 2, count)
+    union = linear.add("BitwiseOr", [low_bits, lifted])
+    # Sign extension: xor with the sign bit, then subtract it.
+    flipped = linear.add("BitwiseXor", [union, _bytes(linear, "sign", [4])])
+    signed = linear.add("Cast", [flipped], to=int(ir.DataType.INT8))
+    flat = linear.add("Sub", [signed, linear.constant("offset", np.array([4], np.int8))])
+    shape = linear.weight_constant("weight_shape", np.array(codes.shape, np.int64))
+    return linear.add("Reshape", [flat, shape])
+
+
+def _plane(linear: LinearLowering, packed: ir.Value, name: str, bits: int, count: int) -> ir.Value:
+    """The first `count` fields of `bits` bits of a plane: uint8 [count]."""
+    # [bytes, 1] >> [0, bits, …] → [bytes, fields], the lowest bits first
+    column = linear.add("Reshape", [packed, linear.constant(f"{name}_column", np.array([-1, 1]))])
+    shifts = _bytes(linear, f"{name}_shifts", range(0, 8, bits))
+    shifted = linear.add("BitShift", [column, shifts], direction="RIGHT")
+    fields = linear.add("BitwiseAnd", [shifted, _bytes(linear, f"{name}_mask", [2**bits - 1])])
+    flat = linear.add("Reshape", [fields, linear.constant(f"{name}_flat", np.array([-1]))])
+    # The last byte may be filled up.
+    start = linear.constant(f"{name}_start", np.array([0]))
+    end = linear.constant(f"{name}_end", np.array([count]))
+    return linear.add("Slice", [flat, start, end])
+
+
+def _bytes(linear: LinearLowering, name: str, values: Sequence[int]) -> ir.Value:
+    return linear.constant(name, np.array(values, np.uint8))

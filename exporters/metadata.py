@@ -1,0 +1,125 @@
+"""What an ONNX file says about itself: the entries `marrq.*` of its metadata.
+
+A program that reads a file needs no other file: the entries say how to preprocess images, what the
+outputs mean, which model and artifact the file comes from, and what a runtime has to be able to
+run. runtime/metadata.py is the reading side; tests/test_contract.py holds that both sides know the
+same keys.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from marrq.models.load import ModelSource
+from marrq.models.preprocessing import Preprocessing
+
+PREFIX = "marrq."
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """Where a quantized linear, or q, k or v of it, begins and ends in the graph.
+
+    input, output: names of the values. scale: name of the model's tensor (LayerScale) that the
+    output is multiplied by, or None.
+    """
+
+    input: str
+    output: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class FileMetadata:
+    """The entries of one file. None: the file is a float model.
+
+    flavor: a name of exporters/choices.py.
+    scheme, method: as the command line writes them; of a float model its flavour and "none".
+    artifact: hash of the artifact.
+    bits_per_weight: all bits that the file keeps for a weight of the quantized linears.
+    schemes: paths of the quantized linears by their scheme.
+    container_bits: bits that one weight code takes in the file.
+    lowest_onnxruntime: first ONNX Runtime that was seen to run such a file.
+    linears: by path, the parts of each quantized linear in the order of its rows.
+    source: the float model, and how it is built again.
+    preprocessing: from an image to the model's input.
+    labels: class names in the order of the logits; empty for features.
+    options: of the flavour, each with an entry of its own.
+    """
+
+    flavor: str
+    scheme: str
+    method: str
+    bits_per_weight: float
+    lowest_onnxruntime: str
+    source: ModelSource
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    artifact: str | None = None
+    schemes: Mapping[str, list[str]] | None = None
+    container_bits: int | None = None
+    linears: Mapping[str, tuple[LinearPart, ...]] | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def to_metadata_props(self) -> dict[str, str]:
+        """The entries as an ONNX file holds them. An entry that is None is left out."""
+        texts = {
+            "linears": None if self.linears is None else _linears_text(self.linears),
+            "flavor": self.flavor,
+            "scheme": self.scheme,
+            "method": self.method,
+            "artifact": self.artifact,
+            "bits_per_weight": f"{self.bits_per_weight:.4f}",
+            "schemes": None if self.schemes is None else json.dumps(self.schemes),
+            "container_bits": None if self.container_bits is None else str(self.container_bits),
+            "lowest_onnxruntime": self.lowest_onnxruntime,
+            **self.options,
+            "source": json.dumps(asdict(self.source)),
+            "preprocessing": json.dumps(asdict(self.preprocessing)),
+            "labels": json.dumps(self.labels),
+        }
+        return {f"{PREFIX}{key}": text for key, text in texts.items() if text is not None}
+
+    @classmethod
+    def from_metadata_props(cls, props: Mapping[str, str]) -> "FileMetadata":
+        """The inverse of `to_metadata_props`. Raises KeyError for an entry that is missing."""
+        texts = {
+            key.removeprefix(PREFIX): text for key, text in props.items() if key.startswith(PREFIX)
+        }
+        bits = texts.get("container_bits")
+        schemes, linears = texts.get("schemes"), texts.get("linears")
+        return cls(
+            flavor=texts["flavor"],
+            scheme=texts["scheme"],
+            method=texts["method"],
+            bits_per_weight=float(texts["bits_per_weight"]),
+            lowest_onnxruntime=texts["lowest_onnxruntime"],
+            source=ModelSource(**json.loads(texts["source"])),
+            preprocessing=Preprocessing.from_json(json.loads(texts["preprocessing"])),
+            labels=tuple(json.loads(texts["labels"])),
+            artifact=texts.get("artifact"),
+            schemes=None if schemes is None else json.loads(schemes),
+            container_bits=None if bits is None else int(bits),
+            linears=None if linears is None else _linears_of(linears),
+            options={key: text for key, text in texts.items() if key not in KEYS},
+        )
+
+
+KEYS = tuple(entry.name for entry in fields(FileMetadata) if entry.name != "options")
+"""The entries that every marrq knows, without their prefix."""
+
+
+def _linears_text(linears: Mapping[str, tuple[LinearPart, ...]]) -> str:
+    """Compact JSON: the entry names every linear of the model."""
+    parts = {
+        path: [{key: name for key, name in asdict(part).items() if name is not None} for part in of]
+        for path, of in linears.items()
+    }
+    return json.dumps(parts, separators=(",", ":"))
+
+
+def _linears_of(text: str) -> dict[str, tuple[LinearPart, ...]]:
+    return {
+        path: tuple(LinearPart(**part) for part in parts)
+        for path, parts in json.loads(text).items()
+    }

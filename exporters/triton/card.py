@@ -1,0 +1,79 @@
+"""A page beside the model that tells a client what to send, and what comes back."""
+
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2 as protocol
+
+from exporters.choices import BASELINES
+from exporters.onnx_file import Export
+from exporters.triton.config import LABELS
+from exporters.triton.serving import Serving
+from marrq import __version__
+from marrq.models.preprocessing import Preprocessing
+
+
+def card(export: Export, config: Any, serving: Serving) -> str:
+    """The page, in Markdown. config: the model's ModelConfig."""
+    model = export.model
+    image = "grey" if model.preprocessing.input_size[0] == 1 else "RGB"
+    terms = f"(Pillow, {model.preprocessing.interpolation})"
+    return f"""# {serving.name}
+
+{model.source.name}, {_what(export)}. Made by marrq {__version__}.
+
+| | |
+|---|---|
+{_row("input", config.input[0], serving)}
+{_row("output", config.output[0], serving)}
+{_classes(model.labels)}
+Of an image in {image}: {_resize(model.preprocessing)} {terms}, then {_send(export, serving)}.
+The same, for programs, is in the config's parameter `preprocessing`. Serve the repository that \
+holds the folder `{serving.name}` with
+
+    tritonserver --model-repository REPOSITORY
+"""
+
+
+def _what(export: Export) -> str:
+    if export.flavor in BASELINES:
+        return f"not quantized, as `{export.flavor}`"
+    model = export.model
+    return f"quantized to {model.scheme.description} by {model.method.name}, as `{export.flavor}`"
+
+
+def _row(direction: str, tensor: Any, serving: Serving) -> str:
+    data_type = protocol.DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    shape = f"`{tensor.name}`, {data_type} {list(tensor.dims)}"
+    return f"| {direction} | {shape}, up to {serving.max_batch} at once |"
+
+
+def _classes(labels: tuple[str, ...]) -> str:
+    if not labels:
+        return ""
+    return (
+        f"\nClass i is line i + 1 of `../{LABELS}`; ask for `class_count` to get classes by name.\n"
+    )
+
+
+def _resize(preprocessing: Preprocessing) -> str:
+    _, height, width = preprocessing.input_size
+    # The image is resized to the crop over crop_pct, and the crop is taken from its middle.
+    larger = f"{int(height / preprocessing.crop_pct)} × {int(width / preprocessing.crop_pct)}"
+    crop, cut = f"{height} × {width}", f"cut {height} × {width} out of the middle"
+    ways = {
+        "center": f"resize the shorter side to that of {larger}, and {cut}",
+        "squash": f"resize to {larger}, and {cut}",
+        "border": f"resize the longer side to that of {larger}, and fill up to {crop} with the "
+        "mean",
+    }
+    return ways[preprocessing.crop_mode]
+
+
+def _send(export: Export, serving: Serving) -> str:
+    if serving.preprocess:
+        return "send its pixels as they are, rows first: the model normalizes them"
+    preprocessing = export.model.preprocessing
+    return (
+        f"send (x / 255 - mean) / std with mean {list(preprocessing.mean)} and std "
+        f"{list(preprocessing.std)} per channel, channels first"
+    )

@@ -1,0 +1,67 @@
+"""What a user chooses about the server, checked before anything is loaded."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from marrq.errors import MarrqError
+
+BACKEND_FILES = {"onnxruntime": None, "python": Path(__file__).with_name("python_backend.py")}
+"""Backends, and the model.py that a backend needs beside the ONNX file."""
+
+DEVICES = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+"""Devices, and what ModelInstanceGroup calls them."""
+
+CPU_FLAVORS = ("integer",)
+"""Flavours whose kernels only ONNX Runtime's CPU provider has."""
+
+NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Choices about the server. Raises MarrqError for a name, backend or device that is wrong.
+
+    name: of the model; clients address the model by it.
+    model_version: a server takes the highest.
+    backend: a key of BACKEND_FILES.
+    device: a key of DEVICES.
+    instances: copies of the model that run at once, on each GPU.
+    threads: of one operator; None for one thread a core.
+    max_batch: images in one run.
+    queue_delay: microseconds that a request may wait for others to join it.
+    bench: JSON of `marrq bench`, whose fastest batch sizes are preferred; None for no preference.
+    preprocess: the model takes uint8 images instead of normalized pixels.
+    """
+
+    name: str = "vit"
+    model_version: int = 1
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    instances: int = 1
+    threads: int | None = None
+    max_batch: int = 8
+    queue_delay: int = 0
+    bench: Path | None = None
+    preprocess: bool = False
+
+    def __post_init__(self) -> None:
+        if NAME.fullmatch(self.name) is None:
+            raise MarrqError(
+                "a model's name is part of its address: letters, digits and '_', single '.' and "
+                f"'-' between: got {self.name!r}"
+            )
+        if self.backend not in BACKEND_FILES:
+            raise MarrqError(
+                f"unknown backend {self.backend!r}: choose one of {', '.join(BACKEND_FILES)}"
+            )
+        if self.device not in DEVICES:
+            raise MarrqError(f"unknown device {self.device!r}: choose one of {', '.join(DEVICES)}")
+
+    def check_flavor(self, flavor: str) -> None:
+        """Raise MarrqError if the device has no kernels for the flavour."""
+        if self.device == "gpu" and flavor in CPU_FLAVORS:
+            raise MarrqError(
+                f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or "
+                "another flavor"
+            )

@@ -1,0 +1,62 @@
+"""The options of `marrq export`, in the panels of its help.
+
+Each option about the server is a field of Serving (exporters/triton/serving.py).
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from marrq.cli import common
+
+lowered = partial(typer.Option, rich_help_panel="Flavour")
+served = partial(typer.Option, rich_help_panel="Server, with --format triton")
+
+Flavor = Annotated[
+    str | None,
+    lowered(metavar="NAME", help="integer, matmulnbits, qdq, fp32, fp16; default: by the scheme."),
+]
+Symmetric = Annotated[
+    bool | None, lowered("--symmetric", help="qdq: only what TensorRT takes; for -sym schemes.")
+]
+Level = Annotated[
+    int | None,
+    lowered(metavar="N", help="matmulnbits: 1 computes in float32 (default), 4 in int8."),
+]
+Fuse = Annotated[
+    bool | None,
+    lowered("--fuse/--no-fuse", help="integer, matmulnbits: attention as one operator (default)."),
+]
+Format = Annotated[
+    str, common.output_option(metavar="NAME", help="onnx: a file; triton: a server's repository.")
+]
+
+Name = Annotated[str, served(metavar="NAME", help="Name of the model, for clients.")]
+Version = Annotated[int, served(metavar="N", help="Version; a server takes the highest.", min=1)]
+Backend = Annotated[
+    str,
+    served(
+        metavar="NAME",
+        help="onnxruntime; or python, which runs onnxruntime on servers without that backend.",
+    ),
+]
+Device = Annotated[str, served(metavar="NAME", help="cpu or gpu.")]
+Instances = Annotated[
+    int, served(metavar="N", help="Copies of the model that run at once, on each GPU.", min=1)
+]
+Threads = Annotated[
+    int | None, served(metavar="N", help="Threads of one operator; default: one a core.", min=1)
+]
+MaxBatch = Annotated[int, served(metavar="N", help="Largest number of images in one run.", min=1)]
+QueueDelay = Annotated[
+    int, served(metavar="MICROSECONDS", help="How long a request may wait for others.", min=0)
+]
+Bench = Annotated[
+    Path | None,
+    served(metavar="FILE", help="JSON of marrq bench; its fastest batch sizes are preferred."),
+]
+Preprocess = Annotated[
+    bool, served("--preprocess", help="Take uint8 images; the model normalizes them.")
+]

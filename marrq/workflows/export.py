@@ -1,0 +1,94 @@
+"""Export: an artifact or a quantized model becomes an ONNX file, or a model on a server.
+
+What can be wrong without torch is checked first, so that a mistake is told at once.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.choices import NO_OPTIONS, Options, check_choice
+from exporters.external_data import external_data
+from exporters.triton.serving import Serving
+from marrq.files import check_output
+from marrq.workflows.checks import check_artifact
+
+if TYPE_CHECKING:
+    from marrq.quantized_model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    path: the ONNX file, or the folder of the model's version in a repository.
+    flavor: the flavour that was asked for, or that suits the scheme best.
+    size_bytes: of the model, its external data included.
+    """
+
+    path: Path
+    flavor: str
+    size_bytes: int
+
+
+def export(
+    quantized: "QuantizedModel | Path | str",
+    output: Path | str,
+    flavor: str | None = None,
+    options: Options = NO_OPTIONS,
+    serving: Serving | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Export a quantized model.
+
+    quantized: a quantized model, or the folder of an artifact.
+    output: the ONNX file; with `serving` a repository, which is made or added to.
+    flavor: integer, matmulnbits, qdq, fp32 or fp16; None for the flavour that suits the scheme best
+    under ONNX Runtime.
+    options: of the flavour, such as {"fuse": False}; exporters/choices.py lists them.
+    serving: how a Triton server runs the model; None for an ONNX file.
+    force: replace what exists.
+    say: called with a line for people when the checks are done and the long part begins.
+    Raises MarrqError if the artifact does not exist, if the output exists and `force` is off, and
+    if the flavour cannot express the scheme.
+    """
+    output = Path(output)
+    if flavor is not None:
+        check_choice(flavor, options)
+    if serving is None:
+        for place in (output, external_data(output)):
+            check_output(place, force)
+    if isinstance(quantized, Path | str):
+        check_artifact(Path(quantized))
+    say(f"exporting to {output}")
+
+    from exporters.flavors import suitable_flavor
+    from exporters.onnx_file import Export
+    from runtime.audit.graph import size_bytes
+
+    model, artifact = _loaded(quantized)
+    chosen = Export(model, artifact, flavor or suitable_flavor(model.scheme), options)
+    if serving is None:
+        chosen.write(output)
+        return Exported(output, chosen.flavor, size_bytes(output))
+
+    from exporters.triton.config import MODEL
+    from exporters.triton.repository import write_repository
+
+    version = write_repository(chosen, output, serving, force)
+    return Exported(version, chosen.flavor, size_bytes(version / MODEL))
+
+
+def _loaded(quantized: "QuantizedModel | Path | str") -> "tuple[QuantizedModel, str]":
+    """The model, and the hash of the artifact that holds it."""
+    from marrq.artifact.folder import artifact_hash, load, save
+
+    if isinstance(quantized, Path | str):
+        return load(Path(quantized)), artifact_hash(Path(quantized))
+    # The hash is that of a folder, so the model is saved for it, as `marrq.save` would.
+    with tempfile.TemporaryDirectory() as place:
+        save(quantized, Path(place) / "artifact")
+        return quantized, artifact_hash(Path(place) / "artifact")

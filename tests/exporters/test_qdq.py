@@ -1,0 +1,132 @@
+"""The qdq flavour expresses every scheme in standard operators, and its symmetric form is what
+TensorRT takes."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from flavor_files import agree, initializers, metadata, traced
+
+from exporters.onnx_file import write
+from marrq.quantizers.linear import quantized_linears
+from marrq.quantizers.packing import unpack
+from marrq.schemes import ActivationStrategy
+from runtime.session import SessionSettings, executed_operators
+
+SYMMETRIC = {"symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "lowrank", "strategy"),
+    [
+        ("vit with LayerScale", "W2A8", None, "per-tensor"),
+        ("vit with LayerScale", "W3A8", "srr:4", "per-tensor"),
+        ("vit with LayerScale", "W4A4", None, "per-tensor"),
+        ("vit with LayerScale", "W8A8", None, "per-tensor"),
+        ("vit with LayerScale", "W4A8", "srr:4:int8", "per-token"),
+        ("vit with LayerScale", "W4A8-g8", None, "per-tensor"),
+        ("swin", "W3A8-g24", None, "per-token"),
+        ("vit with LayerScale", "W4A16", None, "per-tensor"),
+        ("swin", "W4A16", None, "per-tensor"),
+        ("vit with LayerScale", "W2A16-g8", "lqer:4", "per-tensor"),
+        ("vit with LayerScale", "W3A16", None, "per-tensor"),
+        ("vit with LayerScale", "W4A8-e8", "srr:4", "per-tensor"),
+    ],
+)
+def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
+    model: str, scheme: str, lowrank: str | None, strategy: ActivationStrategy, tmp_path: Path
+):
+    trace = traced(model, scheme, lowrank, strategy)
+    made = trace.model
+    write(trace, "qdq", tmp_path / "m.onnx")
+    assert agree(made, tmp_path / "m.onnx")
+    assert {entry.domain for entry in onnx.load(tmp_path / "m.onnx").opset_import} == {""}
+    executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)
+    whole = (
+        made.scheme.activation is not None
+        and strategy != "per-token"
+        and made.scheme.weight.group_size is None
+    )
+    assert ("MatMulIntegerToFloat" in executed) == whole
+    assert "MatMulNBits" not in executed  # it would quantize the activations again
+
+
+def codes_of(file: Path, path: str, num_bits: int, shape: tuple[int, int]) -> np.ndarray:
+    found = initializers(file)
+    if num_bits == 3:
+        planes = np.concatenate([found[f"{path}.weight_low"], found[f"{path}.weight_high"]])
+        return unpack(torch.from_numpy(planes), 3, shape).numpy()
+    return found[f"{path}.weight_codes"].astype(np.int8).reshape(shape)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, tmp_path: Path):
+    for scheme, transposed in ((f"W{bits}A8", True), (f"W{bits}A16-g16", False)):
+        trace = traced("vit", scheme)
+        made = trace.model
+        write(trace, "qdq", tmp_path / "m.onnx")
+        found = initializers(tmp_path / "m.onnx")
+        path = "blocks.1.mlp.fc1"
+        linear = quantized_linears(made.module)[path]
+        rows, columns = linear.codes.shape
+        codes = codes_of(
+            tmp_path / "m.onnx", path, bits, (columns, rows) if transposed else (rows, columns)
+        )
+        np.testing.assert_array_equal(codes.T if transposed else codes, linear.codes.numpy())
+        for name, tensor in (("scale", linear.scale), ("zero_point", linear.zero_point)):
+            np.testing.assert_array_equal(
+                found[f"{path}.weight_{name}"], (tensor[:, 0] if transposed else tensor).numpy()
+            )
+        assert metadata(tmp_path / "m.onnx")["container_bits"] == str(bits)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        ("vit with LayerScale", scheme)
+        for scheme in ("W4A16-sym", "W4A16-g8-sym", "W3A16-g8-sym", "W2A16-sym", "W8A16-sym")
+    ]
+    + [("swin", "W4A16-g8-sym"), ("vit", "W8A16-sym-e8")],
+)
+def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
+    trace = traced(model, scheme)
+    made = trace.model
+    write(trace, "qdq", tmp_path / "m.onnx", SYMMETRIC)
+    assert agree(made, tmp_path / "m.onnx", level="1")
+    graph, found = onnx.load(tmp_path / "m.onnx"), initializers(tmp_path / "m.onnx")
+    assert {entry.domain: entry.version for entry in graph.opset_import} == {"": 21}
+    nodes = {output: node for node in graph.graph.node for output in node.output}
+    products = [
+        node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in nodes
+    ]
+    weights = [
+        nodes[node.input[1]]
+        for node in products
+        if nodes[node.input[1]].op_type == "DequantizeLinear"
+    ]
+    types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    wide = made.scheme.weight.num_bits == 8
+    for node in weights:
+        codes, scale = node.input  # no zero point
+        assert types[codes] == (onnx.TensorProto.INT8 if wide else onnx.TensorProto.INT4)
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        size = made.scheme.weight.group_size
+        assert attributes == ({"axis": 1} if size is None else {"axis": 0, "block_size": size})
+        assert found[scale].shape == (
+            found[codes].shape[1:]
+            if size is None
+            else (len(found[codes]) // size, found[codes].shape[1])
+        )
+    paths = quantized_linears(made.module)
+    parts = sum(
+        3 if path.endswith("qkv") and f"{path}.q.weight_codes" in found else 1 for path in paths
+    )
+    assert len(weights) == parts
+    path = next(path for path in paths if path.endswith("fc1"))
+    np.testing.assert_array_equal(
+        found[f"{path}.weight_codes"].astype(np.int8).T, paths[path].codes.numpy()
+    )
+    assert metadata(tmp_path / "m.onnx")["container_bits"] == ("8" if wide else "4")
+    assert metadata(tmp_path / "m.onnx")["symmetric"] == "True"

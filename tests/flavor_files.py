@@ -1,0 +1,71 @@
+"""Files of tiny models in every flavour, and how their logits compare with torch's."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import numpy_helper
+from tiny_models import noise, quantized, swin, vit, vit_with_layer_scale
+
+from exporters.trace import TracedModel, trace_quantized
+from marrq.quantized_model import QuantizedModel
+from marrq.schemes import ActivationStrategy
+
+MODELS = {"vit": vit, "vit with LayerScale": vit_with_layer_scale, "swin": swin}
+"""Swin has linears of 24 inputs, windows, and four axes. It takes longest to trace."""
+
+
+@cache
+def traced(
+    model: str,
+    scheme: str,
+    lowrank: str | None = None,
+    strategy: ActivationStrategy = "per-tensor",
+) -> TracedModel:
+    """A tiny model, quantized and traced once for all tests that read the same numbers."""
+    method = "gptq" if lowrank is None else f"gptq,lowrank={lowrank}"
+    made = quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)
+    return trace_quantized(made, "hash")
+
+
+def session(file: Path, level: str | None = None) -> ort.InferenceSession:
+    """level: accuracy level of the MatMulNBits that ONNX Runtime makes of DequantizeLinear →
+    MatMul."""
+    options = ort.SessionOptions()
+    if level is not None:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def cosines(model: QuantizedModel, file: Path, level: str | None = None) -> np.ndarray:
+    """Of torch's logits and ONNX Runtime's, for 32 images, ascending."""
+    pixels = noise(32, seed=1)
+    with torch.no_grad():
+        a = model.module(pixels).numpy()
+    b = session(file, level).run(None, {"pixels": pixels.numpy()})[0]
+    return np.sort((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+
+
+def agree(model: QuantizedModel, file: Path, level: str | None = None) -> bool:
+    """Whether logits are the same. Where activations are quantized one that falls between two codes
+    may go to either side, and torch does the same under a nudge of a millionth; that is allowed to
+    be seen in two images of 32."""
+    found = cosines(model, file, level)
+    return bool(
+        found[2 if model.scheme.activation else 0] >= 0.9999 and np.median(found) >= 0.99999
+    )
+
+
+def initializers(file: Path) -> dict[str, np.ndarray]:
+    return {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer
+    }
+
+
+def metadata(file: Path) -> dict[str, str]:
+    return {
+        entry.key.removeprefix("marrq."): entry.value for entry in onnx.load(file).metadata_props
+    }

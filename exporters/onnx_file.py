@@ -9,6 +9,7 @@ states in exporters/opsets.py.
 
 import tempfile
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
@@ -23,7 +24,6 @@ from exporters.metadata import FileMetadata
 from exporters.opsets import FLOAT_ONNXRUNTIME, IR_VERSIONS
 from exporters.pixels import take_images
 from exporters.trace import TracedModel, trace_quantized
-from marrq import __version__
 from marrq.errors import MarrqError
 from marrq.models.load import VisionModel, load_source
 from marrq.quantized_model import QuantizedModel
@@ -142,7 +142,7 @@ def _save(graph: ir.Model, metadata: FileMetadata, path: Path, takes_images: boo
         take_images(graph.graph, metadata.preprocessing)
     RemoveUnusedNodesPass()(graph)  # constants that a rewrite left behind
     graph.ir_version = IR_VERSIONS[graph.opset_imports[""]]
-    graph.producer_name, graph.producer_version = "marrq", __version__
+    graph.producer_name, graph.producer_version = "marrq", version("marrq")
     graph.metadata_props.update(metadata.to_metadata_props())
     beside = external_data(path).name if _tensor_bytes(graph) > INLINE_BYTES else None
     path.parent.mkdir(parents=True, exist_ok=True)

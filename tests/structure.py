@@ -100,7 +100,7 @@ def circles(trees: dict[str, ast.Module]) -> list[list[str]]:
     """Groups of files that reach each other by imports, whenever those imports run."""
     modules = {_module(file): file for file in trees}
     arrows = {
-        file: {modules[name] for name in imported(tree) if name in modules} - {file}
+        file: {modules[name] for name in _imported_modules(tree, modules)} - {file}
         for file, tree in trees.items()
     }
     reached = {file: _reached(file, arrows) for file in arrows}
@@ -110,6 +110,18 @@ def circles(trees: dict[str, ast.Module]) -> list[list[str]]:
         if file in reached[file]
     }
     return sorted(map(list, groups))
+
+
+def _imported_modules(tree: ast.Module, modules: dict[str, str]) -> set[str]:
+    """Of `from a import b` the module `a.b` if b is a module, else the module a."""
+    names = imported(tree) & modules.keys()
+    packages = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and all(f"{node.module}.{alias.name}" in modules for alias in node.names)
+    }
+    return names - packages
 
 
 def _module(file: str) -> str:

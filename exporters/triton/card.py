@@ -1,5 +1,6 @@
 """A page beside the model that tells a client what to send, and what comes back."""
 
+from importlib.metadata import version
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2 as protocol
@@ -8,7 +9,6 @@ from exporters.choices import BASELINES
 from exporters.onnx_file import Export
 from exporters.triton.config import LABELS
 from exporters.triton.serving import Serving
-from marrq import __version__
 from marrq.models.preprocessing import Preprocessing
 
 
@@ -19,7 +19,7 @@ def card(export: Export, config: Any, serving: Serving) -> str:
     terms = f"(Pillow, {model.preprocessing.interpolation})"
     return f"""# {serving.name}
 
-{model.source.name}, {_what(export)}. Made by marrq {__version__}.
+{model.source.name}, {_what(export)}. Made by marrq {version("marrq")}.
 
 | | |
 |---|---|

@@ -25,7 +25,6 @@ from typing import Any
 
 import timm
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -93,11 +92,8 @@ def check_architecture(library: str, architecture: Any) -> None:
             f"library {library!r} is neither timm nor transformers, or its architecture no table"
         )
     name = architecture.get("model_name" if library == "timm" else "model_type")
-    known: Callable[[str], object] = (
-        timm.is_model if library == "timm" else transformers.CONFIG_MAPPING.__contains__
-    )
     # timm would download a name such as `hf-hub:…` and read one such as `local-dir:…`.
-    if not isinstance(name, str) or not known(name):
+    if not isinstance(name, str) or not _has_model(library, name):
         raise ValueError(f"{library} has no model {name!r}")
     for key, value in _leaves(architecture):
         # The timm wrapper of transformers hands this name to timm.
@@ -111,6 +107,16 @@ def check_architecture(library: str, architecture: Any) -> None:
             raise ValueError(
                 f"its architecture has {key} {value!r}, a number beyond {MAX_ARCHITECTURE_NUMBER}"
             )
+
+
+def _has_model(library: str, name: str) -> bool:
+    """Whether the library has an architecture of this name."""
+    if library == "timm":
+        return bool(timm.is_model(name))
+    # transformers takes seconds to import, and an artifact of a timm model does not need it.
+    from transformers import CONFIG_MAPPING
+
+    return name in CONFIG_MAPPING
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

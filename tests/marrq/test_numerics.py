@@ -176,7 +176,14 @@ def test_a_search_through_2_bit_feedback_ends_where_nothing_overflows(name: str,
     assert solution.relative_error < 1
 
 
-PIPELINE = pytest.mark.parametrize("method", ["gptaq", "marr-rescomp", "marr-stream,lowrank=srr:4"])
+PIPELINE = pytest.mark.parametrize(
+    "method",
+    [
+        "gptaq",
+        pytest.param("marr-rescomp", marks=pytest.mark.slow),
+        pytest.param("marr-stream,lowrank=srr:4", marks=pytest.mark.slow),
+    ],
+)
 
 
 @torch.no_grad()
@@ -249,8 +256,15 @@ def test_images_that_are_all_the_same_are_enough_to_run(method: str):
 @pytest.mark.parametrize(
     "parameter", ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["rtn", "stream"])
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("rtn", float("nan")),
+        ("stream", float("inf")),
+        pytest.param("rtn", float("inf"), marks=pytest.mark.slow),
+        pytest.param("stream", float("nan"), marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(
     method: str, value: float, parameter: str

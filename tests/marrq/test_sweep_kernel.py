@@ -4,6 +4,8 @@ not here.
 It is held against the loop in torch and against a slow float64 NumPy reference that shares no code
 with either."""
 
+import functools
+import itertools
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -38,8 +41,10 @@ BLOCKS = [
     for groups in (1, 4)
 ]
 SWEEPS = [(residuals, group) for residuals in (0, 1, 2) for group in (None, 8)]
+QUICK = [(5, 7, 1, 4), (32, 16, 2, 1), (70, 33, 3, 4), (0, None), (2, 8)]
 OUTPUTS, INPUTS, BLOCK = 37, 40, 16
 """Of a whole sweep: no multiple of the tile's rows, and none of the block's columns."""
+Case = tuple[Any, ...]
 Rounding = Callable[[ColumnBlock], None]
 ROWS_THAT_MAY_DIFFER = 0.03
 """Where float32 rounds, two orders of a sum may fall on two sides of a half: a step differs, and
@@ -177,25 +182,32 @@ def swept(residuals: int, group: int | None, device: str = "cpu") -> float:
     return rows_apart(codes.cpu().T, torch.from_numpy(expected).T)
 
 
-def interpreted() -> dict[str, list[float]]:
+def interpreted(blocks: list[Case], sweeps: list[Case]) -> dict[str, list[float]]:
     """What the kernel gives in a process with Triton's interpreter."""
     from marrq.methods.sweep_kernel import sweep_columns
 
     found = {
         f"{exact} {case}": compared(Drawn.of(*case, exact), sweep_columns)
         for exact in (True, False)
-        for case in BLOCKS
+        for case in blocks
     }
     found |= {str(value): beside_a_broken_row(sweep_columns, value) for value in (np.nan, np.inf)}
     with patch("marrq.methods.gptq.block_rounding", lambda w: sweep_columns):
-        return found | {f"sweep {case}": [swept(*case)] for case in SWEEPS}
+        return found | {f"sweep {case}": [swept(*case)] for case in sweeps}
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, list[float]]:
-    """The interpreter has to be chosen before Triton is imported, so that it needs a process."""
+@functools.cache
+def found(quick: bool) -> dict[str, list[float]]:
+    """What `interpreted` gives for the quick cases, or for the others. The interpreter has to be
+    chosen before Triton is imported, so that it needs a process."""
+    blocks, sweeps = (
+        [case for case in cases if (case in QUICK) == quick] for cases in (BLOCKS, SWEEPS)
+    )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
-    code = "import json, test_sweep_kernel as t; print(json.dumps(t.interpreted()))"
+    code = (
+        "import json, test_sweep_kernel as t; "
+        f"print(json.dumps(t.interpreted({blocks!r}, {sweeps!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
     )
@@ -204,32 +216,31 @@ def found() -> dict[str, list[float]]:
     return result
 
 
-@pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_where_no_operation_rounds_the_kernel_gives_what_the_loop_and_the_formulas_give(
-    case: object, found: dict[str, list[float]]
-):
-    assert found[f"True {case}"] == [0, 0, 0]
+def marked(cases: list[Case]) -> list[Any]:
+    """The cases, all but the quick ones marked slow: the interpreter takes its time."""
+    return [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_elsewhere_hardly_a_row_differs(case: object, found: dict[str, list[float]]):
-    from_the_loop, from_the_formulas, distance = found[f"False {case}"]
+@pytest.mark.parametrize("case", marked(BLOCKS), ids=str)
+def test_where_no_operation_rounds_the_kernel_gives_what_the_loop_and_the_formulas_give(case: Case):
+    assert found(case in QUICK)[f"True {case}"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", marked(BLOCKS), ids=str)
+def test_elsewhere_hardly_a_row_differs(case: Case):
+    from_the_loop, from_the_formulas, distance = found(case in QUICK)[f"False {case}"]
     assert max(from_the_loop, from_the_formulas) <= ROWS_THAT_MAY_DIFFER
     assert distance < 1e-4
 
 
-@pytest.mark.parametrize("case", SWEEPS, ids=str)
-def test_a_sweep_with_the_kernel_gives_the_codes_of_the_papers_arithmetic(
-    case: object, found: dict[str, list[float]]
-):
-    assert found[f"sweep {case}"][0] <= ROWS_THAT_MAY_DIFFER
+@pytest.mark.parametrize("case", marked(SWEEPS), ids=str)
+def test_a_sweep_with_the_kernel_gives_the_codes_of_the_papers_arithmetic(case: Case):
+    assert found(case in QUICK)[f"sweep {case}"][0] <= ROWS_THAT_MAY_DIFFER
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_row_that_is_not_finite_comes_out_as_from_the_loop_and_disturbs_no_other(
-    value: str, found: dict[str, list[float]]
-):
-    assert found[value] == [True, True]
+def test_a_row_that_is_not_finite_comes_out_as_from_the_loop_and_disturbs_no_other(value: str):
+    assert found(True)[value] == [True, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -238,9 +249,17 @@ def test_a_sweep_on_a_gpu_gives_the_codes_of_the_papers_arithmetic(case: tuple[i
     assert swept(*case, device="cuda") <= ROWS_THAT_MAY_DIFFER
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("per_column", [False, True])
-@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("terms", "per_column", "capability"),
+    [
+        (3, True, 90),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product([1, 2, 3], [False, True], [80, 90])
+            if case != (3, True, 90)
+        ),
+    ],
+)
 def test_the_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_registers(
     terms: int, per_column: bool, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,30 +27,28 @@ X86_FLAGS = (
 ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm")
 # fmt: on
 
+# Instruction sets that decide which kernels ONNX Runtime takes.
 FLAGS = (*X86_FLAGS, *ARM_FLAGS)
-"""Instruction sets that decide which kernels ONNX Runtime takes."""
 
+# Packages that install the same module: of two, the later overwrites files of the other.
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-"""Packages that install the same module: of two, the later overwrites files of the other."""
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "numpy", "onnx")
 
+# The way out of a mixed or damaged ONNX Runtime.
 REINSTALL = (
     f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
 )
-"""The way out of a mixed or damaged ONNX Runtime."""
 
 
 @dataclass(frozen=True)
 class Machine(Record):
-    """A machine.
-
-    processor_flags: those of FLAGS that the processor has; empty if the system does not tell.
-    cores: of the machine, also if this process may not use all of them.
-    """
+    """A machine."""
 
     processor: str
+    # Those of FLAGS that the processor has; empty if the system does not tell.
     processor_flags: tuple[str, ...]
+    # Of the machine, also if this process may not use all of them.
     cores: int | None
     system: str
     python: str
@@ -58,18 +56,18 @@ class Machine(Record):
 
 @dataclass(frozen=True)
 class Environment(Machine):
-    """A machine, and what runs on it.
+    """A machine, and what runs on it."""
 
-    onnxruntime: version of the module. packages: installed versions, by package.
-    provider, threads: of the session; threads None is ONNX Runtime's choice.
-    allow_spinning, graph_optimization: session options, the same for all models.
-    """
-
+    # Version of the module that is imported.
     onnxruntime: str
+    # Installed versions, by package.
     packages: dict[str, str]
+    # Of the session, as the user asked for it.
     provider: str
     providers_available: tuple[str, ...]
+    # Of one operator; None is ONNX Runtime's choice.
     threads: int | None
+    # Session options, the same for all models.
     allow_spinning: bool
     graph_optimization: str
 
@@ -91,6 +89,7 @@ def describe(settings: "SessionSettings") -> Environment:
     # Imported here: a machine without ONNX Runtime can still be described.
     from runtime.session import ALLOW_SPINNING, ONNXRUNTIME_VERSION, available_providers
 
+    # The keys stand in this order in the report.
     return Environment(
         **vars(describe_machine()),
         onnxruntime=ONNXRUNTIME_VERSION,
@@ -115,6 +114,7 @@ def installed_packages() -> dict[str, str]:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those packages that are installed."""
+    # A package that is not installed is left out, which is no error.
     return {name: installed for name in packages if (installed := _version(name)) is not None}
 
 

@@ -114,6 +114,7 @@ class Metadata:
     @cached_property
     def scheme_by_linear(self) -> dict[str, str]:
         """The scheme of each quantized linear, by module path; empty for another tool's file."""
+        # {"W4A8": [path, …]} becomes {path: "W4A8", …}.
         linears: dict[str, list[str]] = json.loads(self._text("schemes") or "{}")
         return {path: scheme for scheme, paths in linears.items() for path in paths}
 
@@ -121,6 +122,7 @@ class Metadata:
     def linears(self) -> dict[str, tuple[LinearPart, ...]] | None:
         """Where each quantized linear is in the graph, by module path; None if the file does not
         tell."""
+        # Files of older exports have no such key.
         described = self._text("linears")
         if described is None:
             return None
@@ -133,6 +135,7 @@ class Metadata:
         return self.properties.get(PREFIX + key)
 
     def _required(self, key: str) -> str:
+        # No default: a guess about a file would be measured as if it were a fact.
         found = self._text(key)
         if found is None:
             raise BenchError(f"the file's metadata lack {PREFIX}{key}: export it again with marrq")

@@ -84,6 +84,7 @@ class ServedPreprocessing:
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """One image resized and cut, not normalized: [height, width, channels]."""
+        # A grey model gets grey images, whatever the files are.
         image = image.convert("L" if self.input_size[0] == 1 else "RGB")
         width, height = self._resized(*image.size)
         return self._about_the_centre(
@@ -107,6 +108,7 @@ class ServedPreprocessing:
                 int(target_width * max(width, height) / min(width, height)),
             )
             return (short, longer) if width <= height else (longer, short)
+        # Border fits the image into the target; centre covers the target with it.
         ratios = height / target_height, width / target_width
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
         return round(width / ratio), round(height / ratio)
@@ -130,6 +132,7 @@ class ServedPreprocessing:
                 image = np.concatenate(
                     [np.broadcast_to(fill, before), image, np.broadcast_to(fill, after)], axis
                 )
+            # Rounded half to even, as timm and torchvision do.
             start = round((image.shape[axis] - wanted) / 2)
             image = image.take(range(start, start + wanted), axis)
         return image

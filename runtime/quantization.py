@@ -25,32 +25,32 @@ class SearchStep(Record):
 
 @dataclass(frozen=True)
 class QuantizedModule(Record):
-    """How one linear was quantized.
-
-    error: J, the square error of the linear's outputs, summed over the calibration tokens.
-    relative_error: J over the power of the float outputs. mse: J / (tokens · outputs).
-    alpha: strength of the residual correction; None if the method has none.
-    trajectory: steps of the search of α; empty without a search.
-    clipped: share of weights outside the range of their grid, 0 … 1.
-    damping: of the Hessian, as a share of its mean diagonal.
-    fallback: why α = 0 was used instead; None if it was not.
-    source: the JSON as it stands in the file, with keys that no report shows.
-    """
+    """How one linear was quantized."""
 
     path: str
+    # J: square error of the linear's outputs, summed over the calibration tokens.
     error: float
+    # J over the power of the float outputs.
     relative_error: float
+    # J / (tokens · outputs).
     mse: float
+    # Strength of the residual correction; None if the method has none.
     alpha: float | None
+    # Steps of the search of α; empty without a search.
     trajectory: tuple[SearchStep, ...]
+    # Share of weights outside the range of their grid, 0 … 1.
     clipped: float
+    # Of the Hessian, as a share of its mean diagonal.
     damping: float
+    # Why α = 0 was used instead; None if it was not.
     fallback: str | None
+    # The JSON as it stands in the file, with keys that no report shows.
     source: Json
 
     @classmethod
     def read(cls, source: Json) -> "QuantizedModule":
         """From an entry of quantization.json."""
+        # Keys that only later versions write stay in `source`.
         shown = [name for name in cls.__dataclass_fields__ if name not in ("trajectory", "source")]
         steps = tuple(SearchStep(**step) for step in source["trajectory"])
         return cls(**{name: source[name] for name in shown}, trajectory=steps, source=source)

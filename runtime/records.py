@@ -7,8 +7,8 @@ moved changes the JSON that users read: tests/runtime/test_schemas.py holds the 
 from dataclasses import fields
 from typing import Any
 
+# An object of JSON. Only what is written to a file or read from one is untyped.
 Json = dict[str, Any]
-"""An object of JSON. Only what is written to a file or read from one is untyped."""
 
 
 class Record:
@@ -21,6 +21,7 @@ class Record:
 
 def _plain(value: object) -> object:
     """Records become objects of JSON, and tuples become lists, at every depth."""
+    # A record may add keys, as reports add their schema, so its own method is asked.
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, dict):

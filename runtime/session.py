@@ -34,17 +34,18 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 
+# Providers that compile engines of their own: ONNX Runtime cannot tell what is in them.
 WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
-"""Providers that compile engines of their own: ONNX Runtime cannot tell what is in them."""
 
+# Levels of graph optimization; none and basic fuse no Q/DQ.
 OPTIMIZATIONS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-"""Levels of graph optimization; none and basic fuse no Q/DQ."""
 
+# Session options under which the optimized graph is written to disk.
 WRITE_OPTIMIZED = {
     # Tensors go to a file beside the graph, so that the graph stays small and below 2 GB.
     "session.optimized_model_external_initializers_file_name": "weights",
@@ -53,14 +54,13 @@ WRITE_OPTIMIZED = {
     # Prepacking prepares weights for runs, and this session never runs.
     "session.disable_prepacking": "1",
 }
-"""Session options under which the optimized graph is written to disk."""
 
+# Device of the providers that have memory of their own.
 DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
-"""Device of the providers that have memory of their own."""
 
+# Whether worker threads wait for work in a loop, which is ONNX Runtime's default. A spinning thread
+# takes a core from every other session, so only one session at a time is timed.
 ALLOW_SPINNING = True
-"""Whether worker threads wait for work in a loop, which is ONNX Runtime's default. A spinning
-thread takes a core from every other session, so only one session at a time is timed."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Model:
                 self.session.run(None, {self.input.name: pixels})
 
             return forward_on_host
+        # Inputs are on the device before the clock starts, and logits are not copied back.
         binding = self.session.io_binding()
         binding.bind_ortvalue_input(
             self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0)
@@ -156,6 +157,7 @@ class Model:
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
+        # A fixed seed: the same values for all models; zeros could be faster than images.
         return np.random.default_rng(0).standard_normal(
             (batch, *self.input.shape[1:]), dtype=np.float32
         )
@@ -174,7 +176,9 @@ def executed_operators(
     """Number of nodes of each operator, or on each provider, that really ran in one forward: from
     ONNX Runtime's own profile. scratch: a folder for the profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
+    # One forward is enough: every node of a vision transformer runs once.
     model.run(model.random_input(1))
+    # The profile is a list of events; only nodes have an operator and a provider.
     events = json.loads(Path(model.session.end_profiling()).read_text())
     counts = Counter(
         event["args"][by]

@@ -75,6 +75,7 @@ class BenchOptions:
     @property
     def settings(self) -> BenchSettings:
         """The part that the measuring itself has to know."""
+        # Up to the threads asked for, or to the cores that this process may use.
         counts = thread_counts(self.threads or usable_cores()) if self.throughput else ()
         plan = Plan(self.batches, self.rounds, self.seconds)
         return BenchSettings(self.session, plan, counts, self.max_drop, self.recommend)
@@ -87,9 +88,9 @@ class Bar(Protocol):
         """Go on by `amount`."""
 
 
+# Called with a total for each name: shows a progress bar for each, in that order, while its block
+# runs.
 Bars = Callable[..., AbstractContextManager[Sequence[Bar]]]
-"""Called with a total for each name: shows a progress bar for each, in that order, while its block
-runs."""
 
 
 class _HiddenBar:
@@ -147,12 +148,14 @@ def bench(
         if options.parity_images is not None
         else {}
     )
+    # Exports are measured, and gone when the report is there.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [item for path in given for item in _onnx_files(path, options, folder, say)]
         candidates, metadata = _candidates(files, options.session)
         entries = [*_baselines(metadata, options.baselines, folder, say), *candidates]
         images = _images(metadata, data)
+        # Parity compares images drawn at random, accuracy all of them.
         if options.parity_images is not None:
             drawn = images.draw(min(options.parity_images, len(images)), 0)
             entries = _with_parity(entries, artifacts, drawn, options.session, bars)
@@ -178,6 +181,7 @@ def _onnx_files(
         say(f"exporting {path} as {flavor}")
         Export(model, artifact, flavor).write(file)
         return [BenchedFile(path, file)]
+    # Traced once: each flavour lowers a clone of the trace.
     traced, files = trace_quantized(model, artifact), []
     for variant in variants(model.scheme):
         flavor, flavor_options = VARIANTS[variant]
@@ -214,6 +218,7 @@ def _checked_metadata(given: BenchedFile, session: SessionSettings) -> Metadata:
             f"{str(given.path)!r} was not written by `marrq export`: it does not say how its "
             "images are preprocessed"
         )
+    # A graph that normalizes images itself takes uint8, and the bench feeds normalized pixels.
     if opened.input.type != "tensor(float)":
         raise MarrqError(
             f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it as "
@@ -228,6 +233,7 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
 
     scheme = metadata.scheme or "float"
     name = " ".join(filter(None, (scheme, metadata.method, given.variant)))
+    # Only an artifact tells how its linears were quantized.
     is_artifact = given.path.is_dir()
     return Entry(
         name=name if name not in taken else f"{name} {given.path.name}",
@@ -251,8 +257,10 @@ def _baselines(
 
     if not flavors:
         return []
+    # Loaded once for all flavours.
     model = load_source(ModelSource(**json.loads(metadata.source)))
     entries = []
+    # A flavour that was named twice is measured once.
     for flavor in dict.fromkeys(flavors):
         say(f"exporting the baseline {flavor}")
         file = scratch / f"{flavor}.onnx"
@@ -290,6 +298,7 @@ def _with_parity(
 
     artifacts: by the path that the user gave.
     """
+    # Baselines are not quantized: there is nothing to compare.
     candidates = [entry for entry in entries if entry.role == "candidate"]
     with bars(parity=len(images) * len(candidates)) as [bar]:
         sections = {
@@ -312,6 +321,7 @@ def _measured(
     from marrq.models.preprocessing import Preprocessing
 
     preprocessing = Preprocessing.from_json(json.loads(metadata.preprocessing))
+    # Read when the bench asks for them: all images together may not fit into memory.
     batches = (
         (pixels.numpy(), targets.numpy())
         for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE)

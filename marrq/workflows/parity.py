@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from marrq.quantized_model import QuantizedModel
 
 IMAGES_AT_ONCE = 8
+# Images that the linears are compared on: a few hundred tokens tell what a single one would.
 LINEAR_IMAGES = 8
-"""Images that the linears are compared on: a few hundred tokens tell what a single one would."""
 
 
 def artifact_of(path: Path, artifacts: Sequence[Path], settings: SessionSettings) -> Path:
@@ -42,6 +42,7 @@ def artifact_of(path: Path, artifacts: Sequence[Path], settings: SessionSettings
 
     if not path.is_file():
         return path
+    # The exporter stamps the hash of the artifact into the file.
     found = Model(path, settings).metadata().artifact
     if found is None:
         raise MarrqError(
@@ -97,6 +98,7 @@ def measure_parity(
     # vars() keeps the order of the fields: original, simulated, nudged, exported, served.
     columns = zip(*(vars(batch).values() for batch in batches), strict=True)
     logits = StageLogits(*(np.concatenate(parts) for parts in columns))
+    # Linears are compared on few images: each of their channels has hundreds of tokens.
     first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
     errors = linear_errors(model, file, first, settings)
     return compare_stages(logits, np.array(images.targets), errors, pixel_difference)

@@ -62,15 +62,19 @@ def reason(
     if provider != asked:
         return f"its node runs on {provider}: {asked} has no kernel for it"
     form, operator = _form(examined.file, linear), kernel.node.op_type
+    # Nothing can fuse a weight that is not codes.
     if not is_integer(form.stored):
         return f"its weight is {form.stored} in the file, not codes"
     if not integer:
         return _why_in_float(examined, form, operator)
+    # ONNX Runtime fuses this form too, and the kernel then fails at the first run.
     if form.block < form.inputs and operator != "MatMulNBits":
         return (
             f"its weight has a scale for every {form.block} inputs, with which {operator} fails "
             "when it runs: it takes one for each channel"
         )
+    # Integers where the scheme wants float are another model: less accurate than what was
+    # measured in torch.
     if nominal_bits(linear.nominal)[1] >= 16 and is_integer(activation):
         at_level = " at accuracy level 4" if operator == "MatMulNBits" else ""
         return (
@@ -94,11 +98,13 @@ def _form(file: Graph, linear: Linear) -> _Form:
 
 def _why_in_float(examined: Examined, form: _Form, operator: str) -> str:
     """The rule that a product between DequantizeLinear nodes does not meet. operator: what runs."""
+    # Codes that go straight into an operator need a kernel of that operator.
     if form.dequantizer is None:
         return form.unknown
     optimization = examined.settings.optimization
     if optimization in ("none", "basic"):
         return f"graph optimization {optimization!r} fuses no Q/DQ: set it to extended or all"
+    # Quantized activations make integer kernels; float activations make MatMulNBits.
     found = quantizer(form.file, form.linear.product)
     if found is None:
         return _why_no_nbits(form, form.dequantizer)
@@ -110,6 +116,7 @@ def _why_no_integers(
 ) -> str:
     """The rule for quantized activations: QuantizeLinear → DequantizeLinear → product."""
     code_type = form.file.type_of(quantizer.output[0])
+    # The kernels know 8-bit activations only.
     if code_type not in ("uint8", "int8"):
         return (
             f"its activations are {code_type} codes: integer kernels take 8 bits, narrower codes "
@@ -121,6 +128,7 @@ def _why_no_integers(
             f"{form.stored} codes go straight into DequantizeLinear, which is fused with 8-bit "
             "codes only: cast them to int8 before it"
         )
+    # A fused kernel takes scales that are constants, since they are folded into its own.
     if _scales_at_run_time(form.file, quantizer):
         return (
             "its activations have scales found at run time, which no fused kernel takes; the "
@@ -131,6 +139,7 @@ def _why_no_integers(
             f"its weight has a scale for every {form.block} inputs, which no fused kernel takes; "
             "the integer flavour has kernels from 64 on"
         )
+    # What ran as Gemm has two axes: ONNX Runtime makes Gemm of MatMul and Add then.
     if operator in ("Gemm", "FusedGemm"):
         if len(dequantizer.input) < 3:
             return "a Gemm is fused only where its weight has a zero point, be it 0"
@@ -138,6 +147,7 @@ def _why_no_integers(
             "a product of two axes is run as Gemm, which has no integer kernel for a float bias "
             "and output: keep three axes"
         )
+    # QLinearConv exists for uint8 activations.
     if form.linear.product.node.op_type == "Conv" and code_type == "int8":
         return "a convolution is fused with uint8 activations, and these are int8"
     return form.unknown
@@ -157,6 +167,7 @@ def _why_no_nbits(form: _Form, dequantizer: NodeProto) -> str:
         return (
             "a Gemm with transB is not fused with DequantizeLinear: store the weight as [in, out]"
         )
+    # The way leads back from the product: what comes before DequantizeLinear in it runs after.
     behind = form.linear.way[: form.linear.way.index(dequantizer)]
     if any(node.op_type == "Transpose" for node in behind):
         return (
@@ -168,6 +179,7 @@ def _why_no_nbits(form: _Form, dequantizer: NodeProto) -> str:
             f"its weight has a scale for every {form.block} inputs, and MatMulNBits takes blocks "
             f"of {', '.join(map(str, BLOCK_SIZES))}"
         )
+    # Some releases fuse blocks that do not divide the inputs, and others do not.
     if form.block and form.inputs % form.block:
         return f"{form.unknown}: {form.block} does not divide {form.inputs}"
     return form.unknown

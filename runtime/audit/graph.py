@@ -37,31 +37,34 @@ class Operands:
     second_grid: tuple[int, ...] = ()
 
 
+# Operators that multiply two operands.
 PRODUCTS = {
+    # Float products; also the patterns that are fused to integer ones.
     "MatMul": Operands(),
     "FusedMatMul": Operands(),
     "Gemm": Operands(),
     "FusedGemm": Operands(),
     "Conv": Operands(),
     "FusedConv": Operands(),
+    # Integer products, whose sums other nodes make floats of.
     "MatMulInteger": Operands(first_zero_point=2, second_grid=(3,)),
     "ConvInteger": Operands(first_zero_point=2, second_grid=(3,)),
     "DynamicQuantizeMatMul": Operands(second_grid=(2, 3)),
     "MatMulIntegerToFloat": Operands(first_zero_point=4, second_grid=(3, 5)),
     "MatMulNBits": Operands(second_grid=(2, 3, 4)),
+    # Operators that quantize their output too take the operands with their grids between.
     "QLinearMatMul": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
     "QLinearConv": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
     "QGemm": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
 }
-"""Operators that multiply two operands."""
 
+# Operators that move numbers about, or cut them, and leave their type.
 # fmt: off
 MOVING = (
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice",
     "Gather", "Clip",
 )
 # fmt: on
-"""Operators that move numbers about, or cut them, and leave their type."""
 
 TYPES = {"float": "float32", "double": "float64"}
 
@@ -107,6 +110,7 @@ class Graph:
         try:
             model = onnx.load(file, format="protobuf", load_external_data=False)
         except message.DecodeError:
+            # The same error as for an empty file comes below.
             model = onnx.ModelProto()
         # Protobuf reads an empty file as a model without a graph.
         if not model.HasField("graph"):
@@ -143,6 +147,7 @@ class Graph:
     def _product(self, node: NodeProto) -> Product | None:
         """A node that multiplies; None if both operands are constant."""
         places = PRODUCTS[node.op_type]
+        # a: the operand that depends on the images; b: the weight.
         a, b = node.input[places.first], node.input[places.second]
         # MatMul takes its constant operand on either side.
         if b not in self._constants:
@@ -178,6 +183,7 @@ class Graph:
         the operands of its node say it."""
         if value in self.initializers:
             return type_name(self.initializers[value].data_type)
+        # Only some values have a type in the file; the others follow from their nodes.
         if value in self._described:
             return type_name(self._described[value].elem_type)
         node = self.producers.get(value)
@@ -201,6 +207,7 @@ class Graph:
             return list(self.initializers[value].dims)
         if value not in self._described or not self._described[value].HasField("shape"):
             return None
+        # A free axis has a name and no length, which protobuf reads as 0.
         return [axis.dim_value for axis in self._described[value].shape.dim]
 
     def bits_of(self, initializer: str) -> int:
@@ -256,6 +263,7 @@ class Graph:
 
 def size_bytes(path: Path) -> int:
     """The size of a model: of its file, and of the files beside it that hold its tensors."""
+    # Several tensors share a file, which is counted once.
     tensors = Graph.load(path).initializers.values()
     beside = {
         entry.value
@@ -288,6 +296,7 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
 
 def type_name(number: int) -> str:
     """`float32`, `int4` and so on, of ONNX's number for a type."""
+    # ONNX calls float32 FLOAT; the others have their bits in their names.
     name: str = TensorProto.DataType.Name(number).lower()
     return TYPES.get(name, name)
 

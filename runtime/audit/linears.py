@@ -35,53 +35,53 @@ from runtime.audit.graph import (
 from runtime.errors import BenchError
 from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
+# The scheme of a linear that is not quantized.
 FLOAT = "float"
-"""The scheme of a linear that is not quantized."""
 
+# What ONNX Runtime puts before the name of a float16 value that it makes float32.
 CAST_PREFIX = "InsertedPrecisionFreeCast_"
-"""What ONNX Runtime puts before the name of a float16 value that it makes float32."""
 
 Role = Literal["linear", "low-rank branch", "correction"]
 
+# Constants of a quantized linear that other products than its own multiply with, by the names that
+# marrq's exporters give them.
 ROLES: dict[str, Role] = {
     "lowrank_left": "low-rank branch",
     "lowrank_right": "low-rank branch",
     "bias_and_sums": "correction",
 }
-"""Constants of a quantized linear that other products than its own multiply with, by the names that
-marrq's exporters give them."""
 
+# Name of a constant of a linear. The group is the module path of the linear, or of a third of it:
+# PATH.q, PATH.k, PATH.v. PyTorch's exporter names constants the same way, so the pattern serves
+# files of other tools, for which no metadata name the linears.
 CONSTANT_NAME = re.compile(r"(.+?)\.(?:weight|lowrank|bias_and_sums)")
-"""Name of a constant of a linear. The group is the module path of the linear, or of a third of it:
-PATH.q, PATH.k, PATH.v. PyTorch's exporter names constants the same way, so the pattern serves
-files of other tools, for which no metadata name the linears."""
 
+# Of MatMulNBits.
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""Of MatMulNBits."""
 
+# Block sizes for which MatMulNBits quantizes activations to int8 at accuracy level 4, by bits of
+# its codes. With the others it computes in float32 there too (seen with ONNX Runtime 1.32 on
+# AVX-512 VNNI, from the outputs).
 INT8_BLOCKS = {2: (32, 64, 128), 4: BLOCK_SIZES, 8: BLOCK_SIZES}
-"""Block sizes for which MatMulNBits quantizes activations to int8 at accuracy level 4, by bits of
-its codes. With the others it computes in float32 there too (seen with ONNX Runtime 1.32 on AVX-512
-VNNI, from the outputs)."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A product of the file whose weight is constant.
+    """A product of the file whose weight is constant."""
 
-    path: of the linear's module. part: the same, or with `.q`, `.k` or `.v` if it is a third.
-    nominal: the scheme, as `W4A8`, or FLOAT.
-    kernel: the product of the optimized graph that stands for it; None if there is none.
-    origin: the largest initializer that its weight is made from. way: the nodes back to it.
-    """
-
+    # Of the linear's module.
     path: str
+    # The path, or with `.q`, `.k` or `.v` if this is a third of the linear.
     part: str
     role: Role
+    # The scheme, as `W4A8`, or FLOAT.
     nominal: str
     product: Product
+    # The product of the optimized graph that stands for it; None if there is none.
     kernel: Product | None
+    # The largest initializer that its weight is made from.
     origin: str
+    # The nodes back from the weight to the origin.
     way: tuple[NodeProto, ...]
 
     @property
@@ -114,11 +114,13 @@ def examine(path: Path, settings: SessionSettings) -> Examined:
     with tempfile.TemporaryDirectory() as scratch:
         optimized_to = Path(scratch) / "optimized.onnx"
         session = Model(path, settings, optimized_to=optimized_to).session
+        # Which provider runs each node is known once the graph is optimized.
         assigned = {
             node.name: part.ep_name
             for part in session.get_provider_graph_assignment_info()
             for node in part.get_nodes()
         }
+        # Read inside the block: the optimized file is gone after it.
         file, optimized = Graph.load(path), Graph.load(optimized_to)
     linears = tuple(find_linears(file, optimized))
     if not linears:
@@ -128,6 +130,7 @@ def examine(path: Path, settings: SessionSettings) -> Examined:
 
 def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
     """All products of a file with a constant weight, each with the kernel that runs it."""
+    # By the output of the product of the file that each kernel stands for.
     kernels = {
         found: product
         for product in optimized.products
@@ -185,6 +188,7 @@ def _nominal(file: Graph, product: Product, origin: str) -> str:
     code_type = file.type_of(origin)
     if not is_integer(code_type):
         return FLOAT
+    # MatMulNBits packs its codes into bytes, so an attribute and not the type has their bits.
     is_nbits = product.node.op_type == "MatMulNBits"
     weight = attribute(product.node, "bits", 4) if is_nbits else bits_of_type(code_type)
     found, (_, multiplied) = quantizer(file, product), kernel_types(file, product)
@@ -197,6 +201,7 @@ def _nominal(file: Graph, product: Product, origin: str) -> str:
 def nominal_bits(nominal: str) -> tuple[int, int]:
     """Bits of weights and activations of a scheme such as `W4A8-g64`. 16 stands for float
     activations; a float linear has 32 and 32."""
+    # Suffixes of the scheme (groups, grids) do not change the bits.
     match = re.match(r"W(\d+)A(\d+)", nominal)
     return (int(match[1]), int(match[2])) if match else (32, 32)
 
@@ -208,6 +213,7 @@ def quantizer(file: Graph, product: Product) -> NodeProto | None:
         lambda node: node.input[:1] if node.op_type in (*MOVING, "DequantizeLinear") else (),
     )
     made_by = [file.producers[value] for value in before if value in file.producers]
+    # Static activations, and activations with scales found at run time.
     quantizers = ("QuantizeLinear", "DynamicQuantizeLinear")
     return next((node for node in made_by if node.op_type in quantizers), None)
 

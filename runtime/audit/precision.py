@@ -25,9 +25,11 @@ from runtime.audit.linears import (
 from runtime.audit.rows import audit
 from runtime.records import Record
 
+# Operators that hold both products of attention.
 ATTENTION = ("Attention", "MultiHeadAttention")
-"""Operators that hold both products of attention."""
 
+# What stands between the products of a vision transformer, by the operators that compute it. Sums
+# and moves are left out.
 # fmt: off
 AROUND_PRODUCTS = {
     "norms": ("LayerNormalization", "SkipLayerNormalization", "BatchNormalization"),
@@ -36,8 +38,6 @@ AROUND_PRODUCTS = {
     ),
     "softmax": ("Softmax",),
 }
-"""What stands between the products of a vision transformer, by the operators that compute it. Sums
-and moves are left out."""
 # fmt: on
 
 
@@ -53,27 +53,28 @@ class FloatPart(Record):
 
 @dataclass(frozen=True)
 class Precision(Record):
-    """Numbers of a file as it is executed.
+    """Bits of a file as it is executed."""
 
-    nominal: its scheme. weight_bits, activation_bits: what the scheme says; 16: float activations.
-    kernel_weight_bits, kernel_activation_bits: of the operands as the kernels get them.
-    container_bits: of a weight's code in the file.
-    bits_per_weight: all that the file keeps for the quantized weights, over their number. If no
-    linear is quantized, all linears are counted.
-    """
-
+    # The scheme, as `W4A8`.
     nominal: str
+    # What the scheme says; 16 stands for float activations.
     weight_bits: int
     activation_bits: int
+    # Of the operands as the kernels get them.
     kernel_weight_bits: int
     kernel_activation_bits: int
+    # Of a weight's code in the file.
     container_bits: int
+    # All that the file keeps for the quantized weights, over their number. If no linear is
+    # quantized, all linears are counted.
     bits_per_weight: float
+    # What runs in floating point nevertheless.
     float_remainder: tuple[FloatPart, ...]
 
 
 def measure_precision(examined: Examined) -> Precision:
     """Count the bits of a file, and of the kernels that run it."""
+    # A float file has bits too: then all of its linears are counted.
     quantized = [linear for linear in examined.linears if linear.nominal != FLOAT]
     counted = quantized or list(examined.linears)
     own = [linear for linear in counted if linear.role == "linear"]
@@ -100,11 +101,13 @@ def measure_precision(examined: Examined) -> Precision:
 
 
 def _nominal_bits(examined: Examined, linear: Linear) -> tuple[int, int]:
+    # A float linear has no scheme: the type of its weight counts.
     stored = bits_of_type(examined.file.type_of(linear.origin))
     return (stored, stored) if linear.nominal == FLOAT else nominal_bits(linear.nominal)
 
 
 def _kernel_bits(examined: Examined, linear: Linear) -> tuple[int, int]:
+    # A linear that was merged into another operator is taken to run as the scheme says.
     if linear.kernel is None:
         return _nominal_bits(examined, linear)
     weight, activation = kernel_types(examined.optimized, linear.kernel)
@@ -114,6 +117,7 @@ def _kernel_bits(examined: Examined, linear: Linear) -> tuple[int, int]:
 def _container_bits(examined: Examined, linear: Linear) -> int:
     """Bits of a code in the file."""
     file, node = examined.file, linear.product.node
+    # Its codes are packed into bytes; an attribute has their bits.
     if node.op_type == "MatMulNBits":
         return int(attribute(node, "bits", 4))
     if linear.nominal == FLOAT:
@@ -128,6 +132,7 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
     codes = [
         name for name in file.behind([linear.product.weight], made_of) if name in file.initializers
     ]
+    # Wider constants are no codes.
     narrow = [name for name in codes if bits_of_type(file.type_of(name)) <= 8]
     return round(sum(map(file.bits_of, narrow)) / weights_of(examined, linear))
 
@@ -137,6 +142,7 @@ def _stored_bits(examined: Examined, linears: list[Linear]) -> int:
     # A set: q, k and v may share a constant, which the file keeps once.
     kept: set[str] = set()
     for linear in linears:
+        # Corrections belong to the activations and not to the weights.
         if linear.role != "correction":
             assert linear.product.weight is not None
             kept.update(*map(examined.file.origins, (linear.product.weight, *linear.product.grid)))
@@ -165,6 +171,7 @@ def _floats_of_linears(examined: Examined) -> Iterator[tuple[str, str, str]]:
     }
     for linear in examined.linears:
         operator = linear.kernel.node.op_type if linear.kernel is not None else "none"
+        # A third of a linear has a row of its own if the thirds do not run alike.
         reason = reasons.get(linear.path, reasons.get(linear.part))
         if linear.role == "low-rank branch":
             why = f"{chooser} keeps their factors in floating point"
@@ -205,5 +212,6 @@ def _kind(examined: Examined, product: Product) -> str:
         return "patch embedding" if patches else "convolutions"
     # No product comes after the head.
     after = file.ahead(product.node.output, lambda node: node.output)
+    # Attention counts as a product: q, k and v end there.
     consumers = {node.op_type for value in after for node in file.consumers.get(value, ())}
     return "linears" if consumers.intersection((*PRODUCTS, *ATTENTION)) else "head"

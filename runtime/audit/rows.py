@@ -16,24 +16,22 @@ from runtime.records import Record
 
 @dataclass(frozen=True)
 class AuditRow(Record):
-    """What runs a linear.
+    """What runs a linear."""
 
-    linear: its module path; the node's name if the weight has none.
-    nominal: what the scheme says, as `W4A8`, or "float".
-    operator: what runs. operators: how often, for q, k and v apart, and for groups of inputs.
-    weight, activation: types as the kernel gets them.
-    integer: whether the kernel multiplies integers, or n-bit weights; of both operands if the
-    scheme quantizes both.
-    reason: a sentence if the linear does not run as its scheme says, otherwise None.
-    """
-
+    # The module path; the node's name if the weight has none.
     linear: str
+    # What the scheme says, as `W4A8`, or "float".
     nominal: str
+    # What runs, and how often: q, k and v may run apart, and so may groups of inputs.
     operator: str
     operators: int
+    # Types of the operands as the kernel gets them.
     weight: str
     activation: str
+    # Whether the kernel multiplies integers or n-bit weights; of both operands if the scheme
+    # quantizes both.
     integer: bool
+    # Why the linear does not run as its scheme says; None if it does.
     reason: str | None
 
     @property
@@ -50,6 +48,7 @@ def audit(examined: Examined) -> list[AuditRow]:
         # Branches and corrections belong to a linear, and are no linears of their own.
         if linear.role == "linear":
             rows.setdefault(linear.path, []).append((linear.part, _row(examined, linear)))
+    # The metadata say what should be there: a linear that vanished must not go unnoticed.
     missing = [
         _nothing_runs(path, nominal, 0, "no product of the file has its weight")
         for path, nominal in examined.file.metadata.scheme_by_linear.items()
@@ -60,6 +59,7 @@ def audit(examined: Examined) -> list[AuditRow]:
 
 def demand_integers(rows: Sequence[AuditRow]) -> None:
     """Raise GateError if a linear runs in float against a scheme that says integers."""
+    # The first is named in full, the others are counted: one sentence has to do.
     short = [row for row in rows if row.falls_short]
     if short:
         first = f"{short[0].linear!r}, {short[0].nominal}: {short[0].reason}"
@@ -71,6 +71,7 @@ def demand_integers(rows: Sequence[AuditRow]) -> None:
 
 def _merged(parts: list[tuple[str, AuditRow]]) -> list[AuditRow]:
     """One row if all parts of a linear run alike, otherwise one for each part and way to run."""
+    # Rows of parts have the path of the whole, so that rows which are equal merge.
     alike = Counter(row for _, row in parts)
     if len(alike) > 1:
         alike = Counter(replace(row, linear=part) for part, row in parts)
@@ -79,6 +80,7 @@ def _merged(parts: list[tuple[str, AuditRow]]) -> list[AuditRow]:
 
 def _row(examined: Examined, linear: Linear) -> AuditRow:
     if linear.kernel is None:
+        # A fused attention, for example, holds the product of its inputs.
         merged = "ONNX Runtime has merged it into another operator"
         return _nothing_runs(linear.path, linear.nominal, 1, merged)
     weight, activation = kernel_types(examined.optimized, linear.kernel)

@@ -41,13 +41,17 @@ class RepositoryModel(Record):
 
 @dataclass(frozen=True)
 class Diagnosis(Record):
-    """Facts and verdicts. server: version of the ONNX Runtime that was asked about, or None."""
+    """Facts and verdicts."""
 
     machine: ExaminedMachine
     files: tuple[ServedFile, ...]
+    # Of the repository that the files are in.
     models: tuple[RepositoryModel, ...]
+    # Version of the ONNX Runtime that was asked about, or None.
     server: str | None
+    # What keeps a file from being loaded, or will.
     problems: tuple[str, ...]
+    # What may be worse than it looks, or cannot be known from here.
     warnings: tuple[str, ...]
 
     def to_json(self) -> Json:
@@ -69,6 +73,7 @@ def examine(path: Path | None, server: str | None, torch: TorchBuild | None) -> 
     Raises BenchError for a version, a file or a folder that is none.
     """
     if server is not None:
+        # Before anything is examined: a typo in the version is told at once.
         parse_version(server)
     models: Sequence[ServedModel] = ()
     paths = [] if path is None else [path]
@@ -93,9 +98,11 @@ def diagnose(
     for file in files:
         problems += file.problems
         warnings += file.warnings
+    # The name tells which model of the repository a sentence is about.
     for model in models:
         problems += [f"{model.name}: {sentence}" for sentence in model.problems]
         warnings += [f"{model.name}: {sentence}" for sentence in model.warnings]
+    # What a server would say comes last: what fails here is mended first.
     served = []
     for file in files:
         loads = None if server is None else loads_under(server, file.lowest_onnxruntime)

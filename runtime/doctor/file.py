@@ -15,35 +15,34 @@ from runtime.doctor.releases import NEWEST, loads_under, lowest_onnxruntime
 from runtime.errors import BenchError
 from runtime.records import Record
 
+# Name of the domain that files leave empty.
 STANDARD = "ai.onnx"
-"""Name of the domain that files leave empty."""
 
+# Where in ONNX Runtime an error was raised: a file, a line and a C++ signature.
 SOURCE_LINE = re.compile(r"/[^\s:]+\.(?:cc|h):\d+ .*?\) (?:const )?")
-"""Where in ONNX Runtime an error was raised: a file, a line and a C++ signature."""
 
 
 @dataclass(frozen=True)
 class FileFacts(Record):
-    """What an ONNX file needs, and whether it has that here.
-
-    opsets, operators: version, and number of nodes, by domain.
-    other_domains: of operators that are neither standard nor defined in the file.
-    lowest_onnxruntime: first release that loads the file; None if the file is newer than all that
-    was tried.
-    stated: whether the file says that release itself.
-    external_data: files with its tensors, and whether they are there.
-    load_error: why ONNX Runtime does not open it here; None if it does.
-    """
+    """What an ONNX file needs, and whether it has that here."""
 
     path: str
+    # The tool that wrote the file, with its version.
     producer: str
+    # Version by domain.
     opsets: dict[str, int]
     ir_version: int
+    # Number of nodes by domain.
     operators: dict[str, int]
+    # Of operators that are neither standard nor defined in the file.
     other_domains: tuple[str, ...]
+    # First release that loads the file; None if the file is newer than all that was tried.
     lowest_onnxruntime: str | None
+    # Whether the file says that release itself.
     stated: bool
+    # Files with its tensors, and whether they are there.
     external_data: dict[str, bool]
+    # Why ONNX Runtime does not open it here; None if it does.
     load_error: str | None
 
     @property
@@ -54,6 +53,7 @@ class FileFacts(Record):
     @property
     def problems(self) -> list[str]:
         """What keeps the file from being loaded here."""
+        # A missing file is the cause; the error of ONNX Runtime would only repeat it.
         missing = ", ".join(name for name, there in self.external_data.items() if not there)
         if missing:
             return [
@@ -65,6 +65,7 @@ class FileFacts(Record):
     @property
     def warnings(self) -> list[str]:
         """What cannot be known of the file from its versions."""
+        # marrq tried the release that its files state, with their operators.
         if not self.other_domains or self.stated:
             return []
         return [
@@ -83,6 +84,7 @@ class FileFacts(Record):
                 f"no ONNX Runtime up to {NEWEST} was seen to load {self.versions}, as "
                 f"{self.path!r} has it: convert it to lower ones"
             )
+        # A file of another tool was not tried: its versions are all that is known.
         seen, way = f"load {self.versions}", "convert the file to lower ones"
         if self.stated:
             seen, way = "run it", "export with --no-fuse, or a flavour that needs less"
@@ -125,6 +127,7 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     for node in nodes:
         yield node
         for attribute in node.attribute:
+            # If, Loop and Scan hold graphs in their attributes.
             for body in (attribute.g, *attribute.graphs):
                 yield from _nodes(body.node)
 
@@ -143,6 +146,7 @@ def _external_data(graph: Graph) -> list[str]:
 def _load_error(path: Path) -> str | None:
     """Why ONNX Runtime does not open the file on the CPU; None if it does."""
     try:
+        # On the CPU, which every ONNX Runtime has.
         session = import_session()
         session.Model(path, session.SessionSettings(threads=1))
     except BenchError as error:

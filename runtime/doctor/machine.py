@@ -22,8 +22,8 @@ from runtime.records import Record
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "torch", "onnx", "timm", "transformers", "tritonclient")
 
+# Flags of processors that add products of 8-bit integers into 32 bits.
 DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-"""Flags of processors that add products of 8-bit integers into 32 bits."""
 
 SATURATES = (
     "this processor has no dot product of int8 (VNNI): ONNX Runtime adds two products of uint8 and "
@@ -52,20 +52,20 @@ class TorchBuild(Record):
 
 @dataclass(frozen=True)
 class ExaminedMachine(Machine):
-    """A machine as the doctor sees it.
+    """A machine as the doctor sees it."""
 
-    int8_dot_products: those of DOT_PRODUCTS that the processor has.
-    packages: installed versions, by package. torch: None if it is not installed.
-    """
-
+    # Those of DOT_PRODUCTS that the processor has.
     int8_dot_products: tuple[str, ...]
+    # Installed versions, by package.
     packages: dict[str, str]
     onnxruntime: ImportedRuntime
+    # None if it is not installed.
     torch: TorchBuild | None
 
     @property
     def problems(self) -> list[str]:
         """What keeps every file from being loaded here."""
+        # Two packages first: they are the likely cause of a module that does not import.
         faults = (onnxruntime_conflict(self.packages), self.onnxruntime.error)
         return [fault for fault in faults if fault is not None]
 
@@ -91,6 +91,7 @@ def examine_machine(torch: TorchBuild | None) -> ExaminedMachine:
 
 def _imported_runtime() -> ImportedRuntime:
     try:
+        # A machine without ONNX Runtime is a result, not a failure of the doctor.
         session = import_session()
     except BenchError as error:
         return ImportedRuntime(None, (), str(error))

@@ -6,6 +6,10 @@ gives a lower bound: a release may know an opset and have no kernel for one of i
 
 from runtime.errors import BenchError
 
+# Highest opset and IR version that ONNX Runtime loads from that release on.
+#
+# The first release of each minor version from 1.15 to 1.32 was seen to load an Identity of every
+# opset from 7 on, with every IR version from 3 on, up to these, and to refuse the next of either.
 TRIED = {
     "1.15.0": (18, 9),
     "1.16.0": (19, 9),
@@ -17,17 +21,13 @@ TRIED = {
     "1.25.0": (26, 13),
     "1.32.0": (28, 14),
 }
-"""Highest opset and IR version that ONNX Runtime loads from that release on.
-
-The first release of each minor version from 1.15 to 1.32 was seen to load an Identity of every
-opset from 7 on, with every IR version from 3 on, up to these, and to refuse the next of either.
-"""
 
 NEWEST = list(TRIED)[-1]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
     """Numbers of a version. Raises BenchError if the text has something else."""
+    # int() would take signs, blanks and underscores, which no version has.
     parts = text.split(".")
     if not all(part.isdecimal() for part in parts):
         raise BenchError(
@@ -39,6 +39,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 def lowest_onnxruntime(opset: int, ir_version: int) -> str | None:
     """First release that was seen to load both; None if none did."""
+    # From the oldest on, so that the first hit is the lowest release.
     for release, (highest_opset, highest_ir_version) in TRIED.items():
         if opset <= highest_opset and ir_version <= highest_ir_version:
             return release
@@ -53,6 +54,7 @@ def loads_under(server: str, lowest: str | None) -> bool | None:
     """
     version = parse_version(server)
     if lowest is not None:
+        # 1.18 stands for 1.18.0 and all that follow, so only as many numbers are compared.
         return version >= parse_version(lowest)[: len(version)]
     # A release that was tried refused the file; a later one may know more.
     return None if version > parse_version(NEWEST)[: len(version)] else False

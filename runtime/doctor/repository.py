@@ -27,8 +27,8 @@ except ImportError as error:
     ) from error
 
 CONFIG = "config.pbtxt"
+# What a version has to hold for a backend that runs a script; others run the ONNX file itself.
 SCRIPTS = {"python": "model.py"}
-"""What a version has to hold for a backend that runs a script; others run the ONNX file itself."""
 
 BACKENDS = ("onnxruntime", "python")
 TYPES = {
@@ -36,11 +36,11 @@ TYPES = {
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.UINT8: "TYPE_UINT8",
 }
+# How the server writes an axis of any length.
 FREE = -1
-"""How the server writes an axis of any length."""
 
+# A parameter of every config that marrq writes: the name of the ONNX file.
 OURS = "onnx_file"
-"""A parameter of every config that marrq writes: the name of the ONNX file."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def examine_repository(folder: Path) -> list[ServedModel]:
 
 
 def _examine(folder: Path) -> ServedModel:
+    # A folder with a config that cannot be read is a model still, with a problem.
     versions = _versions(folder)
     try:
         config = text_format.Parse(
@@ -79,6 +80,7 @@ def _examine(folder: Path) -> ServedModel:
     except (OSError, ValueError, text_format.ParseError) as error:
         problem = f"{CONFIG} cannot be read: {error}"
         return ServedModel(folder.name, "unknown", versions, problems=(problem,))
+    # A server completes what such a config leaves out, so a gap in it proves nothing.
     if OURS not in config.parameters:
         backend = config.backend or config.platform
         warning = "marrq did not write it: its config can be read, and nothing else was examined"
@@ -103,6 +105,7 @@ def _version_problems(file: Path, config: Any) -> tuple[list[str], bool]:
     """What is wrong with the ONNX file of a version, and whether it is a whole ONNX file."""
     problems = []
     script = SCRIPTS.get(config.backend)
+    # The Python backend runs the file through a script beside it.
     if script is not None and not file.with_name(script).is_file():
         problems.append(f" has no {script}, which the backend {config.backend} runs")
     if not file.is_file():
@@ -126,6 +129,7 @@ def _own_problems(folder: Path, config: Any, versions: tuple[int, ...]) -> list[
         )
     if config.backend not in BACKENDS:
         problems.append(f"the backend is {config.backend!r}: known are {' and '.join(BACKENDS)}")
+    # Preferred sizes are those that a server waits for before it runs a batch.
     largest = max(config.dynamic_batching.preferred_batch_size, default=0)
     if largest > config.max_batch_size:
         problems.append(
@@ -172,6 +176,7 @@ def _tensor_differences(kind: str, said: Any, had: Any, batched: bool) -> list[s
     """
     problems = []
     of_file = {value.name: value.type.tensor_type for value in had}
+    # Names that only one of the two has; the others are compared below.
     for name in sorted({tensor.name for tensor in said} ^ set(of_file)):
         problems.append(
             f"the {kind} {name!r} is only in {'the file' if name in of_file else 'the config'}"
@@ -180,6 +185,7 @@ def _tensor_differences(kind: str, said: Any, had: Any, batched: bool) -> list[s
         if tensor.name not in of_file:
             continue
         there = of_file[tensor.name]
+        # A free axis has a name and no length in the file.
         dims = [axis.dim_value or FREE for axis in there.shape.dim]
         # If the server makes batches, the config leaves out the first axis, which must be free.
         if batched and dims[:1] != [FREE]:

@@ -35,45 +35,41 @@ from runtime.records import Record
 NORMAL_95 = 1.959963984540054
 BISECTIONS = 60  # 2 / 2⁶⁰ is below the spacing of floats near 1
 
+# [images, classes].
 Logits = NDArray[np.float32]
-"""[images, classes]."""
 
 
 @dataclass(frozen=True)
 class Accuracy(Record):
-    """Shares of images, 0 … 1.
+    """Shares of images, 0 … 1."""
 
-    …_low, …_high: the 95 % Wilson interval.
-    agreement: share of images with the same top-1 as the float32 model.
-    divergence: from the float32 model, in nats. Both are None without that model.
-    images: how many there are.
-    """
-
+    # With the ends of the 95 % Wilson interval.
     top1: float
     top1_low: float
     top1_high: float
     top5: float
     top5_low: float
     top5_high: float
+    # Share of images with the same top-1 as the float32 model; None without that model.
     agreement: float | None
+    # From the float32 model, in nats; None without that model.
     divergence: float | None
+    # How many there are.
     images: int
 
 
 @dataclass(frozen=True)
 class PairedDrop(Record):
-    """What a model loses in top-1 against a baseline on the same images.
+    """What a model loses in top-1 against a baseline on the same images."""
 
-    drop: baseline less model, a share of images, -1 … 1; …_low, …_high: its 95 % interval.
-    only_baseline, only_model: images that this model alone gets right.
-    p_value: of McNemar's exact test, two-sided.
-    """
-
+    # Baseline less model, a share of images, -1 … 1, with its 95 % interval.
     drop: float
     drop_low: float
     drop_high: float
+    # Images that this model alone gets right: b and c.
     only_baseline: int
     only_model: int
+    # Of McNemar's exact test, two-sided.
     p_value: float
 
 
@@ -103,6 +99,7 @@ def measure_accuracy(
     # Stable, so that classes of equal logits keep their order, and the result is reproducible.
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]  # [images, 5]
     among_best = int((best == targets[:, None]).any(1).sum())
+    # Ties in a row go to the first class in both models, so they agree on them.
     same = None if reference is None else logits.argmax(1) == reference.argmax(1)
     return Accuracy(
         right / count,
@@ -118,6 +115,7 @@ def measure_accuracy(
 def divergence(reference: Logits, logits: Logits) -> float:
     """The Kullback-Leibler divergence Σ p (log p - log q) in nats, mean over images; 0 for the same
     answers. p: shares of the classes in the float32 model; q: in the model."""
+    # In float64: differences of logarithms of nearly equal shares cancel.
     p, q = _log_softmax(reference), _log_softmax(logits)
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
@@ -132,6 +130,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 def wilson_interval(hits: int, count: int, z: float = NORMAL_95) -> tuple[float, float]:
     """The Wilson score interval of a share (E. B. Wilson, JASA 22, 1927): all shares p with
     |hits / count - p| ≤ z √(p (1 - p) / count). It stays within 0 … 1, and serves small counts."""
+    # The roots of (share - p)² = z² p (1 - p) / count.
     share = hits / count
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -142,6 +141,7 @@ def wilson_interval(hits: int, count: int, z: float = NORMAL_95) -> tuple[float,
 
 def paired_drop(baseline: NDArray[np.bool_], model: NDArray[np.bool_]) -> PairedDrop:
     """The drop of a model. baseline, model: `hits` of both, [images], in the same order."""
+    # b and c: the images that tell the two models apart.
     only_baseline, only_model = int((baseline & ~model).sum()), int((model & ~baseline).sum())
     low, high = drop_interval(only_baseline, only_model, len(model))
     p_value = mcnemar(only_baseline, only_model)
@@ -161,7 +161,9 @@ def drop_score(only_baseline: int, only_model: int, count: int, drop: float) -> 
         distance_of_roots = math.hypot(root_b, math.sqrt(-8 * count * root_c))
     else:
         distance_of_roots = math.sqrt(max(0.0, root_b * root_b - 8 * count * root_c))
+    # q, the share of images that are right in the model alone if the drop is `drop`.
     likeliest = (distance_of_roots - root_b) / (4 * count)
+    # n (2 q + Δ (1 - Δ)); 0 if no image can tell the models apart.
     variance = count * (2 * likeliest + drop * (1 - drop))
     distance = only_baseline - only_model - count * drop
     if variance > 0:
@@ -176,6 +178,7 @@ def drop_interval(
     """The interval of the drop by Tango's score test: from T(Δ) = z down to T(Δ) = -z."""
 
     def end(level: float) -> float:
+        # T falls with Δ, so the root is below `middle` if T there is at most the level.
         low, high = -1.0, 1.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
@@ -198,4 +201,5 @@ def mcnemar(only_baseline: int, only_model: int) -> float:
         math.exp(whole - math.lgamma(heads + 1) - math.lgamma(throws - heads + 1))
         for heads in range(min(only_baseline, only_model) + 1)
     )
+    # Both tails; if b = c the two halves overlap, and the sum would exceed 1.
     return min(1.0, 2 * math.fsum(chances))

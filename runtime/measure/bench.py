@@ -44,45 +44,42 @@ from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings, execu
 
 SCHEMA = "marrq.bench/2"
 
+# Preprocessed inputs [batch, channels, height, width] and targets [batch].
 Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
-"""Preprocessed inputs [batch, channels, height, width] and targets [batch]."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to measure.
-
-    file: what is run. path: what the user named.
-    flavor, scheme, method, bits_per_weight: as the file's metadata say.
-    quantization: how each linear was quantized; None without the artifact.
-    parity: how the file compares with its artifact; None if that was not asked for.
-    """
+    """A model to measure."""
 
     name: str
+    # What is run.
     file: Path
+    # What the user named.
     path: str
     role: Role
+    # As the file's metadata say.
     flavor: str
     scheme: str
     method: str
     bits_per_weight: float
+    # How each linear was quantized; None without the artifact.
     quantization: tuple[QuantizedModule, ...] | None = None
+    # How the file compares with its artifact; None if that was not asked for.
     parity: Parity | None = None
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How to measure.
-
-    throughput_threads: numbers of threads to measure throughput with; empty for no throughput.
-    max_drop: points of top-1 that a candidate may lose against the baseline; None for no gate.
-    recommend: name the best candidates.
-    """
+    """How to measure."""
 
     session: SessionSettings
     plan: Plan
+    # Numbers of threads to measure throughput with; empty for no throughput.
     throughput_threads: tuple[int, ...] = ()
+    # Points of top-1 that a candidate may lose against the baseline; None for no gate.
     max_drop: float | None = None
+    # Whether the best candidates are named.
     recommend: bool = False
 
 
@@ -113,15 +110,15 @@ class ImageData(Record):
 
 @dataclass(frozen=True)
 class BenchReport(Record):
-    """Everything that a run of the bench found.
-
-    gate: None if no drop was demanded. recommendation: by criterion; None if it was not asked for.
-    """
+    """Everything that a run of the bench found."""
 
     environment: BenchEnvironment
     data: ImageData
+    # Baselines first, then candidates.
     models: tuple[MeasuredModel, ...]
+    # None if no drop was demanded.
     gate: Gate | None
+    # By criterion; None if it was not asked for.
     recommendation: dict[str, Recommendation] | None
 
     def to_json(self) -> Json:
@@ -152,6 +149,7 @@ def bench(
     environment = BenchEnvironment(
         **vars(describe(session)), rounds=plan.rounds, seconds=plan.seconds
     )
+    # Accuracy first: files that cannot run fail before minutes of timing.
     accuracies = _accuracies(entries, *_predict(entries, batches, session, progress))
     runnings = _run(entries, settings, progress)
     baselines = {
@@ -176,6 +174,7 @@ def _predict(
     entries: Sequence[Entry], batches: Batches, settings: SessionSettings, progress: Progress
 ) -> tuple[dict[Path, Logits], NDArray[np.int64]]:
     """Logits of every model by its file, and the targets. The images are read once."""
+    # All sessions are open at once here, since nothing is timed.
     models = {entry.file: Model(entry.file, settings) for entry in entries}
     logits: dict[Path, list[Logits]] = {path: [] for path in models}
     targets = []
@@ -197,11 +196,13 @@ def _accuracies(
     baselines.sort(key=lambda entry: entry.flavor != "fp32")
     rows = []
     for entry in entries:
+        # Pairs, and not differences of shares: the images are the same.
         right, against = hits(logits[entry.file], targets), None
         if baselines and entry is not baselines[0]:
             drop = paired_drop(hits(logits[baselines[0].file], targets), right)
             against = BaselineDrop(**vars(drop), baseline=baselines[0].name)
         accuracy = measure_accuracy(logits[entry.file], targets, float32)
+        # A bit for each image: hits of 50,000 images take 12 kB in the report.
         packed = np.packbits(right).tobytes().hex()
         rows.append(ComparedAccuracy(**vars(accuracy), against=against, hits=packed))
     return rows
@@ -210,6 +211,7 @@ def _accuracies(
 def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) -> list[_Running]:
     """Latency, load time, throughput, memory and executed operators of each model."""
     files, session, plan = [entry.file for entry in entries], settings.session, settings.plan
+    # One after the other: each would disturb the times of the next.
     speeds = measure_latency(files, session, plan, progress.session)
     throughputs = measure_throughput(
         files, session, plan, settings.throughput_threads, progress.session
@@ -217,6 +219,7 @@ def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) 
     # Memory at the largest batch, which a server has to have room for.
     memory = measure_peak_memory(files, max(plan.batches), session)
     with tempfile.TemporaryDirectory() as scratch:
+        # Profiles are written by ONNX Runtime, and read back from here.
         folder = Path(scratch)
         return [
             _Running(
@@ -240,6 +243,7 @@ def _measured(
     session: SessionSettings,
 ) -> MeasuredModel:
     """All that was found of one model. baselines: speeds of the baselines, by flavour."""
+    # Examined after the timing, which it would disturb.
     rows, precision = _what_runs(entry.file, session)
     return MeasuredModel(
         name=entry.name,

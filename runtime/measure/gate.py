@@ -24,15 +24,13 @@ Outcome = Literal["held", "failed", "undecided"]
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """The verdict on one candidate.
-
-    images_needed: number of images that would decide; None if a verdict was found, and if the drop
-    that was found is the limit itself, which no number of images would tell apart.
-    """
+    """The verdict on one candidate."""
 
     name: str
     verdict: Outcome
     sentence: str
+    # Number of images that would decide; None if a verdict was found, and if the drop that was
+    # found is the limit itself, which no number of images would tell apart.
     images_needed: int | None
 
 
@@ -66,6 +64,7 @@ class Gate(Record):
 def hold_against_limit(models: Sequence[MeasuredModel], max_drop: float) -> Gate:
     """The verdict on each candidate. max_drop: in points. Raises BenchError without a baseline."""
     candidates = [model for model in models if model.is_candidate]
+    # A candidate without a drop was measured without a baseline.
     drops = [model.accuracy.against for model in candidates]
     if any(drop is None for drop in drops):
         raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32")
@@ -82,10 +81,13 @@ def _verdict(name: str, against: BaselineDrop, images: int, max_drop: float) -> 
     limit = max_drop / 100
     low, drop, high = (100 * x for x in (against.drop_low, against.drop, against.drop_high))
     found = f"loses {drop:.1f} points ({low:.1f}…{high:.1f}) against {against.baseline}"
+    # The whole interval lies within the limit.
     if against.drop_high <= limit:
         return _said(name, "held", f"{found}, within {max_drop:g}")
+    # The whole interval lies beyond the limit.
     if against.drop_low > limit:
         return _said(name, "failed", f"{found}, more than {max_drop:g}")
+    # The limit lies inside the interval: more images would make it narrower.
     needed = images_needed(against, images, limit)
     enough = (
         "no number of images would tell"
@@ -105,6 +107,7 @@ def images_needed(against: PairedDrop, images: int, limit: float) -> int | None:
 
     against: found with `images` images. limit: a share. None if the drop is the limit itself.
     """
+    # T at the limit grows with √n: T √(n' / n) = 1.96 gives n' = n (1.96 / T)².
     score = drop_score(against.only_baseline, against.only_model, images, limit)
     return math.ceil(images * (NORMAL_95 / score) ** 2) if score else None
 

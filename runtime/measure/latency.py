@@ -37,18 +37,16 @@ MIN_RUNS, MAX_RUNS = 5, 200  # of one round, after the warm-up
 
 @dataclass(frozen=True)
 class Latency(Record):
-    """Time of one forward of a batch, in milliseconds.
-
-    p50_ms, p90_ms, p99_ms: percentiles over all runs of all rounds.
-    images_per_s: at the median.
-    rounds_ms: median of each round.
-    """
+    """Time of one forward of a batch."""
 
     batch: int
+    # Percentiles over all runs of all rounds, in milliseconds.
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    # At the median.
     images_per_s: float
+    # Median of each round: what ratios and level latencies are computed from.
     rounds_ms: tuple[float, ...]
 
     def ratio_to(self, other: "Latency") -> float:
@@ -92,8 +90,8 @@ class Plan:
     seconds: float = 1.0
 
 
+# Milliseconds of single runs of one session: [batch size][round] → [runs].
 Samples = list[list[NDArray[np.float64]]]
-"""Milliseconds of single runs of one session: [batch size][round] → [runs]."""
 
 
 class TimedModel(Protocol):
@@ -144,6 +142,7 @@ def measure_throughput(
     settings: its number of threads is not used.
     session_done: called `plan.rounds · len(paths) · len(threads)` times.
     """
+    # All numbers of threads of one path, then of the next.
     sessions = [(path, replace(settings, threads=number)) for path in paths for number in threads]
     # The sessions of one path follow each other: each takes the next of what was measured.
     measured = iter(_interleaved(sessions, plan, session_done, Model))
@@ -155,6 +154,7 @@ def measure_throughput(
 
 def thread_counts(most: int) -> tuple[int, ...]:
     """1, 2, 4 and so on, and the most itself."""
+    # Powers of two up to the most; bit_length is the number of them.
     powers = tuple(2**exponent for exponent in range(most.bit_length()))
     return powers if powers[-1] == most else (*powers, most)
 
@@ -169,6 +169,7 @@ def _interleaved(
     measured: list[tuple[Samples, list[float]]] = [
         ([[] for _ in plan.batches], []) for _ in sessions
     ]
+    # The round is the outer loop, so that a slow spell falls on all models.
     for _ in range(plan.rounds):
         for (path, settings), (samples, loads) in zip(sessions, measured, strict=True):
             start = time.perf_counter()
@@ -189,6 +190,7 @@ def _time(forward: Callable[[], None], seconds: float) -> NDArray[np.float64]:
         forward()
         return 1e3 * (time.perf_counter() - start)
 
+    # First runs are slow: memory grows, caches fill, the clock of the processor rises.
     warming: list[float] = []
     while len(warming) < MAX_WARM_UP and not is_warm(warming):
         warming.append(timed())
@@ -205,11 +207,13 @@ def is_warm(times: Sequence[float]) -> bool:
     medians."""
     if len(times) < 2 * WARM_UP_WINDOW:
         return False
+    # Medians, so that one slow run does not keep a session from being warm.
     before, last = times[-2 * WARM_UP_WINDOW : -WARM_UP_WINDOW], times[-WARM_UP_WINDOW:]
     return float(np.median(last)) >= (1 - WARM_UP_TOLERANCE) * float(np.median(before))
 
 
 def _latency(batch: int, by_round: list[NDArray[np.float64]]) -> Latency:
+    # Over all rounds: a percentile of few runs would be the slowest of them.
     p50, p90, p99 = np.percentile(np.concatenate(by_round), [50, 90, 99])
     return Latency(
         batch,

@@ -14,8 +14,8 @@ from runtime.measure.parity import Parity
 from runtime.quantization import QuantizedModule
 from runtime.records import Json, Record
 
+# A candidate is what the user asked about; a baseline is the float model that it came from.
 Role = Literal["candidate", "baseline"]
-"""A candidate is what the user asked about; a baseline is the float model that it came from."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class ComparedAccuracy(Accuracy):
     @property
     def right(self) -> NDArray[np.bool_]:
         """Whether the top-1 of each image is right, [images]."""
+        # The last byte is filled up with zeros, which `count` cuts off.
         packed = np.frombuffer(bytes.fromhex(self.hits), np.uint8)
         return np.unpackbits(packed, count=self.images).astype(bool)
 
@@ -63,35 +64,36 @@ class ComparedLatency(Latency):
 
 @dataclass(frozen=True)
 class MeasuredModel(Record):
-    """A model of the bench's report.
-
-    path: what the user named; of a baseline, the float model's name.
-    flavor, scheme, method: as the file's metadata say.
-    bits_per_weight: as the file's metadata say, with scales, zero points and branches.
-    quantization: how each linear was quantized; None without the artifact.
-    parity: None if it was not asked for.
-    throughput: empty if it was not asked for.
-    executed, executed_on: number of nodes that ran, by operator and by execution provider.
-    audit, precision: empty and None with a provider that compiles the whole graph.
-    """
+    """A model of the bench's report."""
 
     name: str
+    # What the user named; of a baseline, the float model's name.
     path: str
     role: Role
+    # As the file's metadata say.
     flavor: str
     scheme: str
     method: str
     size_bytes: int
+    # As the file's metadata say: scales, zero points and branches are counted too.
     bits_per_weight: float
+    # How each linear was quantized; None if a file was given without its artifact.
     quantization: tuple[QuantizedModule, ...] | None
+    # None if it was not asked for.
     parity: Parity | None
     accuracy: ComparedAccuracy
+    # One for each batch size, in the order of the plan.
     latency: tuple[ComparedLatency, ...]
+    # Median over the rounds.
     load_ms: float
+    # At the largest batch size; None if the system does not tell.
     peak_memory_mb: float | None
+    # Empty if it was not asked for.
     throughput: tuple[Throughput, ...]
+    # Number of nodes that ran, by operator and by execution provider.
     executed: dict[str, int]
     executed_on: dict[str, int]
+    # Empty, and precision None, with a provider that compiles the whole graph.
     audit: tuple[AuditRow, ...]
     precision: Precision | None
 

@@ -27,6 +27,7 @@ RUNS = 3
 def resident_peak_mb() -> float | None:
     """The largest resident memory of this process so far, in MB (10⁶ bytes); None if the system
     does not tell."""
+    # Linux alone has the file.
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match[1]) * 1024 / 1e6 if match else None
@@ -37,6 +38,7 @@ def measure_peak_memory(
 ) -> list[float | None]:
     """Peak memory of each model at a batch size, in MB; None if the system does not tell. Raises
     BenchError if a process that measures fails."""
+    # What Python, NumPy and ONNX Runtime take without any model.
     alone = _peak_of_process({"path": None, "batch": batch, "settings": asdict(settings)})
     peaks = [
         _peak_of_process(
@@ -55,6 +57,7 @@ def _peak_of_process(task: dict[str, object]) -> float | None:
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
+        # The last line of a traceback has the error itself.
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BenchError(
             f"the process that measures memory of {task['path']!r} ended with {done.returncode}: "
@@ -70,6 +73,7 @@ def _main(task: str) -> None:
     # No path: what importing ONNX Runtime takes, which is subtracted from the others.
     if given["path"] is not None:
         model = Model(Path(given["path"]), SessionSettings(**given["settings"]))
+        # The values do not matter, the shape does.
         pixels = model.random_input(given["batch"])
         for _ in range(RUNS):
             model.run(pixels)

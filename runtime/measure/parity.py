@@ -55,19 +55,17 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StageLogits:
-    """Logits of the same images, [images, classes].
+    """Logits of the same images, [images, classes]."""
 
-    original: of the float model in torch.
-    simulated: of the quantized model in torch.
-    nudged: of the quantized model in torch, with pixels nudged by a millionth.
-    exported: of the file, on the pixels that torch gets.
-    served: of the file, on the pixels of its own preprocessing.
-    """
-
+    # Of the float model in torch.
     original: Array
+    # Of the quantized model in torch.
     simulated: Array
+    # Of the quantized model in torch, with pixels nudged by a millionth.
     nudged: Array
+    # Of the file, on the pixels that torch gets.
     exported: Array
+    # Of the file, on the pixels of its own preprocessing.
     served: Array
 
 
@@ -83,21 +81,21 @@ class Closeness(Record):
 
 @dataclass(frozen=True)
 class Stage(Record):
-    """What one stage does to the logits.
-
-    source, target: what is compared. agreement: share of images with the same top-1.
-    top1_source, top1_target: accuracy before and after the stage.
-    loss: a sentence; None if the stage loses nothing.
-    """
+    """What one stage does to the logits."""
 
     stage: str
+    # What is compared.
     source: str
     target: str
+    # Over the images: cosine of an image's logits before and after the stage.
     least_cosine: float
     median_cosine: float
+    # Share of images with the same top-1.
     agreement: float
+    # Accuracy before and after the stage.
     top1_source: float
     top1_target: float
+    # A sentence; None if the stage loses nothing.
     loss: str | None
 
 
@@ -111,18 +109,17 @@ class LinearError(Record):
 
 @dataclass(frozen=True)
 class Parity(Record):
-    """The section `parity` of a model in the bench's report.
-
-    first_loss: the first stage that loses; None if no stage does.
-    nudged: how far a nudge of the pixels moves the simulation.
-    pixel_difference: largest difference between the pixels of the two preprocessings.
-    """
+    """The section `parity` of a model in the bench's report."""
 
     images: int
     stages: tuple[Stage, ...]
+    # The first stage that loses; None if no stage does.
     first_loss: str | None
+    # How far a nudge of the pixels by a millionth moves the simulation.
     nudged: Closeness
+    # Largest difference between the pixels of the two preprocessings.
     pixel_difference: float
+    # Of each quantized linear, in the order of execution.
     linears: tuple[LinearError, ...]
 
 
@@ -138,6 +135,7 @@ def compare_stages(
     linears: relative error of each linear, by module path.
     pixel_difference: largest difference between the pixels of the two preprocessings.
     """
+    # Name of the stage, what is compared, and its two sets of logits.
     compared = (
         ("quantization", "float torch", "simulated torch", logits.original, logits.simulated),
         ("export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported),
@@ -172,6 +170,7 @@ def compare_stages(
 
 def cosines(a: Array, b: Array) -> NDArray[np.float64]:
     """Cosine of each row of a [n, c] with that of b [n, c]: [n]."""
+    # In float64: cosines near 1 differ in digits that float32 does not have.
     x, y = a.astype(np.float64), b.astype(np.float64)
     found: NDArray[np.float64] = (
         (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
@@ -186,6 +185,7 @@ def relative_error(found: Array, expected: Array) -> float:
     A single wrong code shows in its own channel, and would be lost in a norm over all channels. A
     channel that is 0 throughout is measured by the size of the largest channel.
     """
+    # Norms per channel: [channels].
     difference, size = (
         np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0)  # [channels]
         for x in (found - expected, expected)
@@ -219,6 +219,7 @@ class LinearsAlone:
         return self._parts[path][0].scale
 
     def _run(self, part: LinearPart, x: Array) -> Array:
+        # The nodes between the two values, with their initializers.
         graph = ir.convenience.extract(self._model.graph, [part.input], [part.output])
         # The batch and the number of tokens are those of x, whatever the file says of the value.
         graph.inputs[0].shape, graph.outputs[0].shape = ir.Shape(x.shape), None
@@ -240,6 +241,7 @@ def _closeness(before: Array, after: Array) -> Closeness:
 
 
 def _quantization_loss(logits: StageLogits, targets: NDArray[np.int64]) -> str | None:
+    # Chance explains a gain as well as a loss: only a drop can be a loss.
     found = paired_drop(hits(logits.original, targets), hits(logits.simulated, targets))
     if found.drop <= 0 or found.p_value >= SIGNIFICANT:
         return None
@@ -263,6 +265,7 @@ def _linear_loss(linears: Mapping[str, float]) -> str | None:
 
 
 def _logits_loss(logits: StageLogits) -> str | None:
+    # Distance of the file from torch, and distance that a nudge of the pixels explains.
     distance, explained = (
         float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)
     )

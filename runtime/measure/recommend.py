@@ -36,18 +36,16 @@ class Recommendation(Record):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to compare models.
+    """A way to compare models."""
 
-    superlative: of the best.
-    value: what is compared. sign: 1 if less is better, -1 if more is.
-    level: whether a model (second) is level with the best (first).
-    figure: the value in words.
-    """
-
+    # Said of the best.
     superlative: str
+    # What is compared; sign: 1 if less is better, -1 if more is.
     value: Callable[[MeasuredModel], float]
     sign: int
+    # Whether a model (second) is level with the best (first).
     level: Callable[[MeasuredModel, MeasuredModel], bool]
+    # The value in words.
     figure: Callable[[MeasuredModel], str]
 
     def best(self, models: Sequence[MeasuredModel]) -> MeasuredModel:
@@ -72,6 +70,7 @@ def recommend(models: Sequence[MeasuredModel]) -> dict[str, Recommendation]:
 
 def _recommended(name: str, candidates: list[MeasuredModel]) -> Recommendation:
     first, *others = _from(name)
+    # The first criterion is the one that the user reads about.
     criterion = CRITERIA[first]
     level = criterion.level_with_best(candidates)
     # The next criteria see only the models that the ones before could not tell apart.
@@ -89,6 +88,7 @@ def _recommended(name: str, candidates: list[MeasuredModel]) -> Recommendation:
 def _from(name: str) -> list[str]:
     """All criteria in their order, beginning with one of them."""
     names = list(CRITERIA)
+    # Round again: size, latency, accuracy, size, …
     start = names.index(name)
     return names[start:] + names[:start]
 
@@ -104,6 +104,7 @@ def _sentence(
     said = f"{criterion.superlative}: {criterion.named(chosen)}"
     if len(candidates) == 1:
         return f"{said}, the only candidate"
+    # The best is alone: the next best shows by how much.
     if len(level) == 1:
         second = criterion.best([model for model in candidates if model is not chosen])
         return f"{said}; next {criterion.named(second)}"
@@ -130,6 +131,7 @@ def _accuracy_figure(model: MeasuredModel) -> str:
     return f"top-1 {top1:.1f} % ({low:.1f}–{high:.1f})"
 
 
+# In the order in which they decide.
 CRITERIA = {
     "size": Criterion(
         "smallest",
@@ -155,4 +157,3 @@ CRITERIA = {
         figure=_accuracy_figure,
     ),
 }
-"""In the order in which they decide."""

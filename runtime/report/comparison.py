@@ -39,22 +39,23 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run of a comparison, as far as people are shown of it.
-
-    top1, agreement: shares of images. divergence: from the float model, in nats.
-    error: J summed over the modules. relative_error: J over the power of the float outputs, mean
-    over the modules. seconds: of quantizing. peak_memory_mb: None if the system does not tell.
-    """
+    """A run of a comparison, as far as people are shown of it."""
 
     scheme: str
     method: str
+    # Shares of images.
     top1: float
     agreement: float
+    # From the float model, in nats.
     divergence: float
+    # J summed over the modules.
     error: float
+    # J over the power of the float outputs, mean over the modules.
     relative_error: float
     bits_per_weight: float
+    # Of quantizing.
     seconds: float
+    # None if the system does not tell.
     peak_memory_mb: float | None
 
 
@@ -76,6 +77,7 @@ class ComparisonReport:
     @classmethod
     def read(cls, report: Json) -> "ComparisonReport":
         """From the JSON of schema marrq.compare/2."""
+        # A run has more keys than people are shown.
         keys = tuple(ComparedRun.__dataclass_fields__)
         return cls(
             model=report["model"],
@@ -133,6 +135,7 @@ class ComparisonRow:
 
 def summarize(report: ComparisonReport) -> list[ComparisonRow]:
     """A row for each scheme and method, in the order in which they first appear."""
+    # A dict keeps the order in which schemes and methods first appear.
     groups: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in report.runs:
         groups.setdefault((run.scheme, run.method), []).append(run)
@@ -143,6 +146,7 @@ def _row(runs: list[ComparedRun]) -> ComparisonRow:
     """The runs of one scheme and method as a row."""
     top1 = [run.top1 for run in runs]
     divergences = [run.divergence for run in runs]
+    # A run on a system that does not tell its memory has none.
     memories = [run.peak_memory_mb for run in runs if run.peak_memory_mb is not None]
     return ComparisonRow(
         scheme=runs[0].scheme,
@@ -188,6 +192,7 @@ def table(report: ComparisonReport) -> Table:
     for scheme, rows in by_scheme(summarize(report)).items():
         result.add_section()
         result.add_row(scheme)
+        # Of its scheme: methods are compared at the same bits.
         best = max(row.top1 for row in rows)
         for row in rows:
             result.add_row(*_cells(row, bold=row.top1 == best))

@@ -10,11 +10,11 @@ from runtime.doctor.machine import ExaminedMachine, TorchBuild
 from runtime.doctor.releases import NEWEST
 from runtime.environment import ONNXRUNTIME_PACKAGES
 
+# Domain of the operators that ONNX Runtime brings.
 CONTRIBUTED = "com.microsoft"
-"""Domain of the operators that ONNX Runtime brings."""
 
+# Heading and text.
 Line = tuple[str, str]
-"""Heading and text."""
 
 
 def diagnosis_table(report: Diagnosis) -> Table:
@@ -42,6 +42,7 @@ def _machine_lines(machine: ExaminedMachine) -> list[Line]:
     # Without flags the system does not tell, and "none" would claim too much.
     dot_products = ", ".join(machine.int8_dot_products) or ("none" if flags else "not known")
     installed = [f"{name} {packages[name]}" for name in ONNXRUNTIME_PACKAGES if name in packages]
+    # These have lines of their own.
     shown = (*ONNXRUNTIME_PACKAGES, "torch")
     others = [f"{name} {version}" for name, version in packages.items() if name not in shown]
     torch = packages.get("torch", "version not known")
@@ -65,6 +66,7 @@ def _cuda(torch: TorchBuild) -> str:
 
 
 def _file_lines(file: ServedFile) -> list[Line]:
+    # None: newer than every release that was tried.
     lowest = file.lowest_onnxruntime or f"later than {NEWEST}"
     source = "its metadata says" if file.stated else "opset and IR version tell"
     beside = [

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 NAME_LENGTH = 38  # letters
 
 Models = Sequence[MeasuredModel]
+# Low end, value and high end, as shares of images.
 Interval = tuple[float, float, float]
-"""Low end, value and high end, as shares of images."""
 
 
 def accuracy_figure(models: Models) -> str:
@@ -51,6 +51,7 @@ def accuracy_figure(models: Models) -> str:
 def drop_figure(models: Models, max_drop: float | None) -> str:
     """What each candidate loses of top-1 against its baseline: a dot with its 95 % interval.
     max_drop: the gate's limit, in points; None without a gate."""
+    # The baseline loses nothing against itself, and has no dot.
     losses = [
         (model.name, model.accuracy.against, style)
         for model, style in _styled(models)
@@ -60,6 +61,7 @@ def drop_figure(models: Models, max_drop: float | None) -> str:
 
     def draw(figure: "Figure") -> None:
         panel = _rows(figure, labels)
+        # Left of it the candidate is the better model.
         panel.axvline(0, color=COLORS[-1], linewidth=1)
         for place, (_, against, style) in enumerate(losses):
             _dot(panel, place, (against.drop_low, against.drop, against.drop_high), style)
@@ -97,6 +99,7 @@ def latency_figure(models: Models) -> str:
         panel = figure.subplots()
         for model, style in _styled(models):
             p50 = [row.p50_ms for row in model.latency]
+            # Whiskers are given to matplotlib as lengths from the dot.
             tails = [row.p90_ms - row.p50_ms for row in model.latency]
             panel.errorbar(
                 [row.batch for row in model.latency],
@@ -189,6 +192,7 @@ def _rows(figure: "Figure", labels: Sequence[tuple[str, str]]) -> "Axes":
                 va="bottom",
                 bbox=box,
             )
+    # From the top down, with room for the text above the first dot.
     panel.set(ylim=(len(labels) - 0.6, -0.8), yticks=[])
     panel.spines["left"].set_visible(False)
     return panel
@@ -238,11 +242,13 @@ def _listed(model: MeasuredModel, value: Callable[[ComparedLatency], float]) -> 
 def _against_batch(figure: "Figure", panel: "Axes", models: Models, label: str) -> None:
     """The batch axis, the other axis' label, and the legend below."""
     batches = [row.batch for row in models[0].latency]
+    # Batch sizes are powers of two, most of the time.
     panel.set_xscale("log", base=2)
     panel.set_xticks(batches, [f"{batch:g}" for batch in batches])
     panel.set_xticks([], minor=True)
     panel.margins(x=0.08)
     panel.set(xlabel="images in a batch", ylabel=label)
+    # Two columns of long names would be wider than a phone.
     are_short = all(len(model.name) <= NAME_LENGTH / 2 for model in models)
     figure.legend(loc="outside lower left", ncols=2 if are_short else 1)
 
@@ -251,6 +257,7 @@ def _scale_by_powers(panel: "Axes") -> None:
     """A log scale whose numbers are written out: matplotlib's own formatter writes formulas."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    # Ticks at 1, 2 and 5, so that a range below one decade has ticks too.
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

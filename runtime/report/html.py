@@ -90,6 +90,7 @@ def page(report: BenchReport) -> str:
         "top5": top5,
     }
     models, reference = report.models, reference_of(report.models)
+    # Models with a baseline: the others cannot lose anything.
     paired = [model for model in models if model.accuracy.against is not None]
     verdicts = report.gate.models if report.gate is not None else ()
     document = report.to_json()
@@ -174,6 +175,7 @@ def reference_of(models: Models) -> MeasuredModel | None:
 def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
     """What a candidate gains and what it costs."""
     first, accuracy, against = model.latency[0], model.accuracy, model.accuracy.against
+    # Without a baseline there is nothing to be smaller or faster than.
     gain = f"takes {number(model.size_bytes / 1e6)} MB, and {number(first.p50_ms)} ms"
     if reference is not None:
         smaller, faster = _gains(model, reference)
@@ -187,6 +189,7 @@ def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
             f"{start} Its top-1 accuracy is {percent(accuracy.top1)} %, which "
             f"{accuracy.images:,} images cannot tell from that of {against.baseline}."
         )
+    # A gain is told as one, and not as a negative loss.
     change = "loses" if against.drop > 0 else "gains"
     points = f"{percent(abs(against.drop))} points of top-1 accuracy"
     return f"{start} It {change} {points} against {against.baseline}."
@@ -240,6 +243,7 @@ def grouped(models: Models) -> list[AuditGroup]:
         AuditGroup(models_by_name[name], rows[0], tuple(row.linear for row in rows))
         for (name, _), rows in groups.items()
     ]
+    # A sort keeps the order of groups that are alike: exceptions come first, then models.
     return sorted(found, key=lambda group: group.row.reason is None)
 
 
@@ -257,6 +261,7 @@ def _figures(
     report: BenchReport, paired: list[MeasuredModel], reference: MeasuredModel | None
 ) -> dict[str, str | None]:
     """The figures of the page, by name. paired: models with a baseline to be compared with."""
+    # The limit is drawn into the figure of the drops.
     max_drop = None if report.gate is None else report.gate.max_drop
     return {
         "accuracy": accuracy_figure(report.models),
@@ -278,6 +283,7 @@ def _quantizations(models: Models) -> list[QuantizationSection]:
     """How each artifact was quantized. Several files may come from one artifact."""
     found: list[QuantizationSection] = []
     for model in models:
+        # Files without an artifact do not tell how they were quantized.
         modules = model.quantization
         if not modules:
             continue

@@ -26,6 +26,7 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
     for heading in ("scheme", "runs", "weight", "input", "ok"):
         result.add_column(heading, no_wrap=True)
     for name, count, row in _grouped(rows):
+        # "3 × MatMulIntegerToFloat": q, k and v run apart.
         times = f"{row.operators} × " if row.operators > 1 else ""
         result.add_row(
             name,
@@ -46,6 +47,7 @@ def _grouped(rows: Sequence[AuditRow]) -> Iterable[tuple[str, int, AuditRow]]:
     for row in rows:
         kinds.setdefault(re.sub(r"\d+", "*", row.linear), []).append(row)
     for kind, members in kinds.items():
+        # The way that most linears of the kind run.
         [(usual, count)] = Counter(map(_way, members)).most_common(1)
         example = next(row for row in members if _way(row) == usual)
         yield escape(kind if count > 1 else example.linear), count, example
@@ -62,6 +64,7 @@ def _way(row: AuditRow) -> AuditRow:
 def reasons(rows: Sequence[AuditRow]) -> list[str]:
     """A sentence for each reason why linears do not run as their scheme says, with the first of
     these linears and their number."""
+    # Linears with the same reason share a sentence.
     linears: dict[str, list[str]] = {}
     for row in rows:
         if row.reason is not None:
@@ -88,6 +91,7 @@ def inspection_table(report: Inspection) -> Table:
 
 def _precision_lines(precision: Precision, size_bytes: int) -> list[tuple[str, str]]:
     """Heading and text of each line."""
+    # What is multiplied, which may be wider than what is stored.
     weights, activations = precision.kernel_weight_bits, precision.kernel_activation_bits
     per_weight = f"{precision.bits_per_weight:.2f} bits a weight"
     lines = [

@@ -37,11 +37,11 @@ MARKERS = "osD^vPX"
 DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]
 INK, GRID, PAPER = "#111111", "#e5e5e5", "#fefefe"
 
+# Keyword arguments of matplotlib's drawing functions.
 Style = dict[str, Any]
-"""Keyword arguments of matplotlib's drawing functions."""
 
+# Settings of matplotlib (rcParams), whose names it types as literals.
 Settings = dict[Any, Any]
-"""Settings of matplotlib (rcParams), whose names it types as literals."""
 
 STYLE: Settings = {
     "font.size": 10,
@@ -72,10 +72,10 @@ PAGE_STYLE: Settings = {
     **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0),
     **dict.fromkeys(("figure.constrained_layout.h_pad", "figure.constrained_layout.w_pad"), 0.03),
 }
+# What the page's style sheet calls our colours: it has other values for dark screens.
 PAGE_COLORS = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--paper)"} | {
     color: f"var(--plot-{slot})" for slot, color in enumerate(COLORS)
 }
-"""What the page's style sheet calls our colours: it has other values for dark screens."""
 
 
 def check_installed(*packages: str) -> None:
@@ -108,6 +108,7 @@ def _figure(file: Path, height: float) -> Iterator["Figure"]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
         file.parent.mkdir(parents=True, exist_ok=True)
+        # A date would make every file another.
         figure.savefig(file, metadata={"Date": None})
 
 
@@ -133,6 +134,7 @@ def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], No
             transparent=True,
             metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
         )
+    # Without the XML declaration and the document type, which a page cannot hold.
     _, _, element = file.getvalue().partition("<svg ")
     # matplotlib counts its groups anew in each figure, so ids of two figures would be the same.
     # Nothing refers to these ids.
@@ -148,8 +150,10 @@ def plot_comparison(report: ComparisonReport, file: Path) -> None:
     seeds, bars from the worst to the best seed."""
     schemes = by_scheme(summarize(report))
     methods = list(dict.fromkeys(run.method for run in report.runs))
+    # Long names of methods are broken, so that the panels keep their width.
     labels = [_broken(method) for method in methods]
     lines = max(label.count("\n") + 1 for label in labels)
+    # Inches: as much as the longest name needs, for each method.
     height = 0.9 + len(schemes) * (0.8 + len(labels) * (0.12 + 0.16 * lines))
     with _figure(file, height) as figure:
         panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
@@ -198,6 +202,7 @@ def _draw_methods(
     """A panel of plot_comparison, the first method on top. values: worst seed, mean and best seed,
     by method."""
     places = [methods.index(method) for method in values]
+    # Drawn by matplotlib in one call for all methods.
     worst, means, best = zip(*values.values(), strict=True)
     panel.hlines(places, worst, best, color=COLORS[5], linewidth=7, label="worst to best seed")
     panel.plot(means, places, "o", color=COLORS[0], markersize=4, label="mean over the seeds")

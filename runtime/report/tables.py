@@ -52,10 +52,12 @@ def models_table(report: BenchReport) -> Table:
 def throughput_table(report: BenchReport) -> Table:
     """Images per second: a row for each model and batch size, a column for each number of
     threads."""
+    # All models were measured with the same numbers of threads.
     threads = list(dict.fromkeys(row.threads for row in report.models[0].throughput))
     headings = ("\nbatch", *(f"threads\n{number}" for number in threads))
     result = _empty_table("images per second", "\nmodel", headings)
     for model in report.models:
+        # Rows come in the order of threads, then batches; the table has batches as rows.
         by_batch: dict[int, list[str]] = {}
         for row in model.throughput:
             by_batch.setdefault(row.batch, []).append(f"{row.images_per_s:.1f}")
@@ -86,6 +88,7 @@ def sentences(report: BenchReport) -> list[str]:
     In this order: linears that do not run as their scheme says, nodes that fell back to another
     provider, what parity says, the gate's verdicts, and the recommendation.
     """
+    # What is wrong comes first, what is advised comes last.
     found = list(shortfalls(report))
     for model in report.models:
         found += _fallbacks(model)
@@ -121,6 +124,7 @@ def _fallbacks(model: MeasuredModel) -> list[str]:
 def _parity_sentences(name: str, parity: Parity) -> list[str]:
     """The first stage that loses, why each stage loses, and how far linears and logits may be
     trusted to tell."""
+    # Named also if it is small: it shows how far the file is from losing.
     worst = max(parity.linears, key=lambda row: row.relative_error)
     losses = [f"{stage.stage} loses: {stage.loss}" for stage in parity.stages if stage.loss]
     return [

@@ -1,18 +1,19 @@
-"""A client of a model that `marrq export --format triton` wrote: an image folder in, top-1, latency
+"""A client of a model that `marrq export --format triton` wrote: an image folder in; top-1, latency
 and throughput out.
 
     pip install 'marrq[serve]'
     python examples/triton_client.py IMAGES --url 127.0.0.1:8000 --name vit
-    python examples/triton_client.py IMAGES --url 127.0.0.1:8001 --protocol grpc --name vit --clients 8 --requests 2000 --json load.json
+    python examples/triton_client.py IMAGES --url 127.0.0.1:8001 --protocol grpc --requests 2000
 
-IMAGES is root/class/*.png|jpg|webp, or root/val/class/… where that exists; classes are named as the
-model names them. Resizing, and normalization where the model does not do it itself, follow the
-config on the server.
+IMAGES holds a folder for each class, or val/ with such folders. The folders are named as the model
+names its classes. The images are resized as the config on the server says, and normalized if the
+model does not normalize them itself.
 
-Each image is first asked for alone: top-1 and latency come from that. With --requests the images
-are asked for again by several clients at once, in turn: the server runs together what queues up,
-and each answer is compared with the one that its image got alone. Preparing the images is not
-timed. The JSON (schema marrq.triton_client/1) holds the logits too."""
+First, one client sends each image alone: top-1 and latency are those of these requests. With
+--requests, several clients then send the images again at once. The server runs queued requests
+together, and each answer is compared with the answer that the image got alone. Preparing the images
+is not timed. The JSON (schema marrq.triton_client/1) holds the logits too.
+"""
 
 import json
 import time
@@ -44,22 +45,24 @@ Answer = NDArray[np.float32]
 
 def main(
     images: Path,
-    name: Annotated[str, typer.Option(help="Of the model.")] = "vit",
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "vit",
     url: Annotated[
-        str, typer.Option(help="HOST:PORT; Triton's own are 8000 for http, 8001 for grpc.")
+        str, typer.Option(help="HOST:PORT; Triton listens on 8000 for http and 8001 for grpc.")
     ] = "127.0.0.1:8000",
     protocol: Annotated[str, typer.Option(help="http or grpc.")] = "http",
-    clients: Annotated[int, typer.Option(help="That ask at once, with --requests.", min=1)] = 8,
+    clients: Annotated[int, typer.Option(help="Clients at once, for --requests.", min=1)] = 8,
     requests: Annotated[
-        int, typer.Option(help="Of one image each, by all clients together.", min=0)
+        int, typer.Option(help="Number of further requests, of all clients together.", min=0)
     ] = 0,
     limit: Annotated[
-        int | None, typer.Option(help="Take that many of the images, of all classes alike.", min=1)
+        int | None, typer.Option(help="Number of images, spread over the classes.", min=1)
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Ask a served model for the classes of a folder of images: python examples/triton_client.py
-    IMAGES --url 127.0.0.1:8000"""
+    """Ask a served model for the classes of a folder of images.
+
+    python examples/triton_client.py IMAGES --url 127.0.0.1:8000
+    """
     if protocol not in PROTOCOLS:
         raise typer.BadParameter(
             f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}"
@@ -124,7 +127,7 @@ class Served:
         )[None]
 
     def connected(self) -> Callable[[NDArray[Any]], Answer]:
-        """A client of its own, as a function from one input to its answer."""
+        """A function from one input to its answer, over a connection of its own."""
         client = self.module.InferenceServerClient(self.url)
 
         def ask(pixels: NDArray[Any]) -> Answer:
@@ -136,8 +139,7 @@ class Served:
         return ask
 
     def label(self, pixels: NDArray[Any]) -> str:
-        """The name of the most likely class: the server has the names, and answers with
-        score:index:name."""
+        """The name of the most likely class. The server answers with score:index:name."""
         wanted = self.module.InferRequestedOutput(self.output["name"], class_count=1)
         result = self.module.InferenceServerClient(self.url).infer(
             self.name, [self._given(pixels)], outputs=[wanted]
@@ -159,8 +161,10 @@ def top1(
     inputs: Sequence[NDArray[Any]],
     answers: NDArray[np.float32],
 ) -> float | None:
-    """Share of the images whose most likely class is their folder's; None for a model without
-    classes. The server is asked once for each class that came out."""
+    """Share of the images whose most likely class is their folder's; None without classes.
+
+    The server is asked once for the name of each class that some image got.
+    """
     if not served.output.get("label_filename"):
         return None
     best = answers.argmax(1)
@@ -181,7 +185,7 @@ def load(
     requests: int,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """What several clients get at once, beside the answers that the images got alone."""
+    """What several clients get at once, compared with the answers that the images got alone."""
     shares = [
         list(islice(cycle(range(len(inputs))), start, requests, clients))
         for start in range(clients)

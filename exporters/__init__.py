@@ -36,6 +36,7 @@ def export(
     Raises MarrqError for an unknown flavour or option, and for a scheme that the flavour cannot
     express.
     """
+    # torch and onnx are loaded here, not when the package is imported.
     from exporters.flavors import suitable_flavor
     from exporters.onnx_file import Export
 

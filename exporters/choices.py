@@ -12,6 +12,7 @@ from marrq.errors import MarrqError
 Options = Mapping[str, bool | int]
 """Options of a flavour by name; an option that is absent has its default."""
 
+# A default argument must not be changed by a caller, so it is read-only.
 NO_OPTIONS: Options = MappingProxyType({})
 
 BASELINES = ("fp32", "fp16")
@@ -36,6 +37,7 @@ def check_choice(flavor: str, options: Options) -> None:
         raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(OPTIONS)}")
     for option in options:
         if option not in OPTIONS[flavor]:
+            # Name the flavours that do have the option.
             others = [name for name, known in OPTIONS.items() if option in known]
             raise MarrqError(
                 f"{FLAGS[option]} is no option of {flavor!r}: use it with --flavor "

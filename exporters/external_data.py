@@ -22,14 +22,18 @@ def put(file: Path, path: Path) -> None:
 
     file: on the file system of `path`.
     """
+    # Whether the tensors were too large is seen by the file that the writer left.
     data, two_files = external_data(file), external_data(file).exists()
     if two_files:
         flush(data)
+        # From here on there is no model, until the new one is in its place.
         path.unlink(missing_ok=True)
         data.replace(external_data(path))
+    # A rename may reach the disk before the bytes do, unless these are flushed first.
     flush(file)
     file.replace(path)
     if not two_files:
         # Data of the old model, which nothing names any more.
         external_data(path).unlink(missing_ok=True)
+    # The new names, too, must survive a power cut.
     flush(path.parent)

@@ -19,6 +19,7 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
     Constants are never shared: a rewrite of one reader would change the other reader's value.
     """
+    # An initializer is a value that the graph owns and that has a constant tensor.
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(
         name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -29,6 +30,7 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def only_consumer(node: ir.Node | None, op_type: str) -> ir.Node | None:
     """The only node that reads the output of `node`, if it has that type; else None."""
+    # A second reader would still need the output that a pass is about to remove.
     consumers = node.outputs[0].consumers() if node is not None else ()
     return consumers[0] if len(consumers) == 1 and consumers[0].op_type == op_type else None
 
@@ -70,6 +72,7 @@ def integers_of(value: ir.Value | None) -> list[int] | None:
 
 def ancestors(values: Iterable[ir.Value | None]) -> set[ir.Value]:
     """The values, and all values that they are computed from."""
+    # Walk from the values towards the inputs; a value that was seen is not walked again.
     found, waiting = set[ir.Value](), list(values)
     while waiting:
         value = waiting.pop()

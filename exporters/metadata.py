@@ -64,6 +64,7 @@ class FileMetadata:
     def to_metadata_props(self) -> dict[str, str]:
         """The entries as an ONNX file holds them. An entry that is None is left out."""
         texts = {
+            # The order of the entries in the file.
             "linears": None if self.linears is None else _linears_text(self.linears),
             "flavor": self.flavor,
             "scheme": self.scheme,
@@ -78,14 +79,19 @@ class FileMetadata:
             "preprocessing": json.dumps(asdict(self.preprocessing)),
             "labels": json.dumps(self.labels),
         }
+        # A reader tells a float model by the entries that are not there.
         return {f"{PREFIX}{key}": text for key, text in texts.items() if text is not None}
 
     @classmethod
     def from_metadata_props(cls, props: Mapping[str, str]) -> "FileMetadata":
         """The inverse of `to_metadata_props`. Raises KeyError for an entry that is missing."""
         texts = {
-            key.removeprefix(PREFIX): text for key, text in props.items() if key.startswith(PREFIX)
+            # Entries of other tools are left alone.
+            key.removeprefix(PREFIX): text
+            for key, text in props.items()
+            if key.startswith(PREFIX)
         }
+        # Entries that only quantized models have.
         bits = texts.get("container_bits")
         schemes, linears = texts.get("schemes"), texts.get("linears")
         return cls(
@@ -101,6 +107,7 @@ class FileMetadata:
             schemes=None if schemes is None else json.loads(schemes),
             container_bits=None if bits is None else int(bits),
             linears=None if linears is None else _linears_of(linears),
+            # Whatever is left are options: each flavour has its own.
             options={key: text for key, text in texts.items() if key not in KEYS},
         )
 
@@ -111,6 +118,7 @@ KEYS = tuple(entry.name for entry in fields(FileMetadata) if entry.name != "opti
 
 def _linears_text(linears: Mapping[str, tuple[LinearPart, ...]]) -> str:
     """Compact JSON: the entry names every linear of the model."""
+    # Most parts have no scale: no entry is shorter than null.
     parts = {
         path: [{key: name for key, name in asdict(part).items() if name is not None} for part in of]
         for path, of in linears.items()

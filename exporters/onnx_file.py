@@ -57,6 +57,7 @@ class Export:
         A float flavour is the model that the artifact was made from: the model is loaded again, and
         its weights are checked to be the same.
         """
+        # A float flavour needs no trace of the quantized model.
         if self.flavor in FLOAT_FLAVORS:
             write_baseline(load_source(self.model.source), self.flavor, path, takes_images)
         else:
@@ -78,8 +79,10 @@ def write(
     """
     model = traced.model
     check_flavor(model.scheme, flavor, options)
+    # The float model is not in the trace.
     if flavor not in FLAVORS:
         raise MarrqError(f"{flavor!r} does not lower a quantized model: use write_baseline")
+    # A flavour is made with the options of the user; the others have their defaults.
     chosen = FLAVORS[flavor](**options)
     lowered = chosen.lower(traced)
     metadata = FileMetadata(
@@ -95,6 +98,7 @@ def write(
         schemes=_paths_by_scheme(model),
         container_bits=chosen.container_bits(model.scheme),
         linears=lowered.linears,
+        # All options, those with their defaults too.
         options={name: str(value) for name, value in vars(chosen).items()},
     )
     _save(lowered.graph, metadata, path, takes_images)
@@ -131,6 +135,7 @@ def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
     """
     paths: dict[str, list[str]] = {}
     for path, linear in quantized_linears(model.module).items():
+        # Patch embedding and head have a scheme of their own.
         scheme = Scheme(linear.spec, linear.input.spec if linear.input is not None else None)
         paths.setdefault(str(scheme), []).append(path)
     return paths
@@ -140,16 +145,21 @@ def _save(graph: ir.Model, metadata: FileMetadata, path: Path, takes_images: boo
     """Complete the graph, check it, and put the file in its place."""
     if takes_images:
         take_images(graph.graph, metadata.preprocessing)
-    RemoveUnusedNodesPass()(graph)  # constants that a rewrite left behind
+    # Rewrites leave constants behind that nothing reads.
+    RemoveUnusedNodesPass()(graph)
+    # The version that was released with the opset: servers refuse newer ones.
     graph.ir_version = IR_VERSIONS[graph.opset_imports[""]]
     graph.producer_name, graph.producer_version = "marrq", version("marrq")
     graph.metadata_props.update(metadata.to_metadata_props())
     beside = external_data(path).name if _tensor_bytes(graph) > INLINE_BYTES else None
+    # The folder is made late, so that a refusal leaves nothing behind.
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own, because the model names its data file: both need their final names.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         file = Path(temporary) / path.name
+        # None keeps all tensors in the file.
         ir.save(graph, file, external_data=beside)
+        # Check the file, not the model in memory: the checker needs a path above 2 GiB.
         onnx.checker.check_model(str(file), full_check=True)
         put(file, path)
 

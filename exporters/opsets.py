@@ -43,4 +43,5 @@ def opset_of(scheme: Scheme) -> int:
     """The lowest opset for the codes of weights and activations."""
     # A per-token grid is a QuantizeLinear with one block per token.
     per_token = scheme.activation is not None and not scheme.activation.is_static
+    # The opset of the weight's type, or more if the activations need it.
     return max(WEIGHT_OPSETS[scheme.weight.num_bits], BLOCK_OPSET if per_token else OPSET)

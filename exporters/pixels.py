@@ -23,12 +23,14 @@ def take_images(graph: ir.Graph, preprocessing: Preprocessing) -> None:
 
     The new input keeps the name of the old one.
     """
+    # The input that the trace has: normalized pixels, channels first.
     [normalized] = graph.inputs
     assert normalized.name is not None
     assert normalized.shape is not None
     channels, height, width = preprocessing.input_size
     shape = ir.Shape([normalized.shape[0], height, width, channels])
     images = ir.Value(name=normalized.name, shape=shape, type=ir.TensorType(ir.DataType.UINT8))
+    # From uint8, channels last, as an image library gives an image.
     to_float = {"to": int(ir.DataType.FLOAT)}
     nodes = [ir.node("Cast", [images], attributes=to_float, name="pixels/Cast")]
     steps = (("Div", 255), ("Sub", preprocessing.mean), ("Div", preprocessing.std))
@@ -38,9 +40,11 @@ def take_images(graph: ir.Graph, preprocessing: Preprocessing) -> None:
         constant = add_constant(graph, f"{name}.constant", np.array(numbers, np.float32))
         nodes.append(ir.node(op_type, [nodes[-1].outputs[0], constant], name=name))
     turn = {"perm": CHANNELS_FIRST}
+    # [batch, height, width, channels] → [batch, channels, height, width]
     nodes.append(ir.node("Transpose", nodes[-1].outputs, attributes=turn, name="pixels/Transpose"))
     for node in nodes:
         node.outputs[0].name = node.name
+    # The rest of the graph reads the result in place of its old input.
     normalized.replace_all_uses_with(nodes[-1].outputs[0])
     graph.insert_before(graph[0], nodes)
     graph.inputs[0] = images

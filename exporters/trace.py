@@ -66,6 +66,7 @@ class TracedModel:
 
 def trace_quantized(model: QuantizedModel, artifact_hash: str) -> TracedModel:
     """Trace a quantized model. Raises MarrqError if torch cannot export it."""
+    # Without placeholders the trace would dequantize every weight and lose its codes.
     module = with_placeholders(model.module)
     graph = trace(module, model.preprocessing.input_size, OPSET, model.output)
     return TracedModel(model, artifact_hash, graph)
@@ -96,6 +97,7 @@ class _Placeholder(nn.Module):
         self.path, self.out_features = path, out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        # A node that torch does not know: its output is described, never computed.
         return torch.onnx.ops.symbolic(
             f"{PLACEHOLDER_DOMAIN}::{PLACEHOLDER}",
             (x,),
@@ -108,6 +110,7 @@ class _Placeholder(nn.Module):
 
 def with_placeholders(model: nn.Module) -> nn.Module:
     """A copy of the model in which every QuantLinear is a placeholder."""
+    # The model of the caller keeps its quantized linears.
     model = copy.deepcopy(model)
     for path, linear in quantized_linears(model).items():
         model.set_submodule(path, _Placeholder(path, len(linear.codes)))
@@ -171,12 +174,14 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
     torch's own translation for opsets below 23 computes shapes at run time, and scales q and k
     separately.
     """
+    # A wrong graph would be worse than none.
     if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
         raise NotImplementedError("causal, grouped or boolean-masked attention")
     op: Any = opset18  # its stubs type tensors by element, which a translation cannot know
     # [b, h, n, d] → [b, h, d, n]
     rank = len(query.shape)
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    # torch scales by 1 / √d unless it is told otherwise.
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     constant = ir.tensor([factor], dtype=query.dtype)
     scores = op.Mul(op.MatMul(query, transposed), op.Constant(value=constant))
@@ -188,6 +193,7 @@ def _attention(  # the parameters are those of aten.scaled_dot_product_attention
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's progress and deprecation messages, which concern its developers."""
+    # Levels are restored: they are global to the process.
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,21 +1,28 @@
 """Files of tiny models in every flavour, and how their logits compare with torch's."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from onnx import numpy_helper
-from tiny_models import noise, quantized, swin, vit, vit_with_layer_scale
+from tiny_models import noise, quantized, swin, vit
 
 from exporters.trace import TracedModel, trace_quantized
 from marrq.quantized_model import QuantizedModel
 from marrq.schemes import ActivationStrategy
 
-MODELS = {"vit": vit, "vit with LayerScale": vit_with_layer_scale, "swin": swin}
+MODELS = {"vit": vit, "vit with LayerScale": partial(vit, init_values=1e-5, depth=1), "swin": swin}
 """Swin has linears of 24 inputs, windows, and four axes. It takes longest to trace."""
+
+
+def slow(*values: object) -> ParameterSet:
+    """A case that `pytest` alone leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @cache

@@ -1,9 +1,11 @@
-"""A real Triton Inference Server for the tests: the binary that the wheel nvidia-pytriton carries,
-with its python backend, and without the wheel's own Python wrapper. It lives in a virtual
-environment of its own, since that wheel wants an older numpy.
+"""A real Triton Inference Server for the tests.
 
-Flags of the server are those of examples/serve/Dockerfile, so that the tests start what users
-start."""
+The wheel nvidia-pytriton carries the server's binary with its python backend. The tests start that
+binary without the wheel's own Python wrapper. The wheel wants an older numpy, so it lives in a
+virtual environment of its own.
+
+The server's flags are those of examples/serve/Dockerfile: the tests start what users start.
+"""
 
 import json
 import os
@@ -29,8 +31,11 @@ PATIENCE = 60
 
 @dataclass(frozen=True)
 class Installation:
-    """bin: of the virtual environment; packages: its site-packages; server: the copy of the wheel's
-    server folder."""
+    """A server that can be started.
+
+    bin: of the virtual environment. packages: its site-packages. server: a copy of the wheel's
+    server folder.
+    """
 
     bin: Path
     packages: Path
@@ -38,7 +43,7 @@ class Installation:
 
 
 def install(folder: Path) -> Installation:
-    """The server in a virtual environment, made where it is not there yet."""
+    """Make the virtual environment with the server, if it is not there yet."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     place = folder / "-".join((*REQUIREMENTS, version))
     packages = place / "lib" / f"python{version}" / "site-packages"
@@ -57,13 +62,14 @@ def install(folder: Path) -> Installation:
     )
     for program in (backend / "triton_python_backend_stub", made.server / "bin" / "tritonserver"):
         program.chmod(0o755)
+    # Written last: an environment without this file was interrupted, and is made again.
     (place / "complete").touch()
     return made
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs. http, grpc: HOST:PORT; log: what it has written."""
+    """A server that runs. http, grpc: HOST:PORT. log: what the server has written."""
 
     http: str
     grpc: str
@@ -104,7 +110,7 @@ def documented_flags(repository: Path) -> list[str]:
 
 @contextmanager
 def running(installation: Installation, repository: Path, log: Path) -> Iterator[Server]:
-    """A server of the repository on free ports of this machine alone; it is stopped at the end."""
+    """A server of the repository, on free ports of the loopback interface; stopped at the end."""
     http, grpc = free_ports(2)
     places = [
         "--http-address=127.0.0.1",
@@ -118,8 +124,8 @@ def running(installation: Installation, repository: Path, log: Path) -> Iterator
         "--allow-metrics=false",
         f"--backend-directory={installation.server / 'backends'}",
     ]
-    # The backend's stub embeds the interpreter: it finds that of the virtual environment by PATH,
-    # and its library by LD_LIBRARY_PATH.
+    # The stub of the python backend embeds an interpreter. PATH leads the stub to the interpreter
+    # of the virtual environment, LD_LIBRARY_PATH to the interpreter's library.
     libraries = (
         f"{sysconfig.get_config_var('LIBDIR')}:{installation.packages / 'nvidia_pytriton.libs'}"
     )
@@ -158,9 +164,10 @@ def wait_until_live(server: Server) -> None:
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    ports: list[int] = [listener.getsockname()[1] for listener in sockets]
+    # Closed together, so that no port is found twice.
+    for listener in sockets:
+        listener.close()
     return ports

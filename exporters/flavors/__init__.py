@@ -73,11 +73,14 @@ def suitable_flavor(scheme: Scheme) -> str:
 def check_flavor(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
     """Raise MarrqError for an unknown flavour, an option that the flavour does not have, and a
     scheme that the flavour cannot express."""
+    # Names first: a class cannot be made of an option that it does not have.
     check_choice(flavor, options)
     if flavor not in FLAVORS:
-        return  # a float flavour has no scheme
+        # a float flavour has no scheme
+        return
     objection = FLAVORS[flavor](**options).objection(scheme)
     if objection is not None:
+        # Always name a way out; qdq expresses every scheme.
         raise MarrqError(
             f"the flavor {flavor} {objection}: the artifact has {scheme.description}; use "
             f"--flavor {' or '.join(_able(scheme))}"

@@ -21,10 +21,13 @@ class _Half(nn.Module):
     """A model in float16 between float32 inputs and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
+        # The module that torch traces: casts, and the model between them.
         super().__init__()
+        # half() changes a module in place, and the caller still needs the float32 model.
         self.model = copy.deepcopy(model).half()
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # Casts at both ends, so that the interface of the graph is float32.
         return cast(Tensor, self.model(pixels.half())).float()
 
 
@@ -38,6 +41,7 @@ def export_float16(model: VisionModel) -> ir.Model:
     return trace(_Half(model.module), model.preprocessing.input_size, OPSET, model.output)
 
 
+# Bits of a weight are stated, not counted: every tensor of the model has this type.
 FLOAT_FLAVORS: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {
     "fp32": (export_float32, 32),
     "fp16": (export_float16, 16),

@@ -75,8 +75,10 @@ class Integer:
 
     def objection(self, scheme: Scheme) -> str | None:
         """Why the flavour cannot express a scheme, or None."""
+        # An integer kernel multiplies codes by codes.
         if scheme.activation is None:
             return "needs quantized activations"
+        # Smaller groups would work, but lose the point of the flavour.
         if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
             return (
                 f"has no groups of less than {LEAST_GROUP} inputs, which would run slower than the "
@@ -92,11 +94,13 @@ class Integer:
         """First ONNX Runtime that was seen to run the linears on integer kernels."""
         if self.fuse:
             return FUSED_ONNXRUNTIME
+        # The weight's type and the per-token QuantizeLinear each have a first release.
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return max(widened, BLOCK_ONNXRUNTIME) if opset_of(scheme) >= BLOCK_OPSET else widened
 
     def lower(self, traced: TracedModel) -> LoweredModel:
         """The graph on integer kernels."""
+        # Attention has a kernel only in opset 23: a scheme that needs a later opset cannot have it.
         opset = opset_of(traced.model.scheme)
         fuse = self.fuse and opset <= ATTENTION_OPSET
         return lower(traced, ATTENTION_OPSET if fuse else opset, _linear, fuse)
@@ -104,6 +108,7 @@ class Integer:
 
 def _linear(linear: LinearLowering) -> ir.Value:
     x = input_codes(linear, linear.x)
+    # The kernel takes one scale and one zero point for the whole input.
     y = _per_token(linear, x) if x.per_token else _kernel(linear, x, _bias(linear))
     return with_lowrank(linear, linear.x, y)
 
@@ -119,26 +124,32 @@ def _per_token(linear: LinearLowering, x: InputCodes) -> ir.Value:
     none = linear.constant("no_zero_point", np.array(0, np.uint8))
     # The kernel sees the codes themselves: scale 1 and zero point 0.
     product = _kernel(linear, InputCodes(x.codes, one, none, per_token=False), None)
-    scaled = linear.add("Mul", [product, x.scale])  # s · (q Wᵀ): [..., rows]
+    # s · (q Wᵀ): [..., rows]
+    scaled = linear.add("Mul", [product, x.scale])
+    # s z, the part that the product of the codes lacks: [..., 1]
     zero_point = linear.add("Cast", [x.zero_point], to=int(ir.DataType.FLOAT))
-    shift = linear.add("Mul", [zero_point, x.scale])  # s z: [..., 1]
+    shift = linear.add("Mul", [zero_point, x.scale])
     sums, bias = _row_sums(linear), linear.slice.bias
     if bias is None:
+        # Without a bias there is nothing to pad: s · (q Wᵀ) - s z · (W 1)
         stored = linear.weight_constant("weight_sums", sums)
         return linear.add("Sub", [scaled, linear.add("Mul", [shift, stored])])
     # [s z] → [s z, 1]: a Pad by one element at the end of the last axis
     beside = linear.constant("beside", np.array([0, 1]))
     last_axis = linear.constant("last_axis", np.array([-1]))
     padded = linear.add("Pad", [shift, beside, one, last_axis])
-    rest = linear.constant("bias_and_sums", np.stack([-sums, bias.numpy()]))  # [2, rows]
+    # [s z, 1] · [-W 1; b]: a float product of depth 2, with [2, rows].
+    rest = linear.constant("bias_and_sums", np.stack([-sums, bias.numpy()]))
     return linear.add("Add", [scaled, linear.add("MatMul", [padded, rest])])
 
 
 def _row_sums(linear: LinearLowering) -> np.ndarray:
     """W 1: float32 [rows]. The codes of each group are summed as integers, then scaled."""
     rows = linear.slice
-    grouped = rows.codes.int().reshape(*rows.scale.shape, -1)  # [rows, groups, inputs]
+    # [rows, groups, inputs]
+    grouped = rows.codes.int().reshape(*rows.scale.shape, -1)
     centered = grouped - rows.zero_point.int()[..., None]
+    # Σ over groups of s_g Σ over inputs of (q - z)
     sums: np.ndarray = (centered.sum(2) * rows.scale).sum(1).numpy()
     return sums
 
@@ -146,9 +157,11 @@ def _row_sums(linear: LinearLowering) -> np.ndarray:
 def _kernel(linear: LinearLowering, x: InputCodes, bias: ir.Value | None) -> ir.Value:
     """The product x Wᵀ + b: one kernel, or one for each group of inputs and their sum."""
     rows = linear.slice
-    weight = int8_codes(linear, rows.codes.T.contiguous())  # [in, rows]
+    # The kernel wants W as [in, rows].
+    weight = int8_codes(linear, rows.codes.T.contiguous())
     if rows.groups == 1:
         return _group_kernel(linear, 0, x, weight, bias)
+    # x Wᵀ = Σ over groups of x_g W_gᵀ: cut the channels of x and the rows of W alike.
     codes = linear.split(x.codes, -1, rows.groups)
     weights = linear.split(weight, 0, rows.groups)
     products = [
@@ -176,4 +189,5 @@ def _group_kernel(
     inputs = [x.codes, weight, x.scale, scale, x.zero_point, zero_point]
     if bias is not None:
         inputs.append(bias)
+    # The kernel gives float32, so no dequantization follows.
     return linear.add(KERNEL, inputs, domain=ONNXRUNTIME_DOMAIN)

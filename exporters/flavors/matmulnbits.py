@@ -66,8 +66,10 @@ class MatMulNBits:
 
     def objection(self, scheme: Scheme) -> str | None:
         """Why the flavour cannot express a scheme, or None."""
+        # The operator quantizes activations itself, if at all, and on its own grid.
         if scheme.activation is not None:
             return "needs float activations"
+        # A group is written as whole blocks.
         size = scheme.weight.group_size
         if size is not None and size % BLOCK_SIZES[-1]:
             return f"has no group size that is no multiple of {BLOCK_SIZES[-1]}"
@@ -79,16 +81,19 @@ class MatMulNBits:
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to run such a file."""
+        # Patch embedding and head may be wider than the blocks of the model.
         widths = {self.container_bits(scheme), *([OUTER_BITS] if scheme.outer_layers else [])}
         return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
     def lower(self, traced: TracedModel) -> LoweredModel:
         """The graph on MatMulNBits."""
+        # Containers are plain uint8 tensors, so only Attention asks for a later opset.
         opset = ATTENTION_OPSET if self.fuse else OPSET
         return lower(traced, opset, self._linear, self.fuse)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:
         rows = linear.slice
+        # The grid of the artifact in the terms of the operator.
         bits, size = CONTAINER_BITS[rows.num_bits], block_size(rows.group_size)
         out_features, blocks = len(rows.codes), -(-rows.in_features // size)
         offset, repeats = 2 ** (bits - 1), blocks // rows.groups
@@ -98,6 +103,7 @@ class MatMulNBits:
         # Scale and zero point of a group or channel, once for each of its blocks: [rows, blocks]
         scale = rows.scale.repeat_interleave(repeats, 1)
         zero_point = rows.zero_point.int().repeat_interleave(repeats, 1) + offset
+        # [rows, blocks, bytes of a block]
         packed = _packed(codes, bits).reshape(out_features, blocks, -1)
         inputs: list[ir.Value | None] = [
             linear.x,
@@ -108,6 +114,7 @@ class MatMulNBits:
         if rows.bias is not None:
             # None: the index of groups in act order, which the codes do not need.
             inputs += [None, linear.constant("bias", rows.bias.numpy())]
+        # K, N: depth and width of the product, as the operator calls them.
         y = linear.add(
             OPERATOR,
             inputs,
@@ -123,11 +130,13 @@ class MatMulNBits:
 
 def block_size(group_size: int) -> int:
     """The largest block that divides a group; else the smallest, whose last block is filled up."""
+    # Larger blocks have fewer scales to store and to multiply by.
     return next((size for size in BLOCK_SIZES if group_size % size == 0), BLOCK_SIZES[-1])
 
 
 def _packed(codes: Tensor, bits: int) -> np.ndarray:
     """Unsigned codes [rows, n] as bytes [rows, …]; each row begins with a byte of its own."""
+    # Fill up the last byte of each row.
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (8 // bits)))
     # `pack` takes signed codes: the same bits, read as two's complement.
     sign = 2 ** (bits - 1)

@@ -57,11 +57,13 @@ class Qdq:
         """Why the flavour cannot express a scheme, or None."""
         if not self.symmetric:
             return None
+        # TensorRT documents zero points of 0 only, and marrq has no symmetric activations.
         if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
             return (
                 "with --symmetric needs weights with zero point 0 and float activations, --scheme "
                 "W4A16-g128-sym"
             )
+        # Blocks are documented for INT4 only.
         if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
             return (
                 "with --symmetric has no group scales for 8-bit weights, --scheme W8A16-sym has "
@@ -77,6 +79,7 @@ class Qdq:
         """First ONNX Runtime that was seen to run such a file."""
         if self.symmetric:
             return BLOCK_ONNXRUNTIME
+        # The type of the codes, and the form with blocks, each have a first release.
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return widened if _fits_integer_kernel(scheme) else max(widened, TRANSPOSED_ONNXRUNTIME)
 
@@ -85,6 +88,7 @@ class Qdq:
         if self.symmetric:
             return lower(traced, BLOCK_OPSET, _symmetric)
         scheme = traced.model.scheme
+        # A scale per block, even one block, needs opset 21.
         opset = opset_of(scheme)
         if not _fits_integer_kernel(scheme):
             opset = max(opset, BLOCK_OPSET)
@@ -93,6 +97,7 @@ class Qdq:
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
     """Whether ONNX Runtime can fuse an integer kernel: static activations, a scale per channel."""
+    # The kernel has a scalar scale for x and a scale per column of W.
     static = scheme.activation is not None and scheme.activation.is_static
     return scheme.weight.group_size is None and static
 
@@ -113,7 +118,9 @@ def _standard(linear: LinearLowering) -> ir.Value:
 
 def _per_channel(linear: LinearLowering, x: ir.Value) -> ir.Value:
     rows = linear.slice
-    codes = int8_codes(linear, rows.codes.T.contiguous())  # [in, rows]
+    # The layout that ONNX Runtime fuses to an integer kernel: scales along the last axis.
+    # [in, rows]
+    codes = int8_codes(linear, rows.codes.T.contiguous())
     scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
     zero_point = linear.weight_constant(
         "weight_zero_point", rows.zero_point[:, 0].contiguous().numpy()
@@ -124,20 +131,26 @@ def _per_channel(linear: LinearLowering, x: ir.Value) -> ir.Value:
 
 def _per_block(linear: LinearLowering) -> ir.Value:
     rows = linear.slice
-    codes = int8_codes(linear, rows.codes)  # [rows, in]
+    # [rows, in]
+    codes = int8_codes(linear, rows.codes)
+    # [rows, groups], as the artifact stores them
     scale = linear.weight_constant("weight_scale", rows.scale.numpy())
     zero_point = linear.weight_constant("weight_zero_point", rows.zero_point.numpy())
     weight = linear.add(
         "DequantizeLinear", [codes, scale, zero_point], axis=1, block_size=rows.group_size
     )
+    # The Transpose keeps ONNX Runtime from fusing MatMulNBits (see the module).
     return _product(linear, linear.x, linear.add("Transpose", [weight]))
 
 
 def _symmetric(linear: LinearLowering) -> ir.Value:
     rows = linear.slice
+    # Codes of 2 and 3 bits fit in INT4, too.
     container = np.int8 if rows.num_bits == 8 else ml_dtypes.int4
-    transposed = rows.codes.T.contiguous().numpy().astype(container)  # [in, rows]
+    # [in, rows]
+    transposed = rows.codes.T.contiguous().numpy().astype(container)
     codes = linear.weight_constant("weight_codes", transposed)
+    # A scale per output channel is axis 1 of [in, rows]; blocks of inputs lie on axis 0.
     if rows.groups == 1:
         scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
         weight = linear.add("DequantizeLinear", [codes, scale], axis=1)
@@ -149,6 +162,7 @@ def _symmetric(linear: LinearLowering) -> ir.Value:
 
 def _product(linear: LinearLowering, x: ir.Value, weight: ir.Value) -> ir.Value:
     """The output x W + L (R x) + b. weight: float [in, rows]."""
+    # The simulation in torch multiplies the same dequantized values.
     y = linear.add("MatMul", [input_values(linear, x), weight])
     y = with_lowrank(linear, x, y)
     if linear.slice.bias is None:

@@ -58,20 +58,25 @@ def lower(
     opset: of the result, at least that of the trace. lower_linear: adds nodes and constants to the
     LinearLowering and returns the linear's output. fuse: write attention as one operator.
     """
+    # The trace itself stays, for the next flavour.
     lowered, linears = traced.clone(), quantized_linears(traced.model.module)
     # Later opsets only take more types in the operators of a trace.
     lowered.opset_imports[""] = opset
     prepare(lowered, fuse)
+    # What linears have in common is made by the first of them.
     shared, weights = SharedInputs(), set[str]()
     parts: dict[str, dict[str, LinearPart]] = {}
     for node in placeholders(lowered.graph):
         path = node.attributes[PATH].as_string()
         linear = LinearLowering(lowered.graph, node, linears[path], shared)
         result = lower_linear(linear)
+        # New nodes stand where the placeholder stood, so the graph stays sorted.
         _replace(lowered.graph, node, linear, result)
         weights.update(linear.weight_tensors)
         parts.setdefault(path, {})[_part_of(node)] = _linear_part(node, linear.x, result)
+    # No placeholder is left, so no runtime needs to know this domain.
     del lowered.opset_imports[PLACEHOLDER_DOMAIN]
+    # A file of standard operators must not ask for ONNX Runtime.
     if any(node.domain == ONNXRUNTIME_DOMAIN for node in lowered.graph):
         lowered.opset_imports[ONNXRUNTIME_DOMAIN] = 1
     bits = bits_per_weight(lowered.graph, weights, linears.values())
@@ -81,12 +86,14 @@ def lower(
 def bits_per_weight(graph: ir.Graph, names: Iterable[str], linears: Iterable[QuantLinear]) -> float:
     """Bits of the named initializers, per weight of the linears."""
     tensors = [graph.initializers[name].const_value for name in names]
+    # nbytes counts INT4 and INT2 as they are packed.
     stored = sum(8 * tensor.nbytes for tensor in tensors if tensor is not None)
     return stored / sum(linear.codes.numel() for linear in linears)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, linear: LinearLowering, result: ir.Value) -> None:
     """Put the new nodes of a linear in the place of its placeholder."""
+    # Later passes and the checker ask for shape and type.
     result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], linear.nodes, [node.outputs[0]], [result]
@@ -107,4 +114,5 @@ def _linear_part(node: ir.Node, x: ir.Value, y: ir.Value) -> LinearPart:
 
 def _in_order(parts: Mapping[str, LinearPart]) -> tuple[LinearPart, ...]:
     """The parts in the order of the linear's rows."""
+    # "" for a whole linear stands alone.
     return tuple(parts[part] for part in sorted(parts, key=lambda part: PARTS.find(part)))

@@ -21,10 +21,13 @@ UINT8_MAX = int(np.iinfo(np.uint8).max)
 
 def input_codes(linear: LinearLowering, x: ir.Value) -> InputCodes:
     """The codes of x, made once for all linears that quantize x alike."""
+    # Flavours without float activations refuse such schemes first.
     assert linear.quantizer is not None  # the caller checked the scheme
+    # Linears that read x may quantize it differently, for example with another smoothing.
     tensors = tuple(buffer.numpy().tobytes() for buffer in linear.quantizer.buffers())
     made = linear.shared.codes
     if (x, tensors) not in made:
+        # A grid from calibration, or a grid per token.
         make = _static_codes if linear.quantizer.spec.is_static else _token_codes
         made[x, tensors] = make(linear, x, linear.quantizer)
     return made[x, tensors]
@@ -47,6 +50,7 @@ def _static_codes(
     scale = linear.constant("input_scale", quantizer.scale.numpy())
     zero_point = linear.constant("input_zero_point", quantizer.zero_point.numpy().astype(np.uint8))
     smoothed = _smoothed(linear, x, quantizer)
+    # round(x / scale) + zero_point, saturated to 0 … 255
     codes = linear.add("QuantizeLinear", [smoothed, scale, zero_point])
     return InputCodes(_clipped(linear, codes, quantizer), scale, zero_point, per_token=False)
 
@@ -82,8 +86,10 @@ def _token_range(
 ) -> tuple[ir.Value, ir.Value]:
     """min(c · min x, 0) and max(c · max x, 0) over the channels: [..., 1] each."""
     channels = linear.constant("input_channels", np.array([-1]))
+    # 0 is always in the range, so that it has a code of its own.
     zero = linear.constant("input_zero", np.array(0, np.float32))
     clip = linear.constant("input_clip", quantizer.clip.numpy())
+    # c · min x and c · max x: the clip factor c is all that calibration found.
     lowest = linear.add("ReduceMin", [x, channels], keepdims=1)
     minimum = linear.add("Min", [linear.add("Mul", [lowest, clip]), zero])
     highest = linear.add("ReduceMax", [x, channels], keepdims=1)
@@ -103,8 +109,10 @@ def _smoothed(linear: LinearLowering, x: ir.Value, quantizer: ActivationQuantize
 def _clipped(linear: LinearLowering, codes: ir.Value, quantizer: ActivationQuantizer) -> ir.Value:
     """uint8 codes cut to the width of the activations."""
     low, high = quantizer.spec.code_range
+    # QuantizeLinear saturates at 255 by itself.
     if high == UINT8_MAX:
         return codes
+    # Codes above 2ᵇ - 1 are saturated here, as `quantize` does in torch.
     lowest = linear.constant("input_low", np.array(low, np.uint8))
     highest = linear.constant("input_high", np.array(high, np.uint8))
     return linear.add("Clip", [codes, lowest, highest])
@@ -112,6 +120,7 @@ def _clipped(linear: LinearLowering, codes: ir.Value, quantizer: ActivationQuant
 
 def _dequantized(linear: LinearLowering, x: InputCodes) -> ir.Value:
     inputs = [x.codes, x.scale, x.zero_point]
+    # A per-token grid is one block per token here, too.
     if not x.per_token:
         return linear.add("DequantizeLinear", inputs)
     return linear.add("DequantizeLinear", inputs, axis=-1, block_size=linear.slice.in_features)

@@ -38,8 +38,10 @@ class LinearSlice:
     @classmethod
     def of(cls, node: ir.Node, linear: QuantLinear) -> "LinearSlice":
         """Cut out the rows of the placeholder's part, and multiply them by its output scale."""
+        # All rows, unless the placeholder stands for q, k or v.
         rows = slice(None)
         if PART in node.attributes:
+            # The rows of a fused linear are those of q, then k, then v.
             third = len(linear.codes) // len(PARTS)
             start = PARTS.index(node.attributes[PART].as_string()) * third
             rows = slice(start, start + third)
@@ -49,6 +51,7 @@ class LinearSlice:
             # γ ∘ (s ∘ (q - z) x + b): γ goes into s and b, the codes stay.
             factor = torch.from_numpy(node.attributes[OUTPUT_SCALE].as_tensor().numpy())
             scale, bias = scale * factor[:, None], None if bias is None else bias * factor
+        # R is common to all rows; of L only the rows of the part are needed.
         branch = linear.lowrank
         return cls(
             codes=linear.codes[rows],
@@ -123,8 +126,10 @@ class LinearLowering:
     ) -> None:
         self.graph, self.shared = graph, shared
         self.path = node.attributes[PATH].as_string()
+        # q, k and v of a linear need names of their own.
         part = f".{node.attributes[PART].as_string()}" if PART in node.attributes else ""
         self.name = f"{self.path}{part}"
+        # The quantizer belongs to the whole linear: its parts read the same input.
         self.slice, self.quantizer = LinearSlice.of(node, linear), linear.input
         self.nodes, self.weight_tensors = list[ir.Node](), set[str]()
         assert node.inputs[0] is not None  # a placeholder has one input
@@ -138,6 +143,7 @@ class LinearLowering:
         **attributes: int | str,
     ) -> ir.Value:
         """Append a node and return its only output."""
+        # The count makes names unique within a linear, and the path across linears.
         name = f"{self.name}/{op_type}_{len(self.nodes)}"
         node = ir.node(op_type, inputs, domain=domain, attributes=attributes, name=name)
         node.outputs[0].name = name
@@ -154,6 +160,7 @@ class LinearLowering:
             num_outputs=parts,
             name=name,
         )
+        # Values need names of their own, since the file connects nodes by name.
         for index, output in enumerate(node.outputs):
             output.name = f"{name}_{index}"
         self.nodes.append(node)
@@ -166,5 +173,6 @@ class LinearLowering:
     def weight_constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A new initializer that counts for the bits per weight."""
         value = self.constant(name, array)
+        # Counted when all linears are lowered: shared tensors count once.
         self.weight_tensors.add(f"{self.name}.{name}")
         return value

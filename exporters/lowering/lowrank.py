@@ -17,7 +17,9 @@ def with_lowrank(linear: LinearLowering, x: ir.Value, y: ir.Value) -> ir.Value:
     rows = linear.slice
     if rows.left is None or rows.right is None:
         return y
+    # MatMul multiplies from the right, so both factors are stored transposed.
     left = _factor(linear, "lowrank_left", rows.left, rows.left_scale)
+    # R first: r is much smaller than the widths of the linear.
     components = _components(linear, x, rows.right)
     return linear.add("Add", [y, linear.add("MatMul", [components, left])])
 
@@ -25,6 +27,7 @@ def with_lowrank(linear: LinearLowering, x: ir.Value, y: ir.Value) -> ir.Value:
 def _components(linear: LinearLowering, x: ir.Value, right: StoredFactor) -> ir.Value:
     """R x [..., r], made once for all parts of a linear that read the same tokens."""
     made = linear.shared.components
+    # The part is not in the key: q, k and v have the same R.
     if (linear.path, x) not in made:
         transposed = _factor(linear, "lowrank_right", right, None)
         made[linear.path, x] = linear.add("MatMul", [input_values(linear, x), transposed])
@@ -40,9 +43,11 @@ def _factor(
     """
     stored = linear.weight_constant(name, factor.codes.T.contiguous().numpy())
     values = linear.add("Cast", [stored], to=int(ir.DataType.FLOAT))
+    # int8 codes have a scale for each of the r components; float16 values have none.
     if factor.scale is not None:
         scale = linear.weight_constant(f"{name}_scale", factor.scale.T.contiguous().numpy())
         values = linear.add("Mul", [values, scale])
+    # γ of LayerScale: γ ∘ (L R x). The stored L stays the artifact's.
     if output_scale is not None:
         layer_scale = linear.weight_constant(f"{name}_output_scale", output_scale.numpy())
         values = linear.add("Mul", [values, layer_scale])

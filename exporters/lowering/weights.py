@@ -24,10 +24,12 @@ NARROW_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4}
 def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
     """The codes as an int8 value of the same shape. codes: the slice's, in any layout."""
     num_bits = linear.slice.num_bits
+    # Nothing to unpack.
     if num_bits == 8:
         return linear.weight_constant("weight_codes", codes.numpy())
     if num_bits == 3:
         return _from_planes(linear, codes)
+    # ONNX packs two INT4 or four INT2 codes in a byte.
     packed = codes.numpy().astype(NARROW_TYPES[num_bits])
     stored = linear.weight_constant("weight_codes", packed)
     return linear.add("Cast", [stored], to=int(ir.DataType.INT8))
@@ -35,20 +37,24 @@ def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
 
 def _from_planes(linear: LinearLowering, codes: Tensor) -> ir.Value:
     """Two planes to int8: u = low | high << 2 is the two's complement, (u xor 4) - 4 the code."""
+    # The same planes that the artifact stores.
     low, high = packed_planes(codes, 3)
     stored_low = linear.weight_constant("weight_low", low.numpy())
     stored_high = linear.weight_constant("weight_high", high.numpy())
     count = codes.numel()
+    # The high bit of each code, moved to its place.
     high_bits = _plane(linear, stored_high, "high", 1, count)
     lifted = linear.add(
         "BitShift", [high_bits, _bytes(linear, "high_place", [2])], direction="LEFT"
     )
     low_bits = _plane(linear, stored_low, "low", 2, count)
+    # u in 0 … 7
     union = linear.add("BitwiseOr", [low_bits, lifted])
     # Sign extension: xor with the sign bit, then subtract it.
     flipped = linear.add("BitwiseXor", [union, _bytes(linear, "sign", [4])])
     signed = linear.add("Cast", [flipped], to=int(ir.DataType.INT8))
     flat = linear.add("Sub", [signed, linear.constant("offset", np.array([4], np.int8))])
+    # From the flat codes back to their layout.
     shape = linear.weight_constant("weight_shape", np.array(codes.shape, np.int64))
     return linear.add("Reshape", [flat, shape])
 

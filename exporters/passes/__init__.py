@@ -28,11 +28,13 @@ from exporters.passes.unread_tokens import drop_unread_tokens
 def prepare(model: ir.Model, fuse: bool) -> None:
     """Run all passes on a clone of a traced graph. fuse: write attention as one operator."""
     graph = model.graph
+    # Copies would hide the patterns that the next passes look for.
     drop_copies(graph)
     split_qkv(graph)
     absorb_scales(graph)
     flatten_patches(graph)
     drop_open_masks(graph)
+    # Attention needs opset 23, so a flavour must ask for it.
     if fuse:
         fuse_attention(graph)
         attend_on_tokens(graph)

@@ -49,10 +49,12 @@ def fuse_attention(graph: ir.Graph) -> None:
         # In softmax(…) v the probabilities are the left factor.
         if product is None or product.inputs[0] is not softmax.outputs[0] or scores is None:
             continue
+        # Attention takes K, not kᵀ.
         key = _key(graph, scores.turned)
         if key is None:
             continue
         inputs = [scores.query, key, product.inputs[1]]
+        # Scale and mask go into the operator, the Softmax and both products with them.
         attention = ir.node(
             "Attention",
             inputs if scores.mask is None else [*inputs, scores.mask],
@@ -67,6 +69,7 @@ def fuse_attention(graph: ir.Graph) -> None:
 
 def _match_scores(scores: ir.Value | None) -> _Scores | None:
     """What the tracer writes for s q kᵀ + mask; the Add and the Mul may be absent."""
+    # From the Softmax backwards: + mask, · s, q kᵀ.
     masked = producer(scores, "Add")
     product, mask = masked.inputs if masked is not None else (scores, None)
     scaled = producer(product, "Mul")
@@ -76,7 +79,9 @@ def _match_scores(scores: ir.Value | None) -> _Scores | None:
         # A factor per head cannot be Attention's scale.
         if constant is None or constant.size != 1:
             return None
+        # The tracer writes the factor on the right.
         product, factor = scaled.inputs[0], constant
+    # q kᵀ
     similarity = producer(product, "MatMul")
     turned = producer(similarity.inputs[1], "Transpose") if similarity is not None else None
     if similarity is None or similarity.inputs[0] is None or turned is None:
@@ -86,10 +91,13 @@ def _match_scores(scores: ir.Value | None) -> _Scores | None:
 
 def _key(graph: ir.Graph, turned: ir.Node) -> ir.Value | None:
     """K [b, h, n, d] from the Transpose that makes kᵀ, or None for another Transpose."""
-    if permutation(turned) == (0, 1, 3, 2):  # from [b, h, n, d]
+    # from [b, h, n, d]
+    if permutation(turned) == (0, 1, 3, 2):
         return turned.inputs[0]
-    if permutation(turned) != (0, 2, 3, 1):  # from [b, n, h, d]
+    # from [b, n, h, d]
+    if permutation(turned) != (0, 2, 3, 1):
         return None
+    # Turn [b, n, h, d] to heads first and leave the channels last.
     moved = ir.node(
         "Transpose",
         [turned.inputs[0]],
@@ -110,6 +118,7 @@ def attend_on_tokens(graph: ir.Graph) -> None:
     Attention then moves the heads itself, in less time than four Transposes take.
     """
     for node in [node for node in graph if node.op_type == "Attention"]:
+        # In front of q, k and v: Reshape to heads, Transpose. Behind: Transpose, Reshape.
         tokens = [_tokens(value) for value in node.inputs[:3]]
         back = only_consumer(node, "Transpose")
         merge = only_consumer(back, "Reshape")
@@ -123,6 +132,7 @@ def attend_on_tokens(graph: ir.Graph) -> None:
         )
         node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", query_heads)
         node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", key_heads)
+        # Read what the linears give, and give what the next linear reads.
         for index, value in enumerate(tokens):
             node.replace_input_with(index, value)
         node.outputs[0].shape = merge.outputs[0].shape
@@ -133,6 +143,7 @@ def attend_on_tokens(graph: ir.Graph) -> None:
 def _tokens(heads: ir.Value | None) -> ir.Value | None:
     """Tokens [b, n, h d] that heads [b, h, n, d] are made from by Reshape and Transpose."""
     transpose = producer(heads, "Transpose")
+    # Backwards: [b, h, n, d] ← [b, n, h, d] ← [b, n, h d]
     reshape = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
     if reshape is None or permutation(transpose) != HEADS_SECOND:
         return None

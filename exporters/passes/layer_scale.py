@@ -15,6 +15,7 @@ def absorb_scales(graph: ir.Graph) -> None:
     """Turn a Mul by a constant [out] right behind a linear into the linear's `output_scale`."""
     for node in placeholders(graph):
         multiply = only_consumer(node, "Mul")
+        # γ may stand on either side of the product.
         factor = _other_input(multiply, node) if multiply is not None else None
         if multiply is None or factor is None or factor.const_value is None:
             continue
@@ -22,6 +23,7 @@ def absorb_scales(graph: ir.Graph) -> None:
         if factor.const_value.shape != output_shape(node)[-1:]:
             continue
         node.attributes[OUTPUT_SCALE] = ir.AttrTensor(OUTPUT_SCALE, factor.const_value)
+        # From here on the placeholder gives γ ∘ (W x + b).
         multiply.outputs[0].replace_all_uses_with(node.outputs[0])
         graph.remove(multiply, safe=True)
 

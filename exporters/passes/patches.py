@@ -22,6 +22,7 @@ from exporters.graph import (
 
 def flatten_patches(graph: ir.Graph) -> None:
     """Replace every such chain by one Reshape."""
+    # The nodes are listed first, because the graph changes on the way.
     starts = [node for node in graph if node.op_type == "Transpose"]
     for first in starts:
         if permutation(first) == (0, 3, 1, 2):
@@ -38,6 +39,7 @@ def _flatten(graph: ir.Graph, first: ir.Node) -> None:
     # A Reshape to other lengths would mix rows and channels.
     if list(output_shape(last))[1:] != [rows * columns, channels]:
         return
+    # 0 keeps the batch, -1 makes rows · columns tokens.
     shape = add_constant(graph, f"{last.name}_shape", np.array([0, -1, channels]))
     tokens = ir.node("Reshape", [patches, shape], name=f"{last.name}_tokens")
     copy_type(tokens.outputs[0], last.outputs[0])

@@ -45,6 +45,7 @@ def split_qkv(graph: ir.Graph) -> None:
     for node in placeholders(graph):
         fused = _match(node)
         if fused is not None:
+            # Each part replaces its Squeeze, then the fused linear has no reader.
             for part, squeeze in zip(PARTS, fused.squeezes, strict=True):
                 _replace_part(graph, fused, part, squeeze)
             graph.remove([fused.transpose, fused.reshape, fused.linear], safe=True)
@@ -55,6 +56,7 @@ def _match(node: ir.Node) -> _Fused | None:
     transpose = only_consumer(reshape, "Transpose")
     if reshape is None or transpose is None or permutation(transpose) != HEADS_FIRST:
         return None
+    # q, k and v leave by index 0, 1 and 2 of the new first axis.
     found = [_squeeze_at(transpose, index) for index in range(len(PARTS))]
     squeezes = [squeeze for squeeze in found if squeeze is not None]
     shape = integers_of(reshape.inputs[1])
@@ -67,7 +69,8 @@ def _match(node: ir.Node) -> _Fused | None:
 def _squeeze_at(transpose: ir.Node, index: int) -> ir.Node | None:
     """The Squeeze behind the Slice [index : index + 1] of axis 0, or None."""
     for consumer in transpose.outputs[0].consumers():
-        taken = [integers_of(value) for value in consumer.inputs[1:4]]  # start, end, axis
+        # start, end, axis
+        taken = [integers_of(value) for value in consumer.inputs[1:4]]
         if consumer.op_type == "Slice" and taken == [[index], [index + 1], [0]]:
             return only_consumer(consumer, "Squeeze")
     return None
@@ -78,9 +81,11 @@ def _replace_part(graph: ir.Graph, fused: _Fused, part: str, squeeze: ir.Node) -
     taken = squeeze.inputs[0].producer() if squeeze.inputs[0] is not None else None
     assert taken is not None  # the Slice by which _squeeze_at found the Squeeze
     name = f"{fused.linear.name}_{part}"
+    # The third of the rows: LinearSlice cuts it out of the artifact's linear.
     linear = placeholder(fused.linear, part, name)
     batch, tokens, _, heads, channels = fused.shape
     linear.outputs[0].shape = ir.Shape([*output_shape(fused.linear)[:-1], heads * channels])
+    # [b, n, h d] → [b, n, h, d]
     split = np.array([batch, tokens, heads, channels], np.int64)
     reshape = ir.node(
         "Reshape",

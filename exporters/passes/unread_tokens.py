@@ -38,9 +38,11 @@ def drop_unread_tokens(graph: ir.Graph) -> None:
         if value is None:
             continue
         read = {reader: _token_read(reader) for reader in value.consumers()}
+        # Readers may take different tokens, as a distilled model's two heads do.
         tokens = sorted({token for token in read.values() if token is not None})
         if not tokens or None in read.values():
             continue
+        # All readers share one narrowed value.
         narrowed = _Narrowing(graph, value, tokens).of(value)
         for reader, token in read.items():
             assert token is not None  # checked above
@@ -64,6 +66,7 @@ class _Narrowing:
         self.indices = add_constant(graph, f"{last.name}_tokens", np.array(tokens))
         self.made: dict[ir.Value, ir.Value] = {}
         self.whole: set[ir.Value] = set()
+        # Only operators that the value depends on can need its tokens.
         before = ancestors([last])
         for node in graph:
             if not _is_tokenwise(node) and before.intersection(node.outputs):
@@ -73,6 +76,7 @@ class _Narrowing:
 
     def of(self, value: ir.Value) -> ir.Value:
         """The value at the chosen tokens; a value without a token axis stays."""
+        # Weights and constants are broadcast over the tokens.
         if len(dimensions(value)) < 3 or dimensions(value)[1] != self.length:
             return value
         if value not in self.made:
@@ -81,6 +85,7 @@ class _Narrowing:
 
     def _remade(self, value: ir.Value) -> ir.Value:
         node = value.producer()
+        # A value that is there at every token anyway is read, not computed again.
         if node is None or value in self.whole or not (_is_tokenwise(node) or _is_attention(node)):
             made = ir.node(
                 "Gather", [value, self.indices], attributes={"axis": 1}, name=f"{value.name}_read"
@@ -96,6 +101,7 @@ class _Narrowing:
 
     def _on_narrowed_inputs(self, node: ir.Node) -> ir.Node:
         """A copy of the node whose inputs are narrowed; of an Attention only the queries."""
+        # Keys, values and whatever else an Attention reads stay whole.
         narrowed = 1 if _is_attention(node) else len(node.inputs)
         inputs = [
             self.of(value) if value is not None and index < narrowed else value
@@ -112,6 +118,7 @@ def _token_read(reader: ir.Node) -> int | None:
     # A Gather with a scalar index removes the token axis.
     if len(dimensions(reader.outputs[0])) != 2:
         return None
+    # A negative index would need the number of tokens.
     found = integers_of(reader.inputs[1])
     return found[0] if found is not None and found[0] >= 0 else None
 

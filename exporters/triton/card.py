@@ -15,6 +15,7 @@ from marrq.models.preprocessing import Preprocessing
 def card(export: Export, config: Any, serving: Serving) -> str:
     """The page, in Markdown. config: the model's ModelConfig."""
     model = export.model
+    # Colours as a client has to open the image.
     image = "grey" if model.preprocessing.input_size[0] == 1 else "RGB"
     terms = f"(Pillow, {model.preprocessing.interpolation})"
     return f"""# {serving.name}
@@ -42,6 +43,7 @@ def _what(export: Export) -> str:
 
 
 def _row(direction: str, tensor: Any, serving: Serving) -> str:
+    # TYPE_FP32 in the config is FP32 in a client's request.
     data_type = protocol.DataType.Name(tensor.data_type).removeprefix("TYPE_")
     shape = f"`{tensor.name}`, {data_type} {list(tensor.dims)}"
     return f"| {direction} | {shape}, up to {serving.max_batch} at once |"
@@ -70,6 +72,7 @@ def _resize(preprocessing: Preprocessing) -> str:
 
 
 def _send(export: Export, serving: Serving) -> str:
+    # The graph divides, subtracts and turns axes itself (exporters/pixels.py).
     if serving.preprocess:
         return "send its pixels as they are, rows first: the model normalizes them"
     preprocessing = export.model.preprocessing

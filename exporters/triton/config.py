@@ -53,14 +53,17 @@ def config_of(
         name=serving.name, backend=serving.backend, max_batch_size=serving.max_batch
     )
     _describe_tensors(config, onnx.load(file, load_external_data=False).graph)
+    # With labels a client may ask for classes by name.
     if model.labels:
         config.output[0].label_filename = LABELS
+    # Copies of the model, and the device that they run on.
     group = config.instance_group.add(count=serving.instances)
     group.kind = protocol.ModelInstanceGroup.Kind.Value(DEVICES[serving.device])
     config.dynamic_batching.preferred_batch_size.extend(preferred)
     config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
     # Present even if both fields have their defaults: its presence makes the server batch.
     config.dynamic_batching.SetInParent()
+    # For programs: clients read the preprocessing, model.py the name of the file.
     parameters = {"preprocessing": json.dumps(asdict(model.preprocessing)), "onnx_file": MODEL}
     if serving.threads is not None:
         parameters["intra_op_thread_count"] = str(serving.threads)
@@ -85,6 +88,7 @@ def _warm_up(config: Any, batch: int) -> None:
     """Let the server run random images of a batch size before it serves."""
     warmup = config.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
     sample = warmup.inputs[config.input[0].name]
+    # The values do not matter, only that memory is allocated.
     sample.data_type, sample.random_data = config.input[0].data_type, True
     sample.dims.extend(config.input[0].dims)
 
@@ -130,6 +134,7 @@ def preferred_batches(
     report: as `read_bench` gives it. flavor, scheme: of the model. Raises MarrqError if the bench
     does not hold exactly one such model, and if no batch size is at most `max_batch`.
     """
+    # A bench calls the scheme of a float model by its flavour.
     scheme = flavor if flavor in BASELINES else scheme
     models = report["models"]
     found = [model for model in models if (model["flavor"], model["scheme"]) == (flavor, scheme)]
@@ -146,4 +151,5 @@ def preferred_batches(
         )
     best = max(row["images_per_s"] for row in rows)
     fast = {row["batch"] for row in rows if row["images_per_s"] >= NEAR_BEST * best}
+    # A batch of 1 needs no preference: the server runs a single request anyway.
     return tuple(sorted(fast - {1}))

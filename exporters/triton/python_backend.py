@@ -28,6 +28,7 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
+        # An absent parameter is ONNX Runtime's default: a thread for each core.
         threads = config["parameters"].get("intra_op_thread_count")
         if threads is not None:
             options.intra_op_num_threads = int(threads["string_value"])
@@ -62,6 +63,7 @@ class TritonPythonModel:
         inputs = [
             triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests
         ]
+        # One run for all requests: [images of all requests, …]
         [results] = self.session.run([self.output], {self.input: np.concatenate(inputs)})
         # Cut the batch [images, …] into the requests' parts again.
         ends = np.cumsum([len(images) for images in inputs])

@@ -55,9 +55,11 @@ def write_repository(
         )
     preferred = _preferred(export, serving)
     with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
+        # Whatever fails from here on, the repository is as it was.
         made = Path(temporary) / serving.name
         _write_folder(made, export, serving, preferred)
         repository.mkdir(exist_ok=True)
+        # A folder with other versions is added to; a new model moves as a whole.
         if folder.exists():
             _put_version(made, folder, version.name, force)
         else:
@@ -69,6 +71,7 @@ def write_repository(
 def _preferred(export: Export, serving: Serving) -> tuple[int, ...]:
     if serving.bench is None:
         return ()
+    # Read before anything is exported, so that a wrong file is told early.
     report, scheme = read_bench(serving.bench), str(export.model.scheme)
     return preferred_batches(report, export.flavor, scheme, serving.max_batch)
 
@@ -98,6 +101,7 @@ def _write_folder(made: Path, export: Export, serving: Serving, preferred: tuple
     script = BACKEND_FILES[serving.backend]
     if script is not None:
         shutil.copyfile(script, place / "model.py")
+    # Input and output are read from the file that was just written.
     config = config_of(place / MODEL, export.model, serving, preferred)
     write_text(made / CONFIG, text_of(config))
     write_text(place / CARD, card(export, config, serving))
@@ -111,6 +115,7 @@ def _put_version(made: Path, folder: Path, version: str, force: bool) -> None:
     If the move fails, the replaced version goes back to its place.
     """
     versions = [place.name for place in folder.iterdir() if place.name.isdecimal()]
+    # The replaced version itself may have any config.
     others = sorted(name for name in versions if name != version)
     if others:
         _check_clients(made, folder, others, force)
@@ -120,6 +125,7 @@ def _put_version(made: Path, folder: Path, version: str, force: bool) -> None:
     try:
         (made / version).rename(place)
     except BaseException:
+        # The server still finds the version that it serves.
         if replaced.exists():
             replaced.rename(place)
         raise
@@ -141,6 +147,7 @@ def _check_clients(made: Path, folder: Path, others: list[str], force: bool) -> 
         for field in new.DESCRIPTOR.fields
         if getattr(new, field.name) != getattr(old, field.name)
     ]
+    # Labels are a file beside the config, and clients see them in answers.
     different += ["labels"] if _content(made / LABELS) != _content(folder / LABELS) else []
     seen = not {"input", "output", "labels"}.isdisjoint(different)
     if different and (seen or not force):

@@ -46,6 +46,7 @@ class Serving:
     preprocess: bool = False
 
     def __post_init__(self) -> None:
+        # A name such as "../x" would leave the repository.
         if NAME.fullmatch(self.name) is None:
             raise MarrqError(
                 "a model's name is part of its address: letters, digits and '_', single '.' and "

@@ -50,10 +50,12 @@ def export(
         raise MarrqError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     about_server = [field.name for field in fields(Serving)]
     for option in about_server:
+        # An option that has its default value may still have been given.
         source = context.get_parameter_source(option)
         if format == "onnx" and source is not None and source.name != "DEFAULT":
             flag = f"--{option.replace('_', '-')}"
             raise MarrqError(f"{flag} is about a server: use it with --format triton")
+    # None: the option was not given, and the flavour has its own default.
     given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
     options = {option: value for option, value in given.items() if value is not None}
     server = Serving(**{option: context.params[option] for option in about_server})

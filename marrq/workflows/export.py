@@ -56,9 +56,11 @@ def export(
     if the flavour cannot express the scheme.
     """
     output = Path(output)
+    # Without a flavour the options can only be checked when the scheme is known.
     if flavor is not None:
         check_choice(flavor, options)
     if serving is None:
+        # Both files of a large model, because the size is not known yet.
         for place in (output, external_data(output)):
             check_output(place, force)
     if isinstance(quantized, Path | str):
@@ -72,9 +74,11 @@ def export(
     model, artifact = _loaded(quantized)
     chosen = Export(model, artifact, flavor or suitable_flavor(model.scheme), options)
     if serving is None:
+        # One flavour, so one trace is made and used.
         chosen.write(output)
         return Exported(output, chosen.flavor, size_bytes(output))
 
+    # tritonclient is an extra: an ONNX file must not need it.
     from exporters.triton.config import MODEL
     from exporters.triton.repository import write_repository
 

@@ -46,8 +46,11 @@ PARITY = {"integer": 0.9999, "qdq": 0.9999, "matmulnbits": 0.9999, "fp32": 0.999
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One row. model: a timm architecture or a class of transformers, built with `arguments` for
-    images of `size` pixels."""
+    """A row of the table.
+
+    model: a timm architecture or a class of transformers, built with `arguments` for images of
+    `size` pixels.
+    """
 
     name: str
     model: str
@@ -186,11 +189,28 @@ FAMILIES = (
 )
 
 
+QUICK = ("vit_tiny_patch16_224", "mobilevitv2_050", "ViTForImageClassification")
+"""One family of each library and one that is refused; the others are marked slow."""
+
+CASES = [
+    pytest.param(
+        family,
+        id=f"{family.library} {family.model}",
+        marks=[] if family.model in QUICK else pytest.mark.slow,
+    )
+    for family in FAMILIES
+]
+
+
 @dataclass(frozen=True)
 class Found:
-    """What became of a family. difference: of the loaded model's outputs from its library's, the
-    largest, relative; cosines: the median of each flavour, none where the model was refused; whole:
-    fused q, k and v that are one product in the integer file."""
+    """What became of a family.
+
+    difference: largest relative difference of the loaded model's outputs from its library's.
+    output: logits or features.
+    cosines: the median of each flavour; empty if the model was refused.
+    whole: paths of fused q, k and v that are one product in the integer file.
+    """
 
     difference: float
     output: str
@@ -289,12 +309,12 @@ def table_in_the_readme() -> list[str]:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.library} {family.model}")
+@pytest.mark.parametrize("family", CASES)
 def test_the_readme_says_of_a_family_what_is_found(family: Family):
     assert row(family) in table_in_the_readme()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.library} {family.model}")
+@pytest.mark.parametrize("family", CASES)
 def test_a_loaded_model_is_that_of_its_library(family: Family):
     seen = found(family)
     assert seen.difference <= 1e-5

@@ -1,5 +1,5 @@
-"""A real Triton server loads what `marrq export --format triton` wrote, at the first try, and
-answers as the bench's runtime does."""
+"""A real Triton server loads at once what `marrq export --format triton` wrote, and answers as the
+bench's runtime does."""
 
 import json
 import platform
@@ -48,22 +48,8 @@ def installation(request: pytest.FixtureRequest) -> Installation:
 
 
 def export(artifact: Path, repository: Path, *options: str) -> None:
-    assert (
-        main(
-            [
-                "export",
-                str(artifact),
-                "--format",
-                "triton",
-                "-o",
-                str(repository),
-                "--backend",
-                "python",
-                *options,
-            ]
-        )
-        == 0
-    )
+    server = ["--format", "triton", "--backend", "python"]
+    assert main(["export", str(artifact), *server, "-o", str(repository), *options]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +103,7 @@ def infer(
 
 
 def alone(file: Path, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    """What the bench's runtime says of the same numbers, in the bench's batches."""
+    """The logits of the bench's runtime for the same inputs, in the bench's batches."""
     model = Model(file, SessionSettings())
     return np.concatenate(
         [model.run(inputs[start : start + 8]) for start in range(0, len(inputs), 8)]

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
+from flavor_files import slow
 from onnx import numpy_helper
 from torch import nn
 from transformers import (
@@ -36,7 +37,7 @@ from marrq.schemes import parse_scheme
 from marrq.workflows.evaluate import predict
 from runtime.session import SessionSettings, executed_operators
 
-SCHEMES = ["W2A8", "W3A8", "W4A8", "W8A8", "W4A4", "W3A3", "W2A4"]
+SCHEMES = ["W4A8", *map(slow, ["W2A8", "W3A8", "W8A8", "W4A4", "W3A3", "W2A4"])]
 
 
 def quantized_model(
@@ -173,7 +174,7 @@ def test_the_file_asks_for_no_more_than_it_needs_and_says_what_it_is(
     )
 
 
-@pytest.mark.parametrize(("flavor", "cosine"), [("fp32", 0.999999), ("fp16", 0.9999)])
+@pytest.mark.parametrize(("flavor", "cosine"), [("fp32", 0.999999), slow("fp16", 0.9999)])
 def test_a_baseline_is_the_float_model_with_a_float32_interface(
     tmp_path: Path, flavor: str, cosine: float
 ):
@@ -221,7 +222,7 @@ def small_swin() -> VisionModel:
     return transformers_model(SwinForImageClassification(SwinConfig(**sizes)), sizes)
 
 
-@pytest.mark.parametrize("make", [small_vit, small_swin])
+@pytest.mark.parametrize("make", [small_vit, slow(small_swin)])
 def test_transformers_models_run_on_integer_kernels_too(make: object, tmp_path: Path):
     torch.manual_seed(0)
     model = make()  # type: ignore[operator]
@@ -237,6 +238,7 @@ def test_transformers_models_run_on_integer_kernels_too(make: object, tmp_path: 
     assert executed["MatMulIntegerToFloat"] == len(quantized_linears(quantized.module))
 
 
+@pytest.mark.slow
 def test_layer_scale_costs_nothing_and_changes_nothing(tmp_path: Path):
     torch.manual_seed(0)
     sizes = {

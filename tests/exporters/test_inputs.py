@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from flavor_files import agree, initializers, metadata, traced
+from flavor_files import agree, initializers, metadata, slow, traced
 from onnx import helper
 from tiny_models import noise, quantized, vit_with_strong_channels
 
@@ -18,10 +18,17 @@ from marrq.quantizers.linear import bits_per_weight, quantized_linears
 from marrq.schemes import ActivationStrategy
 
 
-@pytest.mark.parametrize("flavor", ["integer", "qdq"])
-@pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
+@pytest.mark.parametrize(
+    ("flavor", "strategy"),
+    [
+        ("integer", "per-token"),
+        slow("integer", "per-tensor"),
+        slow("qdq", "per-token"),
+        slow("qdq", "per-tensor"),
+    ],
+)
 def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(
-    strategy: ActivationStrategy, flavor: str, tmp_path: Path
+    flavor: str, strategy: ActivationStrategy, tmp_path: Path
 ):
     made = quantized(vit_with_strong_channels(), noise(8), "W4A4", "gptq", strategy=strategy)
     write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
@@ -48,7 +55,7 @@ def test_an_input_with_a_smoothing_is_multiplied_by_it_in_the_graph(
     )
 
 
-@pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A3"])
+@pytest.mark.parametrize("scheme", ["W4A4", slow("W4A8"), slow("W4A3")])
 @pytest.mark.parametrize("flavor", ["integer", "qdq"])
 def test_the_codes_of_every_token_are_torchs(flavor: str, scheme: str, tmp_path: Path):
     """The input of each linear as ONNX Runtime has it, quantized by torch, gives the graph's own

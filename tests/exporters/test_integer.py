@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from flavor_files import agree, initializers, traced
+from flavor_files import agree, initializers, slow, traced
 
 from exporters.onnx_file import write
 from marrq.quantizers.linear import quantized_linears
@@ -17,18 +17,18 @@ from runtime.session import SessionSettings, executed_operators
 @pytest.mark.parametrize(
     ("model", "scheme", "lowrank", "strategy"),
     [
-        ("vit with LayerScale", "W4A8", None, "per-token"),
-        ("vit with LayerScale", "W4A4", None, "per-token"),
+        slow("vit with LayerScale", "W4A8", None, "per-token"),
+        slow("vit with LayerScale", "W4A4", None, "per-token"),
         ("vit with LayerScale", "W3A8", "srr:4", "per-token"),
-        ("swin", "W3A8", "srr:4", "per-token"),
-        ("vit with LayerScale", "W4A8", "srr:4", "per-tensor"),
+        slow("swin", "W3A8", "srr:4", "per-token"),
+        slow("vit with LayerScale", "W4A8", "srr:4", "per-tensor"),
         ("vit with LayerScale", "W2A8", "lqer:4:int8", "per-tensor"),
-        ("swin", "W2A8", "lqer:4:int8", "per-tensor"),
-        ("vit with LayerScale", "W8A8-sym", "qera:4:int8", "per-token"),
+        slow("swin", "W2A8", "lqer:4:int8", "per-tensor"),
+        slow("vit with LayerScale", "W8A8-sym", "qera:4:int8", "per-token"),
         ("vit with LayerScale", "W4A8-g64", None, "per-tensor"),
-        ("vit with LayerScale", "W3A8-g64", None, "per-token"),
-        ("vit with LayerScale", "W2A4-e8", None, "per-token"),
-        ("swin", "W4A8-e8", None, "per-tensor"),
+        slow("vit with LayerScale", "W3A8-g64", None, "per-token"),
+        slow("vit with LayerScale", "W2A4-e8", None, "per-token"),
+        slow("swin", "W4A8-e8", None, "per-tensor"),
     ],
 )
 def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_lowrank_branches(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from flavor_files import agree, initializers, metadata, traced
+from flavor_files import agree, initializers, metadata, slow, traced
 
 from exporters.flavors import check_flavor
 from exporters.flavors.matmulnbits import block_size
@@ -23,14 +23,14 @@ def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("model", "scheme", "lowrank"),
     [
-        ("vit with LayerScale", "W2A16", None),
-        ("vit with LayerScale", "W3A16", None),
-        ("vit with LayerScale", "W8A16", None),
-        ("vit with LayerScale", "W4A16-sym", "srr:4"),
+        slow("vit with LayerScale", "W2A16", None),
+        slow("vit with LayerScale", "W3A16", None),
+        slow("vit with LayerScale", "W8A16", None),
+        slow("vit with LayerScale", "W4A16-sym", "srr:4"),
         ("vit with LayerScale", "W4A16-g32", "lqer:4:int8"),
         ("vit with LayerScale", "W3A16-mxint", None),
-        ("swin", "W4A16", None),
-        ("vit", "W8A16-e8", None),
+        slow("swin", "W4A16", None),
+        slow("vit", "W8A16-e8", None),
     ],
 )
 def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(
@@ -87,6 +87,7 @@ def test_accuracy_level_4_is_another_model_and_must_be_asked_for(tmp_path: Path)
         check_flavor(made.scheme, "matmulnbits", {"accuracy_level": 2})
 
 
+@pytest.mark.slow
 def test_repeated_scales_and_wider_containers_show_in_the_bits_per_weight(tmp_path: Path):
     trace = traced("swin", "W3A16")
     made = trace.model

@@ -2,6 +2,8 @@
 counted together."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,18 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from tiny_models import noise, quantized, vit
 
 import exporters.onnx_file
+import marrq
 from exporters.external_data import external_data
 from exporters.onnx_file import write
-from exporters.trace import trace_quantized
+from exporters.trace import TracedModel, trace_quantized
+from marrq.artifact.folder import artifact_hash, save
 from marrq.cli import main
-from marrq.quantized_model import QuantizedModel
 from runtime.audit.graph import size_bytes
 
 
 @pytest.fixture(scope="module")
-def model() -> QuantizedModel:
-    return quantized(vit(), noise(8), "W4A8", "gptq")
+def traced() -> TracedModel:
+    return trace_quantized(quantized(vit(), noise(8), "W4A8", "gptq"), "hash")
 
 
 @pytest.fixture
@@ -35,13 +38,58 @@ def logits(file: Path) -> np.ndarray:
     return session.run(None, {"pixels": noise(3, seed=1).numpy()})[0]
 
 
+def test_every_flavour_lowers_the_same_trace_and_leaves_it_as_it_is(
+    traced: TracedModel, tmp_path: Path
+):
+    write(traced, "integer", tmp_path / "first.onnx")
+    write(traced, "qdq", tmp_path / "qdq.onnx")
+    write(traced, "integer", tmp_path / "two products.onnx", {"fuse": False})
+    write(traced, "integer", tmp_path / "again.onnx")
+    first, again = (tmp_path / "first.onnx").read_bytes(), (tmp_path / "again.onnx").read_bytes()
+    assert first == again
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 3
+
+
+def test_the_python_function_and_the_command_write_the_same_file(
+    traced: TracedModel, tmp_path: Path
+):
+    save(traced.model, tmp_path / "artifact")
+    done = marrq.export(traced.model, tmp_path / "a.onnx")
+    assert (done.path, done.flavor) == (tmp_path / "a.onnx", "integer")
+    assert done.size_bytes == (tmp_path / "a.onnx").stat().st_size
+    assert main(["export", str(tmp_path / "artifact"), "-o", str(tmp_path / "b.onnx")]) == 0
+    np.testing.assert_array_equal(logits(tmp_path / "a.onnx"), logits(tmp_path / "b.onnx"))
+    for name in ("a.onnx", "b.onnx"):
+        entries = {entry.key: entry.value for entry in onnx.load(tmp_path / name).metadata_props}
+        assert entries["marrq.artifact"] == artifact_hash(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere", "-o", "m.onnx"], "'nowhere' is no artifact"),
+        (["nowhere", "-o", __file__], "exists"),
+        (["nowhere", "-o", "m.onnx", "--flavor", "int4"], "unknown flavor 'int4'"),
+        (["nowhere", "-o", "m.onnx", "--format", "tflite"], "unknown format 'tflite'"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_loaded(arguments: list[str], sentence: str):
+    code = (
+        "import sys; from marrq.cli import main; "
+        f"code = main({['export', *arguments]!r}); print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sentence in done.stderr
+    assert done.stdout.strip() == "1 False"
+
+
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("flavor", ["integer", "qdq"])
 def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(
-    model: QuantizedModel, flavor: str, tmp_path: Path
+    traced: TracedModel, flavor: str, tmp_path: Path
 ):
     file, folder = tmp_path / "m.onnx", tmp_path / "elsewhere"
-    write(trace_quantized(model, "hash"), flavor, file)
+    write(traced, flavor, file)
     assert {entry.name for entry in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     tensors = onnx.load(file, load_external_data=False).graph.initializer
     outside = [tensor for tensor in tensors if uses_external_data(tensor)]
@@ -59,12 +107,12 @@ def test_a_large_model_keeps_its_tensors_beside_it_and_loads_wherever_both_are(
 
 
 def test_the_size_of_a_model_counts_the_data_beside_it(
-    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write(trace_quantized(model, "hash"), "integer", tmp_path / "one.onnx")
+    write(traced, "integer", tmp_path / "one.onnx")
     external_data(tmp_path / "one.onnx").write_bytes(b"of another")
     monkeypatch.setattr(exporters.onnx_file, "INLINE_BYTES", 10_000)
-    write(trace_quantized(model, "hash"), "integer", tmp_path / "two.onnx")
+    write(traced, "integer", tmp_path / "two.onnx")
     assert size_bytes(tmp_path / "one.onnx") == (tmp_path / "one.onnx").stat().st_size
     parts = [tmp_path / "two.onnx", external_data(tmp_path / "two.onnx")]
     assert size_bytes(tmp_path / "two.onnx") == sum(part.stat().st_size for part in parts)
@@ -74,7 +122,7 @@ def test_the_size_of_a_model_counts_the_data_beside_it(
 
 
 def test_a_file_that_is_replaced_takes_its_data_with_it(
-    model: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "m.onnx"
     limits = {"small": 10_000, "large": 2_000_000_000}
@@ -83,7 +131,7 @@ def test_a_file_that_is_replaced_takes_its_data_with_it(
         for after in limits:
             for limit in (before, after):
                 monkeypatch.setattr(exporters.onnx_file, "INLINE_BYTES", limits[limit])
-                write(trace_quantized(model, "hash"), "integer", file)
+                write(traced, "integer", file)
             assert external_data(file).exists() == (after == "small")
             sizes[before, after] = size_bytes(file)
             assert np.isfinite(logits(file)).all()
@@ -92,15 +140,16 @@ def test_a_file_that_is_replaced_takes_its_data_with_it(
 
 @pytest.mark.usefixtures("small_limit")
 def test_export_replaces_neither_of_the_two_without_force_and_both_with_it(
-    demo_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    traced: TracedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    save(traced.model, tmp_path / "artifact")
     file = tmp_path / "m.onnx"
     external_data(file).write_text("mine")
-    arguments = ["export", str(demo_artifact), "-o", str(file)]
+    arguments = ["export", str(tmp_path / "artifact"), "-o", str(file)]
     assert main(arguments) == 1
     assert "m.onnx.data' exists" in capsys.readouterr().err
     assert external_data(file).read_text() == "mine"
     assert main([*arguments, "--force"]) == 0
     assert f"{size_bytes(file) / 1e6:.2f} MB" in capsys.readouterr().err
     assert external_data(file).stat().st_size > 0.8 * size_bytes(file)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {entry.name for entry in tmp_path.iterdir()} == {"artifact", "m.onnx", "m.onnx.data"}

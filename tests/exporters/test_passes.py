@@ -8,18 +8,33 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
+from flavor_files import slow
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from tiny_models import dinov2, distilled, noise, randomized, swin, transformers_vit, vit
+from tiny_models import dinov2, distilled, noise, quantized, randomized, swin, transformers_vit, vit
 from torch import nn
 
 from exporters.graph import add_constant
+from exporters.lowering.linear import LinearLowering, SharedInputs
 from exporters.opsets import ATTENTION_OPSET
 from exporters.passes.attention import attend_on_tokens, fuse_attention
 from exporters.passes.copies import drop_copies, drop_open_masks
+from exporters.passes.layer_scale import absorb_scales
 from exporters.passes.patches import flatten_patches
+from exporters.passes.qkv import split_qkv
 from exporters.passes.unread_tokens import drop_unread_tokens
-from exporters.trace import INPUT, trace
+from exporters.trace import (
+    INPUT,
+    OUTPUT_SCALE,
+    PART,
+    PATH,
+    PLACEHOLDER_DOMAIN,
+    TracedModel,
+    placeholders,
+    trace,
+    trace_quantized,
+)
 from marrq.models.first_last import put_patches
+from marrq.quantizers.linear import quantized_linears
 
 
 def averaged() -> nn.Module:
@@ -61,6 +76,7 @@ def tokens_of(traced: ir.Model, op_type: str) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_attention_takes_and_gives_tokens_without_a_transpose():
     model = transformers_vit()
     traced = rewritten(model, *FUSED)
@@ -70,7 +86,7 @@ def test_attention_takes_and_gives_tokens_without_a_transpose():
     assert_the_logits_stay(model, traced)
 
 
-@pytest.mark.parametrize(("make", "name"), [(transformers_vit, "vit"), (dinov2, "dinov2")])
+@pytest.mark.parametrize(("make", "name"), [slow(transformers_vit, "vit"), (dinov2, "dinov2")])
 def test_patches_that_a_linear_reads_are_moved_once(make: Callable[[], nn.Module], name: str):
     model = make()
     put_patches(model, f"model.{name}.embeddings.patch_embeddings.projection")
@@ -81,8 +97,17 @@ def test_patches_that_a_linear_reads_are_moved_once(make: Callable[[], nn.Module
     assert_the_logits_stay(model, traced)
 
 
-@pytest.mark.parametrize("fused", [(), FUSED])
-@pytest.mark.parametrize(("make", "read"), [(vit, 1), (transformers_vit, 1), (distilled, 2)])
+@pytest.mark.parametrize(
+    ("make", "read", "fused"),
+    [
+        (distilled, 2, FUSED),
+        slow(distilled, 2, ()),
+        (vit, 1, ()),
+        slow(vit, 1, FUSED),
+        slow(transformers_vit, 1, ()),
+        slow(transformers_vit, 1, FUSED),
+    ],
+)
 def test_behind_the_last_attention_only_tokens_that_are_read_are_computed(
     make: Callable[[], nn.Module], read: int, fused: tuple[Callable[[ir.Graph], None], ...]
 ):
@@ -92,6 +117,7 @@ def test_behind_the_last_attention_only_tokens_that_are_read_are_computed(
     assert_the_logits_stay(model, traced)
 
 
+@pytest.mark.slow
 def test_queries_of_tokens_that_are_not_read_are_not_made():
     traced = rewritten(transformers_vit(), *FUSED, drop_unread_tokens)
     last = [node for node in traced.graph if node.op_type == "Attention"][-1]
@@ -100,13 +126,21 @@ def test_queries_of_tokens_that_are_not_read_are_not_made():
     ] == [1, 17, 17]
 
 
+@pytest.mark.slow
 def test_where_the_head_reads_the_mean_of_all_tokens_nothing_is_dropped():
     model = averaged()
     assert tokens_of(rewritten(model, *FUSED, drop_unread_tokens), "Gelu") == [17, 17]
 
 
 @pytest.mark.parametrize(
-    ("make", "plain"), [(vit, 0), (distilled, 0), (transformers_vit, 0), (dinov2, 0), (swin, 2)]
+    ("make", "plain"),
+    [
+        (vit, 0),
+        slow(distilled, 0),
+        slow(transformers_vit, 0),
+        slow(dinov2, 0),
+        slow(swin, 2),
+    ],
 )
 def test_attention_becomes_one_operator_unless_its_mask_differs_from_window_to_window(
     make: Callable[[], nn.Module], plain: int
@@ -136,6 +170,64 @@ def test_a_mask_that_hides_a_token_stays():
         assert sum(node.op_type == "Add" for node in graph) == left
 
 
+def path_of(node: ir.Node) -> str:
+    return node.attributes[PATH].as_string()
+
+
+def with_float_linears(traced: TracedModel, graph: ir.Model) -> ir.Model:
+    """The graph with a float product of LinearSlice's tensors in the place of each placeholder."""
+    linears = quantized_linears(traced.model.module)
+    for node in placeholders(graph.graph):
+        linear = LinearLowering(graph.graph, node, linears[path_of(node)], SharedInputs())
+        rows = linear.slice
+        weight = (rows.codes - rows.zero_point.float()) * rows.scale
+        product = linear.add(
+            "MatMul", [linear.x, linear.constant("w", weight.T.contiguous().numpy())]
+        )
+        assert rows.bias is not None
+        y = linear.add("Add", [product, linear.constant("b", rows.bias.numpy())])
+        y.shape, y.type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(
+            graph.graph, node, [node], linear.nodes, node.outputs, [y]
+        )
+    del graph.opset_imports[PLACEHOLDER_DOMAIN]
+    return graph
+
+
+@pytest.fixture(scope="module")
+def layer_scaled() -> TracedModel:
+    module = vit(init_values=1e-5, depth=1)
+    return trace_quantized(quantized(module, noise(8), "W8A16", "rtn"), "hash")
+
+
+@pytest.mark.parametrize("rewrite", [split_qkv, absorb_scales])
+def test_a_pass_on_linears_changes_no_logits(
+    rewrite: Callable[[ir.Graph], None], layer_scaled: TracedModel
+):
+    graph = layer_scaled.clone()
+    rewrite(graph.graph)
+    assert_the_logits_stay(layer_scaled.model.module, with_float_linears(layer_scaled, graph))
+
+
+def test_a_fused_projection_becomes_three_and_needs_no_slices(layer_scaled: TracedModel):
+    graph = layer_scaled.clone().graph
+    before = len(placeholders(graph))
+    split_qkv(graph)
+    after = placeholders(graph)
+    assert len(after) == before + 2
+    parts = [node.attributes[PART].as_string() for node in after if PART in node.attributes]
+    assert parts == [*"qkv"]
+
+    assert not {"Slice", "Squeeze"}.intersection(node.op_type for node in graph)
+
+
+def test_layer_scale_leaves_the_graph(layer_scaled: TracedModel):
+    graph = layer_scaled.clone().graph
+    absorb_scales(graph)
+    scaled = [path_of(node) for node in placeholders(graph) if OUTPUT_SCALE in node.attributes]
+    assert scaled == ["blocks.0.attn.proj", "blocks.0.mlp.fc2"]
+
+
 def swin_v2() -> nn.Module:
     arguments = {
         "img_size": 16,
@@ -148,6 +240,7 @@ def swin_v2() -> nn.Module:
     return randomized(timm.create_model("swinv2_tiny_window8_256", num_classes=5, **arguments))
 
 
+@pytest.mark.slow
 def test_operators_that_only_copy_go():
     model = swin_v2()
     before, after = (
@@ -175,6 +268,7 @@ def test_a_pad_that_adds_something_stays_and_so_does_an_expand_that_gives_the_sh
     assert [node.op_type for node in graph] == ["Pad", "Expand", "Add"]
 
 
+@pytest.mark.slow
 def test_what_does_not_depend_on_the_images_is_a_constant_in_the_graph():
     """Swin v2 makes relative positions by an MLP in every forward: no Relu of it, no gathering, no
     sigmoid is left."""

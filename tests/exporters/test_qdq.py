@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from flavor_files import agree, initializers, metadata, traced
+from flavor_files import agree, initializers, metadata, slow, traced
 
 from exporters.onnx_file import write
 from marrq.quantizers.linear import quantized_linears
@@ -21,18 +21,18 @@ SYMMETRIC = {"symmetric": True}
 @pytest.mark.parametrize(
     ("model", "scheme", "lowrank", "strategy"),
     [
-        ("vit with LayerScale", "W2A8", None, "per-tensor"),
+        slow("vit with LayerScale", "W2A8", None, "per-tensor"),
         ("vit with LayerScale", "W3A8", "srr:4", "per-tensor"),
-        ("vit with LayerScale", "W4A4", None, "per-tensor"),
-        ("vit with LayerScale", "W8A8", None, "per-tensor"),
+        slow("vit with LayerScale", "W4A4", None, "per-tensor"),
+        slow("vit with LayerScale", "W8A8", None, "per-tensor"),
         ("vit with LayerScale", "W4A8", "srr:4:int8", "per-token"),
-        ("vit with LayerScale", "W4A8-g8", None, "per-tensor"),
-        ("swin", "W3A8-g24", None, "per-token"),
-        ("vit with LayerScale", "W4A16", None, "per-tensor"),
-        ("swin", "W4A16", None, "per-tensor"),
-        ("vit with LayerScale", "W2A16-g8", "lqer:4", "per-tensor"),
-        ("vit with LayerScale", "W3A16", None, "per-tensor"),
-        ("vit with LayerScale", "W4A8-e8", "srr:4", "per-tensor"),
+        slow("vit with LayerScale", "W4A8-g8", None, "per-tensor"),
+        slow("swin", "W3A8-g24", None, "per-token"),
+        slow("vit with LayerScale", "W4A16", None, "per-tensor"),
+        slow("swin", "W4A16", None, "per-tensor"),
+        slow("vit with LayerScale", "W2A16-g8", "lqer:4", "per-tensor"),
+        slow("vit with LayerScale", "W3A16", None, "per-tensor"),
+        slow("vit with LayerScale", "W4A8-e8", "srr:4", "per-tensor"),
     ],
 )
 def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
@@ -61,7 +61,7 @@ def codes_of(file: Path, path: str, num_bits: int, shape: tuple[int, int]) -> np
     return found[f"{path}.weight_codes"].astype(np.int8).reshape(shape)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [slow(2), 3, slow(4), slow(8)])
 def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, tmp_path: Path):
     for scheme, transposed in ((f"W{bits}A8", True), (f"W{bits}A16-g16", False)):
         trace = traced("vit", scheme)
@@ -85,10 +85,14 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
 @pytest.mark.parametrize(
     ("model", "scheme"),
     [
-        ("vit with LayerScale", scheme)
-        for scheme in ("W4A16-sym", "W4A16-g8-sym", "W3A16-g8-sym", "W2A16-sym", "W8A16-sym")
-    ]
-    + [("swin", "W4A16-g8-sym"), ("vit", "W8A16-sym-e8")],
+        ("vit with LayerScale", "W3A16-g8-sym"),
+        slow("vit with LayerScale", "W4A16-sym"),
+        slow("vit with LayerScale", "W4A16-g8-sym"),
+        slow("vit with LayerScale", "W2A16-sym"),
+        slow("vit with LayerScale", "W8A16-sym"),
+        slow("swin", "W4A16-g8-sym"),
+        slow("vit", "W8A16-sym-e8"),
+    ],
 )
 def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
     trace = traced(model, scheme)

@@ -5,8 +5,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,21 @@ import pytest
 import yaml
 from google.protobuf import text_format
 from PIL import Image
-from runtime.doctor.file import examine_file
-from runtime.doctor.releases import loads_under
+from tiny_models import noise, quantized, vit
 from tritonclient.grpc import model_config_pb2 as protocol
 
 from exporters import onnx_file
+from exporters.onnx_file import Export, write
+from exporters.trace import trace_quantized
 from exporters.triton.config import preferred_batches
-from marrq.artifact.folder import load
+from exporters.triton.repository import write_repository
+from exporters.triton.serving import Serving
+from marrq.artifact.folder import save
 from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.models.load import load_model
+from runtime.doctor.file import examine_file
+from runtime.doctor.releases import loads_under
 from runtime.doctor.repository import examine_repository
 from runtime.preprocessing import ServedPreprocessing
 from runtime.session import Model, SessionSettings
@@ -34,93 +39,86 @@ ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "examples" / "serve"
 
 
-def export(artifact: Path, repository: Path, *options: str) -> int:
-    return main(["export", str(artifact), "--format", "triton", "-o", str(repository), *options])
+@dataclass(frozen=True)
+class Prepared(Export):
+    """An export whose files were written before, so that only the repository is made.
+
+    files: by whether the model takes images.
+    """
+
+    files: Mapping[bool, Path] = field(default_factory=dict)
+
+    def write(self, path: Path, takes_images: bool = False) -> None:
+        path.parent.mkdir(parents=True)
+        shutil.copy(self.files[takes_images], path)
 
 
 @pytest.fixture(scope="module")
-def written(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("triton") / "repository"
-    assert (
-        export(
-            demo_artifact,
-            folder,
-            "--name",
-            "digits",
-            "--threads",
-            "2",
-            "--max-batch",
-            "16",
-            "--queue-delay",
-            "500",
-        )
-        == 0
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plain(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "repository"
-    assert export(demo_artifact, folder, "--name", "digits") == 0
-    return folder
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A tiny model of five classes."""
+    folder = tmp_path_factory.mktemp("prepared")
+    traced = trace_quantized(quantized(vit(), noise(8), "W4A8", "rtn"), "hash")
+    files = {takes_images: folder / f"{takes_images}.onnx" for takes_images in (False, True)}
+    for takes_images, file in files.items():
+        write(traced, "integer", file, takes_images=takes_images)
+    return Prepared(traced.model, "hash", "integer", files=files)
 
 
 @pytest.fixture
-def repository(plain: Path, tmp_path: Path) -> Path:
-    """One that a test may change."""
-    return Path(shutil.copytree(plain, tmp_path / "repository"))
+def repository(prepared: Prepared, tmp_path: Path) -> Path:
+    """A repository with the model `digits`, which a test may change."""
+    write_repository(prepared, tmp_path / "repository", Serving("digits"))
+    return tmp_path / "repository"
+
+
+def export(artifact: Path, repository: Path, *options: str) -> int:
+    """By the command line."""
+    return main(["export", str(artifact), "--format", "triton", "-o", str(repository), *options])
 
 
 def config_of(repository: Path, name: str = "digits") -> protocol.ModelConfig:
-    return text_format.Parse(
-        (repository / name / "config.pbtxt").read_text(), protocol.ModelConfig()
-    )
+    text = (repository / name / "config.pbtxt").read_text()
+    return text_format.Parse(text, protocol.ModelConfig())
 
 
-def test_the_config_for_the_onnxruntime_backend_says_what_the_file_takes_and_gives(
-    written: Path, demo_artifact: Path
-):
-    config, model = config_of(written), load(demo_artifact)
+def test_the_config_says_what_the_file_takes_and_gives(prepared: Prepared, tmp_path: Path):
+    serving = Serving("digits", threads=2, max_batch=16, queue_delay=500)
+    write_repository(prepared, tmp_path / "repository", serving)
+    config, model = config_of(tmp_path / "repository"), prepared.model
     assert (config.name, config.backend, config.max_batch_size) == ("digits", "onnxruntime", 16)
     [pixels], [logits], [group] = config.input, config.output, config.instance_group
-    assert (pixels.name, pixels.data_type, list(pixels.dims)) == (
-        "pixels",
-        protocol.TYPE_FP32,
-        [1, 28, 28],
-    )
-    assert (logits.name, logits.data_type, list(logits.dims), logits.label_filename) == (
-        "logits",
-        protocol.TYPE_FP32,
-        [10],
-        "labels.txt",
-    )
+    assert (pixels.name, pixels.data_type) == ("pixels", protocol.TYPE_FP32)
+    assert list(pixels.dims) == [3, 32, 32]
+    assert (logits.name, logits.data_type) == ("logits", protocol.TYPE_FP32)
+    assert (list(logits.dims), logits.label_filename) == ([5], "labels.txt")
     assert (group.kind, group.count) == (protocol.ModelInstanceGroup.KIND_CPU, 1)
     assert config.parameters["intra_op_thread_count"].string_value == "2"
     assert config.dynamic_batching.max_queue_delay_microseconds == 500
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, 16]
-    assert (written / "digits" / "labels.txt").read_text().splitlines() == list(model.labels)
-    assert json.loads(config.parameters["preprocessing"].string_value)["mean"] == list(
-        model.preprocessing.mean
-    )
-    [examined] = examine_repository(written)
+    labels = tmp_path / "repository" / "digits" / "labels.txt"
+    assert labels.read_text().splitlines() == list(model.labels)
+    preprocessing = json.loads(config.parameters["preprocessing"].string_value)
+    assert preprocessing["mean"] == list(model.preprocessing.mean)
+    [examined] = examine_repository(tmp_path / "repository")
     assert (examined.name, examined.versions, examined.problems) == ("digits", (1,), ())
 
 
-def test_the_page_beside_the_model_tells_a_client_what_to_send(
-    written: Path, demo_artifact: Path, tmp_path: Path
-):
-    assert export(demo_artifact, tmp_path / "r", "--preprocess") == 0
+def test_the_page_beside_the_model_tells_a_client_what_to_send(prepared: Prepared, tmp_path: Path):
     floats, images = (
-        (written / "digits" / "1" / "README.md").read_text(),
-        (tmp_path / "r" / "vit" / "1" / "README.md").read_text(),
+        (
+            write_repository(prepared, tmp_path, Serving(name, max_batch=16, preprocess=takes))
+            / "README.md"
+        ).read_text()
+        for name, takes in (("floats", False), ("images", True))
     )
-    assert "`pixels`, FP32 [1, 28, 28], up to 16 at once" in floats
-    assert "mean [0.1307]" in floats
-    assert "`pixels`, UINT8 [28, 28, 1]" in images
+    assert "`pixels`, FP32 [3, 32, 32], up to 16 at once" in floats
+    assert "mean [0.5, 0.5, 0.5]" in floats
+    assert "resize the shorter side to that of 35 × 35, and cut 32 × 32" in floats
+    assert "`pixels`, UINT8 [32, 32, 3]" in images
     assert "mean" not in images
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_make_a_repository_that_the_doctor_finds_sound(
     demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -144,52 +142,64 @@ def test_the_commands_of_the_readme_make_a_repository_that_the_doctor_finds_soun
     ] == [("pixels", (1,)), ("vit", (1, 2))]
 
 
-def test_the_file_in_a_repository_is_the_export(written: Path, demo_artifact: Path, tmp_path: Path):
-    assert main(["export", str(demo_artifact), "-o", str(tmp_path / "model.onnx")]) == 0
-    assert (written / "digits" / "1" / "model.onnx").read_bytes() == (
-        tmp_path / "model.onnx"
-    ).read_bytes()
+@pytest.fixture(scope="module")
+def tiny_artifact(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    save(prepared.model, folder)
+    return folder
+
+
+def test_the_command_writes_the_repository_with_its_options(
+    prepared: Prepared, tiny_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps(BENCH))
+    options = ["--name", "digits", "--threads", "2", "--bench", str(bench)]
+    assert export(tiny_artifact, tmp_path / "repository", *options) == 0
+    config = config_of(tmp_path / "repository")
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert config.parameters["intra_op_thread_count"].string_value == "2"
+    assert f"tritonserver --model-repository {tmp_path / 'repository'}" in capsys.readouterr().err
+    model = Model(tmp_path / "repository" / "digits" / "1" / "model.onnx", SessionSettings())
+    given = noise(2).numpy()
+    expected = Model(prepared.files[False], SessionSettings()).run(given)
+    np.testing.assert_array_equal(model.run(given), expected)
 
 
 def test_the_tensors_of_a_large_model_lie_beside_it(
-    demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(onnx_file, "INLINE_BYTES", 1000)
-    assert export(demo_artifact, tmp_path / "repository") == 0
-    assert {file.name for file in (tmp_path / "repository" / "vit" / "1").iterdir()} == {
-        "model.onnx",
-        "model.onnx.data",
-        "README.md",
-    }
+    large = Export(prepared.model, "hash", "integer")
+    version = write_repository(large, tmp_path / "repository", Serving())
+    names = {file.name for file in version.iterdir()}
+    assert names == {"model.onnx", "model.onnx.data", "README.md"}
     assert examine_repository(tmp_path / "repository")[0].problems == ()
 
 
-def test_the_fastest_batches_of_a_bench_are_preferred(demo_artifact: Path, tmp_path: Path):
-    speeds = {1: 100.0, 2: 180.0, 4: 290.0, 8: 300.0, 16: 600.0}
-    rows = [{"batch": batch, "images_per_s": speed} for batch, speed in speeds.items()]
-    model = {"flavor": "integer", "scheme": "W4A8", "latency": rows}
-    report: dict[str, Any] = {
-        "schema": "marrq.bench/2",
-        "models": [model, {"flavor": "fp32", "scheme": "fp32", "latency": rows}],
-    }
-    assert preferred_batches(report, "fp32", "W4A8", 2) == (2,)
+SPEEDS = {1: 100.0, 2: 180.0, 4: 290.0, 8: 300.0, 16: 600.0}
+ROWS = [{"batch": batch, "images_per_s": speed} for batch, speed in SPEEDS.items()]
+BENCH: dict[str, Any] = {
+    "schema": "marrq.bench/2",
+    "models": [
+        {"flavor": "integer", "scheme": "W4A8", "latency": ROWS},
+        {"flavor": "fp32", "scheme": "fp32", "latency": ROWS},
+    ],
+}
+
+
+def test_the_fastest_batches_of_a_bench_are_preferred():
+    assert preferred_batches(BENCH, "integer", "W4A8", 8) == (4, 8)
+    assert preferred_batches(BENCH, "integer", "W4A8", 16) == (16,)
+    assert preferred_batches(BENCH, "fp32", "W4A8", 2) == (2,)
     with pytest.raises(MarrqError, match="no batch size up to 0"):
-        preferred_batches(report, "integer", "W4A8", 0)
-    with pytest.raises(
-        MarrqError, match="the bench holds 0 of W4A8 qdq, among W4A8 integer, fp32 fp32"
-    ):
-        preferred_batches(report, "qdq", "W4A8", 8)
+        preferred_batches(BENCH, "integer", "W4A8", 0)
+    had = "the bench holds 0 of W4A8 qdq, among W4A8 integer, fp32 fp32"
+    with pytest.raises(MarrqError, match=had):
+        preferred_batches(BENCH, "qdq", "W4A8", 8)
+    twice = {"models": [BENCH["models"][0]] * 2}
     with pytest.raises(MarrqError, match="the bench holds 2 of W4A8 integer"):
-        preferred_batches({"models": [model, model]}, "integer", "W4A8", 8)
-    assert preferred_batches(report, "integer", "W4A8", 8) == (4, 8)
-    assert preferred_batches(report, "integer", "W4A8", 16) == (16,)
-    (tmp_path / "bench.json").write_text(json.dumps(report))
-    assert (
-        export(demo_artifact, tmp_path / "repository", "--bench", str(tmp_path / "bench.json")) == 0
-    )
-    assert list(
-        config_of(tmp_path / "repository", "vit").dynamic_batching.preferred_batch_size
-    ) == [4, 8]
+        preferred_batches(twice, "integer", "W4A8", 8)
 
 
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -202,10 +212,10 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def test_a_second_version_stands_beside_the_first_which_it_leaves_untouched(
-    repository: Path, demo_artifact: Path
+    repository: Path, prepared: Prepared
 ):
     before = contents(repository)
-    assert export(demo_artifact, repository, "--name", "digits", "--model-version", "2") == 0
+    write_repository(prepared, repository, Serving("digits", 2))
     after = contents(repository)
     assert {file: after[file] for file in before} == before
     assert {file.parent.name for file in set(after) - set(before)} == {"2"}
@@ -215,82 +225,76 @@ def test_a_second_version_stands_beside_the_first_which_it_leaves_untouched(
 
 @pytest.mark.parametrize("moved", ["the version that is there", "the new version"])
 def test_a_version_that_cannot_be_replaced_stays(
-    moved: str, repository: Path, demo_artifact: Path, monkeypatch: pytest.MonkeyPatch
+    moved: str, repository: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ):
     before, rename = contents(repository), Path.rename
 
     def fail(place: Path, target: Path) -> Path:
-        if (target.name == "replaced") == (
-            moved == "the version that is there"
-        ) and place.name == "1":
+        first = moved == "the version that is there"
+        if (target.name == "replaced") == first and place.name == "1":
             monkeypatch.undo()
             raise OSError("planted")
         return rename(place, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    assert export(demo_artifact, repository, "--name", "digits", "--flavor", "qdq", "--force") == 1
+    with pytest.raises(OSError, match="planted"):
+        write_repository(prepared, repository, Serving("digits", threads=2), force=True)
     assert contents(repository) == before
     assert [place.name for place in repository.parent.iterdir()] == ["repository"]
 
 
 def test_what_clients_see_is_not_changed_under_other_versions_even_by_force(
-    repository: Path, demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, prepared: Prepared
 ):
-    assert export(demo_artifact, repository, "--name", "digits", "--model-version", "2") == 0
+    write_repository(prepared, repository, Serving("digits", 2))
     before = contents(repository)
-    assert export(demo_artifact, repository, "--name", "digits", "--preprocess", "--force") == 1
-    assert (
-        "has version 2 under a config with another input, model_warmup: choose another --name\n"
-        in capsys.readouterr().err
-    )
-    (repository / "digits" / "labels.txt").write_text(
-        "".join(f"{number}\n" for number in range(9, -1, -1))
-    )
-    assert export(demo_artifact, repository, "--name", "digits", "--model-version", "3") == 1
-    assert "a config with another labels: choose another --name" in capsys.readouterr().err
+    sentence = r"version 2 under a config with another input, model_warmup: choose another --name$"
+    with pytest.raises(MarrqError, match=sentence):
+        write_repository(prepared, repository, Serving("digits", preprocess=True), force=True)
+    (repository / "digits" / "labels.txt").write_text("e\nd\nc\nb\na\n")
+    with pytest.raises(MarrqError, match=r"a config with another labels: choose another --name$"):
+        write_repository(prepared, repository, Serving("digits", 3))
     assert {file for file in contents(repository) if file not in before} == set()
 
 
 def test_settings_that_clients_do_not_see_are_changed_by_force(
-    repository: Path, demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, prepared: Prepared
 ):
-    arguments = ["--name", "digits", "--model-version", "2", "--threads", "2"]
-    assert export(demo_artifact, repository, *arguments) == 1
-    assert (
-        "another parameters: choose another --name, or pass --force to replace it for all of them"
-        in capsys.readouterr().err
-    )
-    assert export(demo_artifact, repository, *arguments, "--force") == 0
+    serving = Serving("digits", 2, threads=2)
+    sentence = "another parameters: choose another --name, or pass --force to replace it for all"
+    with pytest.raises(MarrqError, match=sentence):
+        write_repository(prepared, repository, serving)
+    write_repository(prepared, repository, serving, force=True)
     assert config_of(repository).parameters["intra_op_thread_count"].string_value == "2"
 
 
-def test_a_repository_behind_a_link_takes_its_first_model(demo_artifact: Path, tmp_path: Path):
+def test_force_replaces_a_version_and_its_config(repository: Path, prepared: Prepared):
+    write_repository(prepared, repository, Serving("digits", preprocess=True), force=True)
+    assert config_of(repository).input[0].data_type == protocol.TYPE_UINT8
+    assert examine_repository(repository)[0].problems == ()
+
+
+def test_a_repository_behind_a_link_takes_its_first_model(prepared: Prepared, tmp_path: Path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
-    assert export(demo_artifact, tmp_path / "link") == 0
+    write_repository(prepared, tmp_path / "link", Serving())
     assert examine_repository(tmp_path / "there")[0].problems == ()
 
 
 def test_a_repository_on_another_file_system_than_its_folder_is_refused_before_anything_is_made(
-    demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Prepared,
 ):
     if not Path("/dev/shm").is_mount():
         pytest.skip("needs a file system that is mounted")
-    assert export(demo_artifact, Path("/dev/shm")) == 1
-    assert (
-        "'/dev' and moved to '/dev/shm' in one step, but the first is not writable or on another "
-        "file system" in capsys.readouterr().err
-    )
+    sentence = "'/dev' and moved to '/dev/shm' in one step, but the first is not writable or on"
+    with pytest.raises(MarrqError, match=sentence):
+        write_repository(prepared, Path("/dev/shm"), Serving())
 
 
 REFUSED = {
     "a version that is there": (
         ["--name", "digits"],
         "pass another --model-version, or --force to replace it",
-    ),
-    "a config that differs": (
-        ["--name", "digits", "--model-version", "2", "--preprocess"],
-        "a config with another input, model_warmup",
     ),
     "a name that is no address": (["--name", "a/b"], "letters, digits and '_'"),
     "a name that goes up": (["--name", "a..b"], "letters, digits and '_'"),
@@ -300,6 +304,7 @@ REFUSED = {
         ["--device", "gpu"],
         "the kernels of integer are of ONNX Runtime's CPU provider",
     ),
+    "an unknown flavour": (["--flavor", "int4"], "unknown flavor 'int4'"),
     "a flavour that does not fit": (["--flavor", "matmulnbits"], "use --flavor integer or qdq"),
     "a bench that is none": (["--bench", "config.json"], "is no bench"),
 }
@@ -309,45 +314,34 @@ REFUSED = {
 def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     case: str,
     repository: Path,
-    demo_artifact: Path,
+    tiny_artifact: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.chdir(demo_artifact)
-    before = {file: file.read_bytes() for file in repository.parent.rglob("*") if file.is_file()}
+    monkeypatch.chdir(tiny_artifact)
+    before = contents(repository.parent)
     options, sentence = REFUSED[case]
     capsys.readouterr()
-    assert export(demo_artifact, repository, *options) == 1
+    assert export(tiny_artifact, repository, *options) == 1
     assert sentence in capsys.readouterr().err
-    assert {
-        file: file.read_bytes() for file in repository.parent.rglob("*") if file.is_file()
-    } == before
+    assert contents(repository.parent) == before
 
 
 @pytest.mark.parametrize(
-    "option", [["--backend", "python"], ["--preprocess"], ["--threads", "2"], ["--bench", "b.json"]]
+    "option",
+    [["--name", "vit"], ["--backend", "python"], ["--preprocess"], ["--bench", "b.json"]],
 )
-def test_options_of_servers_are_refused_for_files(
-    option: list[str], demo_artifact: Path, capsys: pytest.CaptureFixture[str]
+def test_an_option_of_servers_is_refused_for_a_file_even_if_it_has_its_default(
+    option: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["export", str(demo_artifact), "-o", "never.onnx", *option]) == 1
+    assert main(["export", "nowhere", "-o", "never.onnx", *option]) == 1
     assert f"{option[0]} is about a server: use it with --format triton" in capsys.readouterr().err
 
 
-def test_force_replaces_a_version_and_its_config(repository: Path, demo_artifact: Path):
-    assert export(demo_artifact, repository, "--name", "digits", "--preprocess", "--force") == 0
-    assert config_of(repository).input[0].data_type == protocol.TYPE_UINT8
-    assert examine_repository(repository)[0].problems == ()
-
-
 def test_the_bench_does_not_feed_pixels_to_a_file_that_takes_images(
-    demo_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Prepared, capsys: pytest.CaptureFixture[str]
 ):
-    assert export(demo_artifact, tmp_path / "repository", "--preprocess") == 0
-    assert (
-        main(["bench", str(tmp_path / "repository" / "vit" / "1" / "model.onnx"), "--data", "demo"])
-        == 1
-    )
+    assert main(["bench", str(prepared.files[True]), "--data", "demo"]) == 1
     assert (
         "takes tensor(uint8), not normalized pixels: bench it as exported without --preprocess"
         in capsys.readouterr().err
@@ -384,8 +378,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "another name": (edit('"digits"', '"numbers"'), "the config names the model 'numbers'"),
     "an unknown backend": (edit('"onnxruntime"', '"onnx"'), "the backend is 'onnx'"),
     "another shape": (
-        edit("dims: 28", "dims: 32"),
-        r"'pixels' is \[1, 32, 28\] in the config, \[1, 28, 28\] in the file",
+        edit("dims: 32", "dims: 28"),
+        r"'pixels' is \[3, 28, 32\] in the config, \[3, 32, 32\] in the file",
     ),
     "another type": (
         edit("TYPE_FP32", "TYPE_UINT8"),
@@ -394,7 +388,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "another output": (edit('"logits"', '"classes"'), "the output 'classes' is only in the config"),
     "too few labels": (
         lambda model: (model / "labels.txt").write_text("one\n") and None,
-        "has 1 labels, logits has 10 classes",
+        "has 1 labels, logits has 5 classes",
     ),
     "no labels": (
         lambda model: (model / "labels.txt").unlink(),

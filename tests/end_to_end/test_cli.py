@@ -50,6 +50,7 @@ def test_the_commands_of_the_readme_run_on_the_demo(somewhere: Path):
                 assert Path(file).exists(), file
 
 
+@pytest.mark.slow
 def test_the_bench_report_has_the_schema_it_names(
     demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -164,6 +165,7 @@ def bench_tiny(artifact: Path, images: Path, *options: str) -> tuple[int, dict[s
     return main(["bench", str(artifact), *quick, *options]), json.loads(Path("b.json").read_text())
 
 
+@pytest.mark.slow
 def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -179,6 +181,7 @@ def test_throughput_is_measured_for_every_batch_size_and_number_of_threads(
     assert "images per second" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gate_on_few_images_is_undecided_and_says_how_many_would_tell(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -210,6 +213,7 @@ def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
     )
 
 
+@pytest.mark.slow
 def test_recommend_measures_every_flavour_that_can_express_the_scheme(
     tiny_artifact: Path, image_folder: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -240,6 +244,7 @@ def test_evaluate_sets_an_artifact_beside_its_float_model(demo_artifact: Path, s
     assert 0.95 <= models["W4A8 per-tensor marr-stream"]["agreement"] < 1.0001
 
 
+@pytest.mark.slow
 def test_a_flavour_that_cannot_express_the_scheme_leaves_nothing_behind_and_another_takes_it(
     somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -395,6 +400,7 @@ def test_a_truncated_artifact_and_one_of_a_later_version_are_refused(
     assert [entry.name for entry in somewhere.iterdir()] == ["a"]
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_kept_without_force(
     demo_artifact: Path, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -5,53 +5,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def run(script: str, *options: str, environment: dict[str, str] | None = None) -> str:
+    """What a script prints."""
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **(environment or {})},
+    ).stdout
+
+
+@pytest.mark.slow
 def test_the_benchmark_prints_the_sweep_beside_its_products():
-    command = [
-        sys.executable,
-        str(EXAMPLES / "benchmark_quantize.py"),
-        "sweep",
-        "--size",
-        "128",
-        "--rounds",
-        "1",
-    ]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    report = json.loads(run("benchmark_quantize.py", *split("sweep --size 128 --rounds 1")))
     assert set(report["seconds"]) == {"sweep", "products"}
     assert report["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_each_methods_time_against_gptqs(tiny: str, image_folder: Path):
-    options = [
-        "methods",
-        tiny,
-        "--data",
-        str(image_folder),
-        "--samples",
-        "8",
-        "--method",
-        "marr-gptaq",
-    ]
-    command = [sys.executable, str(EXAMPLES / "benchmark_quantize.py"), *options]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    options = ["--data", str(image_folder), *split("--samples 8 --method marr-gptaq")]
+    report = json.loads(run("benchmark_quantize.py", "methods", tiny, *options))
     assert set(report["seconds"]) == {"gptq", "marr-gptaq"}
     assert report["ratio"]["marr-gptaq"] == pytest.approx(
         report["seconds"]["marr-gptaq"][0] / report["seconds"]["gptq"][0]
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_the_peak_memory():
-    options = ["memory", "--model", "vit_tiny_patch16_224", "--samples", "2", "--depth", "1"]
-    command = [sys.executable, str(EXAMPLES / "benchmark_quantize.py"), *options]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    options = split("memory --model vit_tiny_patch16_224 --samples 2 --depth 1")
+    report = json.loads(run("benchmark_quantize.py", *options))
     assert report["peak_mb"] > report["stream_mb"] > 0
 
 
+@pytest.mark.slow
 def test_the_comparison_of_tools_has_a_row_for_each_and_says_why_one_has_no_figures(
     tiny: str, image_folder: Path, tmp_path: Path
 ):
@@ -59,28 +55,14 @@ def test_the_comparison_of_tools_has_a_row_for_each_and_says_why_one_has_no_figu
         "raise ModuleNotFoundError(\"No module named 'openvino'\", name='openvino')\n"
     )
     tools = ("integer", "static", "dynamic", "matmulnbits", "openvino")
-    options = [option for name in tools for option in ("--tool", name)]
-    options += [
-        "--data",
-        str(image_folder),
-        "--samples",
-        "8",
-        "--images",
-        "9",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0",
-    ]
-    options += ["--threads", "1", "--method", "rtn", "--json", str(tmp_path / "report.json")]
-    command = [sys.executable, str(EXAMPLES / "compare_tools" / "compare.py"), tiny, *options]
-    path = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    }
-    printed = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, **path}
-    ).stdout
-    rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    chosen = [option for name in tools for option in ("--tool", name)]
+    few = split("--samples 8 --images 9 --rounds 1 --seconds 0 --threads 1 --method rtn")
+    report = tmp_path / "report.json"
+    options = [*chosen, "--data", str(image_folder), *few, "--json", str(report)]
+    # A package that cannot be imported, found before one that may be installed.
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    printed = run("compare_tools/compare.py", tiny, *options, environment={"PYTHONPATH": path})
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert list(rows) == ["fp32", *tools]
     assert all(name in printed for name in rows)
     assert rows["fp32"]["least_cosine"] == pytest.approx(1)
@@ -96,8 +78,7 @@ def test_the_comparison_of_tools_has_a_row_for_each_and_says_why_one_has_no_figu
 
 
 def test_the_scaling_model_gives_less_time_to_more_processes_but_for_what_each_does_itself():
-    command = [sys.executable, str(EXAMPLES / "scaling_model.py"), "--model", "ViT-L"]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    report = json.loads(run("scaling_model.py", "--model", "ViT-L"))
     one, eight, many = report["seconds"]
     assert [row["processes"] for row in report["seconds"]] == [1, 8, 64]
     assert eight["passes"] == pytest.approx(one["passes"] / 8) == pytest.approx(8 * many["passes"])

@@ -36,7 +36,11 @@ the weights, or more."""
 
 # The five parts: W bits, A bits, -gSIZE, -sym or -mxint, -e8.
 SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{OUTER_BITS})?")
-SUFFIXES: dict[str | None, WeightGrid] = {None: "asymmetric", "sym": "symmetric", "mxint": "mxint"}
+GRID_SUFFIXES: dict[str | None, WeightGrid] = {
+    None: "asymmetric",
+    "sym": "symmetric",
+    "mxint": "mxint",
+}
 
 
 @dataclass(frozen=True)
@@ -189,5 +193,5 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
     )
     # Only 8-bit weights beside quantized activations could saturate a sum of two products.
     reduce_range = int(bits) == 8 and activation is not None
-    weight = WeightSpec(int(bits), group_size, SUFFIXES[suffix], reduce_range)
+    weight = WeightSpec(int(bits), group_size, GRID_SUFFIXES[suffix], reduce_range)
     return Scheme(weight, activation, outer is not None)

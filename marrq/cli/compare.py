@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme
 
 SCHEMES = "As for quantize; :per-token behind for dynamic activations. May be repeated."
-METHODS = "NAME,KEY=VALUE,… such as marr-gptaq,alpha=grid; all methods by default. May be repeated."
+METHODS_HELP = (
+    "NAME,KEY=VALUE,… such as marr-gptaq,alpha=grid; all methods by default. May be repeated."
+)
 SEEDS = "Number of random draws of the calibration images."
 OUTPUT = "JSON file. Runs that it holds are not done again."
 RAY = "Do the runs on Ray, one on each CPU or GPU: local, or the address of a cluster."
 
 Schemes = Annotated[list[str], common.quantization_option(metavar="WxAy", help=SCHEMES)]
-Methods = Annotated[list[str], common.quantization_option(metavar="METHOD", help=METHODS)]
+Methods = Annotated[list[str], common.quantization_option(metavar="METHOD", help=METHODS_HELP)]
 Seeds = Annotated[int, common.input_option(metavar="N", help=SEEDS, min=1)]
 Output = Annotated[Path, common.output_option("-o", "--output", metavar="FILE", help=OUTPUT)]
 Ray = Annotated[str | None, common.run_option(metavar="ADDRESS", help=RAY)]

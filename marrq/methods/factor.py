@@ -65,9 +65,11 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
         damped = filled + damping * mean * identity
         # LAPACK's sums depend on the number of threads, and every process must find the same U.
         with one_thread():
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))  # J (H + λI) J = L Lᵀ
+            # J (H + λI) J = L Lᵀ.
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed:
-                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)  # L⁻¹
+                # L⁻¹, and U = J L⁻¹ J.
+                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
                 return Factor(order, inverse.flip(0, 1), damping)
         # At least 1e-8, to get away from a damping of 0.
         damping = max(damping * 10, 1e-8)

@@ -46,8 +46,9 @@ class GptaqTarget:
         # Rows do not depend on each other: a copies of the weight cost one column loop.
         count = len(alphas)
         grid = stack_grids([self.grid] * count)
-        stacked = self.weight.repeat(count, 1)  # [a · m, n]
-        row_alphas = alphas.repeat_interleave(len(self.weight))  # [a · m]
+        # [a · m, n] and [a · m]: all rows at the first α, then all rows at the next.
+        stacked = self.weight.repeat(count, 1)
+        row_alphas = alphas.repeat_interleave(len(self.weight))
         return Rounding(sweep(stacked, grid, self.factor, self.residuals, row_alphas), grid)
 
     def direction(self, alpha: float) -> Tensor:

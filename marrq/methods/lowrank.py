@@ -111,7 +111,7 @@ def refit(residual: Tensor, scaling: Scaling, spec: LowRankSpec) -> LowRank:
     left, right = _project(residual.double(), scaling, spec.rank)
     # Columns of L have norm 1, rows of R have any. Give both the square root of that norm, so that
     # neither leaves the range of float16.
-    norm = right.norm(dim=1).sqrt()  # [r]
+    norm = right.norm(dim=1).sqrt()
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     return LowRank(
         _stored(left * norm, 0, spec.num_bits), _stored(right / norm[:, None], 1, spec.num_bits)
@@ -122,9 +122,9 @@ def split(weight: Tensor, scaling: Scaling, rank: int) -> int:
     """SRR's k: how many of the ranks preserve the weight [m, n]; the others are left for the
     rounding error."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    # Drawn on the CPU, so that a GPU finds the same k.
+    # N, drawn on the CPU, so that a GPU finds the same k.
     noise = torch.rand(weight.shape, dtype=torch.float64, generator=generator)
-    noise = noise.to(weight.device) * 2 - 1  # N
+    noise = noise.to(weight.device) * 2 - 1
     # ρ_k(W Sᵀ) for k = 0 … r: the share of the weight that has to go through the quantizer.
     exposed = _unexplained(weight.double() @ scaling.transposed, rank)
     # ρ_{r-k}(N Sᵀ): the share of the rounding error that the other ranks cannot take back.

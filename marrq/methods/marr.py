@@ -77,7 +77,8 @@ def grid_search(
     target: ResidualTarget, loss: ReconstructionLoss, spec: AlphaSpec, half: int | None
 ) -> list[SearchStep]:
     """A step for every α of the grid, all from one stacked sweep."""
-    stacked = target.round_at(loss.weight.new_tensor(spec.grid)).quantized  # [a · m, n]
+    # [a · m, n]: one column loop for the whole grid.
+    stacked = target.round_at(loss.weight.new_tensor(spec.grid)).quantized
     return [
         SearchStep(half, alpha, loss(quantized)[0])
         for alpha, quantized in zip(spec.grid, stacked.chunk(len(spec.grid)), strict=True)

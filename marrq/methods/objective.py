@@ -36,8 +36,10 @@ class ReconstructionLoss:
         # For input drift e = W dx, and the sums of e follow from those of dx.
         self.statistics, self.weight = statistics, weight
         self._wanted, self._total = statistics.drift.of_outputs(weight), total
-        self._importance = self._wanted.importance[:, None]  # [m, 1]
-        self._constant = total(self._wanted.power * self._wanted.importance)  # c
+        # [m, 1], to be multiplied with the rows of [m, n].
+        self._importance = self._wanted.importance[:, None]
+        # c, which depends neither on Q nor on α.
+        self._constant = total(self._wanted.power * self._wanted.importance)
 
     def __call__(self, quantized: Tensor) -> tuple[float, Tensor]:
         """J of Q [m, n], the square error summed over tokens and outputs; and half its gradient,

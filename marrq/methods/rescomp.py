@@ -28,7 +28,8 @@ class RescompTarget(GptaqTarget):
 
     def direction(self, alpha: float) -> Tensor:
         """T = (W P2 + w̃ (P1 - P2)) (I - α(P1 - P2))⁻¹: [m, n]."""
-        first, second = (residual.to(self.weight) for residual in self.residuals)  # P1, P2
+        # P1 and P2.
+        first, second = (residual.to(self.weight) for residual in self.residuals)
         weight, difference = self.weight[:, self.factor.order], first - second
         # w̃, in sweep order.
         moved = self._solve(weight + alpha * (weight @ second), alpha * difference)

@@ -34,7 +34,8 @@ TARGETS: dict[str, type[ResidualTarget]] = {
     "gptaq": GptaqTarget,
     "rescomp": RescompTarget,
     "exact": ExactTarget,
-    "stream": ExactTarget,  # the statistics make the difference, see `wants` in methods/registry.py
+    # The statistics make the difference: see `wants` in methods/registry.py.
+    "stream": ExactTarget,
 }
 """The target of each residual method; MARR searches any of them."""
 

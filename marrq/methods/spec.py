@@ -262,14 +262,14 @@ class MethodSpec:
         return scheme.has_coarse_activations if self.balance == "auto" else self.balance == "on"
 
 
-SETTINGS: dict[str, Setting] = {
+METHOD_SETTINGS: dict[str, Setting] = {
     **settings_of(AlphaSpec, ("alpha",)),
     **settings_of(MethodSpec),
     **settings_of(PID, ("alpha", "pid"), "pid."),
 }
 """Every setting by key, in the order in which a text has them."""
 
-DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in SETTINGS.items()}
+DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in METHOD_SETTINGS.items()}
 """The default of every setting as text."""
 
 
@@ -282,14 +282,14 @@ def parse_method(text: str) -> MethodSpec:
 
 def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     """The method of that name with settings as text. Raises MarrqError for an unknown name, an
-    unknown key, a wrong value, and for a setting that the method would not use."""
+    unknown key, a wrong value, and for an α that the method would not use."""
     spec = MethodSpec(method_named(name))
     for key, value in settings.items():
-        if key not in SETTINGS:
+        if key not in METHOD_SETTINGS:
             raise MarrqError(
-                f"unknown setting {key!r} of a method: choose one of {', '.join(SETTINGS)}"
+                f"unknown setting {key!r} of a method: choose one of {', '.join(METHOD_SETTINGS)}"
             )
-        spec = SETTINGS[key].read(spec, value)
+        spec = METHOD_SETTINGS[key].read(spec, value)
     info = METHODS[spec.name]
     # A search belongs to the marr methods, a value of α to all methods that have an α.
     is_constant = info.has_alpha and spec.alpha.value is not None
@@ -303,7 +303,7 @@ def text_of(spec: MethodSpec) -> str:
     """The text that `parse_method` reads back: the name, and the settings that are not at their
     defaults."""
     # Texts are compared, not values: what is written is what would be read back as another value.
-    texts = {key: one.write(spec) for key, one in SETTINGS.items()}
+    texts = {key: one.write(spec) for key, one in METHOD_SETTINGS.items()}
     changed = [f"{key}={text}" for key, text in texts.items() if text != DEFAULTS[key]]
     return ",".join([spec.name, *changed])
 
@@ -312,6 +312,6 @@ def settings_table() -> str:
     """Every setting with its default, its values and its meaning, as a Markdown table."""
     rows = [
         f"| `{key}` | `{DEFAULTS[key]}` | {one.form.values} | {one.meaning} |"
-        for key, one in SETTINGS.items()
+        for key, one in METHOD_SETTINGS.items()
     ]
     return "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *rows])

@@ -24,7 +24,7 @@ from marrq.quantizers.affine import ColumnGrid
 
 ROWS = 32
 """Rows of a tile: with 128 columns, 16 kB on the chip."""
-OPTIONS = {"enable_fp_fusion": True}
+KERNEL_OPTIONS = {"enable_fp_fusion": True}
 """Fused multiply-add, said explicitly: Triton's default changes with 3.10, and 3.9 warns of it."""
 HALFWAY = 12582912.0
 """1.5 · 2²³: a float32 of at most 2²² to which it is added loses its fraction, rounded to the
@@ -103,7 +103,14 @@ def sweep_columns(block: ColumnBlock) -> None:
     # A kernel starts on the current device, wherever its tensors are.
     with torch.cuda.device_of(w):
         _columns[(triton.cdiv(rows, ROWS),)](
-            *inputs, block.steps, block.terms, rows, width, **sizes, HALFWAY=HALFWAY, **OPTIONS
+            *inputs,
+            block.steps,
+            block.terms,
+            rows,
+            width,
+            **sizes,
+            HALFWAY=HALFWAY,
+            **KERNEL_OPTIONS,
         )
 
 

@@ -267,7 +267,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_registers
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from marrq.methods.sweep_kernel import HALFWAY, OPTIONS, ROWS, _columns
+    from marrq.methods.sweep_kernel import HALFWAY, KERNEL_OPTIONS, ROWS, _columns
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     names = ("w", "kernels", "scales", "lowest", "highest", "originals", "alphas", "steps", "terms")
@@ -285,7 +285,9 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_registers
         **dict.fromkeys(sizes, "constexpr"),
     }
     source = ASTSource(_columns, signature, constexprs=sizes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=KERNEL_OPTIONS
+    )
     assert "div.rn.f32" in compiled.asm["ptx"]
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     used = subprocess.check_output(

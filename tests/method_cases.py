@@ -20,7 +20,7 @@ THREE_BITS = WeightSpec(3)
 @dataclass(frozen=True)
 class Case:
     """A weight and raw tokens of both halves: x, x_float [tokens, n]; shortfall: e [tokens, m]
-    where it is not W dx; importance: [m]."""
+    if it is not W dx; importance: [m]."""
 
     weight: Tensor
     x: Tensor
@@ -81,7 +81,7 @@ def make_case(seed: int, tokens: int = 200, drift: float = 0.3) -> Case:
 
 
 def stream_case(seed: int) -> Case:
-    """The same where what is wanted is told by e, and outputs count differently."""
+    """The same with a shortfall e of its own, and outputs that differ in importance."""
     case, generator = make_case(seed), torch.Generator().manual_seed(seed + 100)
     mix = torch.randn(INPUTS, OUTPUTS, dtype=torch.float64, generator=generator)
     noise = torch.randn(len(case.x), OUTPUTS, dtype=torch.float64, generator=generator)
@@ -93,7 +93,7 @@ def stream_case(seed: int) -> Case:
 
 
 def case_for(name: str, seed: int) -> Case:
-    """Only the methods that aim at the stream are told what is wanted."""
+    """Only the methods that aim at the stream are given a shortfall."""
     return stream_case(seed) if name.endswith("stream") else make_case(seed)
 
 

@@ -91,7 +91,7 @@ def mxint(block: Array, low: int, high: int, factors: tuple[float, ...]) -> tupl
 
 @dataclass(frozen=True)
 class Moments:
-    """H and D of tokens on both paths, [tokens, n], their means taken out where a bias takes up the
+    """H and D of tokens on both paths, [tokens, n], their means taken out if a bias takes up the
     mean error."""
 
     hessian: Array
@@ -123,8 +123,7 @@ def sweep(
     alphas: tuple[float, float],
     damping: float = 0.01,
 ) -> Array:
-    """Codes, or the compensated weights where no grid rounds them, column by column by the
-    formulas.
+    """Codes, or the compensated weights if no grid rounds them, column by column by the formulas.
 
     alphas: of GPTAQ's and of ResComp's residual term.
     """

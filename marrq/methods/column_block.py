@@ -1,4 +1,4 @@
-"""One block of columns of the sweep: what its rounding reads and what it writes.
+"""One block of columns of the sweep: the input and the output of its rounding.
 
 The loop in torch (methods/gptq.py) and the kernel for GPUs (methods/sweep_kernel.py) both take a
 ColumnBlock, so that one can stand in for the other.
@@ -31,5 +31,5 @@ class ColumnBlock:
     alpha: float | Tensor
     # Written, [width, m]: codes minus zero points.
     steps: Tensor
-    # Written, [width, terms, m]: what multiplies the kernels, on the columns behind the block too.
+    # Written, [width, terms, m]: the factors of the kernels, on the columns behind the block too.
     terms: Tensor

@@ -1,8 +1,8 @@
 """GPTAQ (arXiv 2504.02692): GPTQ with asymmetric calibration. The target is the output on
 full-precision inputs, W X̃.
 
-The sweep (methods/gptq.py) gets a residual term. It moves what the drift of column j's input
-changes in the outputs into the columns behind:
+The sweep (methods/gptq.py) gets a residual term. The term moves the effect that the drift of column
+j's input has on the outputs into the columns behind:
 
     + α w_j ⊗ P1[j, >j]         P1 = ((D L) ∘ M) Lᵀ,   L = Uᵀ,   D = Σ dx xᵀ
 

@@ -1,8 +1,9 @@
 """GPTQ (arXiv 2210.17323), and the column sweep that every error-compensating method here shares.
 
-Columns are rounded one after the other; what the rounding of column j does to the outputs is
-compensated in the columns not yet rounded. With U from (H + λI)⁻¹ = Uᵀ U, q(·) the rounding to the
-row's grid, w_j the compensated column just before it is rounded, and W0 the weight as given:
+Columns are rounded one after the other. The error that the rounding of column j makes in the
+outputs is compensated in the columns not yet rounded. With U from (H + λI)⁻¹ = Uᵀ U, q(·) the
+rounding to the row's grid, w_j the compensated column just before it is rounded, and W0 the weight
+as given:
 
     e = (w_j - q(w_j)) / U_jj
     W[:, >j] += - e ⊗ U[j, >j]                       GPTQ
@@ -117,7 +118,7 @@ def round_columns(block: ColumnBlock) -> None:
     w, grids, alpha = block.columns, block.grids, block.alpha
     columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
     for j, (kernel, term) in enumerate(zip(block.kernels, block.terms, strict=True)):
-        # Each [m], a view into block.terms: what is written here acts on later blocks too.
+        # Each [m], a view into block.terms: the terms act on later blocks too.
         error, *residual = term.unbind()
         # GPTQ: error = w_j - q(w_j), with q(w_j) = step · scale.
         step = grids[j].round(columns[j], out=rounded[j])
@@ -125,7 +126,7 @@ def round_columns(block: ColumnBlock) -> None:
         # GPTAQ: α w_j, the compensated column and not the rounded one.
         if residual:
             torch.mul(columns[j], alpha, out=residual[0])
-        # ResComp: α (W0_j - w_j), what compensation has changed in this column.
+        # ResComp: α (W0_j - w_j), the change that compensation has made in this column.
         if len(residual) > 1:
             torch.sub(originals[j], columns[j], out=residual[1]).mul_(alpha)
         # All terms act on the columns behind: [width - j - 1, terms] × [terms, m].
@@ -181,6 +182,6 @@ def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) 
 
 
 def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
-    """The sweep without a residual term: what the inputs have drifted is not corrected."""
+    """The sweep without a residual term: the drift of the inputs is not corrected."""
     grid = choose_grid(weight, problem.whole, problem.weight_spec)
     return Rounding(sweep(weight, grid, problem.whole.factors.factor), grid)

@@ -1,5 +1,5 @@
-"""A low-rank branch beside the quantized weight, W ≈ Q + L R: what is kept out of the quantizer,
-and what is fitted to the residual that the quantizer leaves.
+"""A low-rank branch beside the quantized weight: W ≈ Q + L R, with L [m, r] and R [r, n]. A part of
+W may be kept out of the quantizer; L R is fitted to the residual W - Q.
 
 With H = Σ x xᵀ over the calibration inputs and any S with Sᵀ S = H, the square error that a weight
 error E (m × n) makes in the outputs is ‖E Sᵀ‖². So the best L R of rank r for the residual
@@ -24,9 +24,9 @@ rounding noise.
 
 Differs from the papers: LQER scales by mean |x_i|, which second moments do not give; the rms is
 what QERA-approx takes. QERA takes the symmetric square root of H for S; a Cholesky factor serves as
-well, because what is orthogonal between the two cancels. SRR keeps L₁ R₁ as it is and fits rank
-r - k to the rest. Here all r ranks are fitted to W - Q, which is never worse: L₁ R₁ + L₂ R₂ is one
-of the candidates.
+well, because the two differ by an orthogonal factor, which cancels. SRR keeps L₁ R₁ as it is and
+fits rank r - k to the rest. Here all r ranks are fitted to W - Q, which is never worse: L₁ R₁ +
+L₂ R₂ is one of the candidates.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def _exact_scaling(hessian: Tensor) -> Scaling:
 
 
 def preserved(weight: Tensor, scaling: Scaling, spec: LowRankSpec) -> tuple[Tensor, int]:
-    """What is kept out of the quantizer: L₁ R₁ [m, n] in the weight's type, and its rank k.
+    """The part that is kept out of the quantizer: L₁ R₁ [m, n] in the weight's type; its rank k.
 
     Zeros and 0 for every kind but `srr`. Raises MarrqError if the rank is larger than that of any
     weight of this shape."""

@@ -13,12 +13,12 @@ the search stops if |J_t - J_{t-1}| / J_0 < 1e-5. Not public: the error signal, 
 
 Q_t is swept with the half that does not judge.
 
-Differs from the paper in who judges. On the data that produced Q, J is a poor judge: α climbs to
-about 1.1 in every module, and accuracy falls below GPTAQ's with its constant 0.25
+Differs from the paper in the data that judge. On the data that produced Q, J is a poor judge:
+α climbs to about 1.1 in every module, and accuracy falls below GPTAQ's with its constant 0.25
 (`feedback="calibration"` is the paper's way). So the calibration set is kept in two halves. Each
 half in turn sweeps while the other judges, the best α of either search is kept, and the two are
-averaged. The final sweep uses all the data, for which that average is too low: correcting drift
-leaves a share a (1 - α)² of J, and the noise of the estimated correction adds b α². The best α is
+averaged. The final sweep uses all the data, for which that average is too low: α leaves a share
+a (1 - α)² of the drift in J, and the noise of the estimated correction adds b α². The best α is
 a / (a + b), and b halves with twice the tokens. Hence the whole set gets
 
     α = 2 α_½ / (1 + α_½)

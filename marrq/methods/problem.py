@@ -1,4 +1,4 @@
-"""What a method is given and what it returns.
+"""The input and the output of a method.
 
 A method is a function (weight [m, n], Problem, MethodSpec) -> Rounding. The Problem belongs to a
 group of linears that share one input, such as separate q, k and v: what depends on the input alone
@@ -55,9 +55,9 @@ class Rounding:
 
 
 class SweepFactors:
-    """What a sweep needs of the inputs, whatever the weight: U and the residual matrices.
+    """The matrices of a sweep that belong to the inputs, not to the weight: U, P1 and P2.
 
-    Each is computed when it is first asked for, so that gptq never pays for what rescomp needs."""
+    Each is computed when it is first asked for, so that gptq does not pay for P1 and P2."""
 
     def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
         self._statistics, self._spec = statistics, spec
@@ -89,7 +89,7 @@ class SweepFactors:
         order, lower = self.factor.order, self.factor.upper.T
         # The mask goes between the two products: after them it would give another matrix.
         masked = torch.triu(moment[order][:, order] @ lower, 1)
-        # Both factors are upper triangular; the second triu takes off what rounding leaves below.
+        # Strictly upper times upper is strictly upper; triu makes it so to the last bit.
         return torch.triu(masked @ lower.T, 1)
 
 
@@ -97,7 +97,7 @@ class SweepFactors:
 class SweepData:
     """The statistics that a sweep compensates by, with what is computed from them.
 
-    clip: what clips the grid of a row, see MethodSpec."""
+    clip: how the grid of a row is clipped, see MethodSpec."""
 
     statistics: ResidualStatistics
     clip: Clip

@@ -1,4 +1,4 @@
-"""The methods by name: what each aims at, and which statistics it wants.
+"""The methods by name: the aim of each, and the statistics that it wants.
 
 Nothing here imports torch, so that the command line knows the names before it loads a model.
 methods/solve.py has the code of each.
@@ -14,8 +14,8 @@ Wants = Literal["input drift", "residual stream"]
 INPUT_DRIFT: Wants = "input drift"
 """Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs."""
 RESIDUAL_STREAM: Wants = "residual stream"
-"""For linears that write to the residual stream, sums of what that stream lacks (methods/exact.py);
-for all others the input drift."""
+"""For linears that write to the residual stream, sums of the shortfall e of that stream
+(methods/exact.py); for all others the input drift."""
 
 
 @dataclass(frozen=True)

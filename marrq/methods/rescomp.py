@@ -1,5 +1,5 @@
-"""ResComp (arXiv 2604.07955): GPTAQ with a second residual term, for what compensation itself has
-changed in the weights.
+"""ResComp (arXiv 2604.07955): GPTAQ with a second residual term, for the change that compensation
+itself has made in the weights.
 
 The output to be reached is that of the original column W0_j, but the column that is rounded has
 been moved to w_j by the columns before it. The difference goes into the columns behind:

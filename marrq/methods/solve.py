@@ -1,11 +1,11 @@
-"""From a weight and the statistics of its inputs to what the linear becomes: the method that the
-user chose, the low-rank branch around it, and the bias behind it.
+"""From a weight and the statistics of its inputs to the quantized linear: the method that the user
+chose, the low-rank branch around it, and the bias behind it.
 
     rtn, gptq                            no residual: the full-precision inputs are not used
     gptaq, rescomp, exact, stream        one residual strength α for all modules
     marr- before one of these four       MARR: each module its own α
 
-methods/problem.py says what a method is given and returns; methods/README.md explains all of them.
+methods/problem.py has the input and the output of a method; methods/README.md explains them all.
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ IMPLEMENTATIONS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Solution:
-    """What a linear becomes.
+    """The quantized linear, and how well it does.
 
-    bias_shift: what to add to the bias, [m], or None
+    bias_shift: to be added to the bias, [m], or None
     lowrank: the branch beside the codes, or None
     error: J over all calibration tokens
     relative_error: J / ‖W X̃‖²; 0 if the wanted outputs are all 0
@@ -77,7 +77,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     scaling = None if spec.lowrank is None else input_scaling(statistics, spec.lowrank.kind)
     rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
-    # J counts the branch: it is what the linear will compute that is compared.
+    # J of the whole linear: codes and branch.
     error, relative_error = _errors(weight, quantized, problem)
     # The mean error that is left, with the branch counted too.
     shift = statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
@@ -112,8 +112,8 @@ def _round(
     # SRR keeps a part of the weight out of the codes; the other kinds keep nothing.
     kept, _ = preserved(weight, scaling, spec.lowrank)
     rounding = _by_rows(weight - kept, problem, spec)
-    # The branch is for what the codes lack of W, or of W + αΔ (methods/exact.py) if the method
-    # corrects drift: fitted to W, it would take back what the method has put into the codes.
+    # The branch is fitted to W - Q, or to W + αΔ - Q (methods/exact.py) if the method corrects
+    # drift: fitted to W - Q, the branch would take that correction back.
     target = weight
     if rounding.alpha is not None:
         target = weight + rounding.alpha * correction(weight, problem.whole)

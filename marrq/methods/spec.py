@@ -125,7 +125,7 @@ class PID:
             "tolerance", "the search ends if J changes by less, as a share of the first J", NUMBER
         ),
     )
-    # Rounding makes J jitter, which hides what a smaller move of α would gain.
+    # Rounding makes J jitter, which hides the gain of a smaller move of α.
     settled: float = field(
         default=0.02, metadata=setting("settled", "the search ends if α moves by less", NUMBER)
     )
@@ -161,7 +161,7 @@ class AlphaSpec:
         default="held-out",
         metadata=setting(
             "feedback",
-            "images that judge an α: the half that its sweep has not seen, or those it has",
+            "images that judge an α: the half that its sweep has not seen, or the images it has",
             choice(Feedback),
         ),
     )
@@ -213,7 +213,7 @@ class MethodSpec:
         default="outputs",
         metadata=setting(
             "clip",
-            "what clips a row's grid: the error of its weights, or of its outputs after a sweep",
+            "clip a row's grid by the error of its weights, or of its outputs after a sweep",
             choice(Clip),
         ),
     )
@@ -237,7 +237,7 @@ class MethodSpec:
     equalize: bool = field(
         default=True,
         metadata=setting(
-            "equalize", "a scale per channel between a linear and what gives its input", ON_OFF
+            "equalize", "move per-channel scales between a linear and the layer before it", ON_OFF
         ),
     )
     balance: Balance = field(
@@ -302,7 +302,7 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
 def text_of(spec: MethodSpec) -> str:
     """The text that `parse_method` reads back: the name, and the settings that are not at their
     defaults."""
-    # Texts are compared, not values: what is written is what would be read back as another value.
+    # Compared as text: a setting is written if it would be read back as another value.
     texts = {key: one.write(spec) for key, one in METHOD_SETTINGS.items()}
     changed = [f"{key}={text}" for key, text in texts.items() if text != DEFAULTS[key]]
     return ",".join([spec.name, *changed])

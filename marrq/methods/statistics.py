@@ -10,10 +10,10 @@ MARR, arXiv 2605.17997, uses J as its feedback):
 
     J(Q) = ‖Q X - W X̃‖² = ⟨E, E H⟩ - 2 ⟨E, G⟩ + c,     E = Q - W,   G = W D,   c = ⟨W S, W⟩
 
-G and c are all that J knows of the wanted output. In general e is what the output of the original
-weight on x lacks of the wanted output, and G = Σ e xᵀ, c = Σ ‖e‖². If the linear is to repeat its
-full-precision output, e = W dx (`InputDrift`). If the linear writes to the residual stream and the
-method aims at that stream, e is another sum (`OutputDrift`, methods/exact.py).
+G and c are all that J knows of the wanted output. In general the shortfall e is the wanted output
+minus the output of the original weight on x, and G = Σ e xᵀ, c = Σ ‖e‖². If the linear is to repeat
+its full-precision output, e = W dx (`InputDrift`). If the linear writes to the residual stream and
+the method aims at that stream, e is another vector (`OutputDrift`, methods/exact.py).
 
 **Exact sums** [ours, after the pre-rounded sums of Demmel and Nguyen, 10.1109/ARITH.2013.9]. Sums
 add over batches, over halves of the calibration set and over processes. What a batch adds is first
@@ -21,9 +21,9 @@ rounded to a multiple of a unit so coarse that all sums to come fit into the 53 
 (`Units`). The unit is far below what float32 products resolve. So no later addition rounds, and
 neither the order of batches nor the number of processes leaves a trace.
 
-**Centred sums.** If the bias takes up the mean error of the outputs (`output_shift`), what is left
-is the error of centred tokens: the same sums without the means, H - k x̄ x̄ᵀ and so on (`centre_`).
-Then a method spends no codes on what a bias does for nothing.
+**Centred sums.** If the bias takes up the mean error of the outputs (`output_shift`), the error of
+centred tokens is left: the same sums without the means, H - k x̄ x̄ᵀ and so on (`centre_`). Then a
+method spends no codes on an error that the bias corrects for nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -83,7 +83,7 @@ class Units:
 
     def round_outer_(self, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Round sums of products [p, q] in place; left [p], right [q]: the sizes of the factors."""
-        # R = shift · uᵢ uⱼ is exact, so that what is added is taken off to the last bit.
+        # R = shift · uᵢ uⱼ is exact, so that the same R is added and taken off.
         return sums.addr_(left, right, alpha=self.shift).addr_(left, right, alpha=-self.shift)
 
     def round(self, sums: Tensor, sizes: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _sizes(tokens: Tensor) -> Tensor:
 
 @dataclass
 class Drift(ABC):
-    """Sums of what the quantized path lacks: dx for InputDrift, e for OutputDrift. All float64.
+    """Sums of the drift of the quantized path: dx for InputDrift, e for OutputDrift. All float64.
 
     moment: Σ dx xᵀ [n, n] or Σ e xᵀ [m, n]; power: Σ dx dxᵀ [n, n] or Σ e² [m]; sum: Σ dx [n] or
     Σ e [m]."""
@@ -196,8 +196,8 @@ class InputDrift(Drift):
 
 @dataclass
 class OutputDrift(Drift):
-    """Sums of e, what the outputs of the original weight on the quantized path lack of the wanted
-    outputs: G = Σ e xᵀ [m, n], Σ e² [m], Σ e [m]. They belong to one linear.
+    """Sums of e, the wanted outputs minus the outputs of the original weight on the quantized path:
+    G = Σ e xᵀ [m, n], Σ e² [m], Σ e [m]. They belong to one linear.
 
     importance: [m] float64, by which the square error of each output counts in J."""
 
@@ -220,10 +220,10 @@ class OutputDrift(Drift):
 
     @property
     def input_moment(self) -> Tensor:
-        """There is none: what the stream lacks is no function of this linear's input alone."""
+        """There is none: the shortfall of the stream does not follow from this linear's input."""
         raise MarrqError(
-            "these statistics sum what the residual stream lacks, and gptaq and rescomp need the "
-            "drift of the inputs: collect what the method wants (marrq/methods/registry.py)"
+            "gptaq and rescomp need sums of the drift of the inputs: got sums of the shortfall of "
+            "the residual stream; collect the statistics that marrq/methods/registry.py names"
         )
 
     def of_rows(self, rows: slice) -> "OutputDrift":
@@ -241,8 +241,8 @@ class OutputDrift(Drift):
 class ResidualStatistics:
     """H [n, n] and Σ x [n] in float64, the number of tokens, and the sums of the drift.
 
-    units: what sums are rounded to; None takes the units of the first batch. Sums with the same
-    units add exactly."""
+    units: the multiples to which sums are rounded; None takes the units of the first batch. Sums
+    with the same units add exactly."""
 
     hessian: Tensor
     input_sum: Tensor
@@ -322,7 +322,7 @@ class ResidualStatistics:
         return self
 
     def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
-        """What the bias needs so that the outputs of Q are right in the mean: (Σ e - E Σ x) / k,
+        """The change of the bias that makes the outputs of Q right in the mean: (Σ e - E Σ x) / k,
         [m]. weight, quantized: W and Q, [m, n]."""
         # The mean over tokens of W x + e - Q x.
         error = quantized.double() - weight.double()
@@ -332,8 +332,8 @@ class ResidualStatistics:
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Σ l rᵀ over the tokens of a batch, [p, q] float64. left: [tokens, p]; right: [tokens, q].
 
-    The matrix product runs in the type of the tokens, without their means; what the means add is
-    put back in float64. If the mean of an input is a thousand times its deviation, a float32
+    The matrix product runs in the type of the tokens, without their means; the share of the means
+    is put back in float64. If the mean of an input is a thousand times its deviation, a float32
     product would lose the deviation, which is all that `centre_` keeps."""
     # [p] and [q], then [tokens, p]ᵀ × [tokens, q].
     left_mean, right_mean = left.mean(0), right.mean(0)

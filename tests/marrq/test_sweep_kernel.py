@@ -47,8 +47,8 @@ OUTPUTS, INPUTS, BLOCK = 37, 40, 16
 Case = tuple[Any, ...]
 Rounding = Callable[[ColumnBlock], None]
 ROWS_THAT_MAY_DIFFER = 0.03
-"""Where float32 rounds, two orders of a sum may fall on two sides of a half: a step differs, and
-with it what follows in the row."""
+"""If float32 rounds, two orders of a sum may fall on two sides of a half: a step differs, and with
+it the rest of the row."""
 
 
 @dataclass

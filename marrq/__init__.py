@@ -17,6 +17,7 @@ used (PEP 562).
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# For type checkers: at run time these imports would load torch and timm, which takes seconds.
 if TYPE_CHECKING:
     from marrq.artifact.folder import load, save
     from marrq.models.images import find_images
@@ -47,8 +48,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'marrq' has no attribute {name!r}")
     from marrq.workflows.checks import check_packages
 
+    # Another package in place of ours would fail later, with an error that does not say why.
     check_packages()
     found: object = getattr(import_module(HOMES[name]), name)
+    # From now on the name is found without this function.
     globals()[name] = found
     return found
 

@@ -5,12 +5,11 @@ behind the checks that need none of them, so that a mistake does too.
 """
 
 import sys
-from typing import Annotated
 
 import typer
 
-from marrq import __version__
 from marrq.cli.bench import bench
+from marrq.cli.common import VersionOption
 from marrq.cli.compare import compare
 from marrq.cli.demo import demo
 from marrq.cli.doctor import doctor
@@ -21,27 +20,17 @@ from marrq.cli.quantize import quantize
 from marrq.errors import MarrqError
 from marrq.workflows.checks import check_packages
 
+# A bug shows Python's own traceback, which can be pasted into a report. An error that marrq raises
+# on purpose never gets there, see `main`.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"marrq {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def program(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", is_eager=True, callback=_print_version
-        ),
-    ] = False,
-) -> None:
+def program(version: VersionOption = False) -> None:
     """Turn a pretrained vision transformer into a low-bit ONNX file, and measure it."""
 
 
+# In the order of the help: from a model to a file, then what looks at models and files.
 for command in (quantize, export, bench, evaluate, inspect, doctor, compare, demo):
     app.command()(command)
 
@@ -58,12 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments)
         return 0
+    # Typer ends a command by SystemExit: with 0 after --help, with 2 for wrong usage.
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 0
     except (MarrqError, BenchError) as error:
         return _failed(str(error))
     except GateError as error:
         return _failed(str(error), code=3)
+    # A disk that is full, a folder that may not be written to: the user needs reason and place.
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         return _failed(f"{error.strerror or error}{place}")

@@ -17,18 +17,36 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from marrq import __version__
 from marrq.files import write_json
+from marrq.methods.spec import METHOD_SETTINGS
 
+# Results go to stdout, so that they can be piped; progress, warnings and errors go to stderr.
 stdout = Console()
 stderr = Console(stderr=True)
 
 # Options stand in panels of the help. A panel is one question of the user, and has the same name in
-# every command.
+# every command. A metavar says what to write; without it the help would show a type of Python.
+# Square brackets would be read as rich's markup, so help texts have none.
 input_option = partial(typer.Option, rich_help_panel="Input")
 quantization_option = partial(typer.Option, rich_help_panel="Quantization")
 run_option = partial(typer.Option, rich_help_panel="Run")
 output_option = partial(typer.Option, rich_help_panel="Output")
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"marrq {__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    # Eager: printed before a command is asked for.
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+]
+
+# What is quantized or measured, and the images for it.
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -49,13 +67,28 @@ SamplesOption = Annotated[
 ]
 SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random draw.")]
 
+# Settings that have an option of their own, and those of the search's controller, are left out.
+NAMED_SETTINGS = ("alpha", "feedback", "lowrank", "rotate")
+OTHER_SETTINGS = [
+    key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS and not key.startswith("pid.")
+]
+
+# What the codes become: bits and grids, then the method and its settings.
 SchemeOption = Annotated[
     str,
     quantization_option(
         metavar="WxAy",
         help="Bits of weights (2, 3, 4, 8) and of activations (3, 4, 8, 16). Suffixes: -gSIZE for "
-        "groups of inputs, -sym for zero points of 0, -mxint for blocks of 32 with powers of two, "
-        "-e8 for first and last layers in 8 bits.",
+        "groups of inputs, -sym for zero points of 0, -mxint for blocks of 32 that share a power "
+        "of two, -e8 for first and last layers in 8 bits.",
+    ),
+]
+SchemesOption = Annotated[
+    list[str],
+    quantization_option(
+        "--scheme",
+        metavar="WxAy",
+        help="As for quantize; :per-token behind for dynamic activations. May be repeated.",
     ),
 ]
 ActivationsOption = Annotated[
@@ -70,6 +103,14 @@ MethodOption = Annotated[
         metavar="NAME",
         help="rtn, gptq, gptaq, rescomp, exact, stream; or marr- before one of the last four. "
         "marr is marr-stream.",
+    ),
+]
+MethodsOption = Annotated[
+    list[str],
+    quantization_option(
+        "--method",
+        metavar="METHOD",
+        help="NAME,KEY=VALUE,… such as marr-gptaq,alpha=grid; default: all. May be repeated.",
     ),
 ]
 AlphaOption = Annotated[
@@ -99,10 +140,13 @@ RotateOption = Annotated[
 SettingOption = Annotated[
     list[str],
     quantization_option(
-        "--set", metavar="KEY=VALUE", help="Another setting of the method; may be repeated."
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Another setting of the method: {', '.join(OTHER_SETTINGS)}. May be repeated.",
     ),
 ]
 
+# How the work is done; the result does not depend on it, the device apart.
 DeviceOption = Annotated[str, run_option(metavar="NAME", help="auto, cpu or cuda.")]
 WorkDirOption = Annotated[
     Path | None,
@@ -125,6 +169,7 @@ ThreadsOption = Annotated[
 ProviderOption = Annotated[
     str, run_option(metavar="NAME", help="Execution provider: cpu, cuda or tensorrt.")
 ]
+# What is written.
 OutputOption = Annotated[
     Path, output_option("-o", "--output", metavar="PATH", help="Where to write.")
 ]
@@ -142,6 +187,7 @@ class Bar:
 
     def __init__(self, progress: Progress, text: str, total: int | None) -> None:
         self._progress = progress
+        # `note` is a field that the last column draws.
         self._task = progress.add_task(text, total=total, note="")
 
     def advance(self, amount: int = 1) -> None:
@@ -160,6 +206,7 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
     Nothing is drawn if `shown` is off, or if stderr is no terminal. A total of None is not known
     yet: `Bar.show` tells it.
     """
+    # What is done, how far, since when, and how long it will still take.
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -168,6 +215,7 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+    # In a log file the bars would be hundreds of lines.
     hidden = not (shown and stderr.is_terminal)
     with Progress(*columns, console=stderr, disable=hidden) as progress:
         yield [Bar(progress, text, total) for text, total in totals.items()]
@@ -175,6 +223,7 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
 
 def say(text: str) -> None:
     """A line for people, on stderr, as it stands."""
+    # A path may have square brackets, and must not be cut where the terminal ends.
     stderr.print(text, highlight=False, soft_wrap=True, markup=False)
 
 

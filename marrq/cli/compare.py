@@ -10,16 +10,10 @@ from marrq.cli import common
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme
 
-SCHEMES = "As for quantize; :per-token behind for dynamic activations. May be repeated."
-METHODS_HELP = (
-    "NAME,KEY=VALUE,… such as marr-gptaq,alpha=grid; all methods by default. May be repeated."
-)
 SEEDS = "Number of random draws of the calibration images."
 OUTPUT = "JSON file. Runs that it holds are not done again."
 RAY = "Do the runs on Ray, one on each CPU or GPU: local, or the address of a cluster."
 
-Schemes = Annotated[list[str], common.quantization_option(metavar="WxAy", help=SCHEMES)]
-Methods = Annotated[list[str], common.quantization_option(metavar="METHOD", help=METHODS_HELP)]
 Seeds = Annotated[int, common.input_option(metavar="N", help=SEEDS, min=1)]
 Output = Annotated[Path, common.output_option("-o", "--output", metavar="FILE", help=OUTPUT)]
 Ray = Annotated[str | None, common.run_option(metavar="ADDRESS", help=RAY)]
@@ -31,8 +25,8 @@ def compare(
     data: common.DataOption = None,
     samples: common.SamplesOption = 256,
     seeds: Seeds = 3,
-    scheme: Schemes = ["W4A8"],
-    method: Methods = [],
+    scheme: common.SchemesOption = ["W4A8"],
+    method: common.MethodsOption = [],
     device: common.DeviceOption = "auto",
     ray: Ray = None,
     output: Output,
@@ -48,12 +42,14 @@ def compare(
     from marrq.workflows.checks import data_for
     from marrq.workflows.devices import choose_device
 
+    # All that can be wrong without torch is checked first.
     methods = [parse_method(text) for text in method or METHODS]
     schemes = [_scheme(text) for text in scheme]
     name = data_for(model, data)
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
 
+        # A wrong suffix or a missing matplotlib is told now, and not after hours.
         check_plot(plot)
     # A cluster may have GPUs if this machine has none.
     kind = device if ray is not None and device in ("cpu", "cuda") else choose_device(device).type
@@ -63,6 +59,7 @@ def compare(
     from marrq.workflows.compare_on_ray import runs_on_ray
     from runtime.report.comparison import ComparisonReport, markdown, table
 
+    # Seeds vary slowest: runs of one seed share the full-precision tokens.
     combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
     with common.progress_bars(runs=len(combinations)) as [bar]:

@@ -29,6 +29,7 @@ def demo(
     from marrq.workflows.export import export
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
+    # The model demo has its own images, so no command needs --data.
     quantize("demo", output=artifact, force=force)
     export(artifact, file, force=force, say=common.say)
     bench([file], json_file=report)

@@ -30,6 +30,7 @@ def evaluate(
     from marrq.workflows.checks import data_for
     from marrq.workflows.devices import choose_device
 
+    # A folder that was named is checked at once. Whether the default will do depends on the model.
     if data is not None:
         data_for(model, data)
     target = choose_device(device)
@@ -40,6 +41,7 @@ def evaluate(
     from marrq.workflows.evaluate import load_candidates
 
     models = load_candidates(model)
+    # An artifact of the demo has the demo's images, whatever its folder is called.
     source, labels = models["float"].source.name, models["float"].labels
     images = find_images(data_for(source, data), "val", labels)
     with (
@@ -47,6 +49,7 @@ def evaluate(
         common.progress_bars(processes.is_first, images=len(images) * len(models)) as [bar],
     ):
         found = measure(models, images, target, bar.advance, processes)
+    # Every process has all logits; one report is enough.
     if not processes.is_first:
         return
     report = {
@@ -61,6 +64,7 @@ def evaluate(
 
 
 def _sentence(accuracy: "Accuracy") -> str:
+    # Percent for people; the JSON has shares.
     interval = f"{100 * accuracy.top1_low:.1f}–{100 * accuracy.top1_high:.1f}"
     return (
         f"top-1 {100 * accuracy.top1:.2f} % ({interval}), top-5 {100 * accuracy.top5:.2f} %, "

@@ -34,37 +34,40 @@ def quantize(
     marrq quantize vit_base_patch16_224 --data IMAGES --scheme W4A8 -o artifact
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
-    from marrq.files import check_output
     from marrq.methods.spec import with_settings
     from marrq.schemes import parse_scheme
     from marrq.workflows.checks import data_for
+    from marrq.workflows.destination import Destination
     from marrq.workflows.devices import choose_device
 
     # All that can be wrong without torch is checked first, so that a mistake is told at once.
+    # The value of the setting is the seed of the rotation.
     rotation = "0" if rotate else None
     named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": rotation}
     settings = {key: value for key, value in named.items() if value is not None}
+    # --set may name any setting, and wins over an option of the same name.
     others = {key: value for key, _, value in (text.partition("=") for text in setting)}
     spec = with_settings(method, settings | others)
     numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
     name = data_for(model, data)
-    if not resume:
-        check_output(output, force)
+    destination = Destination(output, force, resume, work_dir)
+    destination.check()
     target = choose_device(device)
 
+    # From here on torch and timm are imported, which takes seconds.
     from marrq.distributed import process_group
     from marrq.models.images import find_images
     from marrq.models.load import load_model
     from marrq.pipeline.quantize import RunOptions
-    from marrq.workflows.quantize import Destination, Recipe, note_of, quantize_to_folder
+    from marrq.workflows.quantize import Recipe, note_of, quantize_to_folder
 
-    destination = Destination(output, force, resume, work_dir)
-    destination.check()
     loaded = load_model(model)
+    # The model's class names say which folders there may be.
     images = find_images(name, "train", loaded.labels)
     recipe = Recipe(numbers, spec, samples, seed)
     with (
         process_group(target) as processes,
+        # Of the processes of torchrun the first one alone draws.
         common.progress_bars(processes.is_first, quantizing=None) as [bar],
     ):
         run = RunOptions(

@@ -13,7 +13,9 @@ def check_packages() -> None:
     Both are common names, and the folder that Python starts in is searched first.
     """
     for name in ("exporters", "runtime"):
+        # The three packages lie side by side, in the repository and in site-packages alike.
         ours = Path(__file__).parents[2] / name / "__init__.py"
+        # find_spec looks where an import would look, and imports nothing.
         found = find_spec(name)
         if found is None or found.origin != str(ours):
             place = found.origin if found else "nothing"

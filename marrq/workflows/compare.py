@@ -63,6 +63,8 @@ class Combination:
     @property
     def key(self) -> dict[str, Any]:
         """What tells this run from the others of a report, as JSON."""
+        # The description has the activations' strategy, which `str(scheme)` has not. A method is
+        # known by its settings too.
         return {
             "scheme": self.scheme.description,
             "method": text_of(self.method),
@@ -94,6 +96,8 @@ def compare(
     Raises MarrqError if the file is of another model, other images or another number of samples,
     and whatever a run raises. Runs that were done before that are in the file.
     """
+    # Also if others do the runs: the report names weights and images, and a wrong name of either is
+    # told before workers start.
     runner = Runner(task)
     report = ReportFile(file, runner, combinations)
     missing, count = report.missing(), len(combinations)
@@ -109,6 +113,7 @@ def compare(
     # The generator is read one by one, so a run is announced when it begins.
     runs = map(runner.run, announced()) if distribute is None else distribute(task, missing)
     for done, run in enumerate(runs, present + 1):
+        # On the disk at once: whatever stops the command, this run is not done again.
         report.add(run)
         show(done, count, "")
     return report.selected()
@@ -123,6 +128,7 @@ class Runner:
 
     def __init__(self, task: Task) -> None:
         self.task, self.device = task, torch.device(task.device)
+        # Loaded once: every run quantizes a copy.
         self.original = load_model(task.model)
         self.train = find_images(task.data, "train", self.original.labels)
         self.held_out = find_images(task.data, "val", self.original.labels)
@@ -133,6 +139,7 @@ class Runner:
         float model."""
         # The logits of the float model are computed once, and not on the time of the first run.
         reference = self.reference
+        # Time and memory are those of quantizing alone, without measuring.
         start = time.perf_counter()
         with peak_memory() as peak:
             model = self._quantized(combination)
@@ -163,6 +170,7 @@ class Runner:
 
     def _quantized(self, combination: Combination) -> QuantizedModel:
         scheme, method = combination.scheme, combination.method
+        # Quantizing replaces linears in place, and the next run needs the float model again.
         copied = replace(self.original, module=copy.deepcopy(self.original.module))
         recipe = Recipe(scheme, method, self.task.samples, combination.seed)
         settings = recipe.settings(self.train.draw(recipe.samples, recipe.seed))
@@ -175,6 +183,8 @@ class Runner:
         return quantize_in_place(copied, self.train, recipe, run)
 
     def _measured(self, model: QuantizedModel, reference: NDArray[np.float32]) -> dict[str, Any]:
+        # Errors J of layers differ by orders of magnitude, so their sum is about the largest. The
+        # mean of the relative errors counts every layer alike.
         reports = model.reports
         return {
             **measure_accuracy(self._logits(model), self.targets, reference).to_json(),
@@ -209,11 +219,13 @@ class ReportFile:
         if file.exists():
             self.report = _read_report(file, about)
         else:
+            # The machine of the command; times can be compared within one file alone.
             environment = {**describe_machine().to_json(), "torch": version("torch")}
             self.report = {**about, "environment": environment, "runs": []}
 
     def missing(self) -> list[Combination]:
         """The combinations that the file does not hold."""
+        # Runs are known by their keys: the file may have been written on another machine.
         return [one for one in self.combinations if not any(map(one.is_in, self.report["runs"]))]
 
     def add(self, run: dict[str, Any]) -> None:
@@ -221,13 +233,16 @@ class ReportFile:
 
         New runs stand in the order of the combinations, whichever was done first.
         """
+        # Every run brings the accuracy of the float model; the report has it once.
         self.report["float"] = run.pop("float")
         self.added.append(run)
+        # Workers finish in any order; the file must not depend on who was fast.
         self.added.sort(key=self._place)
         write_json(self.file, {**self.report, "runs": self._runs()})
 
     def selected(self) -> dict[str, Any]:
         """The report with the runs that were asked for, whatever else the file holds."""
+        # The file may hold runs of an earlier command with other methods or more seeds.
         wanted = [run for run in self._runs() if any(one.is_in(run) for one in self.combinations)]
         return {**self.report, "runs": wanted}
 
@@ -243,6 +258,7 @@ def _read_report(file: Path, about: dict[str, Any]) -> dict[str, Any]:
     """The report in a file. Raises MarrqError if its model, images or samples differ."""
     try:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        # Accuracies of other weights, images or samples cannot stand in one table.
         differing = [key for key, value in about.items() if report[key] != value]
     except (ValueError, KeyError, TypeError) as error:
         raise MarrqError(

@@ -70,6 +70,7 @@ def runs_on_ray(
     Raises MarrqError if Ray is not installed or cannot be reached, if a worker is lost, and for an
     unexpected error of a worker. A worker's MarrqError, BenchError or OSError is raised as it is.
     """
+    # Nothing to do: no cluster is looked for.
     if not combinations:
         return
     ray = _connected(address)
@@ -77,6 +78,7 @@ def runs_on_ray(
         with _errors_as_sentences(ray):
             workers = _workers(ray, task, len(combinations))
             yield from _runs(ray, workers, combinations)
+    # A Ray that was started here ends; of another cluster only this client and its workers do.
     finally:
         ray.shutdown()
 
@@ -105,12 +107,15 @@ def _workers(ray: Any, task: Task, most: int) -> dict[Any, Any]:
     Returns workers by the answer that each owes; the first answer says that the worker is prepared.
     """
     kind = "GPU" if task.device == "cuda" else "CPU"
+    # More workers than runs would only load the model.
     count = min(int(ray.cluster_resources().get(kind, 0)), most)
     if not count:
         raise MarrqError(
             f"the cluster of Ray has no {kind}: choose another --device, or leave --ray out"
         )
+    # Ray starts a worker when its CPU or GPU is free, and gives it one thread or that GPU.
     actor = ray.remote(Worker).options(num_cpus=1, num_gpus=int(kind == "GPU"))
+    # All prepare at once, each in its own process.
     workers = [actor.remote() for _ in range(count)]
     return {worker.prepare.remote(task, Path.cwd(), _versions()): worker for worker in workers}
 
@@ -128,6 +133,7 @@ def _runs(
     """
     waiting, seeds, left = list(combinations), dict[Any, int](), len(combinations)
     while left:
+        # The first answer that is there; `get` raises what the worker has raised.
         [answer], _ = ray.wait(list(busy))
         worker, run = busy.pop(answer), ray.get(answer)
         if waiting:
@@ -143,6 +149,7 @@ def _runs(
 
 def _preference(one: Combination, worker: Any, seeds: dict[Any, int]) -> tuple[bool, bool]:
     """Smallest for the run that a worker should do next. seeds: of the workers' last runs."""
+    # False is less than True: its own seed first, then a seed that nobody is at.
     return one.seed != seeds.get(worker), one.seed in seeds.values()
 
 
@@ -160,9 +167,11 @@ def _connected(address: str) -> Any:
         import ray
     except ModuleNotFoundError as error:
         raise MarrqError("--ray needs Ray: pip install 'marrq[ray]'") from error
+    # The size of a cluster is its own; a local Ray gets the cores that this process may use.
     own: dict[str, Any] = {}
     if address == "local":
         own = {"num_cpus": usable_cores(), "include_dashboard": False}
+    # Ray raises all of these for an address that does not work.
     try:
         _check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -177,6 +186,7 @@ def _connected(address: str) -> Any:
 def _check_reachable(address: str) -> None:
     """Raise OSError if nothing listens at the address: Ray itself would try for minutes."""
     if address not in ("local", "auto"):
+        # A client connects through ray://, a member of the cluster without it.
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if not colon or not port.isdecimal():
             raise ValueError("not local, auto or HOST:PORT")

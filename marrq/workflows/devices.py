@@ -31,6 +31,7 @@ def choose_device(name: str) -> "torch.device":
             "device 'cuda' is not available here: pass --device cpu, or install a torch that finds "
             "the GPU"
         )
+    # Never another device than the one asked for: only `auto` leaves the choice to this line.
     found = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     return local_device(torch.device(found))
 

@@ -35,8 +35,10 @@ def load_candidates(name: str) -> dict[str, AnyModel]:
     name: a model as `load_model` takes it, or an artifact's folder, which is evaluated beside the
     float model that it was made from. Raises MarrqError if it cannot be loaded.
     """
+    # A folder may also be a transformers checkpoint; an artifact says that it is an artifact.
     if not is_artifact(Path(name)):
         return {"float": load_model(name)}
+    # load_source checks that the float weights are still those that were quantized.
     quantized = load(Path(name))
     title = f"{quantized.scheme.description} {quantized.method.name}"
     return {"float": load_source(quantized.source), title: quantized}
@@ -62,6 +64,7 @@ def evaluate(
         logits = predict(
             model.module, images, preprocessing, device, images_done, processes
         ).numpy()
+        # Agreement and divergence of every model are taken against the first one.
         reference = logits if reference is None else reference
         found[title] = measure_accuracy(logits, np.array(images.targets), reference)
     return found
@@ -88,7 +91,9 @@ def predict(
         raise MarrqError(
             f"{processes.size} processes for {len(starts)} batches of images: start fewer"
         )
+    # Consecutive batches for each process: gathered by rank, the logits are in order.
     mine = processes.share(starts)
+    # The last batch may be shorter; a slice stops at the end by itself.
     rows = slice(mine[0], mine[-1] + BATCH_SIZE)
     part = ImageSet(images.name, images.files[rows], images.targets[rows])
     logits = []
@@ -109,6 +114,7 @@ def watch_linears(
     Nothing is kept: inputs and outputs of all linears together may be larger than the model.
     """
 
+    # A hook of torch gets the module, the tuple of its arguments and its output.
     def leave(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         return lambda _, arguments, output: seen(path, arguments[0], output)
 
@@ -119,5 +125,6 @@ def watch_linears(
 
 def nudged(pixels: Tensor, seed: int) -> Tensor:
     """Every value changed by about a millionth of itself, as float sums in another order differ."""
+    # Relative to each value, and far above the spacing of float32, 1.2e-7.
     generator = torch.Generator().manual_seed(seed)
     return pixels * (1 + 1e-6 * torch.randn(pixels.shape, generator=generator))

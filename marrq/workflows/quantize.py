@@ -8,14 +8,11 @@ processes, checkpoints and the place of the tokens leave no trace in it.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from marrq.artifact.checkpoint import FolderCheckpoint, is_checkpoint, remove_checkpoint
+from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
 from marrq.artifact.config import description
-from marrq.artifact.folder import is_artifact, read_config, save
-from marrq.errors import MarrqError
-from marrq.files import check_output
+from marrq.artifact.folder import save
+from marrq.methods.registry import RESIDUAL_STREAM
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import ImageSet
 from marrq.models.load import VisionModel
@@ -29,6 +26,7 @@ from marrq.quantized_model import (
     QuantizedModel,
 )
 from marrq.schemes import Scheme, parse_scheme
+from marrq.workflows.destination import Destination
 from marrq.workflows.devices import choose_device
 
 
@@ -47,6 +45,8 @@ class Recipe:
 
     def settings(self, images: ImageSet) -> QuantizationSettings:
         """The settings of the pipeline. images: the images that this recipe has drawn."""
+        # Name, seed and the hash of the file names: enough to draw the same images again, and to
+        # see that they are the same.
         calibration = CalibrationRecord(images.name, self.samples, self.seed, images.sha256)
         return QuantizationSettings(self.scheme, self.method, calibration)
 
@@ -74,6 +74,7 @@ def quantize(
     scheme, method or device, for fewer images than samples, and for a model that has no transformer
     blocks or values that are not finite.
     """
+    # Texts first: a wrong one is told before a model is copied.
     recipe = Recipe(
         parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         parse_method(method) if isinstance(method, str) else method,
@@ -81,6 +82,7 @@ def quantize(
         seed,
     )
     run = RunOptions(choose_device(device))
+    # The pipeline puts its linears into the module that it is given.
     copied = replace(model, module=copy.deepcopy(model.module))
     return quantize_in_place(copied, images, recipe, run)
 
@@ -89,56 +91,9 @@ def quantize_in_place(
     model: VisionModel, images: ImageSet, recipe: Recipe, run: RunOptions
 ) -> QuantizedModel:
     """Draw the calibration images and quantize; the linears of `model` itself are replaced."""
+    # The draw is a list of files. The pipeline reads the images batch by batch.
     drawn = images.draw(recipe.samples, recipe.seed)
     return run_pipeline(model, drawn.pixels(model.preprocessing), recipe.settings(drawn), run)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where an artifact is written, and what may be found there.
-
-    overwrite: replace an artifact, and forget an unfinished run.
-    resume: go on with an unfinished run; do nothing if the artifact is complete.
-    work_dir: folder for memory-mapped tokens and for the checkpoint; None: tokens stay in memory,
-    and the checkpoint lies beside the artifact.
-    """
-
-    folder: Path
-    overwrite: bool = False
-    resume: bool = False
-    work_dir: Path | None = None
-
-    @property
-    def checkpoint(self) -> Path:
-        """The folder of the blocks that are done."""
-        parent = self.folder.parent if self.work_dir is None else self.work_dir
-        return parent / f".{self.folder.name}.checkpoint"
-
-    def check(self) -> None:
-        """Raise MarrqError if a new run would replace what may not be replaced."""
-        if self.resume:
-            return
-        check_output(self.folder, self.overwrite)
-        if is_checkpoint(self.checkpoint):
-            if not self.overwrite:
-                raise MarrqError(
-                    f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "
-                    "with it, or --force to begin again"
-                )
-            remove_checkpoint(self.checkpoint)
-
-    def is_complete(self, about: dict[str, Any]) -> bool:
-        """Whether the folder holds the artifact that this run would write.
-
-        about: what that artifact is a function of. Raises MarrqError if the folder holds something
-        else that may not be replaced.
-        """
-        if not self.resume:
-            return False
-        if is_artifact(self.folder) and about.items() <= read_config(self.folder).items():
-            return True
-        check_output(self.folder, self.overwrite)
-        return False
 
 
 def quantize_to_folder(
@@ -153,8 +108,11 @@ def quantize_to_folder(
     Every process of torchrun calls this; the first one alone writes, and has sentences. The caller
     has called `destination.check()` before it loaded the model.
     """
+    # The draw is repeated inside `quantize_in_place`, and gives the same files: the hash of their
+    # names has to be known before the checkpoint is opened.
     about = description(model, recipe.settings(images.draw(recipe.samples, recipe.seed)))
     if destination.is_complete(about):
+        # The run was stopped between saving the artifact and removing the checkpoint.
         remove_checkpoint(destination.checkpoint)
         return [f"{destination.folder} is complete"]
     # The device kind is no part of the artifact's description, but it may change the last bits, and
@@ -165,12 +123,15 @@ def quantize_to_folder(
         recipe.scheme,
         run.processes,
     )
+    # Tokens of a large model may need more memory than there is.
     store = in_memory if destination.work_dir is None else in_files(destination.work_dir)
     run = replace(run, store=store, checkpoint=checkpoint)
     quantized = quantize_in_place(model, images, recipe, run)
+    # All processes have the same model, and have agreed on every block of it.
     if not run.processes.is_first:
         return []
     save(quantized, destination.folder, overwrite=destination.overwrite)
+    # The artifact is whole and on the disk: only now may the blocks go.
     checkpoint.remove()
     warnings = [f"warning: {warning}" for warning in shortfalls(quantized)]
     return [*warnings, f"wrote {destination.folder}"]
@@ -183,7 +144,8 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
         if report.fallback:
             yield f"{report.path}: {report.fallback}"
     # `stream` aims at the sum of the residual stream, which needs a linear that writes to it.
-    if method in ("stream", "marr-stream") and not any(report.writes_stream for report in reports):
+    aims_at_stream = model.method.wants == RESIDUAL_STREAM
+    if aims_at_stream and not any(report.writes_stream for report in reports):
         yield (
             f"no linear writes to a residual stream: {method} did what "
             f"{method.replace('stream', 'exact')} does"
@@ -192,5 +154,6 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
 
 def note_of(reports: Sequence[ModuleReport]) -> str:
     """The α of a block's linears in short, for a progress bar."""
+    # Only the methods with a residual strength have an α.
     found = [f"{report.alpha:.2f}" for report in reports if report.alpha is not None]
     return f"α {' '.join(found)}" if found else ""

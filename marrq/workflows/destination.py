@@ -1,0 +1,68 @@
+"""Where `marrq quantize` writes an artifact, and what it may find there.
+
+Nothing here imports torch unless an unfinished run is found, so that a mistake is told at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marrq.errors import MarrqError
+from marrq.files import check_output
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an artifact is written, and what may be found there.
+
+    overwrite: replace an artifact, and forget an unfinished run.
+    resume: go on with an unfinished run; do nothing if the artifact is complete.
+    work_dir: folder for memory-mapped tokens and for the checkpoint; None: tokens stay in memory,
+    and the checkpoint lies beside the artifact.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the blocks that are done."""
+        parent = self.folder.parent if self.work_dir is None else self.work_dir
+        return parent / f".{self.folder.name}.checkpoint"
+
+    def check(self) -> None:
+        """Raise MarrqError if a new run would replace what may not be replaced."""
+        # With `resume`, what may be there depends on the settings, which is_complete is told.
+        if self.resume:
+            return
+        check_output(self.folder, self.overwrite)
+        # The module that knows checkpoints imports torch; most of the time there is none.
+        if self.checkpoint.exists():
+            from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint
+
+            if not is_checkpoint(self.checkpoint):
+                return
+            if not self.overwrite:
+                raise MarrqError(
+                    f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "
+                    "with it, or --force to begin again"
+                )
+            remove_checkpoint(self.checkpoint)
+
+    def is_complete(self, about: dict[str, Any]) -> bool:
+        """Whether the folder holds the artifact that this run would write.
+
+        about: what that artifact is a function of. Raises MarrqError if the folder holds something
+        else that may not be replaced.
+        """
+        from marrq.artifact.folder import is_artifact, read_config
+
+        if not self.resume:
+            return False
+        # The config has more keys, such as the hash of the tensors.
+        if is_artifact(self.folder) and about.items() <= read_config(self.folder).items():
+            return True
+        check_output(self.folder, self.overwrite)
+        return False

@@ -22,12 +22,14 @@ RESIDUAL_STREAM: Wants = "residual stream"
 class MethodInfo:
     """What is known of a method without its code.
 
-    summary: what the codes aim at, for people
+    aim: the output or the weight that the codes aim at, for people
+    paper: its number on arXiv, or "" for our own
     wants: the statistics that the pipeline has to collect
     has_alpha: whether a residual strength α multiplies its correction
     searches_alpha: whether it finds an α for each module"""
 
-    summary: str
+    aim: str
+    paper: str = ""
     wants: Wants = INPUT_DRIFT
     has_alpha: bool = False
     searches_alpha: bool = False
@@ -36,14 +38,20 @@ class MethodInfo:
 # Adding a method: a line here, and one in methods/solve.py; a test fails if one of them is missing.
 RESIDUAL_METHODS: dict[str, MethodInfo] = {
     "gptaq": MethodInfo(
-        "the full-precision output, by a residual term in the sweep; α = 0.25", has_alpha=True
+        "the full-precision output, by a residual term in the sweep; α = 0.25",
+        "2504.02692",
+        has_alpha=True,
     ),
-    "rescomp": MethodInfo("as gptaq, with a second residual term; α = 0.25", has_alpha=True),
+    "rescomp": MethodInfo(
+        "as gptaq, with a second residual term; α = 0.25", "2604.07955", has_alpha=True
+    ),
     "exact": MethodInfo(
-        "the full-precision output, by the weight that comes nearest to it; α = 1", has_alpha=True
+        "the full-precision output, by the weight that comes nearest to it; α = 1",
+        "2504.09629",
+        has_alpha=True,
     ),
     "stream": MethodInfo(
-        "as exact; linears that write to the residual stream aim at the full-precision stream",
+        "as exact, but linears that write to the residual stream aim at the full-precision stream",
         wants=RESIDUAL_STREAM,
         has_alpha=True,
     ),
@@ -53,11 +61,14 @@ RESIDUAL_METHODS: dict[str, MethodInfo] = {
 
 METHODS: dict[str, MethodInfo] = {
     "rtn": MethodInfo("nothing: each weight goes to the nearest value of its grid"),
-    "gptq": MethodInfo("the output of the original weight on the quantized inputs"),
+    "gptq": MethodInfo("the output of the original weight on the quantized inputs", "2210.17323"),
     **RESIDUAL_METHODS,
     **{
         f"marr-{name}": replace(
-            info, summary=f"MARR: as {name}, with an α for each module", searches_alpha=True
+            info,
+            aim=f"as {name}, with an α for each module (MARR)",
+            paper="2605.17997",
+            searches_alpha=True,
         )
         for name, info in RESIDUAL_METHODS.items()
     },
@@ -76,3 +87,12 @@ def method_named(name: str) -> str:
             f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
         )
     return name
+
+
+def methods_table() -> str:
+    """Every method with its aim and its paper, as a Markdown table."""
+    rows = []
+    for name, info in METHODS.items():
+        paper = f"[{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else ""
+        rows.append(f"| `{name}` | {info.aim} | {paper} |")
+    return "\n".join(["| method | aim | paper |", "|---|---|---|", *rows])

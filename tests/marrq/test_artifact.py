@@ -28,18 +28,20 @@ from marrq.schemes import ActivationSpec, ActivationStrategy, WeightSpec
 
 IMAGES = noise(4)
 CASES: list[tuple[str, str, ActivationStrategy]] = [
+    ("W8A16", "rtn", "per-tensor"),
+    ("W3A8-g16-sym", "rescomp,bias-correction=off", "per-tensor"),
+    ("W4A16-mxint", "exact,clip=weights", "per-tensor"),
+    ("W2A8-mxint", "gptq,lowrank=qera:4:int8", "per-token"),
+    ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
+]
+MORE_CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W2A8", "marr", "per-tensor"),
     ("W3A4", "gptaq,alpha=global=0.5", "per-tensor"),
     ("W4A4", "marr-stream,feedback=calibration,pid.steps=3", "per-token"),
-    ("W8A16", "rtn", "per-tensor"),
     ("W4A16-g32", "marr-gptaq,alpha=grid", "per-tensor"),
-    ("W3A8-g16-sym", "rescomp,bias-correction=off", "per-tensor"),
     ("W4A8-sym", "gptq,act-order=off", "per-tensor"),
-    ("W4A16-mxint", "exact,clip=weights", "per-tensor"),
     ("W2A8", "exact,lowrank=srr:4", "per-tensor"),
-    ("W2A8-mxint", "gptq,lowrank=qera:4:int8", "per-token"),
     ("W4A8", "gptq,rotate=3", "per-tensor"),
-    ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
     ("W3A16-g16-sym-e8", "gptq,rotate=3", "per-tensor"),
 ]
 
@@ -48,7 +50,10 @@ def tiny(scheme: str) -> QuantizedModel:
     return quantized(vit(), IMAGES, scheme, "rtn")
 
 
-@pytest.mark.parametrize(("scheme", "method", "strategy"), CASES)
+@pytest.mark.parametrize(
+    ("scheme", "method", "strategy"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+)
 def test_a_loaded_artifact_is_the_model_that_was_saved(
     tmp_path: Path, scheme: str, method: str, strategy: ActivationStrategy
 ):

@@ -170,9 +170,14 @@ def test_summing_statistics_never_waits_for_the_device(of_outputs: bool):
     "settings",
     [
         "",
-        ",lowrank=srr:2",
-        ",lowrank=lqer:2:int8,bias-correction=off",
-        ",clip=weights,act-order=off",
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                ",lowrank=srr:2",
+                ",lowrank=lqer:2:int8,bias-correction=off",
+                ",clip=weights,act-order=off",
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("name", METHODS)
@@ -199,9 +204,23 @@ def test_a_method_leaves_everything_on_the_device(name: str, settings: str):
         assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
 
-@pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
 @pytest.mark.parametrize(
-    "method", ["marr-rescomp,pid.steps=2", "stream", "exact,lowrank=srr:2", "gptq,rotate=0"]
+    ("method", "strategy"),
+    [
+        ("stream", "per-tensor"),
+        *(
+            pytest.param(method, strategy, marks=pytest.mark.slow)
+            for method, strategy in (
+                ("stream", "per-token"),
+                ("marr-rescomp,pid.steps=2", "per-tensor"),
+                ("marr-rescomp,pid.steps=2", "per-token"),
+                ("exact,lowrank=srr:2", "per-tensor"),
+                ("exact,lowrank=srr:2", "per-token"),
+                ("gptq,rotate=0", "per-tensor"),
+                ("gptq,rotate=0", "per-token"),
+            )
+        ),
+    ],
 )
 def test_a_model_is_quantized_on_the_device(
     monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
@@ -222,6 +241,7 @@ def test_a_model_is_quantized_on_the_device(
         assert {tensor.device.type for tensor in tensors_of(model.module).values()} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_a_model_with_windows_is_quantized_on_the_device(monkeypatch: pytest.MonkeyPatch):
     with without_values(monkeypatch):
         model = quantized(swin(), torch.randn(2, 3, 32, 32), "W4A8", "rtn", "cuda")

@@ -40,12 +40,40 @@ def torchrun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+COLLECTIVES = """
+import torch
+from marrq.distributed import process_group
+
+with process_group(torch.device("cpu")) as processes:
+    rank = processes.rank
+    gathered = processes.all_gather(torch.full((1 + rank, 2), rank))
+    assert gathered.tolist() == [[0, 0], [1, 1], [1, 1]]
+    total = torch.tensor(10.0 + rank)
+    processes.all_reduce(total)
+    assert total == 21
+    assert processes.broadcast(torch.arange(2 + rank)).tolist() == [0, 1]
+    assert processes.broadcast_object({"rank": rank}) == {"rank": 0}
+    assert (processes.all_agree(True), processes.all_agree(rank == 0)) == (True, False)
+    rows = processes.rows(70)
+    part = torch.arange(70.0)[rows]
+    assert processes.gather_rows(part, 70).tolist() == list(range(70))
+    assert processes.sum_rows(part, 70) == 69 * 35
+"""
+
+
+def test_two_processes_gather_add_and_agree(tmp_path: Path):
+    (tmp_path / "collectives.py").write_text(COLLECTIVES)
+    done = torchrun(2, str(tmp_path / "collectives.py"))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, str]:
     with one_thread():
         return torchrun_results.results()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_find_the_codes_that_one_finds_to_the_last_bit(count: int, alone: dict[str, str]):
     done = torchrun(count, str(FOLDER / "torchrun_results.py"))
@@ -53,6 +81,7 @@ def test_processes_find_the_codes_that_one_finds_to_the_last_bit(count: int, alo
     assert json.loads(done.stdout) == alone
 
 
+@pytest.mark.slow
 def test_two_threads_find_what_one_finds_to_the_last_bit(alone: dict[str, str]):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -126,6 +155,7 @@ def test_more_processes_than_batches_are_refused():
         share_of(cut(8, 4), Processes(0, 3))
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_ends_all_processes_with_its_name(
     tiny: str, image_folder: Path, tmp_path: Path
 ):
@@ -146,6 +176,7 @@ def test_a_corrupt_image_ends_all_processes_with_its_name(
     assert not (tmp_path / "artifact").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_processes_gives_what_one_gives(
     tiny: str, image_folder: Path, tmp_path: Path
 ):
@@ -170,6 +201,7 @@ def test_processes_that_disagree_are_told_apart(monkeypatch: pytest.MonkeyPatch)
         Processes().check_agreement(weights_sha256(vit()), "block 'blocks.0'")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_pipelines_readme_run_on_the_demo(tmp_path: Path):
     """The block under "Commands"; each quantizes anew, so each has a folder of its own, but for
     the evaluation of what is there."""

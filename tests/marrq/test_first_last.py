@@ -83,15 +83,15 @@ def test_stem_blocks_and_head_are_the_whole_model(name: str):
 
 
 @torch.no_grad()
-def test_a_copied_edge_has_parameters_of_its_own_and_shares_the_blocks():
+def test_copied_first_and_last_layers_have_parameters_of_their_own_and_share_the_blocks():
     model = vit()
     chain = with_outer_layers(model, find_blocks(model, IMAGES[:2]), IMAGES[:2])
     tokens = chain[1](chain[0](IMAGES[:3]))
-    for edge, x in ((chain[0], IMAGES[:3]), (chain[-1], tokens)):
-        before, copy = edge(x), edge.copied()
-        edge.linear(edge.groups[0][0]).weight.zero_()
+    for layers, x in ((chain[0], IMAGES[:3]), (chain[-1], tokens)):
+        before, copy = layers(x), layers.copied()
+        layers.linear(layers.groups[0][0]).weight.zero_()
         assert torch.equal(copy(x), before)
-        assert not torch.equal(edge(x), before)
+        assert not torch.equal(layers(x), before)
     assert chain[0].copied().module.blocks[0] is model.blocks[0]
 
 
@@ -110,8 +110,8 @@ def output_of(model: nn.Module, path: str) -> Tensor:
 @pytest.mark.parametrize(
     "method", ["marr-exact", "marr", "gptq,equalize=off", "exact,lowrank=srr:4"]
 )
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_streams(
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+def test_j_of_first_and_last_layers_is_the_square_error_of_their_outputs_between_the_two_streams(
     name: str, method: str
 ):
     """The head's input comes through everything quantized before it, its target through nothing."""
@@ -134,7 +134,7 @@ def test_j_of_the_edges_is_the_square_error_of_their_outputs_between_the_two_str
     ("scheme", "grid", "activation"),
     [("W2A4", "asymmetric", 8), ("W4A16-g16-sym", "symmetric", None)],
 )
-def test_edges_have_eight_bits_a_grid_per_channel_and_no_branch(
+def test_first_and_last_layers_have_eight_bits_a_grid_per_channel_and_no_branch(
     scheme: str, grid: str, activation: int | None
 ):
     model = quantized(vit(), IMAGES, f"{scheme}-e8", "gptq,lowrank=srr:4", strategy="per-token")
@@ -218,17 +218,19 @@ def convolved_head() -> nn.Module:
         (FromPixels, r"its logits do not follow from the tokens behind its last block alone"),
     ],
 )
-def test_edges_that_are_no_linears_are_refused_with_the_reason(
+def test_first_and_last_layers_that_are_no_linears_are_refused_with_the_reason(
     make: Callable[[], nn.Module], reason: str
 ):
     with pytest.raises(
         MarrqError,
-        match=f"patch embedding and head cannot be quantized, {reason}.*: choose a scheme without -e8",
+        match=f"patch embedding and head cannot be quantized, {reason}.*: "
+        "choose a scheme without -e8",
     ):
         quantized(make(), IMAGES, "W4A8-e8", "rtn")
 
 
-def test_the_codes_of_the_pixels_are_torchs_and_both_edges_run_on_integer_kernels(tmp_path: Path):
+@pytest.mark.slow
+def test_pixels_get_torchs_codes_and_first_and_last_layers_run_on_integer_kernels(tmp_path: Path):
     made = quantized(vit_with_layer_scale(), IMAGES, "W4A8-e8", "gptq")
     write(trace_quantized(made, "hash"), "integer", tmp_path / "m.onnx")
     executed = executed_operators(tmp_path / "m.onnx", SessionSettings(), tmp_path)

@@ -47,7 +47,9 @@ def output_of(model: nn.Module, path: str) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
+@pytest.mark.parametrize(
+    "strategy", ["per-tensor", pytest.param("per-token", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
 def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
     path: str, strategy: ActivationStrategy
@@ -148,6 +150,7 @@ def assert_same_codes(first: dict[str, Tensor], second: dict[str, Tensor]) -> No
     assert all(torch.equal(first[path], second[path]) for path in first)
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_codes():
     first, second = (codes_of(quantized(vit(), IMAGES, "W3A8", "marr").module) for _ in range(2))
     assert_same_codes(first, second)

@@ -152,7 +152,14 @@ BEHIND = {  # where the stream behind the last block's proj and fc2 enters
 }
 
 
-@pytest.mark.parametrize("method", ["stream", "stream,bias-correction=off", "marr-stream"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "stream",
+        pytest.param("stream,bias-correction=off", marks=pytest.mark.slow),
+        pytest.param("marr-stream", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", BEHIND)
 def test_the_error_of_a_writer_is_the_square_error_of_the_stream_behind_it(name: str, method: str):
     make, images = MODELS[name][0], noise(12)
@@ -167,7 +174,7 @@ def test_the_error_of_a_writer_is_the_square_error_of_the_stream_behind_it(name:
         assert by_path[linear].error == pytest.approx(float(drift.square().sum()), rel=1e-3)
 
 
-def test_the_stream_ends_nearer_to_the_full_precision_one_than_with_linears_that_repeat_their_own_output():
+def test_stream_ends_nearer_to_the_full_precision_stream_than_exact_and_exact_than_gptq():
     images = noise(24)
     original = inputs_of(vit_with_layer_scale(), "norm", images)
 

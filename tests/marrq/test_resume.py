@@ -50,12 +50,12 @@ def checkpoint(folder: Path, numbers: str, **settings: object) -> FolderCheckpoi
 
 
 CASES = [
-    (vit, "W4A8", "marr"),
     (vit, "W4A4", "stream"),
     (vit, "W3A8-e8", "gptq,lowrank=lqer:4:int8"),
     (vit, "W2A16-mxint", "marr-exact,rotate=0"),
-    (swin, "W4A8", "rtn"),
-    (mobilevit, "W4A8", "exact"),
+    pytest.param(vit, "W4A8", "marr", marks=pytest.mark.slow),
+    pytest.param(swin, "W4A8", "rtn", marks=pytest.mark.slow),
+    pytest.param(mobilevit, "W4A8", "exact", marks=pytest.mark.slow),
 ]
 
 
@@ -90,13 +90,15 @@ def test_a_run_that_is_stopped_after_any_block_goes_on_to_the_same_model(
     assert hashed(resumed) == expected
 
 
-def test_tokens_in_files_give_what_tokens_in_memory_give_and_leave_no_file(tmp_path: Path):
-    for build in (vit, mobilevit):
-        models = [
-            quantized(build(), noise(10), "W4A4", "marr", batch_size=4, **options)
-            for options in ({}, {"store": in_files(tmp_path)})
-        ]
-        assert hashed(models[0]) == hashed(models[1])
+@pytest.mark.parametrize("build", [vit, pytest.param(mobilevit, marks=pytest.mark.slow)])
+def test_tokens_in_files_give_what_tokens_in_memory_give_and_leave_no_file(
+    build: Callable[[], nn.Module], tmp_path: Path
+):
+    models = [
+        quantized(build(), noise(10), "W4A4", "gptq", batch_size=4, **options)
+        for options in ({}, {"store": in_files(tmp_path)})
+    ]
+    assert hashed(models[0]) == hashed(models[1])
     assert not list(tmp_path.iterdir())
 
 
@@ -167,6 +169,7 @@ def started(*arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_by_resume_to_the_same_bytes(
     tiny: str, image_folder: Path, tmp_path: Path
 ):
@@ -194,7 +197,7 @@ def test_resume_begins_where_nothing_is_there_and_leaves_alone_what_is_complete(
     assert "is complete" in capsys.readouterr().err
     assert contents(output) == before
     assert main(command(tiny, image_folder, output, "--resume", "--method", "rtn")) == 1
-    assert "exists: choose another, or pass --force" in capsys.readouterr().err
+    assert "exists: choose another place, or pass --force" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_lost_by_beginning_again(
@@ -211,6 +214,7 @@ def test_an_unfinished_run_is_not_lost_by_beginning_again(
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_keeps_earlier_blocks(
     tiny: str, image_folder: Path, tmp_path: Path
 ):

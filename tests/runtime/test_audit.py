@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sample_report import FP32, REPORT, W4A8
 from tiny_models import VIT, noise, quantized, randomized, swin, vit
 
 from exporters.onnx_file import write, write_baseline
-from exporters.trace import trace_quantized
+from exporters.trace import TracedModel, trace_quantized
 from marrq.cli import main
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight, quantized_linears
@@ -72,19 +73,32 @@ def make(
     return quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)  # type: ignore[arg-type]
 
 
+@cache
+def traced(model: str, scheme: str, strategy: str = "per-tensor") -> TracedModel:
+    """A model whose codes were rounded to nearest; tests do not change it."""
+    return trace_quantized(make(model, scheme, strategy=strategy), "hash")
+
+
 def alarms(rows: list[AuditRow]) -> dict[str, str | None]:
     return {row.linear: row.reason for row in rows if row.reason is not None}
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    ("flavor", "scheme"), [("integer", "W4A8"), ("qdq", "W3A8"), ("matmulnbits", "W4A16")]
+    "model", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])]
+)
+@pytest.mark.parametrize(
+    ("flavor", "scheme"),
+    [
+        ("integer", "W4A8"),
+        ("matmulnbits", "W4A16"),
+        pytest.param("qdq", "W3A8", marks=pytest.mark.slow),
+    ],
 )
 def test_a_healthy_file_raises_no_alarm_whatever_the_widths(
     model: str, flavor: str, scheme: str, tmp_path: Path
 ):
-    made = make(model, scheme)
-    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
+    made = traced(model, scheme).model
+    write(traced(model, scheme), flavor, tmp_path / "m.onnx")
     rows = audit(examine(tmp_path / "m.onnx", CPU))
     assert alarms(rows) == {}
     of_scheme = {row.linear: row for row in rows if row.nominal != "float"}
@@ -108,8 +122,8 @@ def test_a_healthy_file_raises_no_alarm_whatever_the_widths(
     ("flavor", "scheme", "strategy", "operators"),
     [
         ("integer", "W4A8", "per-token", {1, 3}),
-        ("integer", "W4A8-g64", "per-tensor", {1, 2, 3}),
-        ("integer", "W2A4", "per-tensor", {1, 3}),
+        pytest.param("integer", "W4A8-g64", "per-tensor", {1, 2, 3}, marks=pytest.mark.slow),
+        pytest.param("integer", "W2A4", "per-tensor", {1, 3}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_grids_group_scales_and_branches_are_no_alarm_and_no_linears_of_their_own(
@@ -131,20 +145,29 @@ def test_tokens_grids_group_scales_and_branches_are_no_alarm_and_no_linears_of_t
     ("scheme", "strategy", "options", "operator", "reason"),
     [
         ("W4A16", "per-tensor", {}, "FusedMatMul", "a Transpose behind DequantizeLinear"),
-        ("W4A8", "per-token", {}, "FusedMatMul", "scales found at run time"),
-        (
+        pytest.param(
+            "W4A8",
+            "per-token",
+            {},
+            "FusedMatMul",
+            "scales found at run time",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "W4A8-g32",
             "per-tensor",
             {},
             "FusedMatMul",
             "a scale for every 32 inputs, which no fused kernel takes",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "W4A16-g32-sym",
             "per-tensor",
             {"symmetric": True},
             "MatMulNBits",
             "quantizes its activations to int8 at accuracy level 4",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -156,8 +179,8 @@ def test_what_qdq_cannot_have_on_a_kernel_is_told(
     reason: str,
     tmp_path: Path,
 ):
-    made = make("vit", scheme, strategy=strategy)
-    write(trace_quantized(made, "hash"), "qdq", tmp_path / "m.onnx", options)
+    model = traced("vit", scheme, strategy)
+    write(model, "qdq", tmp_path / "m.onnx", options)
     rows = [row for row in audit(examine(tmp_path / "m.onnx", CPU)) if row.nominal != "float"]
     assert {row.operator for row in rows} == {operator}
     assert all(row.reason is not None and reason in row.reason for row in rows)
@@ -167,7 +190,7 @@ def test_what_qdq_cannot_have_on_a_kernel_is_told(
 @pytest.fixture(scope="module")
 def qdq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("audit") / "qdq.onnx"
-    write(trace_quantized(make("vit", "W4A8"), "hash"), "qdq", file)
+    write(traced("vit", "W4A8"), "qdq", file)
     return file
 
 
@@ -288,14 +311,10 @@ def test_a_node_that_another_provider_runs_is_named(qdq_file: Path):
 
 
 def test_accuracy_level_4_is_eight_bit_activations_whatever_the_scheme_says(tmp_path: Path):
-    made = make("vit", "W4A16")
+    made = traced("vit", "W4A16").model
     for level in (1, 4):
-        write(
-            trace_quantized(made, "hash"),
-            "matmulnbits",
-            tmp_path / f"{level}.onnx",
-            {"accuracy_level": level},
-        )
+        file = tmp_path / f"{level}.onnx"
+        write(traced("vit", "W4A16"), "matmulnbits", file, {"accuracy_level": level})
     quiet, told = (examine(tmp_path / f"{level}.onnx", CPU) for level in (1, 4))
     assert alarms(audit(quiet)) == {}
     assert set(alarms(audit(told))) == set(quantized_linears(made.module))
@@ -499,7 +518,7 @@ def test_what_only_some_versions_fuse_is_told_where_they_do_not(
     assert reason in str(row.reason)
 
 
-def test_scales_of_blocks_that_are_fused_to_a_kernel_that_cannot_take_them_are_told_before_the_file_fails(
+def test_scales_of_blocks_that_their_fused_kernel_cannot_take_are_told_before_the_file_fails(
     tmp_path: Path,
 ):
     [row] = audit(examined_linear(tmp_path, activations="uint8", block=32))
@@ -522,6 +541,7 @@ class Noise(CalibrationDataReader):
         return next(self.batches, None)
 
 
+@pytest.mark.slow
 def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
     from marrq.models.load import ModelSource, VisionModel
     from marrq.models.preprocessing import Preprocessing
@@ -572,11 +592,11 @@ def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flavor", "scheme", "method", "kernel", "container"),
     [
-        ("integer", "W4A8", "rtn", (8, 8), 4),
         ("integer", "W3A4", "rtn", (8, 8), 3),
-        ("qdq", "W2A8", "gptq,lowrank=srr:4:int8", (8, 8), 2),
-        ("qdq", "W4A16-g16", "rtn", (32, 32), 4),
-        ("matmulnbits", "W3A16", "rtn", (4, 32), 4),
+        pytest.param("qdq", "W2A8", "gptq,lowrank=srr:4:int8", (8, 8), 2, marks=pytest.mark.slow),
+        pytest.param("integer", "W4A8", "rtn", (8, 8), 4, marks=pytest.mark.slow),
+        pytest.param("qdq", "W4A16-g16", "rtn", (32, 32), 4, marks=pytest.mark.slow),
+        pytest.param("matmulnbits", "W3A16", "rtn", (4, 32), 4, marks=pytest.mark.slow),
     ],
 )
 def test_bits_are_counted_in_the_file_and_in_the_kernels(
@@ -656,15 +676,18 @@ def test_the_bench_has_a_line_for_a_candidate_that_does_not_run_as_its_scheme_sa
 
 
 def test_a_file_is_inspected_without_torch(qdq_file: Path):
-    code = f"import sys; from marrq.cli import main; main(['inspect', {str(qdq_file)!r}]); print('torch' in sys.modules)"
+    code = (
+        f"import sys; from marrq.cli import main; main(['inspect', {str(qdq_file)!r}]); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_what_is_about_files_is_refused_for_folders_and_the_other_way_round(
-    demo_artifact: Path, qdq_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qdq_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["inspect", str(demo_artifact), "--strict"]) == 1
+    assert main(["inspect", str(tmp_path), "--strict"]) == 1
     assert "export" in capsys.readouterr().err
     assert main(["inspect", str(qdq_file), "--plot", str(tmp_path / "a.svg")]) == 1
     assert "give the artifact's folder" in capsys.readouterr().err

@@ -232,6 +232,7 @@ def test_nothing_is_fetched_and_no_script_is_there(parsed: Parsed, source: str):
     assert not re.search(r"<(script|iframe|object|embed|base)\b", source)
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_page(source: str):
     assert page(REPORT) == source
 
@@ -284,6 +285,7 @@ def test_sections_that_the_report_lacks_are_not_there():
         assert "None" not in words
 
 
+@pytest.mark.slow
 def test_a_report_of_a_provider_that_compiles_the_graph_is_a_page_still():
     """Nobody can look into such a graph: it has no audit and no precision."""
     model = replace(BARE_MODEL, audit=(), precision=None, peak_memory_mb=None)
@@ -322,6 +324,7 @@ def test_a_candidate_that_is_slower_has_a_factor_below_one():
     assert key_numbers(slower, reference_of(REPORT.models))[1][0] == "0.80 ×"
 
 
+@pytest.mark.slow
 def test_flavours_of_one_artifact_share_its_section():
     second = replace(W4A8, name="W4A8 marr-stream qdq", flavor="qdq")
     report = replace(REPORT, models=(*REPORT.models, second))
@@ -450,6 +453,7 @@ def browse(source: str, folder: Path) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(
     "report",
@@ -467,7 +471,10 @@ def test_a_browser_has_no_complaint_and_the_page_is_no_wider_than_a_phone(
         f'<iframe width="{PHONE}" height="800" srcdoc="{html.escape(frame)}"></iframe>'
         for frame in frames
     )
-    script = f"onload = () => {{ console.error('seen'); document.body.textContent = 'widths ' + {widths} }}"
+    script = (
+        "onload = () => { console.error('seen'); "
+        f"document.body.textContent = 'widths ' + {widths} }}"
+    )
     dumped, console = browse(f"<!doctype html><script>{script}</script><body>{outer}", tmp_path)
     assert [line for line in console if '"seen"' not in line] == []
     assert len(console) == 1

@@ -192,7 +192,7 @@ def test_a_gate_without_a_baseline_is_an_error():
 def test_a_candidate_that_failed_is_demanded_and_an_undecided_one_is_warned_of():
     failed = hold_against_limit([measured(900, 100, 10_000)], 1.0)
     assert failed.warnings == []
-    with pytest.raises(GateError, match="^W4A8 marr lost more than 1 points against fp32$"):
+    with pytest.raises(GateError, match=r"^W4A8 marr lost more than 1 points against fp32$"):
         failed.demand()
     undecided = hold_against_limit([measured(20, 5, 1_000)], 1.0)
     assert undecided.warnings == ["the gate of 1 points is undecided for W4A8 marr: too few images"]

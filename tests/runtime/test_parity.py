@@ -17,7 +17,7 @@ from tiny_models import dinov2, noise, quantized, swin, vit, vit_with_layer_scal
 from torch import nn
 
 from exporters.onnx_file import write
-from exporters.trace import trace, trace_quantized, with_placeholders
+from exporters.trace import TracedModel, trace, trace_quantized, with_placeholders
 from marrq.artifact.folder import load
 from marrq.cli import main
 from marrq.models.images import ImageSet, find_images
@@ -60,22 +60,27 @@ def wrong(errors: dict[str, float]) -> list[str]:
 @pytest.mark.parametrize(
     ("model", "flavor", "scheme", "method", "strategy"),
     [
-        ("vit with LayerScale", "integer", "W2A4", "gptq", "per-token"),
-        ("vit with LayerScale", "integer", "W4A8-g64", "gptq,lowrank=srr:4", "per-tensor"),
         ("vit with LayerScale", "qdq", "W3A8", "gptq,lowrank=srr:4", "per-token"),
-        ("vit with LayerScale", "qdq", "W4A4", "gptq", "per-tensor"),
-        (
-            "vit with LayerScale",
-            "matmulnbits",
-            "W4A16-g32",
-            "gptq,lowrank=lqer:4:int8",
-            "per-tensor",
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("vit with LayerScale", "integer", "W2A4", "gptq", "per-token"),
+                ("vit with LayerScale", "integer", "W4A8-g64", "gptq,lowrank=srr:4", "per-tensor"),
+                ("vit with LayerScale", "qdq", "W4A4", "gptq", "per-tensor"),
+                (
+                    "vit with LayerScale",
+                    "matmulnbits",
+                    "W4A16-g32",
+                    "gptq,lowrank=lqer:4:int8",
+                    "per-tensor",
+                ),
+                ("swin", "integer", "W3A8", "gptq", "per-token"),
+                ("dinov2", "integer", "W4A8", "gptq", "per-tensor"),
+                ("vit with LayerScale", "integer", "W4A8-e8", "gptq", "per-tensor"),
+                ("vit with LayerScale", "qdq", "W4A8-e8", "gptq", "per-tensor"),
+                ("vit with LayerScale", "matmulnbits", "W4A16-e8", "gptq", "per-tensor"),
+            )
         ),
-        ("dinov2", "integer", "W4A8", "gptq", "per-tensor"),
-        ("vit with LayerScale", "integer", "W4A8-e8", "gptq", "per-tensor"),
-        ("vit with LayerScale", "qdq", "W4A8-e8", "gptq", "per-tensor"),
-        ("vit with LayerScale", "matmulnbits", "W4A16-e8", "gptq", "per-tensor"),
-        ("swin", "integer", "W3A8", "gptq", "per-token"),
     ],
 )
 def test_each_linear_alone_gives_what_torch_gives_for_the_same_input(
@@ -90,24 +95,25 @@ def test_each_linear_alone_gives_what_torch_gives_for_the_same_input(
     assert 0 < max(errors.values()) < HEALTHY
 
 
+@pytest.mark.slow
 def test_what_the_file_tells_of_its_linears_is_small(demo_file: Path):
     metadata = {entry.key: entry.value for entry in onnx.load(demo_file).metadata_props}
     assert len(json.loads(metadata["marrq.linears"])) == 16
     assert len(metadata["marrq.linears"]) < 0.003 * demo_file.stat().st_size
 
 
-def test_a_file_that_does_not_tell_where_its_linears_are_is_refused(demo_file: Path):
+def test_a_file_that_does_not_tell_where_its_linears_are_is_refused(integer_file: Path):
     def forget(graph: onnx.ModelProto) -> None:
         del graph.metadata_props[:]
 
     with pytest.raises(
         BenchError, match="does not say where its linears are: export the artifact again"
     ):
-        LinearsAlone(edited(demo_file, forget), SESSION)
+        LinearsAlone(edited(integer_file, forget), SESSION)
 
 
-def test_each_linear_is_seen_with_what_it_takes_and_gives():
-    model = quantized(vit(), noise(8), "W4A8", "gptq").module
+def test_each_linear_is_seen_with_what_it_takes_and_gives(traced_vit: TracedModel):
+    model = traced_vit.model.module
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     watch_linears(model, noise(2), lambda path, x, y: seen.update({path: (x, y)}))
     assert list(seen) == list(quantized_linears(model))
@@ -133,6 +139,7 @@ def measured(artifact: Path, file: Path, images: ImageSet) -> Parity:
     return measure_parity(artifact, file, images, SESSION, lambda count: None)
 
 
+@pytest.mark.slow
 def test_a_healthy_export_loses_nothing(demo_artifact: Path, demo_file: Path, images: ImageSet):
     section = measured(demo_artifact, demo_file, images)
     assert section.first_loss is None
@@ -151,6 +158,7 @@ def wrong_mean(graph: onnx.ModelProto) -> None:
     entry.value = json.dumps(described | {"mean": [value + 0.02 for value in described["mean"]]})
 
 
+@pytest.mark.slow
 def test_a_wrong_mean_in_the_file_is_a_loss_of_preprocessing(
     demo_artifact: Path, demo_file: Path, images: ImageSet
 ):
@@ -195,30 +203,27 @@ def shifted(path: str) -> Callable[[onnx.ModelProto], None]:
     ("fault", "path", "linear"),
     [
         (scaled, "blocks.1.mlp.fc1", "blocks.1.mlp.fc1"),
-        (
-            scaled,
-            "blocks.3.attn.qkv.q",
-            "blocks.3.attn.qkv",
-        ),  # which the last block computes for one token
-        (flipped, "blocks.2.attn.proj", "blocks.2.attn.proj"),
+        # q of the last block, which the graph computes for one token
+        (scaled, "blocks.1.attn.qkv.q", "blocks.1.attn.qkv"),
+        (flipped, "blocks.0.attn.proj", "blocks.0.attn.proj"),
         (flipped, "blocks.0.attn.qkv.v", "blocks.0.attn.qkv"),
-        (shifted, "blocks.2.mlp.fc2", "blocks.2.mlp.fc2"),
+        (shifted, "blocks.0.mlp.fc2", "blocks.0.mlp.fc2"),
     ],
 )
 def test_a_wrong_scale_code_or_zero_point_is_found_in_its_own_linear_and_no_other(
     fault: Callable[[str], Callable[[onnx.ModelProto], None]],
     path: str,
     linear: str,
-    demo_artifact: Path,
-    demo_file: Path,
-    images: ImageSet,
+    traced_vit: TracedModel,
+    integer_file: Path,
 ):
-    model = load(demo_artifact)
-    pixels = images.pixels(model.preprocessing)[:4]
-    assert wrong(linear_errors(model, demo_file, pixels, SESSION)) == []
-    assert wrong(linear_errors(model, edited(demo_file, fault(path)), pixels, SESSION)) == [linear]
+    model, pixels = traced_vit.model, noise(4, seed=3)
+    assert wrong(linear_errors(model, integer_file, pixels, SESSION)) == []
+    faulty = edited(integer_file, fault(path))
+    assert wrong(linear_errors(model, faulty, pixels, SESSION)) == [linear]
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_is_a_loss_of_export_and_its_linear_is_named(
     demo_artifact: Path, demo_file: Path, images: ImageSet
 ):
@@ -230,6 +235,7 @@ def test_a_wrong_scale_is_a_loss_of_export_and_its_linear_is_named(
     assert section.stages[0].loss is None
 
 
+@pytest.mark.slow
 def test_a_fault_between_the_linears_is_a_loss_of_export_too(
     demo_artifact: Path, demo_file: Path, images: ImageSet
 ):
@@ -244,6 +250,7 @@ def test_a_fault_between_the_linears_is_a_loss_of_export_too(
     assert "no linear is at fault" in section.stages[1].loss
 
 
+@pytest.mark.slow
 def test_accuracy_level_4_is_found_to_be_another_model(tmp_path: Path):
     made = quantized(vit(), noise(8), "W4A16", "gptq")
     write(trace_quantized(made, "hash"), "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
@@ -265,6 +272,7 @@ def with_equal_parameters() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_a_rewrite_leaves_an_initializer_as_it_was_for_its_other_users(tmp_path: Path):
     """The exporter of torch gives equal tensors one initializer. LayerScale is absorbed, and the
     biases of linears are corrected."""
@@ -365,6 +373,7 @@ def test_export_may_move_the_logits_as_far_as_a_nudge_does_and_no_further():
     assert first_loss(1e-3, 0) is None
 
 
+@pytest.mark.slow
 def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
     demo_artifact: Path,
     demo_file: Path,

@@ -112,3 +112,12 @@ def check_data_folder(name: str) -> None:
         raise MarrqError(
             f"data folder {name!r} does not exist: give a folder of class folders, or demo"
         )
+
+
+def check_artifact(folder: Path) -> None:
+    """Raise MarrqError if the folder is no artifact; an artifact may still be damaged."""
+    if not (folder / "config.json").is_file():
+        raise MarrqError(
+            f"{str(folder)!r} is no artifact, it has no config.json: give a folder that `marrq "
+            "quantize` wrote"
+        )

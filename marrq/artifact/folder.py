@@ -42,7 +42,7 @@ from marrq.artifact.validate import (
     real_file,
 )
 from marrq.errors import MarrqError
-from marrq.files import check_output, sha256, write_folder, write_json, write_text
+from marrq.files import check_artifact, check_output, sha256, write_folder, write_json, write_text
 from marrq.models.load import ModelSource, build
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
@@ -131,11 +131,7 @@ def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
 def read_config(folder: Path) -> dict[str, Any]:
     """The artifact's config.json. Raises MarrqError if the folder is no artifact, of another format
     version, or if its tensors are not those that were saved."""
-    if not (folder / CONFIG).is_file():
-        raise MarrqError(
-            f"{str(folder)!r} is no artifact, it has no {CONFIG}: give a folder that `marrq "
-            "quantize` wrote"
-        )
+    check_artifact(folder)
     try:
         config: dict[str, Any] = read_json(folder, CONFIG)
         kind, number = config["format"], config["format_version"]

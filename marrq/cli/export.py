@@ -36,9 +36,7 @@ def export(
     """Export an artifact as an ONNX file, or as a model in a Triton repository.
 
     marrq export artifact -o model.onnx
-
     marrq export artifact --flavor qdq -o model.onnx
-
     marrq export artifact --format triton --name digits -o repository
     """
     from dataclasses import fields

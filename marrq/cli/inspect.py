@@ -8,6 +8,7 @@ import typer
 
 from marrq.cli import common
 from marrq.errors import MarrqError
+from marrq.files import check_artifact
 
 
 def inspect(
@@ -26,7 +27,6 @@ def inspect(
     """Show what really runs each linear of an ONNX file, and why; or how an artifact was quantized.
 
     marrq inspect model.onnx --strict
-
     marrq inspect artifact --plot alpha.svg
     """
     if path.is_file():
@@ -62,6 +62,7 @@ def _inspect_file(
 
 
 def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
+    check_artifact(artifact)
     from marrq.artifact.folder import REPORTS, read_config
     from runtime.quantization import read_quantization
     from runtime.report.inspection import quantization_table

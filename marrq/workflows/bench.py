@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from marrq.errors import MarrqError
-from marrq.files import check_data_folder
+from marrq.files import check_artifact, check_data_folder
 from marrq.workflows.parity import artifact_of, measure_parity
 from runtime.environment import usable_cores
 from runtime.measure.bench import BenchReport, BenchSettings, Entry, ImageData, Progress
@@ -140,6 +140,8 @@ def bench(
     for path in given:
         if not path.exists():
             raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
+        if path.is_dir():
+            check_artifact(path)
     if data is not None:
         check_data_folder(data)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.

@@ -38,12 +38,3 @@ def data_for(model: str, data: str | None) -> str:
     name = data or "demo"
     check_data_folder(name)
     return name
-
-
-def check_artifact(folder: Path) -> None:
-    """Raise MarrqError if the folder is no artifact; it may still be damaged."""
-    if not (folder / "config.json").is_file():
-        raise MarrqError(
-            f"{str(folder)!r} is no artifact, it has no config.json: give a folder that `marrq "
-            "quantize` wrote"
-        )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from exporters.choices import NO_OPTIONS, Options, check_choice
 from exporters.external_data import external_data
 from exporters.triton.serving import Serving
-from marrq.files import check_output
-from marrq.workflows.checks import check_artifact
+from marrq.files import check_artifact, check_output
 
 if TYPE_CHECKING:
     from marrq.quantized_model import QuantizedModel

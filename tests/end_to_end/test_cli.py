@@ -284,6 +284,8 @@ BAD_INPUT = {
     "compared data": ([*COMPARE, "--data", "nowhere"], "'nowhere' does not exist"),
     "benched file": (split("bench nowhere"), "'nowhere' does not exist"),
     "benched data": (split("bench mine --data nowhere"), "folder 'nowhere' does not exist"),
+    "benched folder": (split("bench ."), "'.' is no artifact"),
+    "inspected folder": (split("inspect nowhere"), "'nowhere' is no artifact"),
     "exported artifact": (split("export nowhere -o out"), "'nowhere' is no artifact"),
     "exported format": (split("export mine -o out --format pickle"), "unknown format 'pickle'"),
     "exported flavour": (split("export mine -o out --flavor int4"), "int4"),

@@ -1,5 +1,8 @@
 """Files of tiny models in every flavour, and how their logits compare with torch's."""
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from _pytest.mark import ParameterSet
 from onnx import numpy_helper
 from tiny_models import noise, quantized, swin, vit
 
+from exporters.onnx_file import Export
 from exporters.trace import TracedModel, trace_quantized
 from marrq.quantized_model import QuantizedModel
 from marrq.schemes import ActivationStrategy
@@ -25,14 +29,20 @@ def slow(*values: object) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@cache
 def traced(
     model: str,
     scheme: str,
     lowrank: str | None = None,
     strategy: ActivationStrategy = "per-tensor",
 ) -> TracedModel:
-    """A tiny model, quantized and traced once for all tests that read the same numbers."""
+    """A tiny model, quantized and traced once for all tests that ask for the same."""
+    return _traced(model, scheme, lowrank, strategy)
+
+
+@cache
+def _traced(
+    model: str, scheme: str, lowrank: str | None, strategy: ActivationStrategy
+) -> TracedModel:
     method = "gptq" if lowrank is None else f"gptq,lowrank={lowrank}"
     made = quantized(MODELS[model](), noise(8), scheme, method, strategy=strategy)
     return trace_quantized(made, "hash")
@@ -76,3 +86,17 @@ def metadata(file: Path) -> dict[str, str]:
     return {
         entry.key.removeprefix("marrq."): entry.value for entry in onnx.load(file).metadata_props
     }
+
+
+@dataclass(frozen=True)
+class Prepared(Export):
+    """An export whose files were written before, so that only the repository is made.
+
+    files: by whether the model takes images.
+    """
+
+    files: Mapping[bool, Path] = field(default_factory=dict)
+
+    def write(self, path: Path, takes_images: bool = False) -> None:
+        path.parent.mkdir(parents=True)
+        shutil.copy(self.files[takes_images], path)

@@ -23,7 +23,8 @@ SYMMETRIC = {"symmetric": True}
     [
         slow("integer", "W3A8", "per-tensor", 23),
         ("integer", "W2A8", "per-token", 25),
-        ("qdq", "W8A8", "per-tensor", 20),
+        ("qdq", "W3A8", "per-tensor", 20),
+        slow("qdq", "W8A8", "per-tensor", 20),
         slow("qdq", "W8A16", "per-tensor", 21),
         ("qdq", "W2A8", "per-token", 25),
         slow("matmulnbits", "W4A16", "per-tensor", 23),

@@ -48,7 +48,7 @@ def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_
 
 
 def test_a_token_of_zeros_gives_the_bias(tmp_path: Path):
-    trace = traced("vit", "W4A8", strategy="per-token")
+    trace = traced("vit", "W4A4", strategy="per-token")
     write(trace, "integer", tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     first = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear")

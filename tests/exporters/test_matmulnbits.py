@@ -76,7 +76,7 @@ def test_a_block_is_as_large_as_divides_the_group(group: int, block: int):
 
 
 def test_accuracy_level_4_is_another_model_and_must_be_asked_for(tmp_path: Path):
-    trace = traced("vit", "W4A16")
+    trace = traced("vit with LayerScale", "W3A16-mxint")
     made = trace.model
     write(trace, "matmulnbits", tmp_path / "m.onnx", {"accuracy_level": 4})
     assert not agree(made, tmp_path / "m.onnx")

@@ -102,7 +102,7 @@ def test_patches_that_a_linear_reads_are_moved_once(make: Callable[[], nn.Module
     [
         (distilled, 2, FUSED),
         slow(distilled, 2, ()),
-        (vit, 1, ()),
+        slow(vit, 1, ()),
         slow(vit, 1, FUSED),
         slow(transformers_vit, 1, ()),
         slow(transformers_vit, 1, FUSED),

@@ -55,12 +55,15 @@ class Processes:
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
         """The items of this process: consecutive, and about as many for each process."""
+        # Integer division spreads the remainder: shares differ by one item at most.
         start = len(items) * self.rank // self.size
         return items[start : len(items) * (self.rank + 1) // self.size]
 
     def rows(self, count: int) -> slice:
         """The rows of this process of a weight with `count` rows. If there are fewer rows than one
         tile for each process, every process has all rows."""
+        # Then to share would leave a process without rows. All do the same work and no
+        # communication is needed.
         if count < ROW_TILE * self.size:
             return slice(0, count)
         tiles = self.share(range(0, count, ROW_TILE))  # the first row of each tile
@@ -68,11 +71,14 @@ class Processes:
 
     def gather_rows(self, part: Tensor, count: int) -> Tensor:
         """All `count` rows of a tensor, from the rows that each process has by `rows(count)`."""
+        # Either all rows are here already, or each process has its own.
         return part if len(part) == count else self.all_gather(part)
 
     def sum_rows(self, part: Tensor, count: int) -> float:
         """The sum of one number for each of `count` rows, from the numbers of each process's rows.
         It is added in the order of the rows, so that every process gets the same bits."""
+        # Sums of partial sums would depend on the number of processes. The numbers are gathered and
+        # added in one order instead.
         return float(self.gather_rows(part, count).sum())
 
     def all_gather(self, part: Tensor) -> Tensor:
@@ -87,6 +93,7 @@ class Processes:
         longest = max(int(length) for length in lengths)
         padded = part.new_zeros(longest, *part.shape[1:])
         padded[: len(part)] = part
+        # Every process receives all tensors; memory for all of them is needed in each.
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         with _collective():
             dist.all_gather(gathered, padded)
@@ -106,6 +113,7 @@ class Processes:
         have its type and its shape, up to the first dimension."""
         if self.size == 1:
             return value
+        # First the length, so that the others can allocate what they will receive.
         length = torch.tensor(value.shape[:1], device=value.device)
         with _collective():
             dist.broadcast(length, 0)
@@ -130,6 +138,7 @@ class Processes:
         """Whether `holds` is true in every process."""
         if self.size == 1:
             return holds
+        # A sum of failures over the processes: 0 means that all agree.
         fails = torch.tensor([not holds], dtype=torch.int64)
         with _collective():
             dist.all_reduce(fails)
@@ -142,6 +151,7 @@ class Processes:
         digest: a hash of this process's result.
         subject: what the result is, for the message.
         """
+        # Compared in every process, so that every process raises and none waits for another.
         if not self.all_agree(digest == self.broadcast_object(digest)):
             raise MarrqError(
                 f"processes came to different results in {subject}: run them on machines of one "
@@ -159,6 +169,7 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # torch puts a stack trace of C++ behind the first line.
         reason = str(error).strip().splitlines()[0]
         raise MarrqError(
             f"process {dist.get_rank()} lost the others ({reason}): look for the one that failed "
@@ -175,6 +186,7 @@ def local_device(device: torch.device) -> torch.device:
     """The GPU of this process if several processes work on GPUs, else the device that is given."""
     if device.type != "cuda" or world_size() == 1:
         return device
+    # torchrun numbers the processes of a machine from 0, as CUDA numbers its GPUs.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -186,6 +198,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         yield ONE_PROCESS
         return
     if device.type == "cuda":
+        # nccl takes the current GPU of the process: without this all processes take the first.
         torch.cuda.set_device(device)
     # Objects and flags travel as CPU tensors, so gloo is needed beside nccl.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -199,6 +212,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
 def one_thread() -> Iterator[None]:
     """Run the CPU work inside on one thread. The factorizations of LAPACK give other bits on
     another number of threads; work on a GPU is not affected."""
+    # The setting is global in torch, so it is put back whatever happens inside.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -26,13 +26,17 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
     exist. Raises what `write` and the file system raise; then what was there before is still there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename between two file systems is a copy. The dot hides it from a
+    # reader that lists the folder.
     unfinished = file.with_name(f".{file.name}")
     try:
         write(unfinished)
         flush(unfinished)
+        # Bytes first, then the name: a machine that stops between the two keeps the old file.
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+    # The rename itself is on the disk only when the folder is.
     flush(file.parent)
 
 
@@ -50,11 +54,14 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     try:
         # Of a process that was killed.
         _clear(folder, unfinished, replaced)
+        # What is filled here gets its name in one step below.
         unfinished.mkdir()
         write(unfinished)
+        # Every file and folder inside, so that a name never appears before its content.
         for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
         if folder.exists():
+            # A folder with content cannot be renamed over: the old one steps aside first.
             folder.rename(replaced)
         unfinished.rename(folder)
         flush(folder.parent)
@@ -64,6 +71,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 def _clear(folder: Path, unfinished: Path, replaced: Path) -> None:
     """Put a folder back that was moved away and not replaced; remove what lies beside its place."""
+    # The process was killed between the two renames: the old folder is the valid one.
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
     for path in (unfinished, replaced):
@@ -82,6 +90,7 @@ def write_json(file: Path, value: object) -> None:
 
 def flush(path: Path) -> None:
     """Bring the bytes of a file, or the names in a folder, to the disk."""
+    # A folder cannot be opened for writing; fsync works on a descriptor for reading too.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,6 +102,7 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
+        # In chunks: a model file may be larger than the memory.
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

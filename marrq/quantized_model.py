@@ -64,6 +64,7 @@ class ModuleReport:
     """
 
     path: str
+    # Floats and not tensors: reports are compared, hashed and written as JSON.
     error: float
     relative_error: float
     mse: float

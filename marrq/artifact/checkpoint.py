@@ -48,6 +48,7 @@ class FolderCheckpoint:
         settings: everything that the blocks are a function of, as JSON.
         Raises MarrqError if the folder is damaged or has a run with other settings.
         """
+        # One writer: the others would write the same bytes over the same files.
         self._folder, self._scheme, self._processes = folder, scheme, processes
         if processes.is_first:
             _begin(folder, settings)
@@ -56,10 +57,13 @@ class FolderCheckpoint:
         """Put the quantized linears of a finished block in their places, and return their reports.
         None if the block is not finished. Raises MarrqError if its file is damaged."""
         is_first = self._processes.is_first
+        # Every process calls the broadcast, also if there is nothing to restore: the first process
+        # alone knows, and all must restore the same blocks.
         saved = self._processes.broadcast_object(self._read(index) if is_first else None)
         if saved is None:
             return None
         tensors, reports = saved
+        # A file has the linears of one block, so that all of them are outer linears or none is.
         outer = set() if block.kind == "block" else set(linears_in(tensors))
         # The module of first and last layers is the whole model: what they do not own, the
         # tensors of the blocks, stays as it is.
@@ -68,6 +72,7 @@ class FolderCheckpoint:
             for name, tensor in tensors_of(block.module).items()
             if not block.owns(name)
         }
+        # Tensors come from the file on the CPU. The block stays on the device that it had.
         device = next(block.module.parameters()).device
         restore(block.module, tensors | others, self._scheme, outer).to(device)
         return reports
@@ -80,6 +85,8 @@ class FolderCheckpoint:
         tensors = {
             name: tensor for name, tensor in tensors_of(block.module).items() if block.owns(name)
         }
+        # The header of a safetensors file is a table of texts: the reports are one of them, so that
+        # tensors and reports of a block cannot get out of step.
         header = {"reports": json.dumps([report_to_json(report) for report in reports])}
         with _errors_of_writing(file):
             # A folder that was removed meanwhile must not come back without its settings.
@@ -97,9 +104,13 @@ class FolderCheckpoint:
     def _read(self, index: int) -> tuple[dict[str, Tensor], list[ModuleReport]] | None:
         """Tensors and reports of a finished block, None if it is not finished."""
         file = self._file(index)
+        # A file in its place is complete (marrq/files.py), so that its existence says that the
+        # block is finished.
         if not file.exists():
             return None
         try:
+            # The types of error of a file that was cut, edited, or written by another version: the
+            # header is no JSON, lacks the reports, or a report lacks a field.
             with safetensors.safe_open(file, framework="pt") as content:
                 reports = json.loads(content.metadata()["reports"])
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
@@ -122,11 +133,13 @@ def remove_checkpoint(folder: Path) -> None:
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder. If it exists, raise MarrqError unless its run has these settings."""
+    # settings.json is the first file of a run: without it nothing else in the folder counts.
     if not is_checkpoint(folder):
         with _errors_of_writing(folder / SETTINGS):
             write_json(folder / SETTINGS, settings)
         return
     found = _read_settings(folder)
+    # A checkpoint of other settings is never overwritten silently: hours of work may be in it.
     differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         raise MarrqError(
@@ -141,6 +154,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         found: Any = json.loads((folder / SETTINGS).read_text())
     except ValueError:
         found = None
+    # An empty table would agree with a run of no settings; it is as damaged as a file that is no
+    # JSON.
     if not isinstance(found, dict) or not found:
         raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
     return found

@@ -38,7 +38,9 @@ def description(
         "model": asdict(model.source),
         "preprocessing": asdict(model.preprocessing),
         "labels": list(model.labels),
+        # `scheme`, `method` and `calibration`, under the names of the fields.
         **{name: asdict(value) for name, value in vars(settings).items()},
+        # Another version may build another architecture or compute other codes.
         "versions": {name: version(name) for name in PACKAGES},
     }
     fields["scheme"] = _renamed(asdict(settings.scheme), SCHEME_KEYS)
@@ -66,6 +68,8 @@ def _scheme(fields: dict[str, Any]) -> Scheme:
 def _method(fields: dict[str, Any]) -> MethodSpec:
     alpha, lowrank = fields["alpha"], fields["lowrank"]
     search = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
+    # JSON has lists in place of tuples and tables in place of dataclasses. The dataclasses check
+    # their fields, so that a hostile value ends here.
     branch = None if lowrank is None else LowRankSpec(**lowrank)
     return MethodSpec(**{**fields, "alpha": AlphaSpec(**search), "lowrank": branch})
 
@@ -89,6 +93,7 @@ def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def report_from_json(fields: dict[str, Any]) -> ModuleReport:
     """The inverse of `report_to_json`. Raises KeyError or TypeError for a damaged report."""
+    # A key that is no field raises TypeError in the constructor: nothing is skipped silently.
     names = {key: name for name, key in REPORT_KEYS.items()}
     renamed = {names.get(key, key): value for key, value in fields.items()}
     steps = tuple(SearchStep(**step) for step in fields["trajectory"])

@@ -61,6 +61,7 @@ def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> 
     """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, or if it
     cannot be written; then what was there before is still there."""
     folder = Path(folder)
+    # Before anything is written, so that a mistake of the user costs no time.
     check_output(folder, overwrite)
     with errors_of_writing(f"artifact {str(folder)!r}", "make room, or choose another place"):
         write_folder(folder, lambda place: _write(model, place))
@@ -68,6 +69,7 @@ def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> 
 
 def _write(model: QuantizedModel, place: Path) -> None:
     """All files of the artifact."""
+    # Codes and all other tensors in one file, so that one hash covers them.
     save_tensors(tensors_of(model.module), place / TENSORS)
     write_json(place / REPORTS, [report_to_json(report) for report in model.reports])
     write_text(place / CARD, _card(model))
@@ -100,14 +102,19 @@ def load(folder: Path | str) -> QuantizedModel:
 
 def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
     """The model of an artifact. Every part is checked before memory is taken for it."""
+    # Small files first: a damaged report is found before any tensor is read.
     reports = tuple(report_from_json(fields) for fields in read_json(folder, REPORTS))
     source = ModelSource(**config["model"])
     check_architecture(source.library, source.architecture)
     settings = settings_from_json(config)
     scheme = settings.scheme
+    # Which linears are outer ones is told by the reports; a wrong one leads to codes of another
+    # width, which do not fit their bytes.
     outer = {report.path for report in reports if report.is_outer}
     tensors = load_file(real_file(folder, TENSORS))
     linears = linears_in(tensors)
+    # Parts of a linear against each other, then all shapes against the architecture on the meta
+    # device; only after both is the architecture built for good.
     linear_shapes = {}
     for path, parts in linears.items():
         spec = scheme.of_outer_layers.weight if path in outer else scheme.weight
@@ -134,6 +141,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_artifact(folder)
     try:
         config: dict[str, Any] = read_json(folder, CONFIG)
+        # Not only KeyError: a list in place of the table raises TypeError.
         kind, number = config["format"], config["format_version"]
         expected_sha256 = config["tensors_sha256"]
     except (KeyError, TypeError, ValueError) as error:
@@ -141,6 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"artifact {str(folder)!r} is damaged (its {CONFIG} cannot be read): quantize the "
             "model again"
         ) from error
+    # Format before version: another program's config.json may have a version too.
     if kind != FORMAT or not isinstance(number, int):
         raise MarrqError(
             f"{str(folder)!r} is no marrq artifact: give a folder that `marrq quantize` wrote"
@@ -151,6 +160,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"artifact {str(folder)!r} has format version {number}, this marrq reads "
             f"{FORMAT_VERSION}: {advice}"
         )
+    # The hash is taken last, since it reads the whole file.
     if not _has_tensors(folder, expected_sha256):
         raise MarrqError(
             f"artifact {str(folder)!r} is damaged ({TENSORS} is missing or not what was saved): "
@@ -169,6 +179,8 @@ def _has_tensors(folder: Path, expected_sha256: object) -> bool:
 
 def is_artifact(folder: Path) -> bool:
     """Whether the folder says that it is an artifact; the artifact may still be damaged."""
+    # A search for the text, since a damaged artifact is still an artifact: loading it must say that
+    # it is damaged, and not that it is something else.
     config = folder / CONFIG
     return config.is_file() and f'"{FORMAT}"' in config.read_text(errors="replace")
 
@@ -182,6 +194,7 @@ def artifact_hash(folder: Path) -> str:
 def _card(model: QuantizedModel) -> str:
     """The README.md of the artifact."""
     outer = sum(report.is_outer for report in model.reports)
+    # The card calls first and last layers edges, as the JSON does.
     outer_bits = f", {outer} at the edges 8-bit ones" if outer else ""
     calibration = model.calibration
     return f"""# {model.source.name}, {model.scheme.description}

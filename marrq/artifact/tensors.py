@@ -44,9 +44,12 @@ OPTIONAL_PARTS = (
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a quantized model as the artifact stores them, on the CPU."""
     linears = quantized_linears(module)
+    # The buffers of a QuantLinear are in the state dict too, unpacked. They are left out here and
+    # come back below, packed.
     tensors = outside(module.state_dict(), linears)
     for path, linear in linears.items():
         tensors |= {f"{path}.{part}": tensor for part, tensor in _parts(linear).items()}
+    # safetensors writes the bytes as they lie in memory.
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -69,6 +72,7 @@ def _parts(linear: QuantLinear) -> dict[str, Tensor]:
     # The zero points of the other grids are all 0.
     if weight.spec.grid == "asymmetric":
         parts["weight_zero_point"] = weight.zero_point
+    # Presence tells a reader what the linear has: no flags are stored beside the tensors.
     for name in OPTIONAL_PARTS:
         tensor = getattr(linear, name)
         if tensor is not None:
@@ -85,6 +89,8 @@ def _input_parts(quantizer: ActivationQuantizer) -> dict[str, Tensor]:
     parts = {}
     if quantizer.spec.is_static:
         parts["input_scale"] = quantizer.scale.clone()
+        # Activation codes are unsigned, and so is their zero point: it is an integer within 0 … 255
+        # that the quantizer keeps in floating point.
         parts["input_zero_point"] = quantizer.zero_point.to(torch.uint8)
     else:
         parts["input_clip"] = quantizer.clip.clone()
@@ -95,9 +101,11 @@ def _input_parts(quantizer: ActivationQuantizer) -> dict[str, Tensor]:
 
 def linears_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The parts of each quantized linear by name, by the path of the linear."""
+    # Sorted, so that the order does not depend on the order of the file.
     paths = {name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)}
     found: dict[str, dict[str, Tensor]] = {path: {} for path in sorted(paths)}
     for name, tensor in tensors.items():
+        # A part has no dot in its name, so that the last dot separates path and part.
         path, _, part = name.rpartition(".")
         if path in paths:
             found[path][part] = tensor
@@ -122,6 +130,8 @@ def restore(
             put_patches(module, parent)
         linear = _restored_linear(parts, scheme.of_outer_layers if path in outer else scheme)
         module.set_submodule(path, linear)
+    # Not strict, since the quantized linears are missing in `tensors` here; what is missing or left
+    # over otherwise is an error below.
     missing, unexpected = module.load_state_dict(outside(tensors, linears), strict=False)
     # The buffers of the quantized linears are in their places already.
     inside = tuple(f"{path}." for path in quantized_linears(module))
@@ -133,9 +143,11 @@ def restore(
 
 def _restored_linear(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantLinear:
     """The inverse of `_parts`."""
+    # The packed codes have no shape of their own: [out, in] is stored beside them.
     rows, columns = parts["weight_shape"].tolist()
     scale = parts["weight_scale"].float()
     codes = unpack(parts["weight_packed"], scheme.weight.num_bits, (rows, columns))
+    # A symmetric grid stores no zero points: all of them are 0.
     zero_point = parts.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
     weight = QuantizedWeight(scheme.weight, codes, scale, zero_point)
     quantizer = None
@@ -169,6 +181,7 @@ def save_tensors(
 
     def write(place: Path) -> None:
         # safetensors makes its file private, whatever the umask: take the mode of any new file.
+        # The file is made first, with the mode that the umask gives.
         place.touch()
         mode = place.stat().st_mode
         save_file(tensors, place, metadata)
@@ -187,5 +200,7 @@ def errors_of_writing(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        # `strerror` is the plain reason, such as `No space left on device`; the text of an OSError
+        # has number and path too.
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise MarrqError(f"cannot write {what}: {reason}; {advice}") from error

@@ -64,6 +64,7 @@ def read_json(folder: Path, name: str) -> Any:
     """The content of a JSON file of the folder. Raises ValueError if the file is no JSON, too
     large, or nested too deeply."""
     file = real_file(folder, name)
+    # Before it is read: a parser takes many times the size of its text.
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{name} has {file.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
@@ -76,6 +77,7 @@ def real_file(folder: Path, name: str) -> Path:
     """The path of a file of the folder. Raises ValueError if the file does not exist, or if it is a
     link that leads out of the folder."""
     file = folder / name
+    # `resolve` follows links: a link to /etc/passwd has another parent.
     if not file.is_file() or file.resolve().parent != folder.resolve():
         raise ValueError(f"{name} is missing or leads out of the folder")
     return file
@@ -152,6 +154,7 @@ def check_preprocessing(preprocessing: Preprocessing) -> None:
 def _are(values: object, kind: type, count: int) -> bool:
     """Whether `values` is a tuple of `count` values of a kind. Numbers must be finite, an integer
     may stand for a float, and a bool is no integer."""
+    # A JSON writer may write 1.0 as 1, and in Python True is an integer.
     kinds = (int, float) if kind is float else kind
     if not isinstance(values, tuple) or len(values) != count:
         return False
@@ -174,6 +177,8 @@ def check_fit(
     linears: outputs and inputs of the quantized linears, by path.
     image_size: channels, height and width.
     """
+    # `depth` of 10⁶ takes no memory for tensors on the meta device, but time and memory for the
+    # modules: their number is limited while they are put together.
     limit = BASE_MODULES + MODULES_PER_TENSOR * (len(shapes) + len(linears))
     with _at_most_modules(limit), torch.device("meta"):
         module = build()
@@ -184,6 +189,7 @@ def check_fit(
             or tuple(layer.weight.flatten(1).shape) != shape
         ):
             raise ValueError(f"linear {path!r} has another shape than its model")
+    # Tensors of a float layer whose place a quantized linear takes are not in the file.
     inside = tuple(f"{path.removesuffix('.linear')}." for path in linears)
     expected = {
         name: tuple(tensor.shape)
@@ -194,6 +200,7 @@ def check_fit(
     differing = [name for name in names if expected.get(name) != shapes.get(name)]
     if differing:
         raise ValueError(f"tensor {differing[0]!r} does not fit the model")
+    # Buffers that are no part of the state dict are computed when the model is built.
     if sum(buffer.numel() for buffer in module.buffers()) > MAX_BUFFER_NUMBERS:
         raise ValueError("its architecture takes tables that are larger than any model's")
     # A forward on the meta device computes shapes alone: the image must go through.
@@ -220,6 +227,7 @@ def _at_most_modules(limit: int) -> Iterator[None]:
         if seen > limit:
             raise ValueError("its architecture has more modules than the file has tensors for")
 
+    # A hook of torch for all modules: it also sees the modules that timm and transformers build.
     handle = register_module_module_registration_hook(count)
     try:
         yield
@@ -233,11 +241,14 @@ def check_linear(parts: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, 
 
     parts: the parts of one linear, by name.
     """
+    # A shape of two positive sizes comes first: every other check multiplies by them. Python's
+    # integers do not overflow, so that a product of hostile sizes is compared as it is.
     shape = parts["weight_shape"]
     if shape.dtype != torch.int64 or shape.shape != (2,) or not int(shape.min()) > 0:
         raise ValueError("weight_shape is no pair of sizes")
     rows, columns = (int(size) for size in shape)
     packed = parts["weight_packed"]  # [bytes]
+    # The bytes in the file must hold these codes, which bounds out · in by the size of the file.
     size = packed_size(rows * columns, weight.num_bits)
     if packed.dim() != 1 or packed.dtype != torch.uint8 or packed.numel() != size:
         raise ValueError(
@@ -248,6 +259,7 @@ def check_linear(parts: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, 
         *_wrong_scales(parts),
         *_wrong_types(parts, weight),
     ]
+    # Parts that cannot be missing; the other parts are optional.
     needed = ["weight_scale", *(["weight_zero_point"] if weight.grid == "asymmetric" else [])]
     wrong += [name for name in needed if name not in parts]
     if wrong:
@@ -268,6 +280,7 @@ def _wrong_shapes(
         "input_smoothing": (columns,),
     }
     for name, shape in expected.items():
+        # A dimension of 0 would pass every other check.
         if name in parts and (tuple(parts[name].shape) != shape or 0 in shape):
             yield name
     for name in ("input_scale", "input_zero_point", "input_clip"):
@@ -280,12 +293,15 @@ def _wrong_scales(parts: Mapping[str, Tensor]) -> Iterator[str]:
     for name in ("weight_scale", "input_scale", "input_clip"):
         if name in parts:
             values = parts[name].float()
+            # A scale of 0, NaN or infinity makes every weight of its row the same, or none.
             if not (values.isfinite() & (values > 0)).all():
                 yield name
 
 
 def _wrong_types(parts: Mapping[str, Tensor], weight: WeightSpec) -> Iterator[str]:
     """Parts of another type than the artifact has, the low-rank branch aside."""
+    # The type is part of the format: a float64 scale or an int64 zero point would compute too, but
+    # would take other memory and give other bits.
     types = dict(PART_TYPES)
     if weight.grid == "mxint":
         types["weight_scale"] = torch.float8_e8m0fnu
@@ -299,7 +315,9 @@ def _check_branch(parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
     """Raise ValueError if L [rows, rank], R [rank, columns] or their scales do not fit."""
     if "lowrank_left" not in parts and "lowrank_right" not in parts:
         return
+    # A half of a branch raises KeyError here: L without R is no branch.
     left, right = parts["lowrank_left"], parts["lowrank_right"]
+    # L decides on the rank; R and the scales must agree.
     rank = left.shape[-1]
     expected = {"lowrank_left": (rows, rank), "lowrank_right": (rank, columns)}
     if left.dtype == torch.int8:

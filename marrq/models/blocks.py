@@ -9,7 +9,7 @@ forwards, of an image and of the same image with noise, show the rest:
     it is recomputed by running the model up to that block.
     A linear's input is the same for both images (Swin v2's relative positions). Such a linear is a
     constant in the end and stays in floating point.
-    The further arguments of a block (Swin's resolution, rotary tables) are the same for both images.
+    A block's further arguments (Swin's resolution, rotary tables) are the same for both images.
 
 A model is refused if a block's further arguments depend on the image, or if a linear is used other
 than by calling it once.
@@ -86,11 +86,13 @@ class Block:
         """A copy in float64, with float64 arguments."""
 
         def double(value: Any) -> Any:
+            # Masks and index tables among the arguments keep their type.
             is_float = isinstance(value, Tensor) and value.is_floating_point()
             return value.double() if is_float else value
 
         return replace(
             self,
+            # `double` works in place, hence on a copy.
             module=copy.deepcopy(self.module).double(),
             arguments=tuple(map(double, self.arguments)),
             keywords={name: double(value) for name, value in self.keywords.items()},
@@ -99,6 +101,7 @@ class Block:
     def input_of(self, linear: str, tokens: Tensor) -> Tensor:
         """The input of a linear (a path within the block) for the block's input `tokens`. Nothing
         after the linear is computed."""
+        # The forward ends at the linear: for q and k of a block this saves most of the block.
         with stop_at(self.module.get_submodule(linear)) as reached:
             self(tokens)
         return reached[0]
@@ -106,6 +109,7 @@ class Block:
     def input_from(self, model: nn.Module, images: Tensor) -> Tensor:
         """The tokens that enter the block if the model, or a copy of it, gets `images`. Nothing
         after the block's input is computed."""
+        # By path and not by module: the model may be a copy, with modules of its own.
         with stop_at(model.get_submodule(self.path)) as reached:
             model(images)
         return reached[0]
@@ -119,6 +123,8 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
     Raises MarrqError if the model has no blocks, if a block depends on more than its tokens, or if
         a linear is used other than by calling it once.
     """
+    # By name alone. Whether a candidate is a block that can be quantized is decided by what the
+    # trial forwards show.
     candidates = _candidates(model)
     if not candidates:
         raise MarrqError(
@@ -126,8 +132,10 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
             "quantized"
         )
     noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED))
+    # Two images that differ everywhere: whatever is equal for both does not depend on the image.
     first = _record(model, candidates, images[:1])
     second = _record(model, candidates, images[:1] + noise.to(images))
+    # A dict keeps the order in which blocks were first called, which is the order of execution.
     blocks: list[Block] = []
     previous_output: Tensor | None = None
     for path, calls in first.items():
@@ -140,7 +148,10 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
         block = Block(
             path,
             candidates[path],
+            # Groups come from the calls, not from the names of modules: q, k and v are one group if
+            # they are given the same tensor.
             _groups(path, candidates[path], call, other),
+            # Tested on the second image. The first block has no previous output and never follows.
             previous_output is not None and _same(previous_output, other.tokens),
             *call.rest,
         )
@@ -205,6 +216,7 @@ def _record(
                     f"block {path!r} does not take its tokens as first argument: it cannot be "
                     "quantized"
                 )
+            # Linears were called before their block returns: those of this block are picked out.
             inside = set(module.modules())
             own = [(linear, x) for linear, x in linears if linear in inside]
             rest = (arguments[1:], dict(keywords))
@@ -230,6 +242,7 @@ def _record(
 def _groups(path: str, module: nn.Module, call: _Call, other: _Call) -> tuple[tuple[str, ...], ...]:
     """The block's linears, grouped by the identity of their input. Linears whose input is the same
     for both images are left out."""
+    # Both forwards call the same linears in the same order, so that calls can be compared in pairs.
     constant = {
         linear
         for (linear, x), (_, y) in zip(call.linears, other.linears, strict=True)
@@ -264,6 +277,8 @@ def group_by_input(calls: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ..
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to rounding."""
+    # The tolerance covers products whose kernels round differently in another batch; NaN equals
+    # NaN, so that a model with broken weights is refused by its weights and not by its shape.
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -278,6 +293,7 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
+        # A hook that stayed would run in every later forward, and in every copy of the model.
         for handle in handles:
             handle.remove()
 
@@ -291,6 +307,7 @@ def stop_at(module: nn.Module) -> Iterator[list[Tensor]]:
     class _Reached(Exception):
         pass
 
+    # An exception is the only way to end a forward of a foreign module.
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         reached.append(arguments[0])
         raise _Reached

@@ -43,11 +43,15 @@ class Patches(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[batch, channels, rows · height, columns · width] to [batch, out, rows, columns]."""
+        # The image is cut into tiles, and each tile becomes one row of the linear's input.
         (batch, channels, image_height, image_width), (height, width) = pixels.shape, self.size
         rows, columns = image_height // height, image_width // width
+        # Axes: image, channel, row of patches, row in the patch, column of patches, column in the
+        # patch.
         apart = pixels.reshape(batch, channels, rows, height, columns, width)
         # [batch, rows, columns, channels · height · width], in the order of the flattened kernel
         patches = apart.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        # Back to the layout of a convolution, channels first.
         return cast(Tensor, self.linear(patches)).permute(0, 3, 1, 2)
 
 
@@ -62,6 +66,7 @@ def put_patches(model: nn.Module, path: str) -> Patches:
         device=weight.device,
         dtype=weight.dtype,
     )
+    # The very same numbers: a convolution whose stride is its kernel multiplies the same pairs.
     linear.weight.data = weight
     if convolution.bias is not None:
         linear.bias.data = convolution.bias.detach()
@@ -86,6 +91,7 @@ class OuterLayers(Block):
 
     def owns(self, tensor: str) -> bool:
         """Whether the tensor of the model lies outside the blocks."""
+        # The dot keeps `blocks.1` from owning the tensors of `blocks.10`.
         inside = tuple(
             path + "." for path, part in self.module.named_modules() if part in self.blocks
         )
@@ -105,6 +111,7 @@ class FirstLayers(OuterLayers):
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The tokens that enter the first block. tokens: the pixels."""
+        # The input of the first block is the output of everything before it.
         with stop_at(self.blocks[0]) as reached:
             self.module(tokens)
         return reached[0]
@@ -129,6 +136,8 @@ class LastLayers(OuterLayers):
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits. tokens: the output of the last block."""
 
+        # The hook replaces the last block's output. What comes before is computed on the example
+        # and thrown away: one image through the blocks for each batch of tokens.
         def leave(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
             return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
@@ -145,23 +154,29 @@ def with_outer_layers(model: nn.Module, blocks: list[Block], images: Tensor) -> 
     Raises MarrqError if the patch embedding is no linear on patches, or if the logits do not follow
         from the last block's output alone.
     """
+    # Between the first and the last layers there must be a chain: each block's input is the
+    # previous block's output.
     apart = [block.path for block in blocks[1:] if not block.follows]
     if apart:
         raise _refusal(f"block {apart[0]!r} does not follow from the one before")
     trial = _trial(model, blocks, images)
     path = _patch_embedding(model, trial.before)
+    # In the model itself, so that the linear exists before it is quantized, and the full-precision
+    # copy has it too.
     put_patches(model, path)
     # From here on the input of the first block is the first layers' output.
     blocks = [replace(blocks[0], follows=True), *blocks[1:]]
     modules = tuple(block.module for block in blocks)
     first = FirstLayers("", model, ((f"{path}.linear",),), False, (), {}, modules)
+    # A feature extractor ends with its last block, or with layers that have no weights.
     if not trial.after:
         return [first, *blocks]
     _check_head(model, [name for name, _ in trial.after])
+    # A distilled model has two heads on two tokens: two groups.
     groups = group_by_input(trial.after)
     last = LastLayers("", model, groups, True, (), {}, modules, images[:1])
-    # The last layers saw the first image alone, the logits are of all images: if they agree, nothing
-    # but the tokens of the last block enters the head.
+    # The last layers saw the first image alone, the logits are of all images: if the two agree,
+    # nothing but the tokens of the last block enters the head.
     if not torch.allclose(last(trial.tokens), trial.logits, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise _refusal("its logits do not follow from the tokens behind its last block alone")
     return [first, *blocks, last]
@@ -188,6 +203,7 @@ class _Trial:
 
 def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> _Trial:
     """Run the model once and record the layers outside its blocks."""
+    # Only layers with weights matter here: norms and activations stay as they are.
     inside = {module for block in blocks for module in block.module.modules()}
     calls: Calls = []
     start: list[int] = []  # how many calls came before the first block
@@ -216,6 +232,8 @@ def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> _Trial:
 def _patch_embedding(model: nn.Module, before: Calls) -> str:
     """The path of the convolution that makes tokens of patches. Raises MarrqError if it is not the
     only layer before the blocks, or no linear on patches."""
+    # A stem of several convolutions is no linear on patches, and its other layers would need codes
+    # of another kind.
     if len(before) != 1:
         raise _refusal(
             f"{len(before)} layers before its first block have weights, not one patch embedding"
@@ -231,6 +249,7 @@ def _patch_embedding(model: nn.Module, before: Calls) -> str:
 
 def _reads_each_pixel_once(layer: nn.Conv2d, pixels: Tensor) -> bool:
     """Whether the convolution is one linear on patches that tile the image."""
+    # A convolution ignores pixels that do not fill a patch, `Patches` cannot.
     remainders = [
         length % size for length, size in zip(pixels.shape[2:], layer.kernel_size, strict=True)
     ]

@@ -55,6 +55,7 @@ def read_stream(
         return (inputs[0],)
 
     with hooked([block.linear(writer.linear).register_forward_pre_hook(enter)]):
+        # The rest of the block runs only up to the module that reads the stream.
         stream = block(tokens) if writer.reader is None else block.input_of(writer.reader, tokens)
     return inputs[0], stream
 
@@ -70,10 +71,13 @@ def find_residual_writer(block: Block, linear: str, tokens: Tensor) -> ResidualW
         return None
     # float64, so that a change through the block is linear up to 1e-12 or is not linear at all.
     block, tokens = block.in_float64(), tokens[:1].double()
+    # A generator of its own: the search must not move the global one.
     generator = torch.Generator().manual_seed(TRIAL_SEED)
     changes = torch.randn(2, *tokens.shape, dtype=torch.float64, generator=generator)
     changes = changes.to(tokens.device)  # v, two draws of it
+    # The block's function is not linear, but from a writer to the stream everything is.
     still = _points(block, linear, tokens, None)
+    # Three forwards in all: without a change, and with each of the two.
     moved = [_points(block, linear, tokens, change) for change in changes]
     writer = None
     for reader, before in still.items():
@@ -83,6 +87,7 @@ def find_residual_writer(block: Block, linear: str, tokens: Tensor) -> ResidualW
             torch.allclose(after[reader] - before, gain * change)
             for after, change in zip(moved, changes, strict=True)
         )
+        # A gain of zero everywhere is LayerScale that shuts the branch: then any point would do.
         if gain.any() and all(follows):
             # Points come in order of execution, so that the last one remains.
             writer = ResidualWriter(linear, reader, gain.float())
@@ -101,6 +106,7 @@ def _points(
     reached = False
 
     def leave(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        # Only points after the linear count. Every module before it has run when it returns.
         nonlocal reached
         reached = True
         # A linear of another width writes no tokens: its output stays, and no point will follow it.
@@ -110,13 +116,17 @@ def _points(
 
     def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            # A module may be called without positional arguments, or with something that is no
+            # tensor.
             x = arguments[0] if arguments else None
             if reached and isinstance(x, Tensor) and x.shape == tokens.shape:
+                # The first call of a module that runs more than once.
                 points.setdefault(path, x)
 
         return hook
 
     handles = [
+        # The inputs of all modules inside: a norm or a branch that reads the stream is one of them.
         module.register_forward_pre_hook(enter(path))
         for path, module in block.module.named_modules()
         if path

@@ -31,8 +31,10 @@ def balance(pair: BlockPair, settings: QuantizationSettings) -> set[str]:
         # The statistics will raise an error that names the layer.
         if not sample.isfinite().all():
             return set()
+        # H and M of the formula: the sample's moments and Wᵀ W, both in full precision.
         weight = pair.original.linear(value_path.target).weight
         change = balancing_basis(sample, weight, value_path.width, generator)
+        # W A V = (W T⁻¹) A (T V): the block's function stays, on both paths.
         fold_basis(pair.original, value_path, change)
         fold_basis(pair.quantized, value_path, change)
     return {value_path.target for value_path in value_paths}
@@ -44,6 +46,7 @@ def _value_paths(pair: BlockPair) -> list[ValuePath]:
     found = [
         find_value_path(pair.original, group[0], first)
         for group in pair.original.groups
+        # Linears that share an input (q, k and v) read a norm and not values.
         if len(group) == 1
     ]
     return [value_path for value_path in found if value_path is not None]

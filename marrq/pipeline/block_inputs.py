@@ -44,9 +44,11 @@ class Batch:
 
 def cut(images: int, size: int) -> list[Batch]:
     """The batches of a set of `images` images, at most `size` images each."""
+    # The first half is the larger one if the number of images is odd.
     middle = (images + 1) // 2
     batches: list[Batch] = []
     for half, (begin, end) in enumerate([(0, middle), (middle, images)]):
+        # The last batch of a half may be smaller than the others.
         for start in range(begin, end, size):
             batches.append(Batch(len(batches), half, slice(start, min(start + size, end))))
     return batches
@@ -54,6 +56,7 @@ def cut(images: int, size: int) -> list[Batch]:
 
 def share_of(batches: list[Batch], processes: Processes) -> list[Batch]:
     """The batches of this process. Raises MarrqError if there are fewer batches than processes."""
+    # A process without batches would have no tokens from which to take shapes and units.
     if processes.size > len(batches):
         raise MarrqError(
             f"{processes.size} processes for {len(batches)} batches of calibration images: raise "
@@ -93,8 +96,10 @@ def in_files(folder: Path) -> Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that the bytes are in the file when it is mapped.
+            # Linux removes the name at once (O_TMPFILE, or unlink after open).
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
             for values in (batch.cpu().contiguous().numpy() for batch in tokens):
+                # The position before the batch is written is where it begins.
                 places.append((file.tell(), values.dtype, values.shape))
                 _write_all(file, values)
         except OSError as error:
@@ -112,6 +117,7 @@ def in_files(folder: Path) -> Store:
 
 def _write_all(file: Any, values: np.ndarray[Any, Any]) -> None:
     """Write all bytes. One call of an unbuffered file's `write` may write fewer."""
+    # As bytes, so that the count that `write` returns can be used as an index.
     left = values.reshape(-1).view(np.uint8)
     while len(left):
         left = left[file.write(left.data) :]
@@ -130,6 +136,8 @@ class _MappedBatches:
         # A file cannot be mapped over 0 bytes.
         if not math.prod(shape):
             return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
+        # Copy on write (mode c): the block may work in place on its input without changing the
+        # file. Pages come from the disk when they are read, and the system may drop them again.
         return torch.from_numpy(np.memmap(self._file, kind, mode="c", offset=offset, shape=shape))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -163,6 +171,8 @@ class BlockInputs:
         processes: Processes,
     ) -> "BlockInputs":
         """The inputs from the tokens of this process. All processes call this together."""
+        # Process 0 has the very first batch. Everyone needs it: trial forwards and units must be
+        # the same everywhere.
         own = share_of(batches, processes)
         first_original = processes.broadcast(original[0])
         first_quantized = processes.broadcast(quantized[0])
@@ -174,5 +184,6 @@ class BlockInputs:
         tokens: `original` or `quantized`; only the batches that are yielded are read.
         """
         for place, batch in enumerate(self.own):
+            # By the index among all batches, so that the choice does not depend on the processes.
             if batch.index % step == 0:
                 yield batch, tokens[place]

@@ -58,8 +58,10 @@ class TokenSource:
         tokens: what enters `block`. If the following block's input is not this block's output, they
             are not used, and the model is run up to the following block.
         """
+        # MobileViT convolves between its transformers: the tokens have to come through the model.
         if not following.follows:
             return self.entering(following)
+        # A generator: the store takes batch by batch, so that one batch at a time is on the device.
         return self.store(block(batch.to(self.device, non_blocking=True)) for batch in tokens)
 
 
@@ -96,6 +98,7 @@ class BlockPair:
     def tokens(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Every batch of this process, with its tokens on the quantized and on the full-precision
         path, on the device."""
+        # Strict: a store with fewer batches than this process has would lose images silently.
         both = zip(self.inputs.own, self.inputs.quantized, self.inputs.original, strict=True)
         for batch, quantized, original in both:
             yield (
@@ -135,6 +138,7 @@ class Paths:
 
     def start(self, block: Block) -> BlockInputs:
         """The inputs of the first block, the same on both paths."""
+        # Nothing is quantized yet: one list of tokens serves both paths.
         tokens = self.quantized.entering(block)
         return BlockInputs.of(self.batches, tokens, tokens, self.processes)
 
@@ -149,6 +153,7 @@ class Paths:
         def compute() -> TokenBatches:
             return self.original.after(pair.original, following, pair.inputs.original)
 
+        # If an earlier run has left the tokens, `compute` is not called.
         original = compute() if shared is None else shared.entering(following, compute)
         quantized = self.quantized.after(pair.quantized, following, pair.inputs.quantized)
         return BlockInputs.of(self.batches, original, quantized, self.processes)
@@ -157,6 +162,8 @@ class Paths:
 def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor:
     """At most `count` evenly spaced tokens of the linear's input on the quantized path, from each
     step-th batch: [tokens, n], the same in every process. One batch at a time is in memory."""
+    # Only the shape is used: how many tokens this linear sees of an image. It differs from block to
+    # block in a Swin.
     first = pair.quantized.input_of(linear, pair.first_quantized).flatten(0, -2)  # [tokens, n]
     tokens_per_image = len(first) // len(pair.inputs.first_quantized)
     sampled = [batch for batch in pair.inputs.batches if batch.index % step == 0]
@@ -167,10 +174,12 @@ def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor
         batch.index: tokens_per_image * images
         for batch, images in zip(sampled, images_before, strict=True)
     }
+    # Evenly spaced over all sampled tokens, whichever process has them.
     rows = torch.linspace(0, total - 1, min(count, total), device=first.device).long()
     sample = first.new_zeros(len(rows), first.shape[1])
     for batch, x in pair.quantized_inputs(linear, step):
         x = x.flatten(0, -2)  # [tokens of the batch, n]
+        # Positions of the wanted tokens within this batch; tokens of other batches lie outside.
         place = rows - start[batch.index]
         here = (place >= 0) & (place < len(x))
         # `where` and `clamp` instead of a mask: nothing waits for the device.
@@ -197,14 +206,18 @@ def sum_statistics(
     halves: list[ResidualStatistics] = []
     for batch, quantized, original in pair.tokens():
         x, drift = drift_of(quantized, original)
+        # Tokens of all images in a row: sums over them know no images.
         x, drift = x.reshape(-1, in_features), drift.reshape(-1, drift.shape[-1])  # [tokens, ·]
+        # Units come from the first batch, which has to be read first; then both halves begin empty.
         if not halves:
             units = _common_units(pair, x, drift, tokens_per_image=len(x) // len(batch))
             halves = [
                 ResidualStatistics.zeros(in_features, pair.device, importance, units)
                 for _ in range(2)
             ]
+        # The two halves judge each other: α is found on one half by the error on the other.
         halves[batch.half].add(x, drift)
+    # Before this line a process has the sums of its own batches, after it those of all.
     first, second = (half.pooled_(pair.processes) for half in halves)
     return first, second
 
@@ -216,6 +229,7 @@ def _common_units(pair: BlockPair, x: Tensor, drift: Tensor, tokens_per_image: i
     x, drift: of this process's first batch, [tokens, n] and [tokens, n or m].
     """
     images = sum(map(len, pair.inputs.batches))
+    # The number of tokens in all bounds how large the sums can become.
     own = Units.of(x, drift, tokens_per_image * images)
     return replace(
         own,

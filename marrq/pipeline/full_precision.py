@@ -50,6 +50,7 @@ class FullPrecisionKey:
             calibration=settings.calibration,
             rotation=settings.method.rotation,
             outer_layers=settings.scheme.outer_layers,
+            # What a method does after the balance changes only the quantized path.
             balanced=settings.method.balances(settings.scheme),
             device=device,
         )
@@ -65,6 +66,7 @@ class FullPrecisionInputs:
 
     def check(self, key: FullPrecisionKey) -> None:
         """Raise MarrqError if a run with this key must not use these tokens."""
+        # Field by field, so that the message can name the first that differs.
         kept, wanted = vars(self.key), vars(key)
         for name in kept:
             if kept[name] != wanted[name]:
@@ -75,6 +77,8 @@ class FullPrecisionInputs:
 
     def entering(self, block: Block, compute: Callable[[], TokenBatches]) -> TokenBatches:
         """The tokens that enter the block, computed if no run has computed them yet."""
+        # First layers never get here: the first block's input is the same on both paths. So the
+        # path is unique: the last layers alone have the empty path.
         if block.path not in self._tokens:
             self._tokens[block.path] = compute()
         return self._tokens[block.path]

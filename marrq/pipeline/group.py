@@ -60,6 +60,7 @@ class GroupCalibration:
         """Scale the channels of the input and of the weights, in place, on the quantized path. None
         if no scale is worth its cost. The full-precision path stays as it is."""
         block = self.pair.quantized
+        # Scales that a norm takes up are free at run time.
         norm = find_norm(block, self.linears, self.pair.first_quantized)
         # Without a norm the scale costs a multiplication at run time: not even tried unless
         # rounding the activations hurts.
@@ -76,11 +77,14 @@ class GroupCalibration:
         activation, block = self.scheme.activation, self.pair.quantized
         if activation is None:
             return None
+        # The grid is that of the input as the kernel will see it, after the scaling.
         smoothing = None if scales is None else scales.smoothing
         observer = RangeObserver(smoothing, self.pair.processes)
         step = RANGE_STEP[activation.strategy]
+        # On the quantized path: the grid has to hold what the quantized model really gives.
         for _, x in self.pair.quantized_inputs(self.linears[0], step):
             observer.observe(x)
+        # One grid for all linears of the group: the error of all their outputs decides.
         weights = torch.cat([block.linear(name).weight for name in self.linears])
         return observer.quantizer(activation, weights)
 
@@ -89,6 +93,8 @@ class GroupCalibration:
     ) -> tuple[ResidualStatistics, ResidualStatistics]:
         """The sums over the inputs on both paths, for each half of the calibration set. If the
         method aims at the residual stream, a writer's drift is that of the stream."""
+        # A writer's own output is not what counts: errors of earlier writers are in the stream
+        # already, and this linear can make up for them.
         writer = self._writer()
         rounding: nn.Module = quantizer or nn.Identity()
         drift: BatchDrift
@@ -108,6 +114,7 @@ class GroupCalibration:
         """How the group's only linear writes to the residual stream, if the method asks for it."""
         if self.method.wants != RESIDUAL_STREAM or len(self.linears) > 1:
             return None
+        # Linears that share an input are q, k and v or gates: none of them writes alone.
         [linear] = self.linears
         return find_residual_writer(self.pair.quantized, linear, self.pair.first_quantized)
 
@@ -115,6 +122,7 @@ class GroupCalibration:
         self, rounding: nn.Module, inverse: Tensor | None, quantized: Tensor, original: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The input x and dx = x̃ - x, [..., n] each, for the tokens of a batch on both paths."""
+        # The rounded input, as the kernel has it: the codes then make up for its rounding too.
         x = rounding(self.pair.quantized.input_of(self.linears[0], quantized))
         x_float = smoothed(self.pair.original.input_of(self.linears[0], original), inverse)
         return x, x_float - x
@@ -125,6 +133,8 @@ class GroupCalibration:
         """The input x [..., n], and e = (s̃ - s) / γ [..., m] with s the residual stream after the
         writer: what s lacks, in units of the writer's output. A channel with γ = 0 cannot be
         mended: its e is 0."""
+        # The writer runs with its float weight on the rounded input: e has all errors but those of
+        # its own codes, which are still to be chosen.
         x, stream = read_stream(self.pair.quantized, writer, quantized, rounding)
         _, stream_float = read_stream(self.pair.original, writer, original, nn.Identity())
         return x, torch.where(writer.gain == 0, 0, (stream_float - stream) / writer.gain)
@@ -141,6 +151,8 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
     scales = calibration.channel_scales() if method.equalize and not balanced else None
     quantizer = calibration.input_quantizer(scales)
     halves = calibration.statistics(scales, quantizer)
+    # One problem for the group: the factorization of H depends on the input alone and serves all of
+    # its linears.
     problem = Problem.of(halves, weight_spec, method, pair.processes)
     reports = []
     for name in calibration.linears:
@@ -149,6 +161,8 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
             solution = solve(linear.weight, problem, method)
         except MarrqError as error:
             raise MarrqError(f"{path}: {error}") from error
+        # The statistics of centred tokens if the bias takes up the mean; J is the error that is
+        # left then.
         statistics, rounding = problem.whole.statistics, solution.rounding
         report = ModuleReport(
             path=path,
@@ -167,6 +181,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
             balanced=balanced,
         )
         reports.append(report)
+        # From here on the quantized path runs with the codes.
         block.module.set_submodule(name, _quant_linear(linear, solution, quantizer, weight_spec))
     return reports
 
@@ -174,6 +189,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
 def _clipped_share(weight: Tensor, grid: Grid) -> float:
     """The share of weights outside the range of their grid, 0 … 1."""
     grid = grid.spread(weight.shape[1])
+    # The range of the grid in the units of the weight, row by row and group by group.
     lowest, highest = (
         grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
     )
@@ -185,6 +201,7 @@ def _quant_linear(
 ) -> QuantLinear:
     """The quantized linear; its bias takes up the mean error of the outputs if the method says
     so."""
+    # A copy: the original block shares nothing with the quantized one.
     bias = None if linear.bias is None else linear.bias.detach().clone()
     if solution.bias_shift is not None:
         bias = solution.bias_shift if bias is None else bias + solution.bias_shift

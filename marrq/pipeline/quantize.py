@@ -93,8 +93,10 @@ def quantize(
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
+    # Before the model is touched: a wrong key must not leave a model half changed.
     if run.shared is not None:
         run.shared.check(FullPrecisionKey.of(model, settings, run.device))
+    # The full name of the method, not its alias, goes into the record.
     settings = replace(
         settings, method=replace(settings.method, name=method_named(settings.method.name))
     )
@@ -103,10 +105,13 @@ def quantize(
     batches = cut(len(images), settings.calibration.batch_size)
     own = share_of(batches, run.processes)
     source = TokenSource(module, images, run.device, own, run.store)
+    # Made before the first block is quantized: from here on the model changes.
     paths = Paths.of(source, blocks, batches, run.processes)
     inputs = paths.start(blocks[0])
     reports: list[ModuleReport] = []
     for index, block in enumerate(blocks):
+        # The copy is the full-precision block. It is made when its turn comes, so that one block at
+        # a time is in memory twice.
         pair = BlockPair(block, block.copied(), inputs, run.device, run.processes)
         # A restored block is balanced too: the full-precision path goes through its balanced copy.
         balanced = balance(pair, settings)
@@ -115,6 +120,7 @@ def quantize(
             in_block = _quantize_block(pair, settings, balanced)
             if run.checkpoint is not None:
                 run.checkpoint.keep(index, block, in_block)
+        # The tokens after the last block are the logits, which nobody reads.
         if index + 1 < len(blocks):
             inputs = paths.after(pair, blocks[index + 1], run.shared)
         reports += in_block
@@ -136,6 +142,8 @@ def _chain(module: nn.Module, images: Tensor, settings: QuantizationSettings) ->
 
     images: two, on the device of the module, for the trial forwards.
     """
+    # Before blocks are looked for: the rotation replaces norms, and trial forwards must see the
+    # model as it will be quantized.
     if settings.method.rotation is not None:
         rotate(module, images, settings.method.rotation)
     blocks = find_blocks(module, images)
@@ -156,8 +164,10 @@ def _quantize_block(
         method = replace(method, lowrank=None)
     reports: list[ModuleReport] = []
     for group in block.groups:
+        # In order of execution: a group sees the block with all earlier groups quantized.
         calibration = GroupCalibration(pair, group, block.scheme_of(settings.scheme), method)
         reports += quantize_group(calibration, balanced=group[0] in balanced)
+    # Alone there is nobody to disagree with, and the hash takes time.
     if processes.size > 1:
         processes.check_agreement(weights_sha256(block.module), f"block {block.path!r}")
     return reports

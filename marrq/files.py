@@ -1,5 +1,5 @@
-"""Files and folders that are whole or absent, whenever the machine stops; and hashes that tell one
-file from another.
+"""Files and folders that are whole or absent, whenever the machine stops; hashes that tell one file
+from another; and checks of the paths that a user gives.
 
 A file is written beside its place, flushed to the disk and renamed. A rename within a folder is one
 step (POSIX rename), so a reader sees the old file or the new one, and never a part. A folder is

@@ -1,7 +1,8 @@
-"""The methods by name: the aim of each, and the statistics that it wants.
+"""The methods by name: the aim of each, the statistics that it wants, and where its code is.
 
-Nothing here imports torch, so that the command line knows the names before it loads a model.
-methods/solve.py has the code of each.
+Nothing here imports torch, so that the command line knows the names before it loads a model. So the
+registry names the code of a method by text, and methods/solve.py imports it. To add a method, write
+its file and add a line here.
 """
 
 from dataclasses import dataclass, replace
@@ -22,12 +23,14 @@ RESIDUAL_STREAM: Wants = "residual stream"
 class MethodInfo:
     """What is known of a method without its code.
 
+    code: FILE.NAME in this folder, a function or, for a method with α, a ResidualTarget
     aim: the output or the weight that the codes aim at, for people
     paper: its number on arXiv, or "" for our own
     wants: the statistics that the pipeline has to collect
     has_alpha: whether a residual strength α multiplies its correction
     searches_alpha: whether it finds an α for each module"""
 
+    code: str
     aim: str
     paper: str = ""
     wants: Wants = INPUT_DRIFT
@@ -35,22 +38,27 @@ class MethodInfo:
     searches_alpha: bool = False
 
 
-# Adding a method: a line here, and one in methods/solve.py; a test fails if one of them is missing.
 RESIDUAL_METHODS: dict[str, MethodInfo] = {
     "gptaq": MethodInfo(
+        "gptaq.GptaqTarget",
         "the full-precision output, by a residual term in the sweep; α = 0.25",
         "2504.02692",
         has_alpha=True,
     ),
     "rescomp": MethodInfo(
-        "as gptaq, with a second residual term; α = 0.25", "2604.07955", has_alpha=True
+        "rescomp.RescompTarget",
+        "as gptaq, with a second residual term; α = 0.25",
+        "2604.07955",
+        has_alpha=True,
     ),
     "exact": MethodInfo(
+        "exact.ExactTarget",
         "the full-precision output, by the weight that comes nearest to it; α = 1",
         "2504.09629",
         has_alpha=True,
     ),
     "stream": MethodInfo(
+        "exact.ExactTarget",
         "as exact, but linears that write to the residual stream aim at the full-precision stream",
         wants=RESIDUAL_STREAM,
         has_alpha=True,
@@ -60,8 +68,10 @@ RESIDUAL_METHODS: dict[str, MethodInfo] = {
 α for each module."""
 
 METHODS: dict[str, MethodInfo] = {
-    "rtn": MethodInfo("nothing: each weight goes to the nearest value of its grid"),
-    "gptq": MethodInfo("the output of the original weight on the quantized inputs", "2210.17323"),
+    "rtn": MethodInfo("rtn.rtn", "nothing: each weight goes to the nearest value of its grid"),
+    "gptq": MethodInfo(
+        "gptq.gptq", "the output of the original weight on the quantized inputs", "2210.17323"
+    ),
     **RESIDUAL_METHODS,
     **{
         f"marr-{name}": replace(

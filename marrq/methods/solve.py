@@ -11,37 +11,38 @@ methods/problem.py has the input and the output of a method; methods/README.md e
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.methods.exact import ExactTarget, correction
-from marrq.methods.gptaq import GptaqTarget
-from marrq.methods.gptq import gptq
+from marrq.methods.exact import correction
 from marrq.methods.lowrank import Scaling, input_scaling, preserved, refit
 from marrq.methods.marr import marr
 from marrq.methods.problem import Problem, Rounding
-from marrq.methods.rescomp import RescompTarget
+from marrq.methods.registry import METHODS, RESIDUAL_METHODS, MethodInfo
 from marrq.methods.residual import ResidualTarget, with_constant
-from marrq.methods.rtn import rtn
 from marrq.methods.spec import MethodSpec
 from marrq.quantizers.linear import LowRank
 
 Method = Callable[[Tensor, Problem, MethodSpec], Rounding]
 
+
+def _code(info: MethodInfo) -> Any:
+    """The function or class that the registry names."""
+    file, _, name = info.code.partition(".")
+    return getattr(import_module(f"marrq.methods.{file}"), name)
+
+
 TARGETS: dict[str, type[ResidualTarget]] = {
-    "gptaq": GptaqTarget,
-    "rescomp": RescompTarget,
-    "exact": ExactTarget,
-    # The statistics make the difference: see `wants` in methods/registry.py.
-    "stream": ExactTarget,
+    name: _code(info) for name, info in RESIDUAL_METHODS.items()
 }
-"""The target of each residual method; MARR searches any of them."""
+"""The target of each method with α; MARR searches any of them."""
 
 IMPLEMENTATIONS: dict[str, Method] = {
-    "rtn": rtn,
-    "gptq": gptq,
+    **{name: _code(info) for name, info in METHODS.items() if not info.has_alpha},
     **{name: partial(with_constant, target) for name, target in TARGETS.items()},
     **{f"marr-{name}": partial(marr, target) for name, target in TARGETS.items()},
 }

@@ -59,9 +59,10 @@ def sources() -> dict[str, str]:
 
 
 def functions(file: str, tree: ast.Module) -> Iterator[Function]:
-    """Every function of a module, nested ones too. `self` and `cls` are no parameters."""
+    """Every function of a module, nested ones too. `self` and `cls` are no parameters. A kernel in
+    the Triton language is left out: it takes pointers and sizes, and cannot take objects."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_kernel(node):
             arguments = node.args
             names = [
                 a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
@@ -69,6 +70,10 @@ def functions(file: str, tree: ast.Module) -> Iterator[Function]:
             count = len([name for name in names if name not in ("self", "cls")])
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             yield Function(file, node.name, lines, count)
+
+
+def _is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
 
 
 def imported(tree: ast.Module, everywhere: bool = True) -> set[str]:

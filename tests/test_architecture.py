@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from structure import ROOT, imported, sources
+from structure import ROOT, Structure, imported, measure, sources
 
 LIBRARIES = {"torch", "timm", "transformers"}
 FORBIDDEN = {
@@ -56,3 +56,39 @@ def test_the_way_to_the_help_loads_nothing_heavy(statement: str):
 def test_every_module_says_what_it_is_for():
     found = [file for file, text in sources().items() if not ast.get_docstring(ast.parse(text))]
     assert found == []
+
+
+@pytest.fixture(scope="module")
+def structure() -> Structure:
+    return measure()
+
+
+def test_no_line_is_wider_than_a_screen_and_no_file_longer_than_a_sitting(structure: Structure):
+    assert structure.wide_lines == 0
+    assert structure.longest[1] <= 350
+
+
+def test_comments_say_why_throughout(structure: Structure):
+    assert structure.comments >= 0.06
+
+
+def test_few_functions_take_many_things(structure: Structure):
+    assert len(structure.entangled) <= 5
+    assert structure.most_parameters <= 8
+
+
+def test_no_files_import_each_other_in_a_circle(structure: Structure):
+    assert structure.circles == []
+
+
+def test_reports_have_types(structure: Structure):
+    assert structure.untyped <= 8
+
+
+def test_a_command_parses_calls_and_prints():
+    commands = {
+        file: len(text.splitlines())
+        for file, text in sources().items()
+        if file.startswith("marrq/cli/") and "from marrq.cli import common" in text
+    }
+    assert {file: lines for file, lines in commands.items() if lines > 80} == {}

@@ -25,7 +25,7 @@ SYMMETRIC = {"symmetric": True}
         ("vit with LayerScale", "W3A8", "srr:4", "per-tensor"),
         slow("vit with LayerScale", "W4A4", None, "per-tensor"),
         slow("vit with LayerScale", "W8A8", None, "per-tensor"),
-        ("vit with LayerScale", "W4A8", "srr:4:int8", "per-token"),
+        slow("vit with LayerScale", "W4A8", "srr:4:int8", "per-token"),
         slow("vit with LayerScale", "W4A8-g8", None, "per-tensor"),
         slow("swin", "W3A8-g24", None, "per-token"),
         slow("vit with LayerScale", "W4A16", None, "per-tensor"),

@@ -109,12 +109,12 @@ class FolderCheckpoint:
         if not file.exists():
             return None
         try:
-            # The types of error of a file that was cut, edited, or written by another version: the
-            # header is no JSON, lacks the reports, or a report lacks a field.
             with safetensors.safe_open(file, framework="pt") as content:
                 reports = json.loads(content.metadata()["reports"])
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
             return tensors, [report_from_json(fields) for fields in reports]
+        # A file that was cut or edited: the header is no JSON, it lacks the reports, or a report
+        # lacks a field.
         except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
             raise MarrqError(
                 f"checkpoint {str(file)!r} is damaged: remove it to quantize its block again"

@@ -2,8 +2,8 @@
 
 config.json has the source of the model, preprocessing, labels, scheme, method, calibration and
 package versions; quantization.json has one report for each quantized linear. A dataclass becomes an
-object with the names of its fields as keys. The JSON is older than two names, which it keeps: first
-and last layers are called edges there.
+object with the names of its fields as keys. Two keys differ from the fields: the format calls first
+and last layers edges.
 """
 
 import json
@@ -38,12 +38,12 @@ def description(
         "model": asdict(model.source),
         "preprocessing": asdict(model.preprocessing),
         "labels": list(model.labels),
-        # `scheme`, `method` and `calibration`, under the names of the fields.
-        **{name: asdict(value) for name, value in vars(settings).items()},
+        "scheme": _renamed(asdict(settings.scheme), SCHEME_KEYS),
+        "method": asdict(settings.method),
+        "calibration": asdict(settings.calibration),
         # Another version may build another architecture or compute other codes.
         "versions": {name: version(name) for name in PACKAGES},
     }
-    fields["scheme"] = _renamed(asdict(settings.scheme), SCHEME_KEYS)
     # Through JSON and back, so that it can be compared with a description that was read: JSON has
     # lists in place of tuples.
     return cast(dict[str, Any], json.loads(json.dumps(fields)))
@@ -88,13 +88,13 @@ def report_to_json(report: ModuleReport) -> dict[str, Any]:
 
 
 def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The fields in the same order, some under other names."""
     return {names.get(name, name): value for name, value in fields.items()}
 
 
 def report_from_json(fields: dict[str, Any]) -> ModuleReport:
     """The inverse of `report_to_json`. Raises KeyError or TypeError for a damaged report."""
     # A key that is no field raises TypeError in the constructor: nothing is skipped silently.
-    names = {key: name for name, key in REPORT_KEYS.items()}
-    renamed = {names.get(key, key): value for key, value in fields.items()}
+    renamed = _renamed(fields, {key: name for name, key in REPORT_KEYS.items()})
     steps = tuple(SearchStep(**step) for step in fields["trajectory"])
     return ModuleReport(**{**renamed, "trajectory": steps})

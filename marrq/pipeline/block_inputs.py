@@ -60,7 +60,7 @@ def share_of(batches: list[Batch], processes: Processes) -> list[Batch]:
     if processes.size > len(batches):
         raise MarrqError(
             f"{processes.size} processes for {len(batches)} batches of calibration images: raise "
-            "--samples, or start fewer"
+            "--samples, or start fewer processes"
         )
     return list(processes.share(batches))
 

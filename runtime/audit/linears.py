@@ -33,6 +33,7 @@ from runtime.audit.graph import (
     size_bytes,
 )
 from runtime.errors import BenchError
+from runtime.metadata import LinearPart
 from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
 # The scheme of a linear that is not quantized.
@@ -136,32 +137,66 @@ def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
         for product in optimized.products
         if (found := _stands_for(product, optimized, file)) is not None
     }
+    named = _named_products(file)
     return [
-        _linear(file, product, product.weight, kernels)
+        _linear(file, product, product.weight, kernels, named)
         for product in file.products
         if product.weight is not None
     ]
 
 
-def _linear(file: Graph, product: Product, weight: str, kernels: Mapping[str, Product]) -> Linear:
-    """A product of the file. kernels: by the output of the product that they stand for."""
-    schemes = file.metadata.scheme_by_linear
+def _named_products(file: Graph) -> dict[str, tuple[str, str]]:
+    """Path and part of each product that the metadata name, by the product's output; empty for
+    another tool's file."""
+    found: dict[str, tuple[str, str]] = {}
+    for path, parts in (file.metadata.linears or {}).items():
+        for slot, ends in enumerate(parts):
+            # Three parts are q, k and v.
+            part = f"{path}.{'qkv'[slot]}" if len(parts) == 3 else path
+            # All that lies between the ends belongs to the part: branches and corrections too. What
+            # q, k and v share counts as a piece of q.
+            for value in _between(file, ends):
+                found.setdefault(value, (path, part))
+    return found
+
+
+def _between(file: Graph, ends: LinearPart) -> list[str]:
+    """The values that a part of a linear makes, from its output back to its input."""
+    return file.behind(
+        [ends.output], lambda node: [name for name in node.input if name != ends.input]
+    )
+
+
+def _linear(
+    file: Graph,
+    product: Product,
+    weight: str,
+    kernels: Mapping[str, Product],
+    named: Mapping[str, tuple[str, str]],
+) -> Linear:
+    """A product of the file. kernels, named: by the output of the product that they are about."""
     origin, way = file.origin(weight)
-    named = CONSTANT_NAME.match(origin)
-    part = named[1] if named else product.node.name or origin
-    # A third of a linear is cut off its path only if the scheme names the linear and not the third:
-    # a model may have a module that is called q.
-    path = part if part in schemes or part[:-2] not in schemes else part[:-2]
+    output = product.node.output[0]
+    path, part = named.get(output) or _named_by_constant(file, product, origin)
     return Linear(
         path=path,
         part=part,
         role=ROLES.get(origin.rpartition(".")[2], "linear"),
-        nominal=schemes.get(path) or _nominal(file, product, origin),
+        nominal=file.metadata.scheme_by_linear.get(path) or _nominal(file, product, origin),
         product=product,
-        kernel=kernels.get(product.node.output[0]),
+        kernel=kernels.get(output),
         origin=origin,
         way=tuple(way),
     )
+
+
+def _named_by_constant(file: Graph, product: Product, origin: str) -> tuple[str, str]:
+    """Path and part of a product that no metadata name, from the name of its constant."""
+    schemes, match = file.metadata.scheme_by_linear, CONSTANT_NAME.match(origin)
+    part = match[1] if match else product.node.name or origin
+    # A third of a linear is cut off its path only if the scheme names the linear and not the third:
+    # a model may have a module that is called q.
+    return (part if part in schemes or part[:-2] not in schemes else part[:-2]), part
 
 
 def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:

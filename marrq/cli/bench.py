@@ -47,7 +47,7 @@ def bench(
     max_drop: MaxDrop = None,
     recommend: Recommend = False,
     json_file: common.JsonOption = None,
-    page_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML page.")] = None,
+    page_file: Annotated[Path | None, common.output_option("--report", help="HTML page.")] = None,
 ) -> None:
     """Measure accuracy, size and latency of ONNX files beside their float baselines.
 
@@ -62,8 +62,10 @@ def bench(
     if page_file is not None:
         check_page(page_file)
     options = workflow.BenchOptions(
-        flavor, tuple(baseline), tuple(batch), rounds, seconds, provider, threads, throughput,
-        max_drop, recommend, parity_images if parity else None, tuple(artifact),
+        flavor=flavor, baselines=tuple(baseline), batches=tuple(batch), rounds=rounds,
+        seconds=seconds, provider=provider, threads=threads, throughput=throughput,
+        max_drop=max_drop, recommend=recommend, artifacts=tuple(artifact),
+        parity_images=parity_images if parity else None,
     )  # fmt: skip
     report = workflow.bench(paths, data, options, common.say, common.progress_bars)
     common.write_report(json_file, report.to_json())

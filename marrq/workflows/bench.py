@@ -202,6 +202,7 @@ def _candidates(
     shared = _checked_metadata(files[0], session)
     for given in files:
         metadata = _checked_metadata(given, session)
+        # Baselines, images and rounds are shared, so all files must come from one float model.
         if metadata.source != shared.source:
             raise MarrqError(
                 f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench "

@@ -171,7 +171,7 @@ class Graph:
 
     @cached_property
     def _described(self) -> dict[str, onnx.TypeProto.Tensor]:
-        """Type and shape of values, where the file says them."""
+        """Type and shape of the values for which the file says them."""
         graph = self.model.graph
         return {
             info.name: info.type.tensor_type

@@ -53,8 +53,8 @@ ROLES: dict[str, Role] = {
 }
 
 # Name of a constant of a linear. The group is the module path of the linear, or of a third of it:
-# PATH.q, PATH.k, PATH.v. PyTorch's exporter names constants the same way, so the pattern serves
-# files of other tools, for which no metadata name the linears.
+# PATH.q, PATH.k, PATH.v. It serves linears that no metadata name: float linears, and all linears
+# of other tools' files, whose constants PyTorch's exporter names by their module paths.
 CONSTANT_NAME = re.compile(r"(.+?)\.(?:weight|lowrank|bias_and_sums)")
 
 # Of MatMulNBits.

@@ -190,6 +190,7 @@ def _accuracies(
     entries: Sequence[Entry], logits: dict[Path, Logits], targets: NDArray[np.int64]
 ) -> list[ComparedAccuracy]:
     """Accuracy of each model, and what it loses against the baseline."""
+    # What agreement and divergence are measured from; None if no float32 model is measured.
     float32 = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
     baselines = [entry for entry in entries if entry.role == "baseline"]
     # Losses are counted from float32 if it was measured, and else from the first baseline.

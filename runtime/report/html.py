@@ -92,6 +92,7 @@ def page(report: BenchReport) -> str:
     models, reference = report.models, reference_of(report.models)
     # Models with a baseline: the others cannot lose anything.
     paired = [model for model in models if model.accuracy.against is not None]
+    # Without a gate no candidate has a verdict.
     verdicts = report.gate.models if report.gate is not None else ()
     document = report.to_json()
     return environment.get_template(TEMPLATE).render(

@@ -111,7 +111,8 @@ class FolderCheckpoint:
         try:
             with safetensors.safe_open(file, framework="pt") as content:
                 reports = json.loads(content.metadata()["reports"])
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
+                names = content.keys()
+                tensors = {name: content.get_tensor(name) for name in names}
             return tensors, [report_from_json(fields) for fields in reports]
         # A file that was cut or edited: the header is no JSON, it lacks the reports, or a report
         # lacks a field.

@@ -97,7 +97,8 @@ def in_files(folder: Path) -> Store:
             folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that the bytes are in the file when it is mapped.
             # Linux removes the name at once (O_TMPFILE, or unlink after open).
-            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the tokens are used
+            # It stays open as long as the tokens are used, and no `with` can say how long.
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
             for values in (batch.cpu().contiguous().numpy() for batch in tokens):
                 # The position before the batch is written is where it begins.
                 places.append((file.tell(), values.dtype, values.shape))

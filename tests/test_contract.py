@@ -1,4 +1,4 @@
-"""exporters/metadata.py writes what runtime/metadata.py reads, although neither imports the other."""
+"""exporters/metadata.py writes what runtime/metadata.py reads; neither imports the other."""
 
 import dataclasses
 

@@ -33,6 +33,7 @@ FLAGS = {"symmetric": "--symmetric", "accuracy_level": "--accuracy-level", "fuse
 
 def check_choice(flavor: str, options: Options) -> None:
     """Raise MarrqError for an unknown flavour, and for an option that the flavour does not have."""
+    # The keys are all flavours, those of float models too.
     if flavor not in OPTIONS:
         raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(OPTIONS)}")
     for option in options:

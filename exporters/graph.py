@@ -21,6 +21,7 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """
     # An initializer is a value that the graph owns and that has a constant tensor.
     tensor = ir.Tensor(array, name=name)
+    # Shape and type are given, because later passes ask for them.
     value = ir.Value(
         name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
     )

@@ -101,6 +101,7 @@ class FileMetadata:
             bits_per_weight=float(texts["bits_per_weight"]),
             lowest_onnxruntime=texts["lowest_onnxruntime"],
             source=ModelSource(**json.loads(texts["source"])),
+            # JSON has lists where the dataclasses have tuples.
             preprocessing=Preprocessing.from_json(json.loads(texts["preprocessing"])),
             labels=tuple(json.loads(texts["labels"])),
             artifact=texts.get("artifact"),

@@ -61,6 +61,7 @@ def variants(scheme: Scheme) -> list[str]:
     return [
         name
         for name, (flavor, options) in VARIANTS.items()
+        # A variant is a flavour with options, and its options may limit the schemes.
         if FLAVORS[flavor](**options).objection(scheme) is None
     ]
 

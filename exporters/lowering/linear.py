@@ -45,6 +45,7 @@ class LinearSlice:
             third = len(linear.codes) // len(PARTS)
             start = PARTS.index(node.attributes[PART].as_string()) * third
             rows = slice(start, start + third)
+        # A scale, a zero point and a bias belong to an output, so rows cut them too.
         scale, bias = linear.scale[rows], None if linear.bias is None else linear.bias[rows]
         factor = None
         if OUTPUT_SCALE in node.attributes:

@@ -120,6 +120,7 @@ def attend_on_tokens(graph: ir.Graph) -> None:
     for node in [node for node in graph if node.op_type == "Attention"]:
         # In front of q, k and v: Reshape to heads, Transpose. Behind: Transpose, Reshape.
         tokens = [_tokens(value) for value in node.inputs[:3]]
+        # [b, h, n, d] → [b, n, h, d] → [b, n, h d]
         back = only_consumer(node, "Transpose")
         merge = only_consumer(back, "Reshape")
         if any(value is None for value in tokens) or back is None or merge is None:
@@ -135,6 +136,7 @@ def attend_on_tokens(graph: ir.Graph) -> None:
         # Read what the linears give, and give what the next linear reads.
         for index, value in enumerate(tokens):
             node.replace_input_with(index, value)
+        # Attention now gives the tokens that the Reshape gave.
         node.outputs[0].shape = merge.outputs[0].shape
         merge.outputs[0].replace_all_uses_with(node.outputs[0])
         graph.remove([merge, back], safe=True)

@@ -62,6 +62,7 @@ def _resize(preprocessing: Preprocessing) -> str:
     # The image is resized to the crop over crop_pct, and the crop is taken from its middle.
     larger = f"{int(height / preprocessing.crop_pct)} × {int(width / preprocessing.crop_pct)}"
     crop, cut = f"{height} × {width}", f"cut {height} × {width} out of the middle"
+    # How timm crops, in words (marrq/models/preprocessing.py).
     ways = {
         "center": f"resize the shorter side to that of {larger}, and {cut}",
         "squash": f"resize to {larger}, and {cut}",

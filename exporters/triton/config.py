@@ -80,6 +80,7 @@ def _describe_tensors(config: Any, graph: onnx.GraphProto) -> None:
             tensor = value.type.tensor_type
             # The server adds the batch axis itself.
             dims = [axis.dim_value or FREE for axis in tensor.shape.dim[1:]]
+            # float32 for pixels and logits, uint8 for images.
             data_type = protocol.DataType.Value(TYPES[tensor.elem_type])
             described.add(name=value.name, data_type=data_type, dims=dims)
 

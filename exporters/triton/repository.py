@@ -98,6 +98,7 @@ def _write_folder(made: Path, export: Export, serving: Serving, preferred: tuple
     """Write a model's folder with one version."""
     place, labels = made / str(serving.model_version), export.model.labels
     export.write(place / MODEL, serving.preprocess)
+    # The onnxruntime backend needs no script.
     script = BACKEND_FILES[serving.backend]
     if script is not None:
         shutil.copyfile(script, place / "model.py")

@@ -31,7 +31,8 @@ def demo(
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
     # The model demo has its own images, so no command needs --data.
     quantize("demo", output=artifact, force=force)
-    export(artifact, file, force=force, say=common.say)
+    done = export(artifact, file, force=force, say=common.say)
+    common.say(f"wrote {done.path} as {done.flavor}: {done.size_bytes / 1e6:.2f} MB")
     bench([file], json_file=report)
     common.say(
         f"files are in {output}: {', '.join(path.name for path in (artifact, file, report))}"

@@ -213,7 +213,7 @@ def answers(files: list[Path], data: Path, every: int) -> list[dict[str, Any]]:
     paired with the file before it (`beside`).
     """
     from runtime.measure.accuracy import hits, measure_accuracy, paired_drop
-    from runtime.preprocessing import Preprocessing
+    from runtime.preprocessing import ServedPreprocessing
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -222,7 +222,7 @@ def answers(files: list[Path], data: Path, every: int) -> list[dict[str, Any]]:
         for file in files
     ]
     metadata = models[0].get_modelmeta().custom_metadata_map
-    preprocess = Preprocessing.read(metadata["marrq.preprocessing"])
+    preprocess = ServedPreprocessing.read(metadata["marrq.preprocessing"])
     labels = json.loads(metadata["marrq.labels"])
     images = sorted(data.glob("*/*"))[::every]
     targets = np.array([labels.index(image.parent.name) for image in images])

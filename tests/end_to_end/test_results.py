@@ -52,6 +52,14 @@ def test_every_figure_in_the_readmes_result_tables_occurs_in_a_page():
     assert not missing
 
 
+def test_signed_codes_of_7_bits_are_exact_on_this_processor():
+    command = [sys.executable, str(RESULTS.parent / "eight_bit_codes.py"), "products"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [row for row in json.loads(printed)["rows"] if row["codes"] == "signed, 7 bits"]
+    assert {row["operator"] for row in rows} == {"MatMulInteger", "MatMulIntegerToFloat"}
+    assert not any(row["wrong"] for row in rows)
+
+
 def tables(markdown: str) -> str:
     """The rows of Markdown tables, without those in code blocks and without code and addresses."""
     prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)

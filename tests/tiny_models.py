@@ -163,3 +163,15 @@ def hashed(model: QuantizedModel) -> str:
     for name, tensor in sorted(tensors_of(model.module).items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def output_of(model: nn.Module, path: str, images: Tensor) -> Tensor:
+    """What the module at a path gives when the model gets the images."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    with torch.no_grad(), model.get_submodule(path).register_forward_hook(keep):
+        model(images)
+    return seen[0]

@@ -14,6 +14,7 @@ from tiny_models import (
     dinov2,
     distilled,
     noise,
+    output_of,
     quantized,
     swin,
     transformers_vit,
@@ -95,18 +96,6 @@ def test_copied_first_and_last_layers_have_parameters_of_their_own_and_share_the
     assert chain[0].copied().module.blocks[0] is model.blocks[0]
 
 
-def output_of(model: nn.Module, path: str) -> Tensor:
-    seen: list[Tensor] = []
-    with (
-        torch.no_grad(),
-        model.get_submodule(path).register_forward_hook(
-            lambda _, arguments, output: seen.append(output)
-        ),
-    ):
-        model(IMAGES)
-    return seen[0]
-
-
 @pytest.mark.parametrize(
     "method", ["marr-exact", "marr", "gptq,equalize=off", "exact,lowrank=srr:4"]
 )
@@ -123,8 +112,8 @@ def test_j_of_first_and_last_layers_is_the_square_error_of_their_outputs_between
     ]
     assert [model.reports[0].is_outer, model.reports[-1].is_outer] == [True, True]
     for path, report in ((patches, model.reports[0]), (head, model.reports[-1])):
-        expected = output_of(make(), path)
-        error = (output_of(model.module, path) - expected).double().square().sum()
+        expected = output_of(make(), path, IMAGES)
+        error = (output_of(model.module, path, IMAGES) - expected).double().square().sum()
         assert report.error == pytest.approx(float(error), rel=1e-3)
         assert report.mse == pytest.approx(float(error) / expected.numel(), rel=1e-3)
         assert 0 < report.relative_error < 0.1
@@ -164,7 +153,7 @@ def test_the_blocks_work_with_what_the_quantized_patch_embedding_gives():
         scheme: quantized(vit(), IMAGES, scheme, "gptq").module.blocks[0].attn.qkv.input.scale
         for scheme in ("W4A8", "W4A8-e8")
     }
-    x = output_of(quantized(vit(), IMAGES, "W4A8-e8", "gptq").module, "blocks.0.norm1")
+    x = output_of(quantized(vit(), IMAGES, "W4A8-e8", "gptq").module, "blocks.0.norm1", IMAGES)
     assert found["W4A8"] != found["W4A8-e8"]
     assert found["W4A8-e8"] <= (x.amax() - x.amin()) / 255 * 1.0001
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import noise, quantized, vision_model, vit
+from tiny_models import noise, output_of, quantized, vision_model, vit
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
@@ -35,18 +35,6 @@ METHODS = [
 ]
 
 
-def output_of(model: nn.Module, path: str) -> Tensor:
-    seen: list[Tensor] = []
-    with (
-        torch.no_grad(),
-        model.get_submodule(path).register_forward_hook(
-            lambda _, arguments, output: seen.append(output)
-        ),
-    ):
-        model(IMAGES)
-    return seen[0]
-
-
 @pytest.mark.parametrize(
     "strategy", ["per-tensor", pytest.param("per-token", marks=pytest.mark.slow)]
 )
@@ -57,8 +45,8 @@ def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
     """The input of the last fc2 comes through everything quantized before it, its target through
     nothing."""
     model = quantized(vit(), IMAGES, "W4A8", "marr-exact", strategy=strategy)
-    expected = output_of(vit(), path)
-    error = float((output_of(model.module, path) - expected).double().square().sum())
+    expected = output_of(vit(), path, IMAGES)
+    error = float((output_of(model.module, path, IMAGES) - expected).double().square().sum())
     report = next(report for report in model.reports if report.path == path)
     assert report.error == pytest.approx(error, rel=1e-3)
     assert report.mse == pytest.approx(error / expected.numel(), rel=1e-3)
@@ -70,7 +58,12 @@ def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
 def test_j_is_told_for_all_that_a_linear_becomes(method: str):
     path = "blocks.1.mlp.fc2"
     model = quantized(vit(), IMAGES, "W3A8", method)
-    error = (output_of(model.module, path) - output_of(vit(), path)).double().square().sum()
+    error = (
+        (output_of(model.module, path, IMAGES) - output_of(vit(), path, IMAGES))
+        .double()
+        .square()
+        .sum()
+    )
     assert model.reports[-1].error == pytest.approx(float(error), rel=1e-3)
 
 
@@ -81,8 +74,8 @@ def test_corrected_biases_leave_no_mean_error_even_where_there_was_no_bias():
             model = quantized(
                 vit(**arguments), IMAGES, "W3A8", f"gptq,bias-correction={setting}"
             ).module
-            difference = output_of(model, "blocks.1.attn.qkv") - output_of(
-                vit(**arguments), "blocks.1.attn.qkv"
+            difference = output_of(model, "blocks.1.attn.qkv", IMAGES) - output_of(
+                vit(**arguments), "blocks.1.attn.qkv", IMAGES
             )
             drifts[setting] = difference.flatten(0, 1).mean(0).abs().max()
         assert drifts["on"] < 1e-5 < 1e-3 < drifts["off"]

@@ -13,7 +13,8 @@ from marrq.errors import MarrqError
 Wants = Literal["input drift", "residual stream"]
 
 INPUT_DRIFT: Wants = "input drift"
-"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs."""
+"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs. Every method
+needs them: J, which judges and reports a linear, is the distance to the full-precision output."""
 RESIDUAL_STREAM: Wants = "residual stream"
 """For linears that write to the residual stream, sums of the shortfall e of that stream
 (methods/exact.py); for all others the input drift."""
@@ -97,6 +98,14 @@ def method_named(name: str) -> str:
             f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
         )
     return name
+
+
+def method_names_for_help() -> str:
+    """Every method in one sentence, for the help of the command line."""
+    # The marr methods differ by their prefix alone, so that listing them would only repeat names.
+    plain = [name for name, info in METHODS.items() if not info.searches_alpha]
+    aliases = " ".join(f"{alias} is {name}." for alias, name in ALIASES.items())
+    return f"{', '.join(plain)}; or marr- before {', '.join(RESIDUAL_METHODS)}. {aliases}"
 
 
 def methods_table() -> str:

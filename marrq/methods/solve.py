@@ -1,7 +1,7 @@
 """From a weight and the statistics of its inputs to the quantized linear: the method that the user
 chose, the low-rank branch around it, and the bias behind it.
 
-    rtn, gptq                            no residual: the full-precision inputs are not used
+    rtn, gptq                            no residual: only J reads the full-precision inputs
     gptaq, rescomp, exact, stream        one residual strength α for all modules
     marr- before one of these four       MARR: each module its own α
 

@@ -1,7 +1,7 @@
-"""The names of flavours and of their options, without torch.
+"""The flavours and their options by name, with a sentence of help for each, without torch.
 
-The command line refuses a wrong name before it loads torch. What a flavour is stands in
-exporters/flavors.
+The command line makes its help from these tables, and refuses a wrong name before it loads torch.
+What a flavour is stands in exporters/flavors.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,39 @@ OPTIONS = {
 }
 """The options of each flavour: the fields of its class in exporters/flavors."""
 
+FLAVOR_HELP = {
+    "integer": "integer kernels of ONNX Runtime, for quantized activations.",
+    "matmulnbits": "MatMulNBits of ONNX Runtime, for float activations.",
+    "qdq": "standard operators, for any runtime and every scheme.",
+    "fp32": "the float model that the artifact was made from.",
+    "fp16": "that model in float16.",
+}
+"""What each flavour is for."""
+
 FLAGS = {"symmetric": "--symmetric", "accuracy_level": "--accuracy-level", "fuse": "--no-fuse"}
 """The options as the command line spells them."""
+
+OPTION_HELP = {
+    "symmetric": "only what TensorRT takes; for A16 schemes with -sym or -mxint.",
+    "accuracy_level": "1 computes in float32 (default), 4 in int8.",
+    "fuse": "attention as one operator (default).",
+}
+"""What each option does."""
+
+
+def quantized_flavors() -> list[str]:
+    """The flavours of a quantized model."""
+    return [flavor for flavor in OPTIONS if flavor not in BASELINES]
+
+
+def flavors_with(option: str) -> list[str]:
+    """The flavours that have an option."""
+    return [flavor for flavor, options in OPTIONS.items() if option in options]
+
+
+def option_help(option: str) -> str:
+    """The flavours that have an option, and what the option does."""
+    return f"{', '.join(flavors_with(option))}: {OPTION_HELP[option]}"
 
 
 def check_choice(flavor: str, options: Options) -> None:
@@ -38,9 +69,7 @@ def check_choice(flavor: str, options: Options) -> None:
         raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(OPTIONS)}")
     for option in options:
         if option not in OPTIONS[flavor]:
-            # Name the flavours that do have the option.
-            others = [name for name, known in OPTIONS.items() if option in known]
             raise MarrqError(
                 f"{FLAGS[option]} is no option of {flavor!r}: use it with --flavor "
-                f"{' or '.join(others)}"
+                f"{' or '.join(flavors_with(option))}"
             )

@@ -16,7 +16,7 @@ from exporters.choices import NO_OPTIONS, Options, check_choice
 from exporters.flavors.integer import Integer
 from exporters.flavors.matmulnbits import MatMulNBits
 from exporters.flavors.qdq import Qdq
-from exporters.lowering import LoweredModel
+from exporters.lowering.linear import LoweredModel
 from exporters.trace import TracedModel
 from marrq.errors import MarrqError
 from marrq.schemes import Scheme

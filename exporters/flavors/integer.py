@@ -40,9 +40,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from exporters.lowering import LoweredModel, lower
 from exporters.lowering.inputs import input_codes
-from exporters.lowering.linear import InputCodes, LinearLowering
+from exporters.lowering.linear import InputCodes, LinearLowering, LoweredModel, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.lowering.weights import int8_codes
 from exporters.opsets import (
@@ -81,8 +80,8 @@ class Integer:
         # Smaller groups would work, but lose the point of the flavour.
         if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
             return (
-                f"has no groups of less than {LEAST_GROUP} inputs, which would run slower than the "
-                "float model"
+                f"needs groups of {LEAST_GROUP} inputs or more, because smaller groups run slower "
+                "than the float model"
             )
         return None
 

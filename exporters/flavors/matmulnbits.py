@@ -28,8 +28,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporters.lowering import LoweredModel, lower
-from exporters.lowering.linear import LinearLowering
+from exporters.lowering.linear import LinearLowering, LoweredModel, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOMAIN, OPSET
 from exporters.trace import TracedModel
@@ -72,7 +71,7 @@ class MatMulNBits:
         # A group is written as whole blocks.
         size = scheme.weight.group_size
         if size is not None and size % BLOCK_SIZES[-1]:
-            return f"has no group size that is no multiple of {BLOCK_SIZES[-1]}"
+            return f"needs groups in multiples of {BLOCK_SIZES[-1]} inputs"
         return None
 
     def container_bits(self, scheme: Scheme) -> int:

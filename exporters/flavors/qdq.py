@@ -34,9 +34,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.lowering import LoweredModel, lower
 from exporters.lowering.inputs import input_values
-from exporters.lowering.linear import LinearLowering
+from exporters.lowering.linear import LinearLowering, LoweredModel, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.lowering.weights import int8_codes
 from exporters.opsets import BLOCK_ONNXRUNTIME, BLOCK_OPSET, WIDENED_ONNXRUNTIME, opset_of
@@ -60,14 +59,14 @@ class Qdq:
         # TensorRT documents zero points of 0 only, and marrq has no symmetric activations.
         if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
             return (
-                "with --symmetric needs weights with zero point 0 and float activations, --scheme "
-                "W4A16-g128-sym"
+                "with --symmetric needs weights with zero point 0 and float activations "
+                "(quantize with --scheme W4A16-g128-sym)"
             )
         # Blocks are documented for INT4 only.
         if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
             return (
-                "with --symmetric has no group scales for 8-bit weights, --scheme W8A16-sym has "
-                "none"
+                "with --symmetric takes no group scales for 8-bit weights (quantize with --scheme "
+                "W8A16-sym)"
             )
         return None
 

@@ -85,7 +85,7 @@ def _replace_part(graph: ir.Graph, fused: _Fused, part: str, squeeze: ir.Node) -
     linear = placeholder(fused.linear, part, name)
     batch, tokens, _, heads, channels = fused.shape
     linear.outputs[0].shape = ir.Shape([*output_shape(fused.linear)[:-1], heads * channels])
-    # [b, n, h d] → [b, n, h, d]
+    # [b, n, h · d] → [b, n, h, d]
     split = np.array([batch, tokens, heads, channels], np.int64)
     reshape = ir.node(
         "Reshape",

@@ -6,7 +6,7 @@ import onnx
 import pytest
 from flavor_files import agree, metadata, slow, traced
 
-from exporters.choices import BASELINES, FLAGS, OPTIONS
+from exporters.choices import BASELINES, FLAGS, FLAVOR_HELP, OPTION_HELP, OPTIONS
 from exporters.flavors import FLAVORS, check_flavor, suitable_flavor
 from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.onnx_file import write
@@ -95,28 +95,28 @@ REFUSALS = [
         {},
         "W4A16-g8",
         "per-tensor",
-        "no group size that is no multiple of 16: the artifact has W4A16-g8; use --flavor qdq",
+        "needs groups in multiples of 16 inputs: the artifact has W4A16-g8; use --flavor qdq",
     ),
     (
         "qdq",
         SYMMETRIC,
         "W4A16",
         "per-tensor",
-        "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym",
+        "float activations (quantize with --scheme W4A16-g128-sym): the artifact has ",
     ),
     (
         "qdq",
         SYMMETRIC,
         "W4A8-sym",
         "per-tensor",
-        "needs weights with zero point 0 and float activations, --scheme W4A16-g128-sym",
+        "float activations (quantize with --scheme W4A16-g128-sym): the artifact has ",
     ),
     (
         "qdq",
         SYMMETRIC,
         "W8A16-g8-sym",
         "per-tensor",
-        "no group scales for 8-bit weights, --scheme W8A16-sym has none",
+        "takes no group scales for 8-bit weights (quantize with --scheme W8A16-sym): the ",
     ),
     (
         "integer",
@@ -189,8 +189,10 @@ def test_the_qdq_flavour_can_express_every_scheme():
 
 def test_the_names_of_flavours_and_options_are_those_of_their_classes():
     """exporters/choices.py has the names without torch; the classes are in exporters/flavors."""
-    assert set(OPTIONS) == {*FLAVORS, *FLOAT_FLAVORS}
+    assert list(OPTIONS) == [*FLAVORS, *FLOAT_FLAVORS]
+    assert set(FLAVOR_HELP) == set(OPTIONS)
     assert set(BASELINES) == set(FLOAT_FLAVORS)
     for flavor, make in FLAVORS.items():
         assert set(OPTIONS[flavor]) == set(vars(make()))
-    assert {option for options in OPTIONS.values() for option in options} == set(FLAGS)
+    used = {option for options in OPTIONS.values() for option in options}
+    assert used == set(FLAGS) == set(OPTION_HELP)

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, cast
 
+from marrq.methods.lowrank_spec import LowRankSpec
 from marrq.methods.problem import SearchStep
-from marrq.methods.spec import PID, AlphaSpec, LowRankSpec, MethodSpec
+from marrq.methods.spec import PID, AlphaSpec, MethodSpec
 from marrq.models.load import VisionModel
 from marrq.quantized_model import (
     CalibrationRecord,

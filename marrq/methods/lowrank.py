@@ -36,7 +36,7 @@ from torch import Tensor
 
 from marrq.distributed import one_thread
 from marrq.errors import MarrqError
-from marrq.methods.spec import LowRankKind, LowRankSpec
+from marrq.methods.lowrank_spec import LowRankKind, LowRankSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import LowRank, StoredFactor

@@ -6,29 +6,46 @@ The field is the one place that names key, default, meaning and form. methods/sp
 reading, writing, the list of known settings and the table of the README from the fields.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from marrq.errors import MarrqError
 
-Spec = TypeVar("Spec", bound=Any)
-
 METADATA = "setting"
-SWITCH = {"on": True, "off": False}
+NONE = "none"
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the values of a setting are written as text.
+    """Which values a setting takes, and how a value is written as text.
 
-    values: what may be written, for people
-    read: (key, text) to a value; raises MarrqError that names the key
-    write: a value to text that `read` takes"""
+    values: what may be written, for people; follows "must be" in an error
+    parse: text to a value; raises ValueError for text that is no such value
+    allows: whether a value is one of `values`; also tells NaN, infinity and a wrong type
+    write: a value to text that `parse` takes"""
 
     values: str
-    read: Callable[[str, str], Any]
+    parse: Callable[[str], Any]
+    allows: Callable[[Any], bool]
     write: Callable[[Any], str]
+
+    def read(self, key: str, text: str) -> Any:
+        """Text to a value. Raises MarrqError that names the key if the value is not allowed."""
+        try:
+            value = self.parse(text)
+        except ValueError as error:
+            raise self.refusal(key, text) from error
+        # Told here and not by the dataclass, so that the error shows the text: 1e400, not inf.
+        if not self.allows(value):
+            raise self.refusal(key, text)
+        return value
+
+    def refusal(self, key: str, value: object) -> MarrqError:
+        """The error for a value that is not allowed."""
+        return MarrqError(f"setting {key!r} must be {self.values}: got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -49,15 +66,14 @@ class Setting:
     field: str = ""
     owner: tuple[str, ...] = ()
 
-    def read(self, spec: Spec, text: str) -> Spec:
-        """The spec with this setting read from text. Raises MarrqError for a wrong value."""
-        changes: dict[str, Any] = {}
+    def read(self, text: str) -> dict[str, Any]:
+        """The values of the fields that the text sets. Raises MarrqError for a wrong value."""
+        if not self.argument:
+            return {self.field: self.form.read(self.key, text)}
         # alpha=global=0.5: the text before the second `=` is this field's, the number another's.
-        if self.argument:
-            text, _, number = text.partition("=")
-            changes[self.argument] = NUMBER.read(self.key, number) if number else None
-        changes[self.field] = self.form.read(self.key, text)
-        return _changed(spec, self.owner, changes)
+        text, _, number = text.partition("=")
+        value = NUMBER.read(self.key, number) if number else None
+        return {self.field: self.form.read(self.key, text), self.argument: value}
 
     def write(self, spec: object) -> str:
         """The value in a spec as text."""
@@ -70,35 +86,48 @@ class Setting:
         return text if number is None else f"{text}={NUMBER.write(number)}"
 
 
-def _changed(spec: Spec, owner: tuple[str, ...], changes: dict[str, Any]) -> Spec:
+def changed(spec: Any, owner: tuple[str, ...], changes: dict[str, Any]) -> Any:
     """A copy of the frozen dataclass with some fields changed in what `owner` leads to."""
     # Frozen: every object on the way is replaced by a copy, from the innermost out.
     if not owner:
         return replace(spec, **changes)
     first, *others = owner
-    inner = _changed(getattr(spec, first), tuple(others), changes)
+    inner = changed(getattr(spec, first), tuple(others), changes)
     return replace(spec, **{first: inner})
 
 
-def _read_number(kind: type) -> Callable[[str, str], Any]:
-    wanted = "a number" if kind is float else "a whole number"
+def check_settings(spec: Any, prefix: str = "") -> None:
+    """Raise MarrqError for the first field of a dataclass whose value its form does not allow.
 
-    def read(key: str, text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise MarrqError(f"setting {key!r} must be {wanted}: got {text!r}") from error
+    For specs that are built in Python or read from JSON; text is checked when it is read."""
+    for attribute in fields(spec):
+        if METADATA in attribute.metadata:
+            declared: Setting = attribute.metadata[METADATA]
+            value = getattr(spec, attribute.name)
+            if not declared.form.allows(value):
+                raise declared.form.refusal(prefix + declared.key, value)
 
-    return read
+
+def number(values: str, lowest: float = -math.inf, highest: float = math.inf) -> Form:
+    """The form of a finite number from `lowest` to `highest`."""
+    return Form(values, float, lambda value: _is_between(value, lowest, highest), digits)
 
 
-def _read_choice(choices: Mapping[str, Any]) -> Callable[[str, str], Any]:
-    def read(key: str, text: str) -> Any:
-        if text not in choices:
-            raise MarrqError(f"setting {key!r} must be one of {', '.join(choices)}: got {text!r}")
-        return choices[text]
+def whole_number(values: str, lowest: int, highest: float = math.inf) -> Form:
+    """The form of a whole number from `lowest` to `highest`."""
 
-    return read
+    def allows(value: Any) -> bool:
+        return isinstance(value, int) and _is_between(value, lowest, highest)
+
+    return Form(values, int, allows, str)
+
+
+def _is_between(value: Any, lowest: float, highest: float) -> bool:
+    """Whether the value is a finite number from `lowest` to `highest`."""
+    # bool is a kind of int, and a `true` of a JSON file must not pass for 1.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN fails every comparison, infinity only the second.
+    return is_number and lowest <= value <= highest and abs(value) < math.inf
 
 
 def digits(value: float) -> str:
@@ -108,21 +137,35 @@ def digits(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def choice(literal: Any) -> Form:
-    """The form of a value that is one of the texts of a Literal."""
-    names = get_args(literal)
-    return Form(", ".join(names), _read_choice({name: name for name in names}), str)
+def choice(literal: Any, values: str = "") -> Form:
+    """The form of a value that is one of the texts of a Literal.
+
+    values: what may be written, if the names alone do not say it"""
+    *others, last = names = get_args(literal)
+    return Form(values or f"{', '.join(others)} or {last}", str, lambda text: text in names, str)
 
 
-def none_or(write: Callable[[Any], str]) -> Callable[[Any], str]:
-    """A writer that writes `none` for None; `none` is only shown, never read."""
-    return lambda value: "none" if value is None else write(value)
+def none_or(form: Form) -> Form:
+    """The same form, with `none` for None."""
+    return Form(
+        f"{NONE}, or {form.values}",
+        lambda text: None if text == NONE else form.parse(text),
+        lambda value: value is None or form.allows(value),
+        lambda value: NONE if value is None else form.write(value),
+    )
 
 
-NUMBER = Form("a number", _read_number(float), digits)
-COUNT = Form("a whole number", _read_number(int), str)
-SEED = Form("a whole number", _read_number(int), none_or(str))
-ON_OFF = Form("on, off", _read_choice(SWITCH), lambda value: "on" if value else "off")
+NUMBER = number("a finite number")
+NOT_NEGATIVE = number("a number, 0 or more", 0)
+SHARE = number("a number from 0 to 1", 0, 1)
+COUNT = whole_number("a whole number, 1 or more", 1)
+SEED = whole_number("a whole number from 0 to 2⁶³ - 1", 0, LARGEST_SEED)
+ON_OFF = Form(
+    "on or off",
+    lambda text: {"on": True, "off": False}.get(text),
+    lambda value: isinstance(value, bool),
+    lambda value: "on" if value else "off",
+)
 
 
 def setting(key: str, meaning: str, form: Form, argument: str = "") -> dict[str, Setting]:

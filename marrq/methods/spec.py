@@ -10,20 +10,23 @@ of the README all come from there. Nothing here imports torch, so that the comma
 settings before it loads a model.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal
 
 from marrq.errors import MarrqError
-from marrq.methods.registry import ALIASES, METHODS, Wants, method_named
+from marrq.methods.lowrank_spec import BRANCH, LowRankSpec
+from marrq.methods.registry import METHODS, Wants, method_named
 from marrq.methods.setting import (
     COUNT,
+    NOT_NEGATIVE,
     NUMBER,
     ON_OFF,
     SEED,
-    Form,
+    SHARE,
     Setting,
+    changed,
+    check_settings,
     choice,
     none_or,
     setting,
@@ -35,64 +38,6 @@ AlphaStrategy = Literal["pid", "grid", "global"]
 Feedback = Literal["held-out", "calibration"]
 Clip = Literal["weights", "outputs"]
 Balance = Literal["auto", "on", "off"]
-LowRankKind = Literal["srr", "qera", "lqer"]
-
-LOW_RANK = re.compile(r"(\w+):(\d+)(?::(\w+))?", re.ASCII)
-NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
-
-
-def parse_lowrank(text: str) -> "LowRankSpec":
-    """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
-    anything else."""
-    # KIND:RANK[:STORAGE]; without a storage, 16 bits.
-    match = LOW_RANK.fullmatch(text)
-    if not match or match[3] not in NUM_BITS:
-        raise MarrqError(
-            f"unknown low-rank branch {text!r}: write {{srr,qera,lqer}}:RANK[:fp16|:int8], for "
-            "example srr:32"
-        )
-    return LowRankSpec(cast(LowRankKind, match[1]), int(match[2]), NUM_BITS[match[3]])
-
-
-BRANCH = Form(
-    "srr, qera or lqer, then :RANK, then :int8 if stored in 8 bits",
-    lambda key, text: parse_lowrank(text),
-    none_or(str),
-)
-
-
-@dataclass(frozen=True)
-class LowRankSpec:
-    """A low-rank branch L R beside the codes (methods/lowrank.py).
-
-    kind: how L and R are found
-    rank: r
-    num_bits: 16 stores L and R as float16; 8 as int8, with a float32 scale for each of the r
-    components of L and of R"""
-
-    kind: LowRankKind
-    rank: int
-    num_bits: int = 16
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(LowRankKind):
-            raise MarrqError(
-                f"a low-rank branch must be one of {', '.join(get_args(LowRankKind))}: got "
-                f"{self.kind!r}"
-            )
-        if self.rank < 1:
-            raise MarrqError(
-                f"the rank of a low-rank branch must be 1 or more: got {self.rank}; leave the "
-                "branch out for none"
-            )
-        if self.num_bits not in NUM_BITS.values():
-            raise MarrqError(
-                "a low-rank branch is stored with 8 (int8) or 16 (float16) bits: got "
-                f"{self.num_bits}"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.rank}" + (":int8" if self.num_bits == 8 else "")
 
 
 @dataclass(frozen=True)
@@ -102,16 +47,16 @@ class PID:
 
     # The three gains of the law, and how fast its memory fades.
     proportional: float = field(
-        default=0.6, metadata=setting("proportional", "gain of the error", NUMBER)
+        default=0.6, metadata=setting("proportional", "gain of the error", NOT_NEGATIVE)
     )
     integral: float = field(
-        default=0.1, metadata=setting("integral", "gain of the sum of errors", NUMBER)
+        default=0.1, metadata=setting("integral", "gain of the sum of errors", NOT_NEGATIVE)
     )
     derivative: float = field(
-        default=0.1, metadata=setting("derivative", "gain of the change of the error", NUMBER)
+        default=0.1, metadata=setting("derivative", "gain of the change of the error", NOT_NEGATIVE)
     )
     leak: float = field(
-        default=0.5, metadata=setting("leak", "share of the sum that is kept at each step", NUMBER)
+        default=0.5, metadata=setting("leak", "share of the sum that is kept at each step", SHARE)
     )
     # α = 0 is no correction and α = 1 all of it; a search may go somewhat beyond.
     initial: float = field(default=0.25, metadata=setting("initial", "first α", NUMBER))
@@ -122,18 +67,23 @@ class PID:
     tolerance: float = field(
         default=1e-5,
         metadata=setting(
-            "tolerance", "the search ends if J changes by less, as a share of the first J", NUMBER
+            "tolerance",
+            "the search ends if J changes by less, as a share of the first J",
+            NOT_NEGATIVE,
         ),
     )
     # Rounding makes J jitter, which hides the gain of a smaller move of α.
     settled: float = field(
-        default=0.02, metadata=setting("settled", "the search ends if α moves by less", NUMBER)
+        default=0.02,
+        metadata=setting("settled", "the search ends if α moves by less", NOT_NEGATIVE),
     )
 
     def __post_init__(self) -> None:
-        if not self.lower <= self.initial <= self.upper or self.steps < 1:
+        check_settings(self, "pid.")
+        if not self.lower <= self.initial <= self.upper:
             raise MarrqError(
-                f"a PID needs lower <= initial <= upper and at least one step: got {self}"
+                "the first α must lie between the bounds: got "
+                f"pid.lower={self.lower:g}, pid.initial={self.initial:g}, pid.upper={self.upper:g}"
             )
 
 
@@ -150,8 +100,8 @@ class AlphaSpec:
         default="pid",
         metadata=setting(
             "alpha",
-            "how α is found: a search by pid or grid for each module, or global=VALUE for all",
-            choice(AlphaStrategy),
+            "how α is found: a search by pid or grid for each linear, or one value for all",
+            choice(AlphaStrategy, "pid, grid, or global=VALUE for a fixed α"),
             argument="value",
         ),
     )
@@ -170,17 +120,18 @@ class AlphaSpec:
     pid: PID = field(default_factory=PID)
 
     def __post_init__(self) -> None:
-        # Text is checked when it is read; these catch a spec that was built in Python.
-        if self.strategy not in get_args(AlphaStrategy) or self.feedback not in get_args(Feedback):
+        check_settings(self)
+        if self.strategy == "global" and self.value is None:
+            raise MarrqError("alpha=global needs a value: write global=0.5")
+        if self.strategy != "global" and self.value is not None:
             raise MarrqError(
-                "alpha is found by pid, grid or global, with feedback held-out or calibration: got "
-                f"{self.strategy}, {self.feedback}"
+                f"alpha={self.strategy} takes no value: got {self.value}; for a fixed α write "
+                f"global={self.value}"
             )
-        if (self.value is not None) != (self.strategy == "global"):
-            raise MarrqError(
-                "a value of alpha goes with the strategy global alone, as in global=0.5: got "
-                f"{self.strategy}, {self.value}"
-            )
+        # Neither has a form of its own: the value is read with alpha, and no text has the grid.
+        values = self.grid if self.value is None else (*self.grid, self.value)
+        if not self.grid or not all(map(NUMBER.allows, values)):
+            raise MarrqError(f"alpha must have finite values, at least one: got {values}")
 
 
 @dataclass(frozen=True)
@@ -193,13 +144,13 @@ class MethodSpec:
     damping: float = field(
         default=0.01,
         metadata=setting(
-            "damping", "λ / mean(diag H) of the Hessian that the sweep factors", NUMBER
+            "damping", "λ / mean(diag H) of the Hessian that the sweep factors", NOT_NEGATIVE
         ),
     )
     target_damping: float = field(
         default=0.1,
         metadata=setting(
-            "target-damping", "λ / mean(diag H) of the solve for the exact target", NUMBER
+            "target-damping", "λ / mean(diag H) of the solve for the exact target", NOT_NEGATIVE
         ),
     )
     # What is rounded first is compensated by the most columns behind it.
@@ -227,12 +178,14 @@ class MethodSpec:
     )
     lowrank: LowRankSpec | None = field(
         default=None,
-        metadata=setting("lowrank", "a low-rank branch in floating point beside the codes", BRANCH),
+        metadata=setting(
+            "lowrank", "a low-rank branch in floating point beside the codes", none_or(BRANCH)
+        ),
     )
     # The last three change the model before its weights are quantized (marrq/transforms).
     rotation: int | None = field(
         default=None,
-        metadata=setting("rotate", "rotate the residual stream; seed of the draw", SEED),
+        metadata=setting("rotate", "rotate the residual stream; seed of the draw", none_or(SEED)),
     )
     equalize: bool = field(
         default=True,
@@ -248,6 +201,9 @@ class MethodSpec:
             choice(Balance),
         ),
     )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def wants(self) -> Wants:
@@ -277,26 +233,60 @@ def parse_method(text: str) -> MethodSpec:
     """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError that names the unknown name, key or
     value."""
     name, *pairs = text.split(",")
-    return with_settings(name, {key: value for key, _, value in (p.partition("=") for p in pairs)})
+    return with_settings(name, read_pairs(pairs))
+
+
+def read_pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Texts KEY=VALUE to a dictionary. Raises MarrqError for a text without a value."""
+    pairs = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if not value:
+            raise MarrqError(f"setting {text!r} has no value: write KEY=VALUE")
+        pairs[key] = value
+    return pairs
 
 
 def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     """The method of that name with settings as text. Raises MarrqError for an unknown name, an
     unknown key, a wrong value, and for an α that the method would not use."""
+    # `marr,alpha=grid` is a method's text to `marrq compare`, but no name.
+    if "," in name:
+        raise MarrqError(
+            f"unknown method {name!r}: give the name alone; settings go in --alpha or --set"
+        )
     spec = MethodSpec(method_named(name))
-    for key, value in settings.items():
+    changes: dict[tuple[str, ...], dict[str, Any]] = {}
+    for key, text in settings.items():
         if key not in METHOD_SETTINGS:
             raise MarrqError(
                 f"unknown setting {key!r} of a method: choose one of {', '.join(METHOD_SETTINGS)}"
             )
-        spec = METHOD_SETTINGS[key].read(spec, value)
-    info = METHODS[spec.name]
-    # A search belongs to the marr methods, a value of α to all methods that have an α.
-    is_constant = info.has_alpha and spec.alpha.value is not None
-    if not info.searches_alpha and spec.alpha != AlphaSpec() and not is_constant:
-        searching = f"marr-{spec.name}" if info.has_alpha else ALIASES["marr"]
-        raise MarrqError(f"method {spec.name!r} searches no alpha: choose {searching}")
+        one = METHOD_SETTINGS[key]
+        changes.setdefault(one.owner, {}).update(one.read(text))
+    # The fields of one object change together: pid.initial=2 is valid beside pid.upper=3 only.
+    for owner, values in changes.items():
+        spec = changed(spec, owner, values)
+    _check_alpha(spec)
     return spec
+
+
+def _check_alpha(spec: MethodSpec) -> None:
+    """Raise MarrqError for a choice about α that the method would not use."""
+    info = METHODS[spec.name]
+    if info.searches_alpha or spec.alpha == AlphaSpec():
+        return
+    if not info.has_alpha:
+        raise MarrqError(
+            f"method {spec.name!r} has no α: leave out alpha, feedback and pid, or choose the "
+            "method marr"
+        )
+    # Every method with an α takes a fixed value; a search belongs to the marr methods.
+    if spec.alpha.value is None:
+        raise MarrqError(
+            f"method {spec.name!r} searches no α: choose marr-{spec.name}, or a fixed α by "
+            "alpha=global=0.5"
+        )
 
 
 def text_of(spec: MethodSpec) -> str:

@@ -17,7 +17,7 @@ from marrq.methods.lowrank import (
     refit,
     split,
 )
-from marrq.methods.spec import LowRankKind, LowRankSpec, parse_lowrank
+from marrq.methods.lowrank_spec import LowRankKind, LowRankSpec, parse_lowrank
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.linear import LowRank
 

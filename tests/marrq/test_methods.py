@@ -21,9 +21,10 @@ from method_cases import (
 )
 
 from marrq.methods.gptq import sweep
+from marrq.methods.lowrank_spec import LowRankSpec, parse_lowrank
 from marrq.methods.registry import METHODS
 from marrq.methods.solve import IMPLEMENTATIONS, TARGETS, solve
-from marrq.methods.spec import Clip, LowRankSpec, MethodSpec, parse_lowrank
+from marrq.methods.spec import Clip, MethodSpec
 from marrq.schemes import WeightSpec
 
 CONSTANTS = [

@@ -6,7 +6,7 @@ from torch import nn
 
 from marrq.errors import MarrqError
 from marrq.methods.lowrank import input_scaling, refit
-from marrq.methods.spec import LowRankSpec
+from marrq.methods.lowrank_spec import LowRankSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import search_weight_grid
 from marrq.quantizers.linear import QuantizedWeight, QuantLinear, bits_per_weight

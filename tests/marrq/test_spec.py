@@ -1,5 +1,6 @@
 """A method and its settings as text, the registry, and the README that lists them."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrq.errors import MarrqError
-from marrq.methods.registry import ALIASES, METHODS, method_named, methods_table
+from marrq.methods.registry import (
+    ALIASES,
+    METHODS,
+    method_named,
+    method_names_for_help,
+    methods_table,
+)
 from marrq.methods.solve import IMPLEMENTATIONS, TARGETS
 from marrq.methods.spec import (
+    METHOD_SETTINGS,
     PID,
     AlphaSpec,
     LowRankSpec,
@@ -20,6 +28,7 @@ from marrq.methods.spec import (
     parse_method,
     settings_table,
     text_of,
+    with_settings,
 )
 
 README = Path(__file__).parents[2] / "marrq/methods/README.md"
@@ -61,27 +70,95 @@ def test_marr_is_short_for_the_best_variant():
     assert parse_method("marr") == MethodSpec(ALIASES["marr"]) == MethodSpec()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"initial": 2.0}, {"lower": 0.5}, {"upper": 0.1}, {"steps": 0}],
-)
-def test_a_controller_that_cannot_start_is_refused(wrong: dict[str, float]):
-    with pytest.raises(MarrqError, match="lower <= initial <= upper and at least one step"):
+@pytest.mark.parametrize("wrong", [{"initial": 2.0}, {"lower": 0.5}, {"upper": 0.1}])
+def test_a_controller_that_starts_outside_its_bounds_is_refused(wrong: dict[str, float]):
+    with pytest.raises(MarrqError, match=r"must lie between the bounds: got pid\.lower="):
         PID(**wrong)
+
+
+NUMBERS = {key: one for key, one in METHOD_SETTINGS.items() if "number" in one.form.values}
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("key", [*NUMBERS, "alpha"])
+def test_a_number_that_is_not_finite_is_refused_with_its_key(key: str, text: str):
+    value = f"global={text}" if key == "alpha" else text
+    with pytest.raises(MarrqError, match=f"setting '{key}' must be .*: got '{text}'"):
+        parse_method(f"marr,{key}={value}")
+
+
+SIGNED = ("pid.initial", "pid.lower", "pid.upper")
+
+
+@pytest.mark.parametrize("key", [key for key in NUMBERS if key not in SIGNED])
+def test_a_negative_number_is_refused_unless_it_bounds_alpha(key: str):
+    with pytest.raises(MarrqError, match=f"setting '{key}' must be .*: got '-1'"):
+        parse_method(f"marr,{key}=-1")
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: MethodSpec(damping=math.nan), "setting 'damping' must be .*: got nan"),
+        (lambda: MethodSpec(damping=True), "setting 'damping' must be .*: got True"),
+        (lambda: MethodSpec(clip="tokens"), "setting 'clip' must be weights or outputs"),
+        (lambda: PID(steps=1.5), "setting 'pid.steps' must be a whole number, 1 or more: got 1.5"),
+        (lambda: AlphaSpec("global", math.inf), "alpha must have finite values"),
+        (lambda: AlphaSpec("grid", grid=()), "alpha must have finite values, at least one"),
+        (lambda: LowRankSpec("srr", 1.5), "rank .* must be a whole number, 1 or more: got 1.5"),
+    ],
+)
+def test_a_spec_that_is_built_in_python_is_checked_as_text_is(
+    build: Callable[[], object], reason: str
+):
+    with pytest.raises(MarrqError, match=reason):
+        build()
+
+
+def test_all_settings_of_the_controller_are_applied_together():
+    spec = parse_method("marr,pid.initial=2,pid.upper=3")
+    assert (spec.alpha.pid.initial, spec.alpha.pid.upper) == (2, 3)
+    assert parse_method(text_of(spec)) == spec
+
+
+def test_what_is_off_by_default_can_be_written():
+    assert parse_method("marr,rotate=none,lowrank=none") == MethodSpec()
+
+
+def test_settings_behind_a_name_are_refused_if_a_name_alone_is_taken():
+    with pytest.raises(MarrqError, match="settings go in --alpha or --set"):
+        with_settings("marr,alpha=grid", {})
+
+
+def test_the_help_names_every_method():
+    text = method_names_for_help()
+    assert all(name.removeprefix("marr-") in text for name in (*METHODS, *ALIASES))
 
 
 @pytest.mark.parametrize(
     "wrong", [("newton",), ("pid", 0.5), ("grid", 0.5), ("global",), ("pid", None, "test set")]
 )
 def test_an_alpha_that_nobody_can_find_is_refused(wrong: tuple):
-    with pytest.raises(MarrqError, match="alpha"):
+    with pytest.raises(MarrqError, match=r"alpha|feedback"):
         AlphaSpec(*wrong)
 
 
 positive = st.floats(1e-6, 10)
-gains = (positive, positive, positive, positive)
-bounds = (st.floats(0.1, 0.9), st.floats(-1, 0), st.floats(1, 3))
-controllers = st.builds(PID, *gains, *bounds, st.integers(1, 50), positive, positive)
+gains = (positive, positive, positive, st.floats(0, 1))
+# All on either side of the defaults: the text has initial before the bounds.
+shifts = st.sampled_from([-10.0, 0.0, 10.0])
+bounds = shifts.flatmap(
+    lambda shift: st.tuples(
+        st.floats(0.1 + shift, 0.9 + shift),
+        st.floats(-1 + shift, shift),
+        st.floats(1 + shift, 3 + shift),
+    )
+)
+controllers = bounds.flatmap(
+    lambda three: st.builds(
+        PID, *gains, *map(st.just, three), st.integers(1, 50), positive, positive
+    )
+)
 searches = st.builds(
     AlphaSpec,
     st.sampled_from(["pid", "grid"]),
@@ -143,18 +220,20 @@ REFUSED = {
     "awq": "unknown method 'awq'",
     "gptq,bits=4": r"unknown setting 'bits' of a method: choose one of alpha, .*pid\.settled",
     "marr,pid.gain=1": "unknown setting 'pid.gain' of a method",
-    "gptq,damping=much": "setting 'damping' must be a number: got 'much'",
-    "marr,rotate=0.5": "setting 'rotate' must be a whole number: got '0.5'",
-    "gptq,clip=tokens": "setting 'clip' must be one of weights, outputs: got 'tokens'",
-    "gptq,act-order=yes": "setting 'act-order' must be one of on, off: got 'yes'",
-    "marr,alpha=global": "goes with the strategy global alone, .*: got global, None",
-    "marr,alpha=pid=0.5": "goes with the strategy global alone, .*: got pid, 0.5",
-    "marr,feedback=test": "setting 'feedback' must be one of held-out, calibration: got 'test'",
-    "marr,pid.initial=9": "lower <= initial <= upper",
+    "gptq,damping=much": "setting 'damping' must be a number, 0 or more: got 'much'",
+    "gptq,damping": "setting 'damping' has no value: write KEY=VALUE",
+    "marr,rotate=0.5": "setting 'rotate' must be none, or a whole number from 0 .*: got '0.5'",
+    "gptq,clip=tokens": "setting 'clip' must be weights or outputs: got 'tokens'",
+    "gptq,act-order=yes": "setting 'act-order' must be on or off: got 'yes'",
+    "marr,alpha=0.5": "must be pid, grid, or global=VALUE for a fixed α: got '0.5'",
+    "marr,alpha=global": "alpha=global needs a value: write global=0.5",
+    "marr,alpha=pid=0.5": "alpha=pid takes no value: got 0.5; for a fixed α write global=0.5",
+    "marr,feedback=test": "setting 'feedback' must be held-out or calibration: got 'test'",
+    "marr,pid.initial=9": "got pid.lower=0, pid.initial=9, pid.upper=1.5",
     "marr,lowrank=svd": "unknown low-rank branch 'svd'",
-    "gptaq,alpha=grid": "method 'gptaq' searches no alpha: choose marr-gptaq",
-    "exact,pid.steps=3": "method 'exact' searches no alpha: choose marr-exact",
-    "gptq,alpha=global=0.5": "method 'gptq' searches no alpha: choose marr-stream",
+    "gptaq,alpha=grid": "method 'gptaq' searches no α: choose marr-gptaq",
+    "exact,pid.steps=3": "method 'exact' searches no α: choose marr-exact",
+    "gptq,alpha=global=0.5": "method 'gptq' has no α: leave out alpha, .* choose the method marr",
 }
 
 

@@ -1,0 +1,71 @@
+"""What the user chooses about a low-rank branch, and its text: `srr:32`, `lqer:8:int8`.
+
+methods/lowrank.py finds the branch. Nothing here imports torch, see methods/spec.py.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from marrq.errors import MarrqError
+from marrq.methods.setting import COUNT, Form
+
+LowRankKind = Literal["srr", "qera", "lqer"]
+
+LOW_RANK = re.compile(r"(\w+):(\d+)(?::(\w+))?", re.ASCII)
+NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
+
+
+def parse_lowrank(text: str) -> "LowRankSpec":
+    """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
+    anything else."""
+    # KIND:RANK[:STORAGE]; without a storage, 16 bits.
+    match = LOW_RANK.fullmatch(text)
+    if not match or match[3] not in NUM_BITS:
+        raise MarrqError(
+            f"unknown low-rank branch {text!r}: write {{srr,qera,lqer}}:RANK[:fp16|:int8], for "
+            "example srr:32"
+        )
+    return LowRankSpec(cast(LowRankKind, match[1]), int(match[2]), NUM_BITS[match[3]])
+
+
+BRANCH = Form(
+    "srr, qera or lqer, then :RANK, then :int8 or :fp16 (the default)",
+    parse_lowrank,
+    lambda value: isinstance(value, LowRankSpec),
+    str,
+)
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """A low-rank branch L R beside the codes (methods/lowrank.py).
+
+    kind: how L and R are found
+    rank: r
+    num_bits: 16 stores L and R as float16; 8 as int8, with a float32 scale for each of the r
+    components of L and of R"""
+
+    kind: LowRankKind
+    rank: int
+    num_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(LowRankKind):
+            raise MarrqError(
+                f"a low-rank branch must be one of {', '.join(get_args(LowRankKind))}: got "
+                f"{self.kind!r}"
+            )
+        if not COUNT.allows(self.rank):
+            raise MarrqError(
+                f"the rank of a low-rank branch must be {COUNT.values}: got {self.rank}; leave the "
+                "branch out for none"
+            )
+        if self.num_bits not in NUM_BITS.values():
+            raise MarrqError(
+                "a low-rank branch is stored with 8 (int8) or 16 (float16) bits: got "
+                f"{self.num_bits}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.rank}" + (":int8" if self.num_bits == 8 else "")

@@ -16,6 +16,7 @@ with a scale found at run time (`per-token`, dynamic).
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -43,6 +44,10 @@ GRID_SUFFIXES: dict[str | None, WeightGrid] = {
 }
 
 
+def _listed(choices: Iterable[object]) -> str:
+    return ", ".join(map(str, choices))
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """Weights as signed codes of `num_bits` bits.
@@ -62,10 +67,17 @@ class WeightSpec:
 
     def __post_init__(self) -> None:
         if self.num_bits not in WEIGHT_BITS:
-            raise MarrqError(f"weight bits must be one of {WEIGHT_BITS}: got {self.num_bits}")
+            raise MarrqError(
+                f"weight bits must be one of {_listed(WEIGHT_BITS)}: got {self.num_bits}"
+            )
         if self.grid not in get_args(WeightGrid):
             raise MarrqError(
-                f"a weight grid must be one of {get_args(WeightGrid)}: got {self.grid!r}"
+                f"a weight grid must be one of {_listed(get_args(WeightGrid))}: got {self.grid!r}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise MarrqError(
+                f"a group has 1 input or more: got group size {self.group_size}; leave it out for "
+                "one group"
             )
         # The OCP specification has blocks of 32, no others.
         if self.grid == "mxint" and self.group_size != MXINT_BLOCK:
@@ -106,12 +118,13 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         if self.num_bits not in ACTIVATION_BITS:
             raise MarrqError(
-                f"activation bits must be one of {ACTIVATION_BITS}, or {FLOAT_BITS} for float: got "
-                f"{self.num_bits}"
+                f"activation bits must be one of {_listed(ACTIVATION_BITS)}, or {FLOAT_BITS} for "
+                f"float: got {self.num_bits}"
             )
         if self.strategy not in get_args(ActivationStrategy):
             raise MarrqError(
-                f"activations must be one of {get_args(ActivationStrategy)}: got {self.strategy!r}"
+                f"activations must be one of {_listed(get_args(ActivationStrategy))}: got "
+                f"{self.strategy!r}"
             )
 
     @property

@@ -10,8 +10,8 @@ applied:
     W_α = W + α Δ,        Δ = G (H + λI)⁻¹,   G = Σ e xᵀ = W D,   λ = target_damping · mean(diag H)
 
 Differs from the paper: the solve has a damping of its own. It is a ridge regression from a few
-thousand tokens, so that α and λ are both regularizers; 0.1 serves the solve better than the sweep's
-0.01. Without a search α = 1. The grid of the weights is found on W_α.
+thousand tokens, and α and λ both regularize it; 0.1 serves the solve better than the sweep's 0.01.
+Without a search α = 1. The grid of the weights is found on W_α.
 
 The method `stream` [ours] is the same with another e for linears that write to the residual stream
 (proj and fc2 of a ViT). With r and r̃ the stream on the quantized and on the full-precision path,

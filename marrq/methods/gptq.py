@@ -5,8 +5,8 @@ outputs is compensated in the columns not yet rounded. With U from (H + λI)⁻�
 rounding to the row's grid, w_j the compensated column just before it is rounded, and W0 the weight
 as given:
 
-    e = (w_j - q(w_j)) / U_jj
-    W[:, >j] += - e ⊗ U[j, >j]                       GPTQ
+    δ = (w_j - q(w_j)) / U_jj
+    W[:, >j] += - δ ⊗ U[j, >j]                       GPTQ
                 + α w_j ⊗ P1[j, >j]                  GPTAQ, P1 in methods/gptaq.py
                 + α (W0_j - w_j) ⊗ P2[j, >j]         ResComp, P2 in methods/rescomp.py
 
@@ -79,7 +79,7 @@ def sweep(
     # Only ResComp's term asks for W0; the others need no copy.
     original = w.clone() if len(residuals) > 1 else w
     grids = grid.columns(order)
-    # e U[j] = (w_j - q(w_j)) U[j] / U_jj: the division is done once, for all rows of the weight.
+    # δ U[j] = (w_j - q(w_j)) U[j] / U_jj: the division is done once, for all rows of the weight.
     kernels = [
         upper.div(upper.diagonal()[:, None]).neg_(),
         *(residual.to(w) for residual in residuals),

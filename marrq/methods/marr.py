@@ -1,5 +1,5 @@
-"""MARR (arXiv 2605.17997): a residual strength α of its own for every module, found by a PID loop
-on the module's reconstruction error J. Any ResidualTarget can be searched: GPTAQ's, ResComp's, the
+"""MARR (arXiv 2605.17997): a residual strength α of its own for every linear, found by a PID loop
+on the linear's reconstruction error J. Any ResidualTarget can be searched: GPTAQ's, ResComp's, the
 exact target.
 
 From the paper: the feedback is J; the update has a proportional, an integral and a derivative part;
@@ -7,14 +7,14 @@ the search stops if |J_t - J_{t-1}| / J_0 < 1e-5. Not public: the error signal, 
 α, the bounds. Ours is the Newton step of J along w̃(α), the compensated weights without rounding:
 
     T = dw̃/dα
-    e_t = ⟨G - (Q_t - W) H, T⟩ / ⟨T H, T⟩               G, H of the half that judges
-    I_t = leak · I_{t-1} + e_t                          leaky, so that errors do not pile up
-    α_{t+1} = clip(α_t + Kp e_t + Ki I_t + Kd (e_t - e_{t-1}))
+    ε_t = ⟨G - (Q_t - W) H, T⟩ / ⟨T H, T⟩               G, H of the half that judges
+    I_t = leak · I_{t-1} + ε_t                          leaky, so that errors do not pile up
+    α_{t+1} = clip(α_t + Kp ε_t + Ki I_t + Kd (ε_t - ε_{t-1}))
 
 Q_t is swept with the half that does not judge.
 
 Differs from the paper in the data that judge. On the data that produced Q, J is a poor judge:
-α climbs to about 1.1 in every module, and accuracy falls below GPTAQ's with its constant 0.25
+α climbs to about 1.1 in every linear, and accuracy falls below GPTAQ's with its constant 0.25
 (`feedback="calibration"` is the paper's way). So the calibration set is kept in two halves. Each
 half in turn sweeps while the other judges, the best α of either search is kept, and the two are
 averaged. The final sweep uses all the data, for which that average is too low: α leaves a share
@@ -99,7 +99,7 @@ def marr(
 ) -> Rounding:
     """Search α with each half in turn, average the two best, carry the average over to the whole
     set, and sweep with that."""
-    # A value for all modules was asked for: then this is the method without MARR.
+    # A value for all linears was asked for: then this is the method without MARR.
     if spec.alpha.strategy == "global":
         return with_constant(target_class, weight, problem, spec)
     search = SEARCHES[spec.alpha.strategy]

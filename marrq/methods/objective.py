@@ -1,4 +1,4 @@
-"""J, the module reconstruction error of a linear, from sums over tokens alone.
+"""J, the reconstruction error of a linear, from sums over tokens alone.
 
     J(Q) = ‖Q X - W X - e‖² = ⟨E, E H⟩ - 2 ⟨E, G⟩ + c        E = Q - W,   G = Σ e xᵀ,   c = Σ ‖e‖²
     ½ dJ/dQ = E H - G
@@ -65,7 +65,7 @@ class ReconstructionLoss:
     @property
     def output_power(self) -> float:
         """‖W X + e‖², the power of the wanted outputs: J of a weight of zeros. J divided by it can
-        be compared between modules."""
+        be compared between linears."""
         w = self.weight.double()
         # ‖W X + e‖² = ⟨W H, W⟩ + 2 ⟨G, W⟩ + c.
         rows = (self._importance * (w @ self.statistics.hessian + 2 * self._wanted.moment) * w).sum(

@@ -29,7 +29,7 @@ class MethodInfo:
     paper: its number on arXiv, or "" for our own
     wants: the statistics that the pipeline has to collect
     has_alpha: whether a residual strength α multiplies its correction
-    searches_alpha: whether it finds an α for each module"""
+    searches_alpha: whether it finds an α for each linear"""
 
     code: str
     aim: str
@@ -65,8 +65,8 @@ RESIDUAL_METHODS: dict[str, MethodInfo] = {
         has_alpha=True,
     ),
 }
-"""Methods with one residual strength α for all modules. Each has a MARR method too, which searches
-α for each module."""
+"""Methods with one residual strength α for all linears. Each has a MARR method too, which searches
+α for each linear."""
 
 METHODS: dict[str, MethodInfo] = {
     "rtn": MethodInfo("rtn.rtn", "nothing: each weight goes to the nearest value of its grid"),
@@ -77,7 +77,7 @@ METHODS: dict[str, MethodInfo] = {
     **{
         f"marr-{name}": replace(
             info,
-            aim=f"as {name}, with an α for each module (MARR)",
+            aim=f"as {name}, with an α for each linear (MARR)",
             paper="2605.17997",
             searches_alpha=True,
         )

@@ -63,7 +63,7 @@ def final(
 def with_constant(
     target_class: type[ResidualTarget], weight: Tensor, problem: Problem, spec: MethodSpec
 ) -> Rounding:
-    """The method with one residual strength for every module: the one that was chosen, or the
+    """The method with one residual strength for every linear: the strength that was chosen, or the
     method's own."""
     alpha = target_class.constant if spec.alpha.value is None else spec.alpha.value
     # No search, so that all the data can sweep.

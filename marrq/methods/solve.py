@@ -2,8 +2,8 @@
 chose, the low-rank branch around it, and the bias behind it.
 
     rtn, gptq                            no residual: only J reads the full-precision inputs
-    gptaq, rescomp, exact, stream        one residual strength α for all modules
-    marr- before one of these four       MARR: each module its own α
+    gptaq, rescomp, exact, stream        one residual strength α for all linears
+    marr- before one of these four       MARR: each linear its own α
 
 methods/problem.py has the input and the output of a method; methods/README.md explains them all.
 """

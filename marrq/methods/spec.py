@@ -89,9 +89,9 @@ class PID:
 
 @dataclass(frozen=True)
 class AlphaSpec:
-    """How the residual strength α of a module is found.
+    """How the residual strength α of a linear is found.
 
-    strategy: `pid` and `grid` search α for each module, `global` takes `value` for all modules
+    strategy: `pid` and `grid` search α for each linear, `global` takes `value` for all linears
     value: None stands for the method's own constant
     grid: the values that `grid` tries"""
 
@@ -197,7 +197,8 @@ class MethodSpec:
         default="auto",
         metadata=setting(
             "balance",
-            "another basis for the values of the heads; auto: if activations have 4 bits or fewer",
+            "balance the values of each head by a change of basis; auto: if activations have 4 "
+            "bits or fewer",
             choice(Balance),
         ),
     )
@@ -211,9 +212,9 @@ class MethodSpec:
         return METHODS[self.name].wants
 
     def balances(self, scheme: Scheme) -> bool:
-        """Whether the values of the heads get another basis (marrq/transforms/value_basis.py).
+        """Whether the values of the heads are balanced (marrq/transforms/value_basis.py).
 
-        `auto` says yes if activations are coarse. If the weights alone are coarse, the basis costs
+        `auto` says yes if activations are coarse. If the weights alone are coarse, balancing costs
         accuracy: a sweep that compensates makes more of inputs that are correlated."""
         return scheme.has_coarse_activations if self.balance == "auto" else self.balance == "on"
 

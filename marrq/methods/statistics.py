@@ -1,11 +1,11 @@
 """The sums over calibration tokens from which every method works.
 
-For one linear with input x on the quantized path (the modules before it are quantized) and input x̃
+For one linear with input x on the quantized path (the linears before it are quantized) and input x̃
 on the full-precision path, dx = x̃ - x:
 
     H = Σ x xᵀ     D = Σ dx xᵀ (not symmetric)     S = Σ dx dxᵀ     Σ x     Σ dx
 
-No activation is stored. The sums give the module reconstruction error exactly (our derivation;
+No activation is stored. The sums give the reconstruction error exactly (our derivation;
 MARR, arXiv 2605.17997, uses J as its feedback):
 
     J(Q) = ‖Q X - W X̃‖² = ⟨E, E H⟩ - 2 ⟨E, G⟩ + c,     E = Q - W,   G = W D,   c = ⟨W S, W⟩

@@ -158,14 +158,18 @@ def _resolve(name: str) -> _Origin:
     if HUB_NAME.fullmatch(name):
         return _Origin("transformers", name, name)
     raise MarrqError(
-        f"unknown model {name!r}: give demo, a timm name, hf-hub:…, local-dir:…, or a transformers "
-        "id or folder"
+        f"unknown model {name!r}, and no folder of that name exists: give demo, a timm name, "
+        "hf-hub:…, local-dir:…, or a transformers id or folder"
     )
 
 
 def _resolve_folder(folder: Path) -> _Origin:
     """Tell timm's checkpoint folders from those of transformers."""
     file = folder / "config.json"
+    if not folder.exists():
+        raise MarrqError(
+            f"{str(folder)!r} does not exist: give a timm or transformers checkpoint folder"
+        )
     if not file.is_file():
         raise MarrqError(
             f"model folder {str(folder)!r} has no config.json: give a timm or transformers "

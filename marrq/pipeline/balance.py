@@ -1,7 +1,7 @@
-"""Balance a block on both paths before it is quantized: another basis for the values of each head
-(marrq/transforms/value_basis.py).
+"""Balance a block on both paths before it is quantized: a change of basis of the values of each
+head (marrq/transforms/value_basis.py).
 
-The basis is chosen from full-precision tokens and full-precision weights, and folded into both
+The change is chosen from full-precision tokens and full-precision weights, and folded into both
 copies of the block. So every method and every scheme starts from the same weights.
 """
 
@@ -31,7 +31,7 @@ def balance(pair: BlockPair, settings: QuantizationSettings) -> set[str]:
         # The statistics will raise an error that names the layer.
         if not sample.isfinite().all():
             return set()
-        # H and M of the formula: the sample's moments and Wᵀ W, both in full precision.
+        # H and K of the formula: the sample's moments and Wᵀ W, both in full precision.
         weight = pair.original.linear(value_path.target).weight
         change = balancing_basis(sample, weight, value_path.width, generator)
         # W A V = (W T⁻¹) A (T V): the block's function stays, on both paths.

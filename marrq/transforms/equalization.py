@@ -6,8 +6,7 @@ If the input comes straight from a norm, 1/s goes into the norm's weight and bia
 Otherwise the input is multiplied by 1/s before it is rounded (`smoothing` in
 marrq/quantizers/activations.py). This costs a pass over the input, so it is done only if
 activations are coarse and the gain is large. On a ViT the input is that of fc2: the outputs of GELU
-differ between channels by an order of magnitude, and GELU lets no scale of the linear before it
-through.
+differ between channels by an order of magnitude, and a scale cannot be moved through GELU.
 
 SmoothQuant (arXiv 2211.10438) takes s = max|x|^a / max|W|^(1-a) before norms, AWQ (arXiv
 2306.00978) rms(x)^a. Ours has the candidates

@@ -1,5 +1,5 @@
-"""Another basis for the values of each attention head, in which rounding does the least harm
-[ours].
+"""Balance: a change of basis of the values of each attention head, so that rounding does the least
+harm [ours].
 
 Attention mixes tokens, not channels. Let V be the values of a head and W the columns of the output
 projection that read them. For any invertible T
@@ -8,25 +8,25 @@ projection that read them. For any invertible T
 
 so T is folded into the two linears: exact, and free at run time. QuaRot (arXiv 2404.00456) takes a
 rotation for T. A general T does more. Let x be the input of the projection, H = E[x xᵀ] and
-M = Wᵀ W, all before the change.
+K = Wᵀ W, all before the change.
 
     Rounding T x on one grid for all channels adds noise in proportion to E‖T x‖² = tr(T H Tᵀ).
-    W T⁻¹ carries this noise to the outputs in proportion to tr(T⁻ᵀ M T⁻¹).
+    W T⁻¹ carries this noise to the outputs in proportion to tr(T⁻ᵀ K T⁻¹).
     Rounding W T⁻¹ does the same with the two parts exchanged.
 
 With P = Tᵀ T the harm is in both cases
 
-    tr(P H) · tr(P⁻¹ M)
+    tr(P H) · tr(P⁻¹ K)
 
 which is least at the geometric mean (Cauchy and Schwarz; over all heads at once, so strong heads
 are weakened and weak heads strengthened)
 
-    P = H⁻¹ # M = H^-½ (H^½ M H^½)^½ H^-½
+    P = H⁻¹ # K = H^-½ (H^½ K H^½)^½ H^-½
 
 The noise was assumed to be the same in all channels. So T = R √P with a random rotation R, which
 spreads over the channels of a head what stands out in one of them.
 
-A gated MLP, W (σ(g) ⊙ u), is the same with heads of one channel: T is diagonal, P = √(M / H), and
+A gated MLP, W (σ(g) ⊙ u), is the same with heads of one channel: T is diagonal, P = √(K / H), and
 there is nothing to rotate.
 
 All this is for rounding on fixed grids. A sweep that compensates gains from correlated inputs, and
@@ -49,7 +49,7 @@ from marrq.models.blocks import Block
 from marrq.transforms.rotation import random_orthogonal
 
 DAMPING = 0.01
-"""Added to H and M of each head, as a share of their mean diagonal. Directions that the sample
+"""Added to H and K of each head, as a share of their mean diagonal. Directions that the sample
 hardly knows then stay as they are."""
 
 TRIAL_SEED = 0
@@ -117,7 +117,7 @@ def balancing_basis(
     # T is found for each group alone: the groups do not mix.
     blocks = []
     for x, w in zip(inputs.double().split(width, 1), weight.double().split(width, 1), strict=True):
-        # x [tokens, width] and w [m, width] give H = E[x xᵀ] and M = Wᵀ W of one group.
+        # x [tokens, width] and w [m, width] give H = E[x xᵀ] and K = Wᵀ W of one group.
         root = _power(_geometric_mean(_damped(x.T @ x / len(x)), _damped(w.T @ w)), 0.5)  # √P
         # Of all T with Tᵀ T = P the one that spreads an outlier over the group: T = R √P.
         blocks.append(root if width == 1 else random_orthogonal(width, generator).to(root) @ root)
@@ -171,7 +171,7 @@ def _damped(moment: Tensor) -> Tensor:
 
 
 def _geometric_mean(inputs: Tensor, weights: Tensor) -> Tensor:
-    """H⁻¹ # M = H^-½ (H^½ M H^½)^½ H^-½."""
+    """H⁻¹ # K = H^-½ (H^½ K H^½)^½ H^-½."""
     # H^-½ from the eigenvalues of H, so no inverse is computed from a rounded root.
     half, inverse = _power(inputs, 0.5), _power(inputs, -0.5)
     return inverse @ _power(half @ weights @ half, 0.5) @ inverse

@@ -32,7 +32,7 @@ FLAVOR_HELP = {
     "matmulnbits": "MatMulNBits of ONNX Runtime, for float activations.",
     "qdq": "standard operators, for any runtime and every scheme.",
     "fp32": "the float model that the artifact was made from.",
-    "fp16": "that model in float16.",
+    "fp16": "the same model in float16.",
 }
 """What each flavour is for."""
 
@@ -57,6 +57,11 @@ def flavors_with(option: str) -> list[str]:
     return [flavor for flavor, options in OPTIONS.items() if option in options]
 
 
+def flavor_help() -> str:
+    """Each flavour, and what the flavour is for."""
+    return " ".join(f"{flavor}: {sentence}" for flavor, sentence in FLAVOR_HELP.items())
+
+
 def option_help(option: str) -> str:
     """The flavours that have an option, and what the option does."""
     return f"{', '.join(flavors_with(option))}: {OPTION_HELP[option]}"
@@ -73,3 +78,9 @@ def check_choice(flavor: str, options: Options) -> None:
                 f"{FLAGS[option]} is no option of {flavor!r}: use it with --flavor "
                 f"{' or '.join(flavors_with(option))}"
             )
+
+
+def check_baseline(flavor: str) -> None:
+    """Raise MarrqError for a name that is no flavour of a float model."""
+    if flavor not in BASELINES:
+        raise MarrqError(f"unknown baseline {flavor!r}: choose one of {', '.join(BASELINES)}")

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.choices import NO_OPTIONS, Options
+from exporters.choices import NO_OPTIONS, Options, check_baseline
 from exporters.external_data import external_data, put
 from exporters.flavors import FLAVORS, check_flavor
 from exporters.flavors.floating import FLOAT_FLAVORS
@@ -111,8 +111,7 @@ def write_baseline(
 
     Raises MarrqError if the flavour is not a key of FLOAT_FLAVORS.
     """
-    if flavor not in FLOAT_FLAVORS:
-        raise MarrqError(f"unknown baseline {flavor!r}: choose one of {', '.join(FLOAT_FLAVORS)}")
+    check_baseline(flavor)
     export, bits = FLOAT_FLAVORS[flavor]
     metadata = FileMetadata(
         flavor=flavor,

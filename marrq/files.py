@@ -126,6 +126,10 @@ def check_data_folder(name: str) -> None:
 
 def check_artifact(folder: Path) -> None:
     """Raise MarrqError if the folder is no artifact; an artifact may still be damaged."""
+    if not folder.exists():
+        raise MarrqError(
+            f"{str(folder)!r} does not exist: give a folder that `marrq quantize` wrote"
+        )
     if not (folder / "config.json").is_file():
         raise MarrqError(
             f"{str(folder)!r} is no artifact, it has no config.json: give a folder that `marrq "

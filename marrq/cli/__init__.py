@@ -1,38 +1,11 @@
-"""The command line: one file a command, which parses, calls a workflow and prints.
-
-Heavy imports stand inside the bodies of the commands, so that `marrq --help` answers at once, and
-behind the checks that need none of them, so that a mistake does too.
-"""
+"""The command line: its entry, and what becomes of an error. The commands are in app.py."""
 
 import sys
 
 import typer
 
-from marrq.cli.bench import bench
-from marrq.cli.common import VersionOption
-from marrq.cli.compare import compare
-from marrq.cli.demo import demo
-from marrq.cli.doctor import doctor
-from marrq.cli.evaluate import evaluate
-from marrq.cli.export import export
-from marrq.cli.inspect import inspect
-from marrq.cli.quantize import quantize
 from marrq.errors import MarrqError
 from marrq.workflows.checks import check_packages
-
-# A bug shows Python's own traceback, which can be pasted into a report. An error that marrq raises
-# on purpose never gets there, see `main`.
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-
-
-@app.callback()
-def program(version: VersionOption = False) -> None:
-    """Turn a pretrained vision transformer into a low-bit ONNX file, and measure it."""
-
-
-# In the order of the help: from a model to a file, then what looks at models and files.
-for command in (quantize, export, bench, evaluate, inspect, doctor, compare, demo):
-    app.command()(command)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +13,8 @@ def main(arguments: list[str] | None = None) -> int:
     not hold. An error is one sentence on stderr."""
     try:
         check_packages()
-        # Before that check this may be somebody else's `runtime`.
+        # Before that check these may be somebody else's `exporters` and `runtime`.
+        from marrq.cli.app import app
         from runtime.errors import BenchError, GateError
     except MarrqError as error:
         return _failed(str(error))

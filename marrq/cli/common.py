@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -19,6 +19,8 @@ from rich.progress import (
 
 from marrq import __version__
 from marrq.files import write_json
+from marrq.methods.lowrank_spec import LowRankKind
+from marrq.methods.registry import method_names_for_help
 from marrq.methods.spec import METHOD_SETTINGS
 
 # Results go to stdout, so that they can be piped; progress, warnings and errors go to stderr.
@@ -59,7 +61,8 @@ DataOption = Annotated[
     input_option(
         "--data",
         metavar="FOLDER",
-        help="Images: one folder for each class, in train/ and val/ if these exist; or demo.",
+        help="Images: one folder for each class, in train/ and val/ if these exist; or demo. The "
+        "model demo needs none.",
     ),
 ]
 SamplesOption = Annotated[
@@ -67,11 +70,11 @@ SamplesOption = Annotated[
 ]
 SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random draw.")]
 
-# Settings that have an option of their own, and those of the search's controller, are left out.
+# Names come from where they are defined, so that the help knows a new one at once.
+LOWRANK_KINDS = ", ".join(get_args(LowRankKind))
+# Settings that have an option of their own are left out.
 NAMED_SETTINGS = ("alpha", "feedback", "lowrank", "rotate")
-OTHER_SETTINGS = [
-    key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS and not key.startswith("pid.")
-]
+OTHER_SETTINGS = [key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS]
 
 # What the codes become: bits and grids, then the method and its settings.
 SchemeOption = Annotated[
@@ -101,8 +104,7 @@ MethodOption = Annotated[
     str,
     quantization_option(
         metavar="NAME",
-        help="rtn, gptq, gptaq, rescomp, exact, stream; or marr- before one of the last four. "
-        "marr is marr-stream.",
+        help=method_names_for_help(),
     ),
 ]
 MethodsOption = Annotated[
@@ -124,14 +126,15 @@ AlphaOption = Annotated[
 FeedbackOption = Annotated[
     str | None,
     quantization_option(
-        metavar="IMAGES", help="Images that the search of α is judged on: held-out, calibration."
+        metavar="NAME", help="Images that the search of α is judged on: held-out or calibration."
     ),
 ]
 LowrankOption = Annotated[
     str | None,
     quantization_option(
         metavar="KIND:RANK",
-        help="Add a low-rank branch: kind srr, qera or lqer; :int8 behind stores it in 8 bits.",
+        help=f"Add a low-rank branch: {LOWRANK_KINDS}. In 16 bits (:fp16, default), or in 8 with "
+        ":int8 behind.",
     ),
 ]
 RotateOption = Annotated[
@@ -164,7 +167,7 @@ ResumeOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    run_option(metavar="N", help="Threads of one operator; default: ONNX Runtime's.", min=1),
+    run_option(metavar="N", help="Threads of one operator; default: one a core.", min=1),
 ]
 ProviderOption = Annotated[
     str, run_option(metavar="NAME", help="Execution provider: cpu, cuda or tensorrt.")
@@ -228,6 +231,7 @@ def say(text: str) -> None:
 
 
 def write_report(file: Path | None, report: object) -> None:
-    """Write a report as JSON if the user asked for the file (`--json`)."""
+    """Write a report as JSON if the user asked for the file (`--json`), and say so."""
     if file is not None:
         write_json(file, report)
+        say(f"wrote {file}")

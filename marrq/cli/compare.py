@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 SEEDS = "Number of random draws of the calibration images."
 OUTPUT = "JSON file. Runs that it holds are not done again."
 RAY = "Do the runs on Ray, one on each CPU or GPU: local, or the address of a cluster."
-
 Seeds = Annotated[int, common.input_option(metavar="N", help=SEEDS, min=1)]
 Output = Annotated[Path, common.output_option("-o", "--output", metavar="FILE", help=OUTPUT)]
 Ray = Annotated[str | None, common.run_option(metavar="ADDRESS", help=RAY)]
@@ -39,17 +38,19 @@ def compare(
     """
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
-    from marrq.workflows.checks import data_for
+    from marrq.workflows.checks import check_comparison, check_model, data_for
     from marrq.workflows.devices import choose_device
+    from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
-    # All that can be wrong without torch is checked first.
+    # All that can be wrong without torch is checked first, and not told after hours.
     methods = [parse_method(text) for text in method or METHODS]
     schemes = [_scheme(text) for text in scheme]
+    check_model(model)
     name = data_for(model, data)
+    check_comparison(output, {"schema": SCHEMA, "model": model, "samples": samples})
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
 
-        # A wrong suffix or a missing matplotlib is told now, and not after hours.
         check_plot(plot)
     # A cluster may have GPUs if this machine has none.
     kind = device if ray is not None and device in ("cpu", "cuda") else choose_device(device).type
@@ -57,13 +58,12 @@ def compare(
     from marrq.workflows.compare import Combination, Task
     from marrq.workflows.compare import compare as run_comparison
     from marrq.workflows.compare_on_ray import runs_on_ray
-    from runtime.report.comparison import ComparisonReport, markdown, table
 
     # Seeds vary slowest: runs of one seed share the full-precision tokens.
     combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
+    task = Task(model, name, samples, kind)
     with common.progress_bars(runs=len(combinations)) as [bar]:
-        task = Task(model, name, samples, kind)
         found = run_comparison(task, combinations, output, bar.show, distribute)
     report = ComparisonReport.read(found)
     common.stdout.print(table(report))

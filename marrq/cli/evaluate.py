@@ -1,13 +1,10 @@
 """`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from marrq.cli import common
-
-if TYPE_CHECKING:
-    from runtime.measure.accuracy import Accuracy
 
 SCHEMA = "marrq.evaluate/1"
 
@@ -27,28 +24,30 @@ def evaluate(
 
     marrq evaluate artifact --data IMAGES
     """
-    from marrq.workflows.checks import data_for
+    from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.devices import choose_device
 
+    check_model(model)
     # A folder that was named is checked at once. Whether the default will do depends on the model.
     if data is not None:
         data_for(model, data)
-    target = choose_device(device)
+    chosen = choose_device(device)
 
     from marrq.distributed import process_group
     from marrq.models.images import find_images
     from marrq.workflows.evaluate import evaluate as measure
     from marrq.workflows.evaluate import load_candidates
+    from runtime.report.tables import accuracy_table
 
     models = load_candidates(model)
     # An artifact of the demo has the demo's images, whatever its folder is called.
     source, labels = models["float"].source.name, models["float"].labels
     images = find_images(data_for(source, data), "val", labels)
     with (
-        process_group(target) as processes,
+        process_group(chosen) as processes,
         common.progress_bars(processes.is_first, images=len(images) * len(models)) as [bar],
     ):
-        found = measure(models, images, target, bar.advance, processes)
+        found = measure(models, images, chosen, bar.advance, processes)
     # Every process has all logits; one report is enough.
     if not processes.is_first:
         return
@@ -58,16 +57,5 @@ def evaluate(
         "data": images.description(),
         "models": {title: accuracy.to_json() for title, accuracy in found.items()},
     }
-    for title, accuracy in found.items():
-        common.stdout.print(f"{title}: {_sentence(accuracy)}", highlight=False)
     common.write_report(json_file, report)
-
-
-def _sentence(accuracy: "Accuracy") -> str:
-    # Percent for people; the JSON has shares.
-    interval = f"{100 * accuracy.top1_low:.1f}–{100 * accuracy.top1_high:.1f}"
-    return (
-        f"top-1 {100 * accuracy.top1:.2f} % ({interval}), top-5 {100 * accuracy.top5:.2f} %, "
-        f"agreement {100 * (accuracy.agreement or 0):.2f} %, "
-        f"divergence {accuracy.divergence or 0:.4f}, {accuracy.images} images"
-    )
+    common.stdout.print(accuracy_table(found, images.name))

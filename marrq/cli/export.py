@@ -13,7 +13,9 @@ FORMATS = ("onnx", "triton")
 
 def export(
     context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="Folder that marrq quantize wrote.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="Folder that marrq quantize wrote.")
+    ],
     *,
     flavor: export_options.Flavor = None,
     symmetric: export_options.Symmetric = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from exporters.choices import flavor_help, option_help
 from marrq.cli import common
 
 lowered = partial(typer.Option, rich_help_panel="Flavour")
@@ -16,19 +17,11 @@ served = partial(typer.Option, rich_help_panel="Server, with --format triton")
 
 Flavor = Annotated[
     str | None,
-    lowered(metavar="NAME", help="integer, matmulnbits, qdq, fp32, fp16; default: by the scheme."),
+    lowered(metavar="NAME", help=f"{flavor_help()} Default: by the scheme."),
 ]
-Symmetric = Annotated[
-    bool | None, lowered("--symmetric", help="qdq: only what TensorRT takes; for -sym schemes.")
-]
-Level = Annotated[
-    int | None,
-    lowered(metavar="N", help="matmulnbits: 1 computes in float32 (default), 4 in int8."),
-]
-Fuse = Annotated[
-    bool | None,
-    lowered("--fuse/--no-fuse", help="integer, matmulnbits: attention as one operator (default)."),
-]
+Symmetric = Annotated[bool | None, lowered("--symmetric", help=option_help("symmetric"))]
+Level = Annotated[int | None, lowered(metavar="N", help=option_help("accuracy_level"))]
+Fuse = Annotated[bool | None, lowered("--fuse/--no-fuse", help=option_help("fuse"))]
 Format = Annotated[
     str, common.output_option(metavar="NAME", help="onnx: a file; triton: a server's repository.")
 ]

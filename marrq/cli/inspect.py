@@ -1,5 +1,4 @@
-"""`marrq inspect`: what really runs each linear of an ONNX file, with how many bits; or how each
-linear of an artifact was quantized."""
+"""`marrq inspect`: what runs each linear of an ONNX file; how a linear of an artifact was made."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,9 @@ from marrq.files import check_artifact
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An ONNX file, of any tool; or an artifact folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE|ARTIFACT", help="ONNX file of any tool, or artifact.")
+    ],
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Exit with 3 if a linear runs in float against its scheme."),
@@ -29,18 +30,16 @@ def inspect(
     marrq inspect model.onnx --strict
     marrq inspect artifact --plot alpha.svg
     """
+    if not path.exists():
+        raise MarrqError(
+            f"{str(path)!r} does not exist: give an ONNX file, or an artifact's folder"
+        )
+    if path.is_file() and plot is not None:
+        raise MarrqError(f"--plot draws how alpha was found: give an artifact, not {str(path)!r}")
     if path.is_file():
-        if plot is not None:
-            raise MarrqError(
-                f"--plot draws the search of alpha, which {str(path)!r} does not hold: give the "
-                "artifact's folder"
-            )
         _inspect_file(path, strict, json_file, provider, optimization)
     elif strict or json_file is not None:
-        raise MarrqError(
-            f"--strict and --json are about an ONNX file: export {str(path)!r} with `marrq "
-            "export`, and inspect that"
-        )
+        raise MarrqError(f"--strict and --json are about an ONNX file: export {str(path)!r} first")
     else:
         _inspect_artifact(path, plot)
 
@@ -62,11 +61,15 @@ def _inspect_file(
 
 
 def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
+    from runtime.report.plots import check_plot, plot_alphas
+
     check_artifact(artifact)
+    if plot is not None:
+        check_plot(plot)
+    # From here on torch is imported, which takes seconds.
     from marrq.artifact.folder import REPORTS, read_config
     from runtime.quantization import read_quantization
     from runtime.report.inspection import quantization_table
-    from runtime.report.plots import plot_alphas
 
     read_config(artifact)
     modules = read_quantization(artifact / REPORTS)

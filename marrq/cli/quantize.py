@@ -34,9 +34,9 @@ def quantize(
     marrq quantize vit_base_patch16_224 --data IMAGES --scheme W4A8 -o artifact
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
-    from marrq.methods.spec import with_settings
+    from marrq.methods.spec import read_pairs, with_settings
     from marrq.schemes import parse_scheme
-    from marrq.workflows.checks import data_for
+    from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.destination import Destination
     from marrq.workflows.devices import choose_device
 
@@ -46,13 +46,13 @@ def quantize(
     named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": rotation}
     settings = {key: value for key, value in named.items() if value is not None}
     # --set may name any setting, and wins over an option of the same name.
-    others = {key: value for key, _, value in (text.partition("=") for text in setting)}
-    spec = with_settings(method, settings | others)
-    numbers = parse_scheme(scheme, cast("ActivationStrategy", activations))
+    spec = with_settings(method, settings | read_pairs(setting))
+    parsed_scheme = parse_scheme(scheme, cast("ActivationStrategy", activations))
+    check_model(model)
     name = data_for(model, data)
     destination = Destination(output, force, resume, work_dir)
-    destination.check()
-    target = choose_device(device)
+    destination.check(parsed_scheme, spec, samples, seed)
+    chosen = choose_device(device)
 
     # From here on torch and timm are imported, which takes seconds.
     from marrq.distributed import process_group
@@ -64,14 +64,14 @@ def quantize(
     loaded = load_model(model)
     # The model's class names say which folders there may be.
     images = find_images(name, "train", loaded.labels)
-    recipe = Recipe(numbers, spec, samples, seed)
+    recipe = Recipe(parsed_scheme, spec, samples, seed)
     with (
-        process_group(target) as processes,
+        process_group(chosen) as processes,
         # Of the processes of torchrun the first one alone draws.
         common.progress_bars(processes.is_first, quantizing=None) as [bar],
     ):
         run = RunOptions(
-            target,
+            chosen,
             processes,
             block_done=lambda done, count, new: bar.show(done, count, note_of(new)),
         )

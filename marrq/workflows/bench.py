@@ -9,17 +9,16 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from marrq.errors import MarrqError
-from marrq.files import check_artifact, check_data_folder
+from marrq.files import check_data_folder
+from marrq.workflows.bench_options import DEFAULTS, BenchOptions, check_paths
 from marrq.workflows.parity import artifact_of, measure_parity
-from runtime.environment import usable_cores
-from runtime.measure.bench import BenchReport, BenchSettings, Entry, ImageData, Progress
+from runtime.measure.bench import BenchReport, Entry, ImageData, Progress
 from runtime.measure.bench import bench as measure
-from runtime.measure.latency import Plan, thread_counts
 from runtime.metadata import Metadata
 from runtime.quantization import read_quantization
 from runtime.session import Model, SessionSettings
@@ -28,57 +27,6 @@ if TYPE_CHECKING:
     from marrq.models.images import ImageSet
 
 IMAGES_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `bench` measures, and how.
-
-    flavor: in which artifacts are exported; None for the flavour that suits the scheme best.
-    baselines: float flavours of the model to measure beside the files, of fp16 and fp32.
-    batches: batch sizes to time.
-    rounds: how often each session is opened and timed, in turn with all others.
-    seconds: time on each model, batch size and round.
-    provider: cpu, cuda or tensorrt.
-    threads: of one operator; None for ONNX Runtime's choice.
-    throughput: also measure images per second with 1, 2, 4 … threads.
-    max_drop: points of top-1 that a file may lose against the baseline; None for no gate.
-    recommend: measure every flavour of an artifact, and name the best.
-    parity_images: images on which files are compared with torch; None for no comparison.
-    artifacts: what ONNX files were exported from; needed for parity.
-    """
-
-    flavor: str | None = None
-    baselines: tuple[str, ...] = ("fp16", "fp32")
-    batches: tuple[int, ...] = (1, 8)
-    rounds: int = 5
-    seconds: float = 1.0
-    provider: str = "cpu"
-    threads: int | None = None
-    throughput: bool = False
-    max_drop: float | None = None
-    recommend: bool = False
-    parity_images: int | None = None
-    artifacts: tuple[Path, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.recommend and self.flavor is not None:
-            raise MarrqError(
-                f"--recommend measures every flavour: leave out --flavor {self.flavor}"
-            )
-
-    @property
-    def session(self) -> SessionSettings:
-        """How every file is opened."""
-        return SessionSettings(self.provider, self.threads)
-
-    @property
-    def settings(self) -> BenchSettings:
-        """The part that the measuring itself has to know."""
-        # Up to the threads asked for, or to the cores that this process may use.
-        counts = thread_counts(self.threads or usable_cores()) if self.throughput else ()
-        plan = Plan(self.batches, self.rounds, self.seconds)
-        return BenchSettings(self.session, plan, counts, self.max_drop, self.recommend)
 
 
 class Bar(Protocol):
@@ -120,7 +68,7 @@ class BenchedFile(NamedTuple):
 def bench(
     paths: Sequence[str | Path],
     data: str | None = None,
-    options: BenchOptions = BenchOptions(),
+    options: BenchOptions = DEFAULTS,
     say: Callable[[str], None] = lambda text: None,
     bars: Bars = hidden_bars,
 ) -> BenchReport:
@@ -137,11 +85,7 @@ def bench(
     """
     given = [Path(path) for path in paths]
     # A mistake is told before minutes of exporting and measuring.
-    for path in given:
-        if not path.exists():
-            raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
-        if path.is_dir():
-            check_artifact(path)
+    check_paths(given, options)
     if data is not None:
         check_data_folder(data)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.
@@ -150,13 +94,13 @@ def bench(
         if options.parity_images is not None
         else {}
     )
+    images = _images(given[0], data, options.session)
     # Exports are measured, and gone when the report is there.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [item for path in given for item in _onnx_files(path, options, folder, say)]
         candidates, metadata = _candidates(files, options.session)
         entries = [*_baselines(metadata, options.baselines, folder, say), *candidates]
-        images = _images(metadata, data)
         # Parity compares images drawn at random, accuracy all of them.
         if options.parity_images is not None:
             drawn = images.draw(min(options.parity_images, len(images)), 0)
@@ -282,12 +226,21 @@ def _baselines(
     return entries
 
 
-def _images(metadata: Metadata, data: str | None) -> "ImageSet":
-    """The labelled images to measure accuracy on."""
+def _images(path: Path, data: str | None, session: SessionSettings) -> "ImageSet":
+    """The labelled images to measure accuracy on. path: an artifact or an ONNX file, which knows
+    the name of the float model and the classes before anything is exported."""
+    from marrq.artifact.config import labels_from_json
+    from marrq.artifact.folder import read_config
     from marrq.models.images import find_images
     from marrq.workflows.checks import data_for
 
-    return find_images(data_for(metadata.source_name, data), "val", metadata.labels)
+    if path.is_file():
+        metadata = _checked_metadata(BenchedFile(path, path), session)
+        source, labels = metadata.source_name, metadata.labels
+    else:
+        config = read_config(path)
+        source, labels = config["model"]["name"], labels_from_json(config["labels"])
+    return find_images(data_for(source, data), "val", labels)
 
 
 def _with_parity(

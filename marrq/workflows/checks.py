@@ -1,7 +1,9 @@
 """Checks that need neither torch nor timm, so that a mistake is told at once."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
@@ -25,6 +27,19 @@ def check_packages() -> None:
             )
 
 
+def check_model(name: str) -> None:
+    """Raise MarrqError if a model is named by a path and the path does not exist.
+
+    Any other name may be a model of timm or of the hub, which marrq/models/load.py finds out.
+    """
+    scheme, _, rest = name.partition(":")
+    path = rest if scheme == "local-dir" else name
+    # `owner/name` may be a checkpoint of the hub; no checkpoint begins as these paths do.
+    is_path = scheme == "local-dir" or path.startswith(("/", "./", "../"))
+    if is_path and not Path(path).exists():
+        raise MarrqError(f"{path!r} does not exist: give a model's folder, or a model's name")
+
+
 def data_for(model: str, data: str | None) -> str:
     """The name of the images for a model: `data`, or the built-in images of the model demo.
 
@@ -38,3 +53,25 @@ def data_for(model: str, data: str | None) -> str:
     name = data or "demo"
     check_data_folder(name)
     return name
+
+
+def check_comparison(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The comparison that a file holds (schema marrq.compare/2); None if there is no file.
+
+    about: values that the file must have. Raises MarrqError if the file is no comparison, or has
+    another value: accuracies of other weights, images or samples cannot stand in one table.
+    """
+    if not file.exists():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        differing = [key for key, value in about.items() if report[key] != value]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MarrqError(
+            f"{str(file)!r} is no comparison: choose another file to write to"
+        ) from error
+    if differing:
+        raise MarrqError(
+            f"{str(file)!r} compares with another {differing[0]}: choose another file to write to"
+        )
+    return report

@@ -7,7 +7,6 @@ runs one after the other (`Runner`), or workers of Ray do (marrq/workflows/compa
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,16 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marrq.errors import MarrqError
 from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
+from marrq.models.blocks import find_blocks
 from marrq.models.images import find_images
 from marrq.models.load import VisionModel, load_model
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
-from marrq.pipeline.quantize import RunOptions
+from marrq.pipeline.quantize import RunOptions, check_groups
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import bits_per_weight
 from marrq.schemes import Scheme
+from marrq.workflows.checks import check_comparison
 from marrq.workflows.devices import peak_memory
 from marrq.workflows.evaluate import predict
 from marrq.workflows.quantize import Recipe, quantize_in_place
@@ -101,6 +101,7 @@ def compare(
     runner = Runner(task)
     report = ReportFile(file, runner, combinations)
     missing, count = report.missing(), len(combinations)
+    runner.check_groups([combination.scheme for combination in missing])
     present = count - len(missing)
     show(present, count, "")
 
@@ -133,6 +134,17 @@ class Runner:
         self.train = find_images(task.data, "train", self.original.labels)
         self.held_out = find_images(task.data, "val", self.original.labels)
         self.shared: FullPrecisionInputs | None = None
+
+    def check_groups(self, schemes: list[Scheme]) -> None:
+        """Raise MarrqError if the groups of a scheme do not fit the model, before the first run."""
+        grouped = [scheme for scheme in schemes if scheme.weight.group_size]
+        if not grouped:
+            return
+        # The trial forwards of `find_blocks` add noise to this image.
+        size = self.original.preprocessing.input_size
+        blocks = find_blocks(self.original.module, torch.zeros(1, *size))
+        for scheme in grouped:
+            check_groups(blocks, scheme)
 
     def run(self, combination: Combination) -> dict[str, Any]:
         """Quantize and measure: the run as the report has it, and under `float` the accuracy of the
@@ -216,12 +228,10 @@ class ReportFile:
             "data": runner.held_out.description(),
             "samples": runner.task.samples,
         }
-        if file.exists():
-            self.report = _read_report(file, about)
-        else:
-            # The machine of the command; times can be compared within one file alone.
-            environment = {**describe_machine().to_json(), "torch": version("torch")}
-            self.report = {**about, "environment": environment, "runs": []}
+        # The machine of the command; times can be compared within one file alone.
+        environment = {**describe_machine().to_json(), "torch": version("torch")}
+        found = check_comparison(file, about)
+        self.report = found or {**about, "environment": environment, "runs": []}
 
     def missing(self) -> list[Combination]:
         """The combinations that the file does not hold."""
@@ -252,20 +262,3 @@ class ReportFile:
 
     def _place(self, run: dict[str, Any]) -> int:
         return next(place for place, one in enumerate(self.combinations) if one.is_in(run))
-
-
-def _read_report(file: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The report in a file. Raises MarrqError if its model, images or samples differ."""
-    try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        # Accuracies of other weights, images or samples cannot stand in one table.
-        differing = [key for key, value in about.items() if report[key] != value]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MarrqError(
-            f"{str(file)!r} is no comparison: choose another file to write to"
-        ) from error
-    if differing:
-        raise MarrqError(
-            f"{str(file)!r} compares with another {differing[0]}: choose another file to write to"
-        )
-    return report

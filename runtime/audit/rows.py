@@ -36,8 +36,12 @@ class AuditRow(Record):
 
     @property
     def falls_short(self) -> bool:
-        """Whether the linear runs in float against a scheme that says integers."""
-        return not self.integer and self.nominal != FLOAT and nominal_bits(self.nominal)[1] < 16
+        """Whether the linear runs in float although its scheme says integers."""
+        if self.integer or self.nominal == FLOAT:
+            return False
+        # A scheme with float activations (A16) asks for no integer kernel.
+        _, activation_bits = nominal_bits(self.nominal)
+        return activation_bits < 16
 
 
 def audit(examined: Examined) -> list[AuditRow]:
@@ -50,7 +54,7 @@ def audit(examined: Examined) -> list[AuditRow]:
             rows.setdefault(linear.path, []).append((linear.part, _row(examined, linear)))
     # The metadata say what should be there: a linear that vanished must not go unnoticed.
     missing = [
-        _nothing_runs(path, nominal, 0, "no product of the file has its weight")
+        _row_without_kernel(path, nominal, 0, "no product of the file has its weight")
         for path, nominal in examined.file.metadata.scheme_by_linear.items()
         if path not in rows
     ]
@@ -82,7 +86,7 @@ def _row(examined: Examined, linear: Linear) -> AuditRow:
     if linear.kernel is None:
         # A fused attention, for example, holds the product of its inputs.
         merged = "ONNX Runtime has merged it into another operator"
-        return _nothing_runs(linear.path, linear.nominal, 1, merged)
+        return _row_without_kernel(linear.path, linear.nominal, 1, merged)
     weight, activation = kernel_types(examined.optimized, linear.kernel)
     # A scheme with float activations is met if the weights stay n-bit up to the kernel.
     float_activations = nominal_bits(linear.nominal)[1] >= 16
@@ -103,5 +107,15 @@ def _row(examined: Examined, linear: Linear) -> AuditRow:
     )
 
 
-def _nothing_runs(path: str, nominal: str, operators: int, why: str) -> AuditRow:
-    return AuditRow(path, nominal, "none", operators, "none", "none", False, why)
+def _row_without_kernel(path: str, nominal: str, operators: int, why: str) -> AuditRow:
+    """The row of a linear that no operator of the optimized graph runs by itself."""
+    return AuditRow(
+        linear=path,
+        nominal=nominal,
+        operator="none",
+        operators=operators,
+        weight="none",
+        activation="none",
+        integer=False,
+        reason=why,
+    )

@@ -149,7 +149,7 @@ def compare_stages(
     )
     losses = (
         _quantization_loss(logits, targets),
-        # A linear at fault is the better answer: the logits only say that there is a fault.
+        # A linear that errs says where the fault is; the logits say only that there is a fault.
         _linear_loss(linears) or _logits_loss(logits),
         _preprocessing_loss(pixel_difference),
     )

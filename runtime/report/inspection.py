@@ -22,7 +22,7 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
     linear needs it. Fits 100 columns."""
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     result.add_column("linear", overflow="fold")
-    result.add_column("×", justify="right")
+    result.add_column("count", justify="right")
     for heading in ("scheme", "runs", "weight", "input", "ok"):
         result.add_column(heading, no_wrap=True)
     for name, count, row in _grouped(rows):

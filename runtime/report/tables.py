@@ -1,7 +1,7 @@
 """What the bench's report says, for people in a terminal: tables, and sentences below them. Nothing
 is measured or computed here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -45,6 +45,27 @@ def models_table(report: BenchReport) -> Table:
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
             *map(_time, model.latency),
+        )
+    return result
+
+
+def accuracy_table(accuracies: Mapping[str, Accuracy], images: str) -> Table:
+    """A row for each model by its name; the first one is what the others are compared with.
+
+    images: name of the image set.
+    """
+    headings = ("\ntop-1 % (95 %)", "\ntop-5 %", "agree\n%", "\ndivergence")
+    count = next(iter(accuracies.values())).images
+    result = _empty_table(f"{count} images of {images}", "\nmodel", headings)
+    for place, (name, accuracy) in enumerate(accuracies.items()):
+        # The agreement of the first model with itself would say nothing.
+        own = place == 0 or accuracy.agreement is None or accuracy.divergence is None
+        result.add_row(
+            name,
+            _percent(accuracy),
+            f"{100 * accuracy.top5:.1f}",
+            "–" if own else f"{100 * (accuracy.agreement or 0):.1f}",
+            "–" if own else f"{accuracy.divergence:.4f}",
         )
     return result
 

@@ -12,7 +12,7 @@ import marrq
 from marrq.artifact.tensors import tensors_of
 from marrq.cli import main
 from marrq.errors import MarrqError
-from marrq.workflows.bench import BenchOptions
+from marrq.workflows.bench_options import BenchOptions
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = BenchOptions(baselines=(), batches=(1,), rounds=1, seconds=0)

@@ -268,7 +268,7 @@ BAD_INPUT = {
     "method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
     "alpha without a search": (
         [*QUANTIZE, "--method", "gptq", "--alpha", "grid"],
-        "searches no alpha",
+        "has no α",
     ),
     "alpha": ([*QUANTIZE, "--alpha", "newton"], "newton"),
     "feedback": ([*QUANTIZE, "--feedback", "both"], "both"),
@@ -280,17 +280,25 @@ BAD_INPUT = {
     "device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
     "output": (split("quantize demo -o mine"), "pass --force"),
     "compared scheme": ([*COMPARE, "--scheme", "W4A4:per-row"], "per-row"),
-    "compared method": ([*COMPARE, "--method", "gptq,alpha=grid"], "searches no alpha"),
+    "compared method": ([*COMPARE, "--method", "gptq,alpha=grid"], "has no α"),
     "compared data": ([*COMPARE, "--data", "nowhere"], "'nowhere' does not exist"),
     "benched file": (split("bench nowhere"), "'nowhere' does not exist"),
     "benched data": (split("bench mine --data nowhere"), "folder 'nowhere' does not exist"),
     "benched folder": (split("bench ."), "'.' is no artifact"),
-    "inspected folder": (split("inspect nowhere"), "'nowhere' is no artifact"),
-    "exported artifact": (split("export nowhere -o out"), "'nowhere' is no artifact"),
+    "inspected path": (split("inspect nowhere"), "'nowhere' does not exist"),
+    "inspected folder": (split("inspect ."), "'.' is no artifact"),
+    "exported artifact": (split("export nowhere -o out"), "'nowhere' does not exist"),
+    "exported folder": (split("export . -o out"), "'.' is no artifact"),
     "exported format": (split("export mine -o out --format pickle"), "unknown format 'pickle'"),
     "exported flavour": (split("export mine -o out --flavor int4"), "int4"),
     "exported output": (split("export mine -o mine"), "pass --force"),
     "evaluated data": (split("evaluate demo --data nowhere"), "'nowhere' does not exist"),
+    "evaluated model": (split("evaluate local-dir:none"), "'none' does not exist"),
+    "quantized model": (split("quantize ./none --data demo -o out"), "'./none' does not exist"),
+    "comparison": (split("compare demo -o mine"), "'mine' is no comparison"),
+    "baseline": (split("bench mine --baseline fp8"), "unknown baseline 'fp8'"),
+    "flavour of a file": (split("bench mine --flavor qdq"), "'mine' is exported already"),
+    "recommendation of a file": (split("bench mine --recommend"), "'mine' is exported already"),
 }
 """Mistakes that need neither torch nor timm to be seen."""
 
@@ -447,12 +455,14 @@ def test_a_file_of_another_tool_is_refused(somewhere: Path, capsys: pytest.Captu
     assert "was not written by `marrq export`" in capsys.readouterr().err
 
 
-def test_a_package_that_shadows_one_of_ours_is_named(somewhere: Path):
-    (somewhere / "runtime").mkdir()
-    (somewhere / "runtime" / "__init__.py").write_text("")
+@pytest.mark.parametrize("name", ["exporters", "runtime"])
+def test_a_package_that_shadows_one_of_ours_is_named(name: str, somewhere: Path):
+    shadow = somewhere / name / "__init__.py"
+    shadow.parent.mkdir()
+    shadow.write_text("")
     code = "from marrq.cli import main; import sys; sys.exit(main(['demo']))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=somewhere
     )
     assert result.returncode == 1
-    assert f"'runtime' is shadowed by {somewhere / 'runtime' / '__init__.py'}" in result.stderr
+    assert f"{name!r} is shadowed by {shadow}" in result.stderr

@@ -66,7 +66,7 @@ def test_the_python_function_writes_the_file_of_the_artifact_that_the_model_woul
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere", "-o", "m.onnx"], "'nowhere' is no artifact"),
+        (["nowhere", "-o", "m.onnx"], "'nowhere' does not exist"),
         (["nowhere", "-o", __file__], "exists"),
         (["nowhere", "-o", "m.onnx", "--flavor", "int4"], "unknown flavor 'int4'"),
         (["nowhere", "-o", "m.onnx", "--format", "tflite"], "unknown format 'tflite'"),

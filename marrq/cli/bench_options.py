@@ -1,0 +1,80 @@
+"""The options of `marrq bench`, in the panels of its help."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exporters.choices import BASELINES, quantized_flavors
+from marrq.cli import common
+
+compared = partial(typer.Option, rich_help_panel="What is compared")
+timed = partial(typer.Option, rich_help_panel="How latency is measured")
+checked = partial(typer.Option, rich_help_panel="Checks and advice")
+
+Paths = Annotated[
+    list[Path],
+    typer.Argument(metavar="ARTIFACT|FILE", help="Artifacts, or ONNX files of marrq export."),
+]
+
+Flavor = Annotated[
+    str | None,
+    compared(
+        metavar="NAME",
+        help=f"For artifacts: {', '.join(quantized_flavors())}; default: by the scheme.",
+    ),
+]
+Baselines = Annotated[
+    list[str],
+    compared(
+        "--baseline",
+        metavar="NAME",
+        help=f"{' or '.join(BASELINES)}, the float model. May be repeated.",
+    ),
+]
+
+Batches = Annotated[
+    list[int], timed("--batch", metavar="N", help="Batch size. May be repeated.", min=1)
+]
+Rounds = Annotated[int, timed(metavar="N", help="Rounds; each times every model in turn.", min=1)]
+Seconds = Annotated[
+    float,
+    timed(metavar="N", help="Seconds of timing for each model, batch size and round.", min=0.0),
+]
+Throughput = Annotated[
+    bool, timed("--throughput", help="Also images per second with 1, 2, 4 … --threads threads.")
+]
+
+Parity = Annotated[
+    bool, checked("--parity", help="Find what loses: quantization, export or preprocessing.")
+]
+Artifacts = Annotated[
+    list[Path],
+    checked(
+        "--artifact",
+        metavar="ARTIFACT",
+        help="For --parity: what an ONNX file was exported from. May be repeated.",
+    ),
+]
+ParityImages = Annotated[
+    int, checked(metavar="N", help="Number of images for --parity, drawn at random.", min=1)
+]
+MaxDrop = Annotated[
+    float | None,
+    checked(
+        metavar="POINTS",
+        help="Exit with 3 if top-1 has surely dropped by more than this many points against fp32.",
+        min=0.0,
+    ),
+]
+Recommend = Annotated[
+    bool, checked("--recommend", help="Measure every flavour of an artifact; name the best.")
+]
+
+Page = Annotated[
+    Path | None,
+    common.output_option(
+        "--report", metavar="FILE", help="Also write the report as one HTML page."
+    ),
+]

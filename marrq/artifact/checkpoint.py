@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from marrq.artifact.config import report_from_json, report_to_json
+from marrq.artifact.config import report_from_json, report_to_json, settings_from_json
 from marrq.artifact.tensors import (
     errors_of_writing,
     linears_in,
@@ -30,7 +30,7 @@ from marrq.distributed import Processes
 from marrq.errors import MarrqError
 from marrq.files import write_json
 from marrq.models.blocks import Block
-from marrq.quantized_model import ModuleReport
+from marrq.quantized_model import ModuleReport, QuantizationSettings
 from marrq.schemes import Scheme
 
 SETTINGS = "settings.json"
@@ -48,10 +48,11 @@ class FolderCheckpoint:
         settings: everything that the blocks are a function of, as JSON.
         Raises MarrqError if the folder is damaged or has a run with other settings.
         """
-        # One writer: the others would write the same bytes over the same files.
         self._folder, self._scheme, self._processes = folder, scheme, processes
+        self._settings, self._has_begun = settings, False
+        # One writer: the others would write the same bytes over the same files.
         if processes.is_first:
-            _begin(folder, settings)
+            self._begin()
 
     def restore(self, index: int, block: Block) -> list[ModuleReport] | None:
         """Put the quantized linears of a finished block in their places, and return their reports.
@@ -89,14 +90,38 @@ class FolderCheckpoint:
         # tensors and reports of a block cannot get out of step.
         header = {"reports": json.dumps([report_to_json(report) for report in reports])}
         with _errors_of_writing(file):
-            # A folder that was removed meanwhile must not come back without its settings.
-            (self._folder / SETTINGS).stat()
+            if self._has_begun:
+                # A folder that was removed meanwhile must not come back without its first blocks.
+                (self._folder / SETTINGS).stat()
+            else:
+                write_json(self._folder / SETTINGS, self._settings)
+                self._has_begun = True
             save_tensors(tensors, file, header)
 
     def remove(self) -> None:
         """Remove the folder: the run is done."""
         if self._processes.is_first:
             remove_checkpoint(self._folder)
+
+    def _begin(self) -> None:
+        """Find out whether the folder has this run, and raise MarrqError if it has another."""
+        folder = self._folder
+        if not is_checkpoint(folder):
+            # A place that cannot be written is told now, not after the first block. Nothing stays:
+            # a run that fails before its first block must not stand in the way of the next run.
+            with _errors_of_writing(folder / SETTINGS):
+                write_json(folder / SETTINGS, self._settings)
+            remove_checkpoint(folder)
+            return
+        self._has_begun = True
+        found = _read_settings(folder)
+        # A checkpoint of other settings is never overwritten silently: hours of work may be in it.
+        differing = [key for key in self._settings if found.get(key) != self._settings[key]]
+        if differing:
+            raise MarrqError(
+                f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, "
+                "or repeat that run's options"
+            )
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:04}.safetensors"
@@ -123,8 +148,16 @@ class FolderCheckpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder has an unfinished run."""
-    return (folder / SETTINGS).exists()
+    """Whether the folder has an unfinished run: at least one finished block."""
+    return any(folder.glob("block-*.safetensors"))
+
+
+def settings_in(folder: Path) -> QuantizationSettings:
+    """The settings of the unfinished run in the folder. Raises MarrqError if they are damaged."""
+    try:
+        return settings_from_json(_read_settings(folder))
+    except (KeyError, TypeError) as error:
+        raise _damage(folder) from error
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -132,34 +165,21 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder. If it exists, raise MarrqError unless its run has these settings."""
-    # settings.json is the first file of a run: without it nothing else in the folder counts.
-    if not is_checkpoint(folder):
-        with _errors_of_writing(folder / SETTINGS):
-            write_json(folder / SETTINGS, settings)
-        return
-    found = _read_settings(folder)
-    # A checkpoint of other settings is never overwritten silently: hours of work may be in it.
-    differing = [key for key in settings if found.get(key) != settings[key]]
-    if differing:
-        raise MarrqError(
-            f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, or "
-            "repeat that run's options"
-        )
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
     """The settings of the run that the folder has."""
     try:
         found: Any = json.loads((folder / SETTINGS).read_text())
-    except ValueError:
+    except (OSError, ValueError):
         found = None
     # An empty table would agree with a run of no settings; it is as damaged as a file that is no
     # JSON.
     if not isinstance(found, dict) or not found:
-        raise MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
+        raise _damage(folder)
     return found
+
+
+def _damage(folder: Path) -> MarrqError:
+    return MarrqError(f"checkpoint {str(folder)!r} is damaged: remove it to begin again")
 
 
 def _errors_of_writing(file: Path) -> AbstractContextManager[None]:

@@ -47,7 +47,7 @@ def pid_search(
     """The steps of one PID run; the caller picks from them."""
     pid = spec.pid
     steps: list[SearchStep] = []
-    # previous: e_{t-1}; before the first step there is no error, and no sum of errors.
+    # previous: ε_{t-1}; before the first step there is no error, and no sum of errors.
     alpha, integral, previous = pid.initial, 0.0, 0.0
     while len(steps) < pid.steps:
         # Plant: sweep at α, then J and its gradient at the codes.

@@ -19,6 +19,7 @@ scheme quantizes patch embedding and head, they are a block before the others an
 README.md in this folder has the loop as a picture, and how processes share it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -38,6 +39,7 @@ from marrq.pipeline.collect import BlockPair, Images, Paths, TokenSource
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
 from marrq.pipeline.group import GroupCalibration, quantize_group
 from marrq.quantized_model import ModuleReport, QuantizationSettings, QuantizedModel
+from marrq.schemes import Scheme
 from marrq.transforms.rotation import rotate
 
 BlockDone = Callable[[int, int, Sequence[ModuleReport]], None]
@@ -89,7 +91,8 @@ def quantize(
         least two. Each image is read once; the first two are read again for the trial forwards, and
         all images again for each block whose input is not the previous block's output.
     Raises MarrqError if there are fewer than two images, if the model has no blocks that can be
-        quantized, if an input or a weight is not finite, or if `run.shared` is of other settings.
+        quantized, if groups do not divide the inputs of a linear, if an input or a weight is not
+        finite, or if `run.shared` is of other settings.
     """
     if len(images) < 2:
         raise MarrqError(f"calibration needs at least 2 images: got {len(images)}; raise --samples")
@@ -102,6 +105,7 @@ def quantize(
     )
     module = model.module.to(run.device)
     blocks = _chain(module, images[:2].to(run.device), settings)
+    check_groups(blocks, settings.scheme)
     batches = cut(len(images), settings.calibration.batch_size)
     own = share_of(batches, run.processes)
     source = TokenSource(module, images, run.device, own, run.store)
@@ -135,6 +139,38 @@ def quantize(
         calibration=settings.calibration,
         reports=tuple(reports),
     )
+
+
+def check_groups(blocks: Sequence[Block], scheme: Scheme) -> None:
+    """Raise MarrqError, naming the first linear whose inputs the scheme's groups do not divide."""
+    # First and last layers have a scheme of their own, without groups.
+    grouped = [block for block in blocks if block.scheme_of(scheme).weight.group_size]
+    inputs = {
+        block.path_of(name): block.linear(name).in_features
+        for block in grouped
+        for group in block.groups
+        for name in group
+    }
+    size = scheme.weight.group_size or 1
+    for path, count in inputs.items():
+        if count % size:
+            raise MarrqError(
+                f"linear {path} has {count} inputs, which groups of {size} do not divide: choose "
+                + _other_groups(scheme, math.gcd(*inputs.values()))
+            )
+
+
+def _other_groups(scheme: Scheme, common: int) -> str:
+    """What to write in place of a scheme's groups.
+
+    common: the greatest common divisor of the inputs of all linears.
+    """
+    size = scheme.weight.group_size or 1
+    if scheme.weight.grid == "mxint":
+        return "a scheme without -mxint"
+    largest = max(n for n in range(1, min(size, common) + 1) if common % n == 0)
+    # A scale for each input would cost more than the codes.
+    return f"-g{largest}, or no groups" if largest > 1 else "a scheme without groups"
 
 
 def _chain(module: nn.Module, images: Tensor, settings: QuantizationSettings) -> list[Block]:

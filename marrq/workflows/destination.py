@@ -9,6 +9,8 @@ from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_output
+from marrq.methods.spec import MethodSpec
+from marrq.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,37 @@ class Destination:
         parent = self.folder.parent if self.work_dir is None else self.work_dir
         return parent / f".{self.folder.name}.checkpoint"
 
-    def check(self) -> None:
-        """Raise MarrqError if a new run would replace what may not be replaced."""
+    def check(self, scheme: Scheme, method: MethodSpec, samples: int, seed: int) -> None:
+        """Raise MarrqError if a new run would replace what may not be replaced.
+
+        scheme, method, samples, seed: of the new run; they tell whether it could go on with an
+        unfinished one.
+        """
         # With `resume`, what may be there depends on the settings, which is_complete is told.
         if self.resume:
             return
         check_output(self.folder, self.overwrite)
         # The module that knows checkpoints imports torch; most of the time there is none.
         if self.checkpoint.exists():
-            from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint
+            from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint, settings_in
 
             if not is_checkpoint(self.checkpoint):
                 return
-            if not self.overwrite:
+            if self.overwrite:
+                remove_checkpoint(self.checkpoint)
+                return
+            found = settings_in(self.checkpoint)
+            record = found.calibration
+            chosen = (scheme, method, samples, seed)
+            if (found.scheme, found.method, record.samples, record.seed) == chosen:
                 raise MarrqError(
                     f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "
                     "with it, or --force to begin again"
                 )
-            remove_checkpoint(self.checkpoint)
+            raise MarrqError(
+                f"an unfinished run with other options is in {str(self.checkpoint)!r}: choose "
+                "another output, or pass --force to begin again"
+            )
 
     def is_complete(self, about: dict[str, Any]) -> bool:
         """Whether the folder holds the artifact that this run would write.

@@ -19,6 +19,7 @@ from torch import nn
 
 from marrq.artifact.checkpoint import FolderCheckpoint
 from marrq.cli import main
+from marrq.cli.common import Bar
 from marrq.distributed import ONE_PROCESS
 from marrq.errors import MarrqError
 from marrq.pipeline.block_inputs import in_files
@@ -111,29 +112,47 @@ def test_a_batch_in_a_file_is_mapped_only_while_it_is_used(tmp_path: Path):
     assert torch.equal(kept[0], batches[0])
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path):
-    checkpoint(tmp_path, "W4A8")
-    with pytest.raises(MarrqError, match="is of a run with another scheme: remove it"):
-        checkpoint(tmp_path, "W4A8", scheme=3)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_damaged_checkpoint_is_refused(text: str, tmp_path: Path):
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(MarrqError, match="is damaged: remove it to begin again"):
-        checkpoint(tmp_path, "W4A8")
-
-
-def test_a_damaged_block_is_refused_by_name(tmp_path: Path):
+def leave_first_block(folder: Path) -> None:
+    """An unfinished run of a tiny model in the folder."""
     with pytest.raises(Stopped):
         quantized(
             vit(),
             noise(4),
             "W4A8",
             "rtn",
-            checkpoint=checkpoint(tmp_path, "W4A8"),
+            checkpoint=checkpoint(folder, "W4A8"),
             block_done=stop_after(1),
         )
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path):
+    leave_first_block(tmp_path)
+    with pytest.raises(MarrqError, match="is of a run with another scheme: remove it"):
+        checkpoint(tmp_path, "W4A8", scheme=3)
+
+
+def test_a_run_without_a_finished_block_leaves_nothing(tmp_path: Path):
+    checkpoint(tmp_path / "work", "W4A8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_before_its_first_block_was_written_is_in_nobody_s_way(
+    tmp_path: Path,
+):
+    (tmp_path / "settings.json").write_text("{")
+    checkpoint(tmp_path, "W4A8", scheme=3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_checkpoint_is_refused(text: str, tmp_path: Path):
+    leave_first_block(tmp_path)
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(MarrqError, match="is damaged: remove it to begin again"):
+        checkpoint(tmp_path, "W4A8")
+
+
+def test_a_damaged_block_is_refused_by_name(tmp_path: Path):
+    leave_first_block(tmp_path)
     file = tmp_path / "block-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(
@@ -204,14 +223,46 @@ def test_an_unfinished_run_is_not_lost_by_beginning_again(
     tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output, work = tmp_path / "artifact", tmp_path / ".artifact.checkpoint"
-    checkpoint(work, "W4A8")
+    stop_command_after_a_block(command(tiny, image_folder, output))
     assert main(command(tiny, image_folder, output)) == 1
     assert (
         f"an unfinished run is in {str(work)!r}: pass --resume to go on with it, or --force to "
         "begin again" in capsys.readouterr().err
     )
+    assert main(command(tiny, image_folder, output, "--method", "rtn")) == 1
+    errors = capsys.readouterr().err
+    assert f"an unfinished run with other options is in {str(work)!r}" in errors
+    assert "--resume" not in errors
     assert main(command(tiny, image_folder, output, "--force")) == 0
     assert not work.exists()
+
+
+def stop_command_after_a_block(arguments: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # The first thing that happens after a block is that the progress bar is told.
+        patch.setattr(Bar, "show", lambda self, *shown: stop_after(1)(*shown))
+        with pytest.raises(Stopped):
+            main(arguments)
+
+
+def test_groups_that_do_not_fit_are_told_with_the_linear_before_the_first_block(
+    tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "artifact"
+    assert main(command(tiny, image_folder, output, "--scheme", "W4A8-g7")) == 1
+    assert (
+        "linear blocks.0.attn.qkv has 48 inputs, which groups of 7 do not divide: choose -g6, or "
+        "no groups" in " ".join(capsys.readouterr().err.split())
+    )
+    assert not list(tmp_path.iterdir())
+    compare = ["compare", tiny, "--data", str(image_folder), "--samples", "8", "--scheme", "W4A8"]
+    done: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bar, "show", lambda self, count, *_: done.append(count))
+        options = ["--scheme", "W4A8-g7", "-o", str(tmp_path / "compare.json")]
+        assert main([*compare, *options]) == 1
+    assert "which groups of 7 do not divide" in " ".join(capsys.readouterr().err.split())
+    assert not any(done)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def export(
     express.
     """
     # torch and onnx are loaded here, not when the package is imported.
-    from exporters.flavors import suitable_flavor
+    from exporters.choices import suitable_flavor
     from exporters.onnx_file import Export
 
     chosen = Export(model, artifact_hash, flavor or suitable_flavor(model.scheme), options)

@@ -1,13 +1,15 @@
-"""The flavours and their options by name, with a sentence of help for each, without torch.
+"""What can be chosen about an export, without torch: the flavours and their options by name, a
+sentence of help for each, and the schemes that each flavour can express.
 
-The command line makes its help from these tables, and refuses a wrong name before it loads torch.
-What a flavour is stands in exporters/flavors.
+The command line makes its help from these tables, and refuses a wrong name or scheme before it
+loads torch. What a flavour is stands in exporters/flavors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from marrq.errors import MarrqError
+from marrq.schemes import Scheme
 
 Options = Mapping[str, bool | int]
 """Options of a flavour by name; an option that is absent has its default."""
@@ -45,6 +47,92 @@ OPTION_HELP = {
     "fuse": "attention as one operator (default).",
 }
 """What each option does."""
+
+LEAST_GROUP = 64
+"""Smallest group of `integer` that is faster than the float product (flavors/integer.py)."""
+
+LEAST_BLOCK = 16
+"""Smallest block of inputs that MatMulNBits has a scale for."""
+
+
+def _integer_objection(scheme: Scheme, options: Options) -> str | None:
+    # An integer kernel multiplies codes by codes.
+    if scheme.activation is None:
+        return "needs quantized activations"
+    # Smaller groups would work, but lose the point of the flavour.
+    if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
+        return (
+            f"needs groups of {LEAST_GROUP} inputs or more, because smaller groups run slower "
+            "than the float model"
+        )
+    return None
+
+
+def _matmulnbits_objection(scheme: Scheme, options: Options) -> str | None:
+    # The operator quantizes activations itself, if at all, and on its own grid.
+    if scheme.activation is not None:
+        return "needs float activations"
+    # A group is written as whole blocks.
+    size = scheme.weight.group_size
+    if size is not None and size % LEAST_BLOCK:
+        return f"needs groups in multiples of {LEAST_BLOCK} inputs"
+    return None
+
+
+def _qdq_objection(scheme: Scheme, options: Options) -> str | None:
+    if not options.get("symmetric"):
+        return None
+    # TensorRT documents zero points of 0 only, and marrq has no symmetric activations.
+    if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
+        return (
+            "with --symmetric needs weights with zero point 0 and float activations "
+            "(quantize with --scheme W4A16-g128-sym)"
+        )
+    # Blocks are documented for INT4 only.
+    if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
+        return (
+            "with --symmetric takes no group scales for 8-bit weights (quantize with --scheme "
+            "W8A16-sym)"
+        )
+    return None
+
+
+OBJECTIONS: dict[str, Callable[[Scheme, Options], str | None]] = {
+    "integer": _integer_objection,
+    "matmulnbits": _matmulnbits_objection,
+    "qdq": _qdq_objection,
+}
+"""Why a flavour with these options cannot express a scheme, or None. The first flavour that can
+express a scheme suits it best under ONNX Runtime; `qdq` can express every scheme."""
+
+
+def objection(flavor: str, scheme: Scheme, options: Options = NO_OPTIONS) -> str | None:
+    """Why a flavour of a quantized model cannot express a scheme, or None."""
+    return OBJECTIONS[flavor](scheme, options)
+
+
+def flavors_for(scheme: Scheme) -> list[str]:
+    """The flavours that can express a scheme with their default options, the best one first."""
+    return [flavor for flavor in OBJECTIONS if objection(flavor, scheme) is None]
+
+
+def suitable_flavor(scheme: Scheme) -> str:
+    """The flavour that suits a scheme best under ONNX Runtime."""
+    return flavors_for(scheme)[0]
+
+
+def check_scheme(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
+    """Raise MarrqError as `check_choice`, and for a scheme that the flavour cannot express."""
+    # Names first: only a known flavour has an opinion of a scheme.
+    check_choice(flavor, options)
+    # The float model has no scheme.
+    reason = None if flavor in BASELINES else objection(flavor, scheme, options)
+    if reason is not None:
+        # Always name a way out; qdq expresses every scheme.
+        raise MarrqError(
+            f"the flavor {flavor} {reason}: the artifact has {scheme.description}; use "
+            f"--flavor {' or '.join(flavors_for(scheme))}"
+        )
 
 
 def quantized_flavors() -> list[str]:

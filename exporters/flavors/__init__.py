@@ -5,28 +5,24 @@
     qdq            standard operators, for any runtime; with `symmetric`, for TensorRT
     floating.py    fp32 and fp16: the float model that the artifact was made from
 
-A new flavour is a class with the four methods of `Flavor`, an entry of FLAVORS, and its name with
-its options in exporters/choices.py.
+A new flavour is a class with the three methods of `Flavor`, an entry of FLAVORS, and in
+exporters/choices.py its name, its options and the schemes that it can express.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
-from exporters.choices import NO_OPTIONS, Options, check_choice
+from exporters.choices import NO_OPTIONS, Options, check_scheme, objection
 from exporters.flavors.integer import Integer
 from exporters.flavors.matmulnbits import MatMulNBits
 from exporters.flavors.qdq import Qdq
 from exporters.lowering.linear import LoweredModel
 from exporters.trace import TracedModel
-from marrq.errors import MarrqError
 from marrq.schemes import Scheme
 
 
 class Flavor(Protocol):
     """A way to lower the placeholders of a traced graph. Its options are its fields."""
-
-    def objection(self, scheme: Scheme) -> str | None:
-        """Why the flavour cannot express a scheme, or None."""
 
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that one weight code takes in the file."""
@@ -43,8 +39,7 @@ FLAVORS: dict[str, Callable[..., Flavor]] = {
     "matmulnbits": MatMulNBits,
     "qdq": Qdq,
 }
-"""Flavours of a quantized model. The first that can express a scheme suits it best under ONNX
-Runtime; `qdq` can express every scheme."""
+"""Flavours of a quantized model."""
 
 VARIANTS: dict[str, tuple[str, Options]] = {
     "integer": ("integer", NO_OPTIONS),
@@ -62,32 +57,14 @@ def variants(scheme: Scheme) -> list[str]:
         name
         for name, (flavor, options) in VARIANTS.items()
         # A variant is a flavour with options, and its options may limit the schemes.
-        if FLAVORS[flavor](**options).objection(scheme) is None
+        if objection(flavor, scheme, options) is None
     ]
 
 
-def suitable_flavor(scheme: Scheme) -> str:
-    """The flavour that suits a scheme best under ONNX Runtime."""
-    return _able(scheme)[0]
-
-
 def check_flavor(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
-    """Raise MarrqError for an unknown flavour, an option that the flavour does not have, and a
-    scheme that the flavour cannot express."""
-    # Names first: a class cannot be made of an option that it does not have.
-    check_choice(flavor, options)
-    if flavor not in FLAVORS:
-        # a float flavour has no scheme
-        return
-    objection = FLAVORS[flavor](**options).objection(scheme)
-    if objection is not None:
-        # Always name a way out; qdq expresses every scheme.
-        raise MarrqError(
-            f"the flavor {flavor} {objection}: the artifact has {scheme.description}; use "
-            f"--flavor {' or '.join(_able(scheme))}"
-        )
-
-
-def _able(scheme: Scheme) -> list[str]:
-    """The flavours that can express a scheme with their default options."""
-    return [name for name, make in FLAVORS.items() if make().objection(scheme) is None]
+    """Raise MarrqError for an unknown flavour, an option that the flavour does not have, a value
+    that the option cannot have, and a scheme that the flavour cannot express."""
+    check_scheme(scheme, flavor, options)
+    # The class checks the values of its options; a float flavour has none.
+    if flavor in FLAVORS:
+        FLAVORS[flavor](**options)

@@ -57,8 +57,6 @@ from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
 KERNEL = "MatMulIntegerToFloat"
-LEAST_GROUP = 64
-"""Smallest group that is faster than the float product, by the measurements above."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,6 @@ class Integer:
     """
 
     fuse: bool = True
-
-    def objection(self, scheme: Scheme) -> str | None:
-        """Why the flavour cannot express a scheme, or None."""
-        # An integer kernel multiplies codes by codes.
-        if scheme.activation is None:
-            return "needs quantized activations"
-        # Smaller groups would work, but lose the point of the flavour.
-        if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
-            return (
-                f"needs groups of {LEAST_GROUP} inputs or more, because smaller groups run slower "
-                "than the float model"
-            )
-        return None
 
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that one weight code takes in the file."""

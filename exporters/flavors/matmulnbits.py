@@ -28,6 +28,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from exporters.choices import LEAST_BLOCK
 from exporters.lowering.linear import LinearLowering, LoweredModel, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOMAIN, OPSET
@@ -37,7 +38,7 @@ from marrq.quantizers.packing import pack
 from marrq.schemes import OUTER_BITS, Scheme
 
 OPERATOR = "MatMulNBits"
-BLOCK_SIZES = (128, 64, 32, 16)
+BLOCK_SIZES = (128, 64, 32, LEAST_BLOCK)
 
 ACCURACY_LEVELS = {1: "float32", 4: "int8"}
 """What the operator computes with, for each level that the CPU has kernels for."""
@@ -62,17 +63,6 @@ class MatMulNBits:
             raise MarrqError(
                 f"the accuracy level must be {' or '.join(known)}: got {self.accuracy_level}"
             )
-
-    def objection(self, scheme: Scheme) -> str | None:
-        """Why the flavour cannot express a scheme, or None."""
-        # The operator quantizes activations itself, if at all, and on its own grid.
-        if scheme.activation is not None:
-            return "needs float activations"
-        # A group is written as whole blocks.
-        size = scheme.weight.group_size
-        if size is not None and size % BLOCK_SIZES[-1]:
-            return f"needs groups in multiples of {BLOCK_SIZES[-1]} inputs"
-        return None
 
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that one weight code takes in the file."""

@@ -52,24 +52,6 @@ class Qdq:
 
     symmetric: bool = False
 
-    def objection(self, scheme: Scheme) -> str | None:
-        """Why the flavour cannot express a scheme, or None."""
-        if not self.symmetric:
-            return None
-        # TensorRT documents zero points of 0 only, and marrq has no symmetric activations.
-        if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
-            return (
-                "with --symmetric needs weights with zero point 0 and float activations "
-                "(quantize with --scheme W4A16-g128-sym)"
-            )
-        # Blocks are documented for INT4 only.
-        if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
-            return (
-                "with --symmetric takes no group scales for 8-bit weights (quantize with --scheme "
-                "W8A16-sym)"
-            )
-        return None
-
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that one weight code takes in the file."""
         return max(scheme.weight.num_bits, 4) if self.symmetric else scheme.weight.num_bits

@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from exporters.choices import BASELINES
-from exporters.triton.serving import DEVICES, Serving
+from exporters.triton.serving import DEVICES, NEEDS_TRITONCLIENT, Serving
 from marrq.errors import MarrqError
 from marrq.quantized_model import QuantizedModel
 
@@ -26,10 +26,7 @@ try:
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as protocol
 except ImportError as error:
-    raise MarrqError(
-        "a Triton repository is written by tritonclient's protobuf, which is not installed: pip "
-        "install 'marrq[serve]'"
-    ) from error
+    raise MarrqError(NEEDS_TRITONCLIENT) from error
 
 LABELS = "labels.txt"
 MODEL = "model.onnx"

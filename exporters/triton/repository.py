@@ -46,13 +46,10 @@ def write_repository(
     if the version exists, if other versions have another config, and if the file system cannot move
     a folder into the repository.
     """
-    folder = repository / serving.name
-    version = folder / str(serving.model_version)
+    version = serving.version_folder(repository)
+    folder = version.parent
     serving.check_flavor(export.flavor)
-    if version.exists() and not force:
-        raise MarrqError(
-            f"{str(version)!r} exists: pass another --model-version, or --force to replace it"
-        )
+    serving.check_repository(repository, force)
     preferred = _preferred(export, serving)
     with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
         # Whatever fails from here on, the repository is as it was.

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from marrq.errors import MarrqError
@@ -14,6 +15,11 @@ DEVICES = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
 CPU_FLAVORS = ("integer",)
 """Flavours whose kernels only ONNX Runtime's CPU provider has."""
+
+NEEDS_TRITONCLIENT = (
+    "a Triton repository is written by tritonclient's protobuf, which is not installed: pip "
+    "install 'marrq[serve]'"
+)
 
 NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 
@@ -66,3 +72,18 @@ class Serving:
                 f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or "
                 "another flavor"
             )
+
+    def version_folder(self, repository: Path) -> Path:
+        """The folder of the model's version."""
+        return repository / self.name / str(self.model_version)
+
+    def check_repository(self, repository: Path, force: bool) -> None:
+        """Raise MarrqError if the version exists and may not be replaced, or if the package that
+        writes a repository is not installed."""
+        version = self.version_folder(repository)
+        if version.exists() and not force:
+            raise MarrqError(
+                f"{str(version)!r} exists: pass another --model-version, or --force to replace it"
+            )
+        if find_spec("tritonclient") is None:
+            raise MarrqError(NEEDS_TRITONCLIENT)

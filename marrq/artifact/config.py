@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, cast
 
+from marrq.artifact.scheme import SCHEME_KEYS, scheme_from_json
 from marrq.methods.lowrank_spec import LowRankSpec
 from marrq.methods.problem import SearchStep
 from marrq.methods.spec import PID, AlphaSpec, MethodSpec
@@ -21,14 +22,11 @@ from marrq.quantized_model import (
     QuantizationSettings,
     QuantizedModel,
 )
-from marrq.schemes import ActivationSpec, Scheme, WeightSpec
 
 PACKAGES = ("marrq", "torch", "timm", "transformers")
 """Packages whose version the codes may depend on."""
 REPORT_KEYS = {"is_outer": "edge"}
 """Keys of a report that differ from the name of the field."""
-SCHEME_KEYS = {"outer_layers": "edges"}
-"""Keys of a scheme that differ from the name of the field."""
 
 
 def description(
@@ -54,16 +52,10 @@ def settings_from_json(config: dict[str, Any]) -> QuantizationSettings:
     """The settings that a config.json has. Raises KeyError, TypeError or MarrqError for a config
     that is damaged."""
     return QuantizationSettings(
-        _scheme(config["scheme"]),
+        scheme_from_json(config["scheme"]),
         _method(config["method"]),
         CalibrationRecord(**config["calibration"]),
     )
-
-
-def _scheme(fields: dict[str, Any]) -> Scheme:
-    activation = fields["activation"]
-    spec = None if activation is None else ActivationSpec(**activation)
-    return Scheme(WeightSpec(**fields["weight"]), spec, fields["edges"])
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:

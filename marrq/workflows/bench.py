@@ -113,7 +113,8 @@ def _onnx_files(
 ) -> list[BenchedFile]:
     """The file itself; or exports of an artifact: in one flavour, or for a recommendation in each
     flavour that can express the scheme."""
-    from exporters.flavors import VARIANTS, suitable_flavor, variants
+    from exporters.choices import suitable_flavor
+    from exporters.flavors import VARIANTS, variants
     from exporters.onnx_file import Export, write
     from exporters.trace import trace_quantized
     from marrq.artifact.folder import artifact_hash, load

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.choices import BASELINES, NO_OPTIONS, check_choice
+from exporters.choices import NO_OPTIONS, check_baseline, check_choice, check_scheme
+from marrq.artifact.scheme import read_scheme
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
 from runtime.environment import usable_cores
@@ -48,10 +49,7 @@ class BenchOptions:
         if self.flavor is not None:
             check_choice(self.flavor, NO_OPTIONS)
         for baseline in self.baselines:
-            if baseline not in BASELINES:
-                raise MarrqError(
-                    f"unknown baseline {baseline!r}: choose one of {', '.join(BASELINES)}"
-                )
+            check_baseline(baseline)
         if self.recommend and self.flavor is not None:
             raise MarrqError(
                 f"--recommend measures every flavour: leave out --flavor {self.flavor}"
@@ -82,6 +80,9 @@ def check_paths(paths: Sequence[Path], options: BenchOptions) -> None:
             raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
         if path.is_dir():
             check_artifact(path)
+            scheme = read_scheme(path)
+            if scheme is not None and options.flavor is not None:
+                check_scheme(scheme, options.flavor)
     # A file has been exported already; only an artifact can be exported in another flavour.
     if all(path.is_file() for path in paths) and (options.recommend or options.flavor is not None):
         option = "--recommend" if options.recommend else f"--flavor {options.flavor}"

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.choices import NO_OPTIONS, Options, check_choice
+from exporters.choices import NO_OPTIONS, Options, check_choice, check_scheme, suitable_flavor
 from exporters.external_data import external_data
 from exporters.triton.serving import Serving
+from marrq.artifact.scheme import read_scheme
 from marrq.files import check_artifact, check_output
+from marrq.schemes import Scheme
 
 if TYPE_CHECKING:
     from marrq.quantized_model import QuantizedModel
@@ -55,18 +57,17 @@ def export(
     if the flavour cannot express the scheme.
     """
     output = Path(output)
-    # Without a flavour the options can only be checked when the scheme is known.
     if flavor is not None:
         check_choice(flavor, options)
-    if serving is None:
-        # Both files of a large model, because the size is not known yet.
-        for place in (output, external_data(output)):
-            check_output(place, force)
-    if isinstance(quantized, Path | str):
-        check_artifact(Path(quantized))
+    _check_place(output, serving, force)
+    scheme = _scheme_of(quantized)
+    if scheme is not None:
+        flavor = flavor or suitable_flavor(scheme)
+        check_scheme(scheme, flavor, options)
+    if serving is not None and flavor is not None:
+        serving.check_flavor(flavor)
     say(f"exporting to {output}")
 
-    from exporters.flavors import suitable_flavor
     from exporters.onnx_file import Export
     from runtime.audit.graph import size_bytes
 
@@ -83,6 +84,24 @@ def export(
 
     version = write_repository(chosen, output, serving, force)
     return Exported(version, chosen.flavor, size_bytes(version / MODEL))
+
+
+def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
+    """Raise MarrqError if what would be written exists and may not be replaced."""
+    if serving is not None:
+        serving.check_repository(output, force)
+        return
+    # Both files of a large model, because the size is not known yet.
+    for place in (output, external_data(output)):
+        check_output(place, force)
+
+
+def _scheme_of(quantized: "QuantizedModel | Path | str") -> Scheme | None:
+    """The scheme, without torch; None if the artifact is damaged."""
+    if not isinstance(quantized, Path | str):
+        return quantized.scheme
+    check_artifact(Path(quantized))
+    return read_scheme(Path(quantized))
 
 
 def _loaded(quantized: "QuantizedModel | Path | str") -> "tuple[QuantizedModel, str]":

@@ -6,8 +6,17 @@ import onnx
 import pytest
 from flavor_files import agree, metadata, slow, traced
 
-from exporters.choices import BASELINES, FLAGS, FLAVOR_HELP, OPTION_HELP, OPTIONS
-from exporters.flavors import FLAVORS, check_flavor, suitable_flavor
+from exporters.choices import (
+    BASELINES,
+    FLAGS,
+    FLAVOR_HELP,
+    OBJECTIONS,
+    OPTION_HELP,
+    OPTIONS,
+    objection,
+    suitable_flavor,
+)
+from exporters.flavors import FLAVORS, check_flavor
 from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.onnx_file import write
 from exporters.opsets import IR_VERSIONS
@@ -184,13 +193,14 @@ def test_the_flavour_that_suits_a_scheme_is_found(scheme: str, flavor: str):
 
 def test_the_qdq_flavour_can_express_every_scheme():
     for scheme in ("W2A3", "W3A8-g24-sym", "W4A16-mxint", "W8A16-g7"):
-        assert FLAVORS["qdq"]().objection(parse_scheme(scheme, "per-token")) is None
+        assert objection("qdq", parse_scheme(scheme, "per-token")) is None
 
 
 def test_the_names_of_flavours_and_options_are_those_of_their_classes():
     """exporters/choices.py has the names without torch; the classes are in exporters/flavors."""
     assert list(OPTIONS) == [*FLAVORS, *FLOAT_FLAVORS]
     assert set(FLAVOR_HELP) == set(OPTIONS)
+    assert list(OBJECTIONS) == [*FLAVORS]
     assert set(BASELINES) == set(FLOAT_FLAVORS)
     for flavor, make in FLAVORS.items():
         assert set(OPTIONS[flavor]) == set(vars(make()))

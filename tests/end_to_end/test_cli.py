@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 import marrq
 from marrq.cli import main
+from marrq.schemes import parse_scheme
 from runtime.measure.accuracy import PairedDrop
 
 README = Path(__file__).parents[2] / "README.md"
@@ -314,22 +316,54 @@ SLOWER = {
 }
 
 
-def test_a_mistake_is_told_before_anything_heavy_is_imported(somewhere: Path):
-    """Modules are counted, not seconds: torch and timm take five of them."""
-    (somewhere / "mine").write_text("")
+def answers(commands: dict[str, list[str]], missing: str = "") -> tuple[list[Any], str]:
+    """Name, exit code and heavy imports of each command, run one after the other in one process;
+    and what they wrote to stderr. missing: a package that is not installed."""
     code = """
 import json, sys
+if sys.argv[2]:
+    sys.modules[sys.argv[2]] = None
 from marrq.cli import main
+from marrq.schemes import parse_scheme
 heavy = {"torch", "timm", "transformers", "matplotlib", "ray"}
 for name, arguments in json.loads(sys.argv[1]).items():
     print(json.dumps([name, main(arguments), sorted(heavy & set(sys.modules))]))
 """
-    commands = json.dumps({name: arguments for name, (arguments, _) in BAD_INPUT.items()})
     done = subprocess.run(
-        [sys.executable, "-c", code, commands], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, json.dumps(commands), missing],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert results == [[name, 1, []] for name in BAD_INPUT]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_a_mistake_is_told_before_anything_heavy_is_imported(somewhere: Path):
+    """Modules are counted, not seconds: torch and timm take five of them."""
+    (somewhere / "mine").write_text("")
+    found, _ = answers({name: arguments for name, (arguments, _) in BAD_INPUT.items()})
+    assert found == [[name, 1, []] for name in BAD_INPUT]
+
+
+def test_what_an_artifact_cannot_become_is_told_without_torch(somewhere: Path):
+    (somewhere / "a").mkdir()
+    scheme = asdict(parse_scheme("W4A16"))
+    scheme["edges"] = scheme.pop("outer_layers")
+    (somewhere / "a" / "config.json").write_text(json.dumps({"scheme": scheme}))
+    (somewhere / "repository" / "vit" / "1").mkdir(parents=True)
+    refused = {
+        "export a --flavor integer -o m.onnx": "needs quantized activations",
+        "bench a --flavour integer": "use --flavor matmulnbits or qdq",
+        "export a --format triton -o repository": "pass another --model-version",
+        "inspect a --plot a.jpg": "a plot is written as .png or .svg",
+    }
+    found, errors = answers({command: split(command) for command in refused})
+    assert found == [[command, 1, []] for command in refused]
+    for line, expected in zip(errors.splitlines(), refused.values(), strict=True):
+        assert expected in line
+    found, errors = answers({"": split("export a --format triton -o new")}, "tritonclient")
+    assert found == [["", 1, []]]
+    assert "pip install 'marrq[serve]'" in errors
 
 
 @pytest.mark.parametrize("case", [*BAD_INPUT, *SLOWER])

@@ -194,7 +194,7 @@ def artifact_hash(folder: Path) -> str:
 def _card(model: QuantizedModel) -> str:
     """The README.md of the artifact."""
     outer = sum(report.is_outer for report in model.reports)
-    outer_bits = f", {outer} of the first and last layers have 8-bit weights" if outer else ""
+    outer_bits = f", the {outer} first and last layers 8-bit weights" if outer else ""
     calibration = model.calibration
     return f"""# {model.source.name}, {model.scheme.description}
 

@@ -44,7 +44,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     hessian: H, [n, n] float64."""
     if not torch.isfinite(hessian).all():
         raise MarrqError(
-            "the inputs of the layer are not finite: look for NaN or infinity in the model's "
+            "the inputs of the linear are not finite: look for NaN or infinity in the model's "
             "weights or the images"
         )
     # λ is relative to the mean of diag H, so that the scale of the inputs does not matter.
@@ -74,6 +74,6 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
         # At least 1e-8, to get away from a damping of 0.
         damping = max(damping * 10, 1e-8)
     raise MarrqError(
-        f"the layer's Hessian cannot be factored even with damping {damping:g}: use other "
+        f"the linear's Hessian cannot be factored even with damping {damping:g}: use other "
         "calibration images"
     )

@@ -61,7 +61,7 @@ def input_scaling(statistics: ResidualStatistics, kind: LowRankKind) -> Scaling:
     hessian = statistics.hessian
     if not torch.isfinite(hessian).all():
         raise MarrqError(
-            "the inputs of the layer are not finite: look for NaN or infinity in the model's "
+            "the inputs of the linear are not finite: look for NaN or infinity in the model's "
             "weights or the images"
         )
     # LQER: S = diag(rms x_i), and the mean over tokens is a factor, which cancels.
@@ -84,7 +84,7 @@ def _exact_scaling(hessian: Tensor) -> Scaling:
         if not failed:
             return Scaling(lower, damping)
     raise MarrqError(
-        f"the layer's Hessian cannot be factored even with damping {DAMPINGS[-1]:g}: use other "
+        f"the linear's Hessian cannot be factored even with damping {DAMPINGS[-1]:g}: use other "
         "calibration images"
     )
 

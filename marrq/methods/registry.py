@@ -13,8 +13,9 @@ from marrq.errors import MarrqError
 Wants = Literal["input drift", "residual stream"]
 
 INPUT_DRIFT: Wants = "input drift"
-"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs. Every method
-needs them: J, which judges and reports a linear, is the distance to the full-precision output."""
+"""Sums of dx = x̃ - x: how far the quantized inputs are from the full-precision inputs. All
+methods need them: J, which judges and reports a linear, is the distance to the full-precision
+output."""
 RESIDUAL_STREAM: Wants = "residual stream"
 """For linears that write to the residual stream, sums of the shortfall e of that stream
 (methods/exact.py); for all others the input drift."""

@@ -190,7 +190,7 @@ class MethodSpec:
     equalize: bool = field(
         default=True,
         metadata=setting(
-            "equalize", "move per-channel scales between a linear and the layer before it", ON_OFF
+            "equalize", "move per-channel scales from the input of a linear to its weight", ON_OFF
         ),
     )
     balance: Balance = field(

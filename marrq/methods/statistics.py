@@ -309,7 +309,7 @@ class ResidualStatistics:
         """Take the means out: the sums become those of centred tokens. Returns itself.
 
         Σ x, Σ dx and Σ e stay, for the bias that makes up for the means. An input that does not
-        vary is dead afterwards. The sums change in place: for a wide layer a copy would take as
+        vary is dead afterwards. The sums change in place: for a wide linear a copy would take as
         much memory as the weights of a whole block."""
         power = self.hessian.diagonal().clone()
         # Σ (x - x̄)(x - x̄)ᵀ = Σ x xᵀ - (Σ x)(Σ x)ᵀ / k

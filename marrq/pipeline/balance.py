@@ -28,7 +28,7 @@ def balance(pair: BlockPair, settings: QuantizationSettings) -> set[str]:
     value_paths = _value_paths(pair)
     for value_path in value_paths:
         sample = _sample(pair, value_path.target)
-        # The statistics will raise an error that names the layer.
+        # The statistics will raise an error that names the linear.
         if not sample.isfinite().all():
             return set()
         # H and K of the formula: the sample's moments and Wᵀ W, both in full precision.

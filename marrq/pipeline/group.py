@@ -67,7 +67,7 @@ class GroupCalibration:
         if norm is None and not self.scheme.has_coarse_activations:
             return None
         sample = sample_inputs(self.pair, self.linears[0], SAMPLE_STEP, EQUALIZATION_TOKENS)
-        # The statistics will raise an error that names the layer.
+        # The statistics will raise an error that names the linear.
         if not sample.isfinite().all():
             return None
         return equalize(block, self.linears, norm, sample, self.scheme)

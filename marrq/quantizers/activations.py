@@ -8,7 +8,7 @@ Calibration chooses the c that changes the outputs of the linears which read x t
 
     c = argmin ‖(q_c(x) - x) Wᵀ‖²
 
-over a sample of tokens, so that no layer's inputs need to be kept. With per-token grids c is the
+over a sample of tokens, so that no linear's inputs need to be kept. With per-token grids c is the
 only thing that calibration finds.
 
 If the channels of x differ much in size and no norm can even them out, x is first multiplied by a

@@ -283,7 +283,7 @@ def test_a_norm_that_is_not_finite_is_an_error_that_names_the_module_behind_it()
     model = vit()
     model.get_parameter("blocks.1.norm2.weight")[3] = torch.nan
     with pytest.raises(
-        MarrqError, match=r"^blocks\.1\.mlp\.fc1: the inputs of the layer are not finite"
+        MarrqError, match=r"^blocks\.1\.mlp\.fc1: the inputs of the linear are not finite"
     ):
         quantized(model, noise(4), "W4A8", "marr")
 

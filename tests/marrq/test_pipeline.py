@@ -194,7 +194,7 @@ def test_images_that_are_not_finite_are_an_error_that_names_the_layer():
     broken = IMAGES.clone()
     broken[3, 0, 0, 0] = torch.nan
     with pytest.raises(
-        MarrqError, match=r"blocks\.0\.attn\.qkv: the inputs of the layer are not finite"
+        MarrqError, match=r"blocks\.0\.attn\.qkv: the inputs of the linear are not finite"
     ):
         quantized(vit(), broken, "W4A16", "marr")
 

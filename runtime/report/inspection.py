@@ -20,7 +20,8 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
     """A line for linears that differ by their numbers only and run alike; a linear that runs
     otherwise than most of its kind has a line of its own. An operator stands with how often a
     linear needs it. Fits 100 columns."""
-    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    # The box itself sets columns apart by a space: at 80 columns more would fold the names.
+    result = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     result.add_column("linear", overflow="fold")
     result.add_column("count", justify="right")
     for heading in ("scheme", "runs", "weight", "input", "ok"):

@@ -7,7 +7,7 @@ from rich.console import Console
 from sample_report import BARE_REPORT, FP32, REPORT, TRANSPOSED, W4A8
 
 from runtime.measure.measured import BaselineDrop
-from runtime.report.tables import models_table, sentences, tables
+from runtime.report.tables import accuracy_table, models_table, sentences, tables
 
 NAME = "W4A8-g128 marr-stream integer"
 LOSS = BaselineDrop(0.251, 0.226, 0.279, 500, 20, 1e-9, "fp32")
@@ -24,6 +24,20 @@ def test_a_table_with_two_batch_sizes_and_a_great_loss_fits_80_columns_uncut():
     assert "…" not in printed.get().replace("(22.6…27.9)", ""), "nothing is cut off"
     assert sum("25.1 (22.6…27.9)" in line for line in lines) == 1
     assert "41.72 (0.42)" in printed.get()
+
+
+def test_the_first_model_of_an_evaluation_is_not_compared_with_itself():
+    console = Console(width=80)
+    accuracies = {"float": FP32.accuracy, "W4A8 per-token marr-stream": W4A8.accuracy}
+    with console.capture() as printed:
+        console.print(accuracy_table(accuracies, "pictures"))
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    [first] = [line.split() for line in lines if line.startswith("float")]
+    [second] = [line.split() for line in lines if line.startswith("W4A8")]
+    assert first[-2:] == ["–", "–"]
+    assert second[-1] == f"{W4A8.accuracy.divergence:.4f}"
+    assert any("images of pictures" in line for line in lines)
 
 
 def test_nodes_that_ran_on_another_provider_are_counted_below_the_table():

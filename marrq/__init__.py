@@ -1,5 +1,5 @@
-"""marrq turns a pretrained vision transformer into a 2-, 3- or 4-bit ONNX file that is small, fast
-and accurate, and measures it.
+"""marrq turns a pretrained vision transformer into an ONNX file with 2-, 3-, 4- or 8-bit weights
+that is small, fast and accurate, and measures it.
 
     model = marrq.load_model("demo")
     images = marrq.find_images("demo", "train")

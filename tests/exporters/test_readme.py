@@ -21,10 +21,11 @@ def table(*columns: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_every_flavour_has_a_row_and_every_option_is_named():
+def test_a_row_names_a_flavour_that_there_is_and_every_option_is_named():
     rows = table("flavour", "schemes", "what runs under ONNX Runtime")
     named = [name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row[0])]
-    assert list(dict.fromkeys(named)) == list(OPTIONS)
+    assert named
+    assert set(named) <= set(OPTIONS)
     assert all(f"{flag}`" in README or f"{flag} " in README for flag in FLAGS.values())
 
 

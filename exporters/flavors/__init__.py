@@ -5,8 +5,8 @@
     qdq            standard operators, for any runtime; with `symmetric`, for TensorRT
     floating.py    fp32 and fp16: the float model that the artifact was made from
 
-A new flavour is a class with the three methods of `Flavor`, an entry of FLAVORS and of VARIANTS, and
-in exporters/choices.py its name, options and help, and the schemes that it can express.
+A new flavour is a class with the three methods of `Flavor`, an entry of FLAVORS and of VARIANTS,
+and in exporters/choices.py its name, options and help, and the schemes that it can express.
 """
 
 from collections.abc import Callable

@@ -130,7 +130,7 @@ def check_scheme(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> 
     if reason is not None:
         # Always name a way out; qdq expresses every scheme.
         raise MarrqError(
-            f"the flavor {flavor} {reason}: the artifact has {scheme.description}; use "
+            f"the flavour {flavor} {reason}: the artifact has {scheme.description}; use "
             f"--flavor {' or '.join(flavors_for(scheme))}"
         )
 
@@ -159,7 +159,7 @@ def check_choice(flavor: str, options: Options) -> None:
     """Raise MarrqError for an unknown flavour, and for an option that the flavour does not have."""
     # The keys are all flavours, those of float models too.
     if flavor not in OPTIONS:
-        raise MarrqError(f"unknown flavor {flavor!r}: choose one of {', '.join(OPTIONS)}")
+        raise MarrqError(f"unknown flavour {flavor!r}: choose one of {', '.join(OPTIONS)}")
     for option in options:
         if option not in OPTIONS[flavor]:
             raise MarrqError(

@@ -109,7 +109,14 @@ def sha256(file: Path) -> str:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise MarrqError if the output exists and may not be replaced."""
+    """Raise MarrqError if the output exists and may not be replaced, or can have no place because
+    a folder above it is a file."""
+    # `exists` is false below a file, and the error would come only when all is computed.
+    file = next((parent for parent in path.parents if parent.is_file()), None)
+    if file is not None:
+        raise MarrqError(
+            f"output {str(path)!r} cannot be written: {str(file)!r} is a file; choose another place"
+        )
     if path.exists() and not overwrite:
         raise MarrqError(
             f"output {str(path)!r} exists: choose another place, or pass --force to replace it"

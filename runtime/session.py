@@ -37,6 +37,9 @@ PROVIDERS = {
 # Providers that compile engines of their own: ONNX Runtime cannot tell what is in them.
 WHOLE_GRAPH_PROVIDERS = ("tensorrt",)
 
+# In ONNX Runtime's error for a file that is no protobuf, and for an empty file.
+BROKEN_FILE = ("INVALID_PROTOBUF", "No graph was found in the protobuf")
+
 # Levels of graph optimization; none and basic fuse no Q/DQ.
 OPTIMIZATIONS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -108,6 +111,11 @@ class Model:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the bindings raise a class a status code, none of them public
             reason = str(error).strip().splitlines()[0]
+            if any(sign in reason for sign in BROKEN_FILE):
+                raise BenchError(
+                    f"{str(path)!r} is no ONNX file, or not the whole of one: export or copy it "
+                    "again"
+                ) from error
             raise BenchError(
                 f"ONNX Runtime {ONNXRUNTIME_VERSION} cannot load {str(path)!r}: {reason}"
             ) from error

@@ -140,7 +140,7 @@ def preferred_batches(
         had = ", ".join(f"{model['scheme']} {model['flavor']}" for model in models)
         raise MarrqError(
             f"the bench holds {len(found)} of {scheme} {flavor}, among {had}: give a bench of this "
-            "artifact and flavor alone"
+            "artifact and flavour alone"
         )
     rows = [row for row in found[0]["latency"] if row["batch"] <= max_batch]
     if not rows:

@@ -70,7 +70,7 @@ class Serving:
         if self.device == "gpu" and flavor in CPU_FLAVORS:
             raise MarrqError(
                 f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or "
-                "another flavor"
+                "another flavour"
             )
 
     def version_folder(self, repository: Path) -> Path:

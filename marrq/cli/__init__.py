@@ -9,8 +9,8 @@ from marrq.workflows.checks import check_packages
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a gate did
-    not hold. An error is one sentence on stderr."""
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a demand
+    was not met. An error is one sentence on stderr."""
     try:
         check_packages()
         # Before that check these may be somebody else's `exporters` and `runtime`.

@@ -40,10 +40,10 @@ Batches = Annotated[
 Rounds = Annotated[int, timed(metavar="N", help="Rounds; each times every model in turn.", min=1)]
 Seconds = Annotated[
     float,
-    timed(metavar="N", help="Seconds of timing for each model, batch size and round.", min=0.0),
+    timed(metavar="N", help="Seconds a model, batch size and round; at most 200 runs.", min=0.0),
 ]
 Throughput = Annotated[
-    bool, timed("--throughput", help="Also images per second with 1, 2, 4 … --threads threads.")
+    bool, timed("--throughput", help="Also images per second: 1, 2, 4 … threads, up to --threads.")
 ]
 
 Parity = Annotated[
@@ -64,7 +64,7 @@ MaxDrop = Annotated[
     float | None,
     checked(
         metavar="POINTS",
-        help="Exit with 3 if top-1 has surely dropped by more than this many points against fp32.",
+        help="Exit with 3 if top-1 surely dropped by more against fp32 or else the first baseline.",
         min=0.0,
     ),
 ]

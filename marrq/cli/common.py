@@ -119,14 +119,15 @@ AlphaOption = Annotated[
     str | None,
     quantization_option(
         metavar="HOW",
-        help="How the residual strength α is found: pid or grid, for each layer; or "
-        "global=VALUE, the same for all.",
+        help="How a marr method finds the residual strength α: pid (default) or grid, for each "
+        "linear; or global=VALUE, the same for all.",
     ),
 ]
 FeedbackOption = Annotated[
     str | None,
     quantization_option(
-        metavar="NAME", help="Images that the search of α is judged on: held-out or calibration."
+        metavar="NAME",
+        help="Images that judge the α of a marr method: held-out (default) or calibration.",
     ),
 ]
 LowrankOption = Annotated[

@@ -20,7 +20,7 @@ def demo(
     ] = Path("marrq-demo"),
     force: common.ForceOption = False,
 ) -> None:
-    """Quantize, export and measure the built-in ViT on 1,000 digits, in under two minutes.
+    """Quantize, export and bench the built-in ViT on digits, in about two minutes on two cores.
 
     marrq demo -o marrq-demo
     """

@@ -45,8 +45,12 @@ def doctor(
             "examine the machine alone"
         )
     from runtime.doctor.diagnose import examine
+    from runtime.doctor.releases import parse_version
     from runtime.report.diagnosis import diagnosis_table
 
+    if server is not None:
+        # Before torch is imported, which takes seconds.
+        parse_version(server)
     report = examine(path, server, _torch_build())
     write_report(json_file, report.to_json())
     stdout.print(diagnosis_table(report))

@@ -1,29 +1,19 @@
 """`marrq inspect`: what runs each linear of an ONNX file; how a linear of an artifact was made."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from marrq.cli import common
+from marrq.cli import common, inspect_options
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE|ARTIFACT", help="ONNX file of any tool, or artifact.")
-    ],
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Exit with 3 if a linear runs in float against its scheme."),
-    ] = False,
-    json_file: common.JsonOption = None,
+    path: inspect_options.FileOrArtifact,
+    strict: inspect_options.Strict = False,
     provider: common.ProviderOption = "cpu",
-    optimization: Annotated[
-        str, common.run_option(metavar="LEVEL", help="Of the graph: none, basic, extended or all.")
-    ] = "all",
-    plot: common.PlotOption = None,
+    optimization: inspect_options.Optimization = "all",
+    json_file: inspect_options.Json = None,
+    plot: inspect_options.Plot = None,
 ) -> None:
     """Show what really runs each linear of an ONNX file, and why; or how an artifact was quantized.
 

@@ -41,9 +41,9 @@ class Destination:
         unfinished one.
         """
         # With `resume`, what may be there depends on the settings, which is_complete is told.
+        check_output(self.folder, self.overwrite or self.resume)
         if self.resume:
             return
-        check_output(self.folder, self.overwrite)
         # The module that knows checkpoints imports torch; most of the time there is none.
         if self.checkpoint.exists():
             from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint, settings_in

@@ -5,12 +5,13 @@ patterns, and computes the rest in float without a word. So the graph is taken b
 Runtime as it is going to be executed (`SessionOptions.optimized_model_filepath`), and set beside
 the file.
 
-A product of the optimized graph stands for the nearest product of the file before the first value
-that both graphs have. Names cannot tell: fusion renames nodes, weights and some values.
+To find which product of the file a kernel computes, go forward from the kernel to the first value
+that the file has too, then back in the file to the nearest product. Names cannot tell: fusion
+renames nodes, weights and some values.
 
 What the scheme says, and of which linears, stands in the metadata of marrq's files
 (`marrq.schemes`). In another tool's file it is what the file's own Q/DQ pairs or operators say; a
-linear with a float weight is taken to be meant so.
+linear with a float weight is taken to be float on purpose.
 """
 
 import math

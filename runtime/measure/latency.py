@@ -82,7 +82,8 @@ class Plan:
 
     batches: batch sizes.
     rounds: how often each session is opened.
-    seconds: time spent on each batch size in a round, without the warm-up.
+    seconds: time spent on each batch size in a round, without the warm-up; at least 5 runs and at
+        most 200, however long they take.
     """
 
     batches: tuple[int, ...] = (1, 8)

@@ -33,7 +33,7 @@ HEADINGS = (
 )
 LEGEND = (
     "±: half the spread over the seeds; KL: divergence from full precision, nats; ΣJ: summed over "
-    "the modules; memory: the peak"
+    "the linears; memory: the peak"
 )
 
 
@@ -48,9 +48,9 @@ class ComparedRun:
     agreement: float
     # From the float model, in nats.
     divergence: float
-    # J summed over the modules.
+    # J summed over the linears.
     error: float
-    # J over the power of the float outputs, mean over the modules.
+    # J over the power of the wanted outputs, mean over the linears.
     relative_error: float
     bits_per_weight: float
     # Of quantizing.

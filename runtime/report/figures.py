@@ -145,10 +145,10 @@ def ratio_figure(models: Models, flavor: str) -> str:
 
 
 def alpha_figure(name: str, quantization: Sequence[QuantizedModule]) -> str:
-    """α of each module that has one. name: of the figure in its page, as in those below."""
+    """α of each linear that has an α. name: of the figure in its page, as in those below."""
     values = alphas(quantization)
     numbers = [alpha for *_, alpha in values]
-    alt = f"α of {len(values)} modules, from {min(numbers):.2f} to {max(numbers):.2f}"
+    alt = f"α of {len(values)} linears, from {min(numbers):.2f} to {max(numbers):.2f}"
     return inline_svg(name, 3.4, alt, _by_depth(values, "α"))
 
 
@@ -158,7 +158,7 @@ def search_figure(name: str, quantization: Sequence[QuantizedModule]) -> str:
     def draw(figure: "Figure") -> None:
         draw_searches(figure, figure.subplots(2, 1), with_alpha(quantization), len(quantization))
 
-    return inline_svg(name, 5.2, "α and J at each step of the search, a line for each module", draw)
+    return inline_svg(name, 5.2, "α and J at each step of the search, a line for each linear", draw)
 
 
 def error_figure(name: str, errors: Sequence[tuple[str, float]]) -> str:

@@ -33,7 +33,7 @@ NAME_WIDTH = 40  # letters of a method's name on a line
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666"]
 MARKERS = "osD^vPX"
 
-# From the first module to the last; of one lightness, so that they show on white and black paper.
+# From the first linear to the last; of one lightness, so that they show on white and black paper.
 DEPTHS = ["#2a7fbf", "#b5729f", "#d9682a"]
 INK, GRID, PAPER = "#111111", "#e5e5e5", "#fefefe"
 
@@ -211,8 +211,8 @@ def _draw_methods(
 
 
 def plot_alphas(quantization: Sequence[QuantizedModule], file: Path) -> None:
-    """α of each module against its depth, and the search that led there: α and J at each step.
-    Raises BenchError if no module has a search."""
+    """α of each linear against its depth, and the search that led there: α and J at each step.
+    Raises BenchError if no linear has a search."""
     modules = with_alpha(quantization)
     if not any(module.trajectory for _, module in modules):
         raise BenchError(
@@ -223,24 +223,24 @@ def plot_alphas(quantization: Sequence[QuantizedModule], file: Path) -> None:
         upper, lower = figure.subfigures(2, 1, squeeze=False).flat
         panel = upper.subplots()
         draw_by_depth(panel, alphas(quantization))
-        panel.set(title="α of each module", ylabel="α")
+        panel.set(title="α of each linear", ylabel="α")
         upper.legend(loc="outside right center")
         draw_searches(lower, lower.subplots(1, 2), modules, len(quantization))
 
 
 def with_alpha(quantization: Sequence[QuantizedModule]) -> list[tuple[int, QuantizedModule]]:
-    """The modules that have an α, each with its depth."""
+    """The linears that have an α, each with its depth."""
     return [(depth, one) for depth, one in enumerate(quantization) if one.alpha is not None]
 
 
 def alphas(quantization: Sequence[QuantizedModule]) -> list[tuple[int, str, float]]:
-    """Depth, path and α of the modules that have an α."""
+    """Depth, path and α of the linears that have an α."""
     modules = enumerate(quantization)
     return [(depth, one.path, one.alpha) for depth, one in modules if one.alpha is not None]
 
 
 def draw_by_depth(panel: "Axes", values: Sequence[tuple[int, str, float]]) -> None:
-    """A value of each module against its depth, a colour for each kind of linear. values: depth,
+    """A value of each linear against its depth, a colour for each kind of linear. values: depth,
     path and value."""
     # The kind is the last part of the path: qkv, proj, fc1, fc2.
     kinds: dict[str, list[tuple[int, float]]] = {}
@@ -248,7 +248,7 @@ def draw_by_depth(panel: "Axes", values: Sequence[tuple[int, str, float]]) -> No
         kinds.setdefault(path.rpartition(".")[2], []).append((depth, value))
     for kind, points in kinds.items():
         panel.plot(*zip(*points, strict=True), label=kind, linewidth=0.8, markersize=4)
-    panel.set_xlabel("module, in the order of the model")
+    panel.set_xlabel("linear, in the order of the model")
     panel.locator_params(axis="x", integer=True)
 
 
@@ -259,7 +259,7 @@ def draw_searches(
     depths: int,
 ) -> None:
     """α in the first and J in the second panel at each step, a line for each search, coloured by
-    depth. modules: each with its depth. depths: number of all modules."""
+    depth. modules: each with its depth. depths: number of all linears."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
@@ -274,7 +274,7 @@ def draw_searches(
         style: Style = {"color": color, "linewidth": 0.7, "marker": ".", "markersize": 3}
         for search in _searches(module.trajectory):
             steps.plot([step.alpha for step in search], **style)
-            # J of modules differs by powers of ten, so that each is shown against its first.
+            # J of linears differs by powers of ten, so that each is shown against its first.
             if search[0].error > 0:
                 errors.plot([step.error / search[0].error for step in search], **style)
     for panel, name, label in ((steps, "α", "α"), (errors, "J", "J / J of the first step")):
@@ -282,7 +282,7 @@ def draw_searches(
         panel.locator_params(axis="x", integer=True)
     ticks = MaxNLocator(integer=True)
     bar = figure.colorbar(
-        colors, ax=[steps, errors], label="module, in the order of the model", ticks=ticks
+        colors, ax=[steps, errors], label="linear, in the order of the model", ticks=ticks
     )
     assert bar.solids is not None
     # The paper would shine through between two colours.

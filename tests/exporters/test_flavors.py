@@ -153,7 +153,7 @@ REFUSALS = [
         {},
         "W4A8",
         "per-tensor",
-        "unknown flavor 'int4': choose one of integer, matmulnbits, qdq, fp32, fp16",
+        "unknown flavour 'int4': choose one of integer, matmulnbits, qdq, fp32, fp16",
     ),
 ]
 

@@ -68,7 +68,7 @@ def test_the_python_function_writes_the_file_of_the_artifact_that_the_model_woul
     [
         (["nowhere", "-o", "m.onnx"], "'nowhere' does not exist"),
         (["nowhere", "-o", __file__], "exists"),
-        (["nowhere", "-o", "m.onnx", "--flavor", "int4"], "unknown flavor 'int4'"),
+        (["nowhere", "-o", "m.onnx", "--flavor", "int4"], "unknown flavour 'int4'"),
         (["nowhere", "-o", "m.onnx", "--format", "tflite"], "unknown format 'tflite'"),
     ],
 )

@@ -241,7 +241,7 @@ REFUSED = {
         ["--device", "gpu"],
         "the kernels of integer are of ONNX Runtime's CPU provider",
     ),
-    "an unknown flavour": (["--flavor", "int4"], "unknown flavor 'int4'"),
+    "an unknown flavour": (["--flavor", "int4"], "unknown flavour 'int4'"),
     "a flavour that does not fit": (["--flavor", "matmulnbits"], "use --flavor integer or qdq"),
     "a bench that is none": (["--bench", "config.json"], "is no bench"),
 }

@@ -50,7 +50,7 @@ class ModuleReport:
     path: of the linear in the model.
     error: J, the square error of the linear's outputs (or of the residual stream after it), summed
         over the calibration tokens (marrq/methods/statistics.py).
-    relative_error: J / ‖W X̃‖².
+    relative_error: J / ‖W X + e‖², with the power of the wanted outputs.
     mse: J / (tokens · outputs).
     alpha, trajectory, fallback: the residual strength α, the steps of its search, and why α = 0 was
         used instead (Rounding in marrq/methods/problem.py).

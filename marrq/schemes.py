@@ -48,6 +48,13 @@ def _listed(choices: Iterable[object]) -> str:
     return ", ".join(map(str, choices))
 
 
+def _check_strategy(strategy: str) -> None:
+    if strategy not in get_args(ActivationStrategy):
+        raise MarrqError(
+            f"activations must be one of {_listed(get_args(ActivationStrategy))}: got {strategy!r}"
+        )
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """Weights as signed codes of `num_bits` bits.
@@ -121,11 +128,7 @@ class ActivationSpec:
                 f"activation bits must be one of {_listed(ACTIVATION_BITS)}, or {FLOAT_BITS} for "
                 f"float: got {self.num_bits}"
             )
-        if self.strategy not in get_args(ActivationStrategy):
-            raise MarrqError(
-                f"activations must be one of {_listed(get_args(ActivationStrategy))}: got "
-                f"{self.strategy!r}"
-            )
+        _check_strategy(self.strategy)
 
     @property
     def is_static(self) -> bool:
@@ -171,7 +174,7 @@ class Scheme:
 
     @property
     def has_coarse_activations(self) -> bool:
-        """Whether to round activations better is worth some effort, even at run time."""
+        """Whether activations have so few bits that better rounding pays, even at run-time cost."""
         # Beyond 4 bits, the weights are what costs accuracy.
         return self.activation is not None and self.activation.num_bits <= COARSE_BITS
 
@@ -195,9 +198,11 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
         or (group and suffix == "mxint")
     ):
         raise MarrqError(
-            f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}, then -gSIZE, -sym, both or "
-            "-mxint, then -e8; all suffixes may be left out"
+            f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}, then -gSIZE and/or -sym, "
+            "or -mxint alone, then -e8; all suffixes may be left out"
         )
+    # A16 has no activations to scale, but a strategy that is misspelt is a mistake all the same.
+    _check_strategy(strategy)
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
     activation = (
         ActivationSpec(int(activation_bits), strategy)

@@ -23,13 +23,13 @@ class ColumnBlock:
     columns: Tensor
     # [width, m], the columns of the weight as given: W0 of ResComp's term.
     original: Tensor
-    # [width, width, terms]: kernels[j, i, t] is by how much term t of column j moves column i.
-    kernels: Tensor
+    # [width, width, terms]: influences[j, i, t] is by how much term t of column j moves column i.
+    influences: Tensor
     # The grid of each column.
     grids: Sequence[ColumnGrid]
     # The residual strength: one for all rows, or [m], one for each row.
     alpha: float | Tensor
     # Written, [width, m]: codes minus zero points.
     steps: Tensor
-    # Written, [width, terms, m]: the factors of the kernels, on the columns behind the block too.
+    # Written, [width, terms, m]: the factors of the influences, also behind the block.
     terms: Tensor

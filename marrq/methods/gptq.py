@@ -10,8 +10,8 @@ as given:
                 + α w_j ⊗ P1[j, >j]                  GPTAQ, P1 in methods/gptaq.py
                 + α (W0_j - w_j) ⊗ P2[j, >j]         ResComp, P2 in methods/rescomp.py
 
-Each line is a term [m] times a kernel [n]: the error w_j - q(w_j) times -U[j] / U_jj, the drift
-α w_j times P1[j], the change α (W0_j - w_j) times P2[j].
+Each line is a term [m] times its influence on the columns [n]: the error w_j - q(w_j) times
+-U[j] / U_jj, the drift α w_j times P1[j], the change α (W0_j - w_j) times P2[j].
 
 The sweep is lazy, as in the paper: inside a block of columns the terms act at once, on the columns
 behind the block in one matrix product.
@@ -80,7 +80,7 @@ def sweep(
     original = w.clone() if len(residuals) > 1 else w
     grids = grid.columns(order)
     # δ U[j] = (w_j - q(w_j)) U[j] / U_jj: the division is done once, for all rows of the weight.
-    kernels = [
+    influences = [
         upper.div(upper.diagonal()[:, None]).neg_(),
         *(residual.to(w) for residual in residuals),
     ]
@@ -90,23 +90,23 @@ def sweep(
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
         # [width, terms, m], filled column by column.
-        terms = w.new_empty(end - start, len(kernels), w.shape[1])
-        # The part of the kernels that acts within the block: [width, width, terms].
-        inside = torch.stack([kernel[start:end, start:end] for kernel in kernels], 2)
+        terms = w.new_empty(end - start, len(influences), w.shape[1])
+        # The part of the influences that acts within the block: [width, width, terms].
+        inside = torch.stack([influence[start:end, start:end] for influence in influences], 2)
         round_block(
             ColumnBlock(
                 columns=w[start:end],
                 original=original[start:end],
-                kernels=inside,
+                influences=inside,
                 grids=grids[start:end],
                 alpha=alpha,
                 steps=steps[start:end],
                 terms=terms,
             )
         )
-        # Lazy update: Σ_j kernel[j, >end] ⊗ term_j over the whole block, in one product.
-        for kernel, term in zip(kernels, terms.unbind(1), strict=True):
-            w[end:].addmm_(kernel[start:end, end:].T, term)
+        # Lazy update: Σ_j influence[j, >end] ⊗ term_j over the whole block, in one product.
+        for influence, term in zip(influences, terms.unbind(1), strict=True):
+            w[end:].addmm_(influence[start:end, end:].T, term)
     # Back to the order of the inputs, and from steps to codes.
     steps = steps.index_select(0, order.argsort()).T.contiguous()
     return steps.add_(grid.spread(steps.shape[1]).zero_point)
@@ -117,7 +117,7 @@ def round_columns(block: ColumnBlock) -> None:
     # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
     w, grids, alpha = block.columns, block.grids, block.alpha
     columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
-    for j, (kernel, term) in enumerate(zip(block.kernels, block.terms, strict=True)):
+    for j, (influence, term) in enumerate(zip(block.influences, block.terms, strict=True)):
         # Each [m], a view into block.terms: the terms act on later blocks too.
         error, *residual = term.unbind()
         # GPTQ: error = w_j - q(w_j), with q(w_j) = step · scale.
@@ -130,7 +130,7 @@ def round_columns(block: ColumnBlock) -> None:
         if len(residual) > 1:
             torch.sub(originals[j], columns[j], out=residual[1]).mul_(alpha)
         # All terms act on the columns behind: [width - j - 1, terms] × [terms, m].
-        w[j + 1 :].addmm_(kernel[j + 1 :], term)
+        w[j + 1 :].addmm_(influence[j + 1 :], term)
 
 
 def block_rounding(w: Tensor) -> Callable[[ColumnBlock], None]:

@@ -1,9 +1,11 @@
 """A low-rank branch beside the quantized weight: W ≈ Q + L R, with L [m, r] and R [r, n]. A part of
-W may be kept out of the quantizer; L R is fitted to the residual W - Q.
+W may be kept out of the quantizer. L R is fitted to the residual W - Q, or to W + αΔ - Q if the
+method has an α: W + αΔ is the weight that corrects the drift of the inputs (methods/exact.py), and
+a branch fitted to W - Q would take the correction back.
 
 With H = Σ x xᵀ over the calibration inputs and any S with Sᵀ S = H, the square error that a weight
-error E (m × n) makes in the outputs is ‖E Sᵀ‖². So the best L R of rank r for the residual
-E = W - Q is, by Eckart and Young,
+error E (m × n) makes in the outputs is ‖E Sᵀ‖². So the best L R of rank r for the residual E is, by
+Eckart and Young,
 
     L R = SVD_r(E Sᵀ) S⁻ᵀ = U_r U_rᵀ E,        U_r the r leading left singular vectors of E Sᵀ
 
@@ -25,8 +27,8 @@ rounding noise.
 Differs from the papers: LQER scales by mean |x_i|, which second moments do not give; the rms is
 what QERA-approx takes. QERA takes the symmetric square root of H for S; a Cholesky factor serves as
 well, because the two differ by an orthogonal factor, which cancels. SRR keeps L₁ R₁ as it is and
-fits rank r - k to the rest. Here all r ranks are fitted to W - Q, which is never worse: L₁ R₁ +
-L₂ R₂ is one of the candidates.
+fits rank r - k to the rest. Here all r ranks are fitted to the residual, which is never worse:
+L₁ R₁ + L₂ R₂ is one of the candidates.
 """
 
 from dataclasses import dataclass
@@ -104,10 +106,10 @@ def preserved(weight: Tensor, scaling: Scaling, spec: LowRankSpec) -> tuple[Tens
 
 
 def refit(residual: Tensor, scaling: Scaling, spec: LowRankSpec) -> LowRank:
-    """The best L R of the whole rank for a residual W - Q [m, n], rounded as it is stored. Raises
-    MarrqError as `preserved` does."""
+    """The best L R of the whole rank for a residual [m, n], W - Q or W + αΔ - Q, rounded as it is
+    stored. Raises MarrqError as `preserved` does."""
     _check_rank(residual, spec)
-    # SVD_r((W - Q) Sᵀ) S⁻ᵀ, in float64: the residual is small beside W.
+    # SVD_r(E Sᵀ) S⁻ᵀ, in float64: the residual E is small beside W.
     left, right = _project(residual.double(), scaling, spec.rank)
     # Columns of L have norm 1, rows of R have any. Give both the square root of that norm, so that
     # neither leaves the range of float16.

@@ -19,6 +19,8 @@ NUM_BITS: dict[str | None, int] = {None: 16, "fp16": 16, "int8": 8}
 def parse_lowrank(text: str) -> "LowRankSpec":
     """`srr:32`, the same as `srr:32:fp16`, or `srr:32:int8` to a LowRankSpec. Raises MarrqError for
     anything else."""
+    if text in get_args(LowRankKind):
+        raise MarrqError(f"low-rank branch {text!r} has no rank: write {text}:32")
     # KIND:RANK[:STORAGE]; without a storage, 16 bits.
     match = LOW_RANK.fullmatch(text)
     if not match or match[3] not in NUM_BITS:

@@ -17,11 +17,14 @@ Differs from the paper in the data that judge. On the data that produced Q, J is
 α climbs to about 1.1 in every linear, and accuracy falls below GPTAQ's with its constant 0.25
 (`feedback="calibration"` is the paper's way). So the calibration set is kept in two halves. Each
 half in turn sweeps while the other judges, the best α of either search is kept, and the two are
-averaged. The final sweep uses all the data, for which that average is too low: α leaves a share
+averaged to α_½. The final sweep uses all the data, of which the best α is another: α leaves a share
 a (1 - α)² of the drift in J, and the noise of the estimated correction adds b α². The best α is
 a / (a + b), and b halves with twice the tokens. Hence the whole set gets
 
     α = 2 α_½ / (1 + α_½)
+
+This α is nearer to 1 than α_½ and on the same side of 1. Below 1 it is the larger α that less noise
+allows. An α_½ above 1 is outside the model, whose b is not negative, and α moves down towards 1.
 
 Rounding makes J jitter by about 1e-3 of J_0, far above the paper's tolerance. So the search also
 ends if α has settled; most searches end after three steps.

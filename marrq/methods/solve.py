@@ -56,7 +56,7 @@ class Solution:
     bias_shift: to be added to the bias, [m], or None
     lowrank: the branch beside the codes, or None
     error: J over all calibration tokens
-    relative_error: J / ‖W X̃‖²; 0 if the wanted outputs are all 0
+    relative_error: J / ‖W X + e‖², the power of the wanted outputs; 0 if the power is 0
     damping: λ / mean(diag H) that the factorization of the sweep used
     lowrank_damping: the same of the branch's input scaling; None without a branch"""
 
@@ -94,7 +94,9 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
 
 
 def _errors(weight: Tensor, quantized: Tensor, problem: Problem) -> tuple[float, float]:
-    """J over all calibration tokens, and J / ‖W X̃‖²; each process sums its share of the rows."""
+    """J over all calibration tokens, and J / ‖W X + e‖², with the power of the wanted outputs.
+
+    Each process sums its share of the rows."""
     # J is a sum over rows, and so is the power of the wanted outputs.
     rows = problem.processes.rows(len(weight))
     part = problem.of_rows(rows, len(weight))

@@ -268,14 +268,16 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     # The fields of one object change together: pid.initial=2 is valid beside pid.upper=3 only.
     for owner, values in changes.items():
         spec = changed(spec, owner, values)
-    _check_alpha(spec)
+    _check_alpha(spec, [key for key in settings if METHOD_SETTINGS[key].owner[:1] == ("alpha",)])
     return spec
 
 
-def _check_alpha(spec: MethodSpec) -> None:
-    """Raise MarrqError for a choice about α that the method would not use."""
+def _check_alpha(spec: MethodSpec, given: list[str]) -> None:
+    """Raise MarrqError for a choice about α that the method would not use.
+
+    given: the keys about α that the user wrote; a value that is the default was chosen too"""
     info = METHODS[spec.name]
-    if info.searches_alpha or spec.alpha == AlphaSpec():
+    if info.searches_alpha or not given:
         return
     if not info.has_alpha:
         raise MarrqError(
@@ -283,10 +285,10 @@ def _check_alpha(spec: MethodSpec) -> None:
             "method marr"
         )
     # Every method with an α takes a fixed value; a search belongs to the marr methods.
-    if spec.alpha.value is None:
+    if spec.alpha.value is None or given != ["alpha"]:
         raise MarrqError(
             f"method {spec.name!r} searches no α: choose marr-{spec.name}, or a fixed α by "
-            "alpha=global=0.5"
+            "alpha=global=0.5 without feedback and pid"
         )
 
 

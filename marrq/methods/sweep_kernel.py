@@ -3,9 +3,9 @@ GPUs: the inner loop of methods/gptq.py with the same formulas, for float32 weig
 
 In torch each column takes a handful of launches, one after the other, however large the GPU. Here
 one program has a tile of rows. The columns of the block stay on the chip while the program goes
-through them. It writes the rounded steps, and the terms that multiply the kernels. The product on
-the columns behind the block stays a matrix product of torch. Rows do not depend on each other, and
-so tiles do not either.
+through them. It writes the rounded steps, and the terms that multiply the influences. The product
+on the columns behind the block stays a matrix product of torch. Rows do not depend on each other,
+and so tiles do not either.
 
 Differs from the loop in the order of sums, and in whether a product and its sum are rounded once or
 twice.
@@ -33,7 +33,7 @@ nearest whole number, half to even."""
 
 @triton.jit
 def _columns(
-    w, kernels, scales, lowest, highest, originals, alphas, steps, terms, rows, width,
+    w, influences, scales, lowest, highest, originals, alphas, steps, terms, rows, width,
     TERMS: tl.constexpr, PER_COLUMN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     HALFWAY: tl.constexpr,
 ):  # fmt: skip
@@ -67,19 +67,19 @@ def _columns(
         # GPTQ: the error w_j - q(w_j), onto the columns behind.
         first = x - step * scale
         tl.store(terms + j * TERMS * rows + row, first, mask=there)
-        # kernels is [width, width, TERMS]: row j, every column.
-        kernel = kernels + (j * width + column) * TERMS
-        tile += tl.load(kernel, mask=after, other=0.0)[:, None] * first[None, :]
+        # influences is [width, width, TERMS]: row j, every column.
+        influence = influences + (j * width + column) * TERMS
+        tile += tl.load(influence, mask=after, other=0.0)[:, None] * first[None, :]
         # GPTAQ: α w_j.
         if TERMS > 1:
             second = x * alpha
             tl.store(terms + (j * TERMS + 1) * rows + row, second, mask=there)
-            tile += tl.load(kernel + 1, mask=after, other=0.0)[:, None] * second[None, :]
+            tile += tl.load(influence + 1, mask=after, other=0.0)[:, None] * second[None, :]
         # ResComp: α (W0_j - w_j).
         if TERMS > 2:
             third = (tl.load(originals + j * rows + row, mask=there, other=0.0) - x) * alpha
             tl.store(terms + (j * TERMS + 2) * rows + row, third, mask=there)
-            tile += tl.load(kernel + 2, mask=after, other=0.0)[:, None] * third[None, :]
+            tile += tl.load(influence + 2, mask=after, other=0.0)[:, None] * third[None, :]
 
 
 def sweep_columns(block: ColumnBlock) -> None:
@@ -93,7 +93,7 @@ def sweep_columns(block: ColumnBlock) -> None:
     scales, lowest, highest = (_joined(grids, part) for part in ("scale", "lowest", "highest"))
     # The kernel reads an α for each row.
     alphas = alpha.to(w).contiguous() if isinstance(alpha, Tensor) else w.new_full((rows,), alpha)
-    inputs = (w, block.kernels, scales, lowest, highest, block.original, alphas)
+    inputs = (w, block.influences, scales, lowest, highest, block.original, alphas)
     sizes: dict[str, Any] = {
         "TERMS": block.terms.shape[1],
         "PER_COLUMN": not shared,

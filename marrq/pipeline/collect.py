@@ -208,7 +208,7 @@ def sum_statistics(
         x, drift = drift_of(quantized, original)
         # Tokens of all images in a row: sums over them know no images.
         x, drift = x.reshape(-1, in_features), drift.reshape(-1, drift.shape[-1])  # [tokens, ·]
-        # Units come from the first batch, which has to be read first; then both halves begin empty.
+        # The first batch gives the units, so both halves are made here.
         if not halves:
             units = _common_units(pair, x, drift, tokens_per_image=len(x) // len(batch))
             halves = [

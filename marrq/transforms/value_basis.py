@@ -79,7 +79,7 @@ def find_value_path(block: Block, target: str, tokens: Tensor) -> ValuePath | No
     """
     # In float64, so that "the input changes by T" can be told from "almost by T".
     block, tokens = block.in_float64(), tokens[:1].double()
-    # The inputs that T must change to before · Tᵀ: [..., channels].
+    # The target's inputs unchanged; with T they must be before · Tᵀ. [..., channels]
     channels = block.linear(target).in_features
     before = block.input_of(target, tokens)
     generator = torch.Generator().manual_seed(TRIAL_SEED)

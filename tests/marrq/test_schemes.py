@@ -114,9 +114,10 @@ def test_weights_keep_all_eight_bits_where_activations_are_float():
         WeightSpec(4, reduce_range=True)
 
 
-def test_an_unknown_activation_strategy_is_refused():
+@pytest.mark.parametrize("text", ["W4A8", "W4A16"])
+def test_an_unknown_activation_strategy_is_refused(text: str):
     with pytest.raises(MarrqError, match="per-row"):
-        parse_scheme("W4A8", "per-row")  # type: ignore[arg-type]
+        parse_scheme(text, "per-row")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,17 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_registers
     from marrq.methods.sweep_kernel import HALFWAY, KERNEL_OPTIONS, ROWS, _columns
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    names = ("w", "kernels", "scales", "lowest", "highest", "originals", "alphas", "steps", "terms")
+    names = (
+        "w",
+        "influences",
+        "scales",
+        "lowest",
+        "highest",
+        "originals",
+        "alphas",
+        "steps",
+        "terms",
+    )
     sizes = {
         "TERMS": terms,
         "PER_COLUMN": per_column,

@@ -690,7 +690,7 @@ def test_what_is_about_files_is_refused_for_folders_and_the_other_way_round(
     assert main(["inspect", str(tmp_path), "--strict"]) == 1
     assert "export" in capsys.readouterr().err
     assert main(["inspect", str(qdq_file), "--plot", str(tmp_path / "a.svg")]) == 1
-    assert "give the artifact's folder" in capsys.readouterr().err
+    assert "give an artifact" in capsys.readouterr().err
     assert main(["inspect", str(qdq_file), "--optimization", "some"]) == 1
     assert "unknown graph optimization 'some'" in capsys.readouterr().err
 

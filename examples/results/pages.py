@@ -229,36 +229,6 @@ def fastest(label: str, rows: dict[str, Json]) -> str:
     return " ".join(sentences)
 
 
-def methods(record: Json) -> str:
-    report = record["reports"]["compare"]
-    runs = sorted(report["runs"], key=lambda run: run["divergence"])
-    return page(
-        record,
-        "All methods at W4A4",
-        f"""
-        Each method quantizes DINOv2 ViT-S/14 at W4A4, with an activation range for each token, from
-        the same {report["samples"]} calibration images. The quantized model is measured in torch on
-        {report["float"]["images"]} images, on which full precision has
-        {percent(report["float"]["top1"])} % top-1.""",
-        table(
-            ["method", "top-1, %", "divergence, nats", "same answer, %", "seconds"],
-            [[f"`{run['method']}`", *method_cells(run)] for run in runs],
-        ),
-        """
-        Brackets hold the 95 % interval. The divergence is how far the classes' probabilities are
-        from those of full precision (Kullback-Leibler); the methods are in its order. There is one
-        draw of the calibration images. Small differences between methods are chance.""",
-        f"""
-        `{runs[0]["method"]}` is nearest to full precision ({runs[0]["divergence"]:.3f} nats),
-        `{runs[-1]["method"]}` farthest from it ({runs[-1]["divergence"]:.3f}).""",
-    )
-
-
-def method_cells(run: Json) -> list[str]:
-    top1, _, divergence, agreement = accuracy(run)
-    return [top1, divergence, agreement, f"{run['seconds']:.0f}"]
-
-
 def accuracy(measured: Json) -> list[str]:
     """The cells under ACCURACY."""
     low, high = percent(measured["top1_low"]), percent(measured["top1_high"])
@@ -323,7 +293,6 @@ PAGES: dict[str, Callable[[Json], str]] = {
     "dinov2_small": dinov2_small,
     "eight_bit_codes": eight_bit_codes,
     "other_tools": other_tools,
-    "methods": methods,
 }
 """The pages by name."""
 
@@ -344,8 +313,7 @@ def main() -> None:
     if sys.argv[1:] not in ([], ["--check"]):
         sys.exit(__doc__)
     stale = []
-    measured = [name for name in PAGES if (FOLDER / f"{name}.json").exists()]
-    pages = {f"{name}.md": rendered(name) for name in measured}
+    pages = {f"{name}.md": rendered(name) for name in PAGES}
     for name, text in {**pages, "README.md": index(pages)}.items():
         file = FOLDER / name
         if not file.exists() or file.read_text(encoding="utf-8") != text:

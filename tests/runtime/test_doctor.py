@@ -407,7 +407,7 @@ def test_an_onnx_runtime_that_is_absent_or_damaged_is_one_problem_of_machine_and
     assert result.returncode == 3
     [sentence] = json.loads((tmp_path / "d.json").read_text())["problems"]
     assert problem in sentence
-    assert result.stderr.splitlines()[-1] == f"marrq: {sentence}"
+    assert result.stderr.splitlines() == [f"wrote {tmp_path / 'd.json'}", f"marrq: {sentence}"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ Options = Mapping[str, bool | int]
 # A default argument must not be changed by a caller, so it is read-only.
 NO_OPTIONS: Options = MappingProxyType({})
 
+DEVICES = ("cpu", "gpu")
+"""What a file is made for: ONNX Runtime's CPU provider, or its CUDA provider."""
+
 BASELINES = ("fp32", "fp16")
 """Flavours of the float model that an artifact was made from."""
 
@@ -24,6 +27,7 @@ OPTIONS = {
     "integer": ("fuse",),
     "matmulnbits": ("accuracy_level", "fuse"),
     "qdq": ("symmetric",),
+    "folded": ("float32", "weights_only"),
     "fp32": (),
     "fp16": (),
 }
@@ -33,18 +37,27 @@ FLAVOR_HELP = {
     "integer": "integer kernels of ONNX Runtime, for quantized activations.",
     "matmulnbits": "MatMulNBits of ONNX Runtime, for float activations.",
     "qdq": "standard operators, for any runtime and every scheme.",
+    "folded": "codes that become float16 weights when the file is loaded, for GPUs.",
     "fp32": "the float model that the artifact was made from.",
     "fp16": "the same model in float16.",
 }
 """What each flavour is for."""
 
-FLAGS = {"symmetric": "--symmetric", "accuracy_level": "--accuracy-level", "fuse": "--no-fuse"}
+FLAGS = {
+    "symmetric": "--symmetric",
+    "accuracy_level": "--accuracy-level",
+    "fuse": "--no-fuse",
+    "float32": "--float32",
+    "weights_only": "--weights-only",
+}
 """The options as the command line spells them."""
 
 OPTION_HELP = {
     "symmetric": "only what TensorRT takes; for A16 schemes with -sym or -mxint.",
     "accuracy_level": "1 computes in float32 (default), 4 in int8.",
     "fuse": "attention as one operator (default).",
+    "float32": "weights and activations in float32.",
+    "weights_only": "do not quantize the activations: W4A8 becomes W4A16.",
 }
 """What each option does."""
 
@@ -97,13 +110,33 @@ def _qdq_objection(scheme: Scheme, options: Options) -> str | None:
     return None
 
 
+def _folded_objection(scheme: Scheme, options: Options) -> str | None:
+    # The product is a float MatMul: no activation is rounded.
+    if scheme.activation is not None and not options.get("weights_only"):
+        return "runs activations in float (pass --weights-only to leave them unquantized)"
+    return None
+
+
 OBJECTIONS: dict[str, Callable[[Scheme, Options], str | None]] = {
     "integer": _integer_objection,
     "matmulnbits": _matmulnbits_objection,
     "qdq": _qdq_objection,
+    "folded": _folded_objection,
 }
-"""Why a flavour with these options cannot express a scheme, or None. The first flavour that can
-express a scheme suits it best under ONNX Runtime; `qdq` can express every scheme."""
+"""Why a flavour with these options cannot express a scheme, or None. `qdq` can express every
+scheme."""
+
+PREFERRED = {
+    "cpu": ("integer", "matmulnbits", "qdq", "folded"),
+    "gpu": ("folded", "matmulnbits", "qdq"),
+}
+"""The flavours that a device has kernels for, the fastest first."""
+
+WITHOUT_KERNELS = {
+    "integer": "its kernels are of ONNX Runtime's CPU provider: on an H100 the linears ran on the "
+    "CPU, and the model took 8 to 55 times as long as in float16"
+}
+"""Why a flavour is not for a GPU."""
 
 
 def objection(flavor: str, scheme: Scheme, options: Options = NO_OPTIONS) -> str | None:
@@ -111,27 +144,52 @@ def objection(flavor: str, scheme: Scheme, options: Options = NO_OPTIONS) -> str
     return OBJECTIONS[flavor](scheme, options)
 
 
-def flavors_for(scheme: Scheme) -> list[str]:
-    """The flavours that can express a scheme with their default options, the best one first."""
-    return [flavor for flavor in OBJECTIONS if objection(flavor, scheme) is None]
+def flavors_for(scheme: Scheme, device: str = "cpu") -> list[str]:
+    """The flavours that can express a scheme with their default options and have kernels on a
+    device, the best one first."""
+    return [flavor for flavor in PREFERRED[device] if objection(flavor, scheme) is None]
 
 
-def suitable_flavor(scheme: Scheme) -> str:
-    """The flavour that suits a scheme best under ONNX Runtime."""
-    return flavors_for(scheme)[0]
+def suitable_flavor(scheme: Scheme, device: str = "cpu") -> str:
+    """The flavour that suits a scheme best on a device under ONNX Runtime.
+
+    On a GPU that is `folded` even if the scheme quantizes activations, which `check_scheme` refuses
+    without --weights-only: the flavours that keep such a scheme are slower than the float model.
+    """
+    return PREFERRED["gpu"][0] if device == "gpu" else flavors_for(scheme, device)[0]
 
 
-def check_scheme(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
-    """Raise MarrqError as `check_choice`, and for a scheme that the flavour cannot express."""
+def check_device(device: str) -> None:
+    """Raise MarrqError for an unknown device."""
+    if device not in DEVICES:
+        raise MarrqError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+
+
+def check_flavor_on(flavor: str, device: str) -> None:
+    """Raise MarrqError for an unknown device, and for a flavour that has no kernels there."""
+    check_device(device)
+    if device == "gpu" and flavor in WITHOUT_KERNELS:
+        raise MarrqError(
+            f"the flavour {flavor} is not for a GPU, because {WITHOUT_KERNELS[flavor]}: use "
+            f"--device cpu, or --flavor {PREFERRED['gpu'][0]}"
+        )
+
+
+def check_scheme(
+    scheme: Scheme, flavor: str, options: Options = NO_OPTIONS, device: str = "cpu"
+) -> None:
+    """Raise MarrqError as `check_choice` and `check_flavor_on`, and for a scheme that the flavour
+    cannot express."""
     # Names first: only a known flavour has an opinion of a scheme.
     check_choice(flavor, options)
+    check_flavor_on(flavor, device)
     # The float model has no scheme.
     reason = None if flavor in BASELINES else objection(flavor, scheme, options)
     if reason is not None:
         # Always name a way out; qdq expresses every scheme.
         raise MarrqError(
             f"the flavour {flavor} {reason}: the artifact has {scheme.description}; use "
-            f"--flavor {' or '.join(flavors_for(scheme))}"
+            f"--flavor {' or '.join(flavors_for(scheme, device))}"
         )
 
 

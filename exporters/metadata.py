@@ -33,7 +33,7 @@ class LinearPart:
 class FileMetadata:
     """The entries of one file. None: the file is a float model.
 
-    flavor: a name of exporters/choices.py.
+    flavor, device: names of exporters/choices.py. A file of an older marrq is for the CPU.
     scheme, method: as the command line writes them; of a float model its flavour and "none".
     artifact: hash of the artifact.
     bits_per_weight: all bits that the file keeps for a weight of the quantized linears.
@@ -55,6 +55,7 @@ class FileMetadata:
     source: ModelSource
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    device: str = "cpu"
     artifact: str | None = None
     schemes: Mapping[str, list[str]] | None = None
     container_bits: int | None = None
@@ -67,6 +68,7 @@ class FileMetadata:
             # The order of the entries in the file.
             "linears": None if self.linears is None else _linears_text(self.linears),
             "flavor": self.flavor,
+            "device": self.device,
             "scheme": self.scheme,
             "method": self.method,
             "artifact": self.artifact,
@@ -96,6 +98,7 @@ class FileMetadata:
         schemes, linears = texts.get("schemes"), texts.get("linears")
         return cls(
             flavor=texts["flavor"],
+            device=texts.get("device", "cpu"),
             scheme=texts["scheme"],
             method=texts["method"],
             bits_per_weight=float(texts["bits_per_weight"]),

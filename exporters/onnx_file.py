@@ -8,7 +8,7 @@ states in exporters/opsets.py.
 """
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.choices import NO_OPTIONS, Options, check_baseline
+from exporters.choices import NO_OPTIONS, Options, check_baseline, check_device
 from exporters.external_data import external_data, put
 from exporters.flavors import FLAVORS, check_flavor
 from exporters.flavors.floating import FLOAT_FLAVORS
@@ -27,7 +27,9 @@ from exporters.trace import TracedModel, trace_quantized
 from marrq.errors import MarrqError
 from marrq.models.load import VisionModel, load_source
 from marrq.quantized_model import QuantizedModel
+from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.linear import quantized_linears
+from marrq.quantizers.weights_only import weights_only
 from marrq.schemes import Scheme
 
 INLINE_BYTES = 2_000_000_000
@@ -39,17 +41,18 @@ INLINE_BYTES = 2_000_000_000
 class Export:
     """A quantized model in the flavour that it is exported in.
 
-    artifact_hash: of the artifact that holds the model. flavor: a name of exporters/choices.py.
-    Raises MarrqError as `check_flavor`.
+    artifact_hash: of the artifact that holds the model. flavor, device: names of
+    exporters/choices.py. Raises MarrqError as `check_flavor`.
     """
 
     model: QuantizedModel
     artifact_hash: str
     flavor: str
     options: Options = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_flavor(self.model.scheme, self.flavor, self.options)
+        check_flavor(self.model.scheme, self.flavor, self.options, self.device)
 
     def write(self, path: Path, takes_images: bool = False) -> None:
         """Trace the model and write one ONNX file. path, takes_images: as in `write`.
@@ -59,10 +62,11 @@ class Export:
         """
         # A float flavour needs no trace of the quantized model.
         if self.flavor in FLOAT_FLAVORS:
-            write_baseline(load_source(self.model.source), self.flavor, path, takes_images)
+            source = load_source(self.model.source)
+            write_baseline(source, self.flavor, path, takes_images, self.device)
         else:
             traced = trace_quantized(self.model, self.artifact_hash)
-            write(traced, self.flavor, path, self.options, takes_images)
+            write(traced, self.flavor, path, self.options, takes_images, self.device)
 
 
 def write(
@@ -71,22 +75,26 @@ def write(
     path: Path,
     options: Options = NO_OPTIONS,
     takes_images: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Write a traced model in one flavour. A file that exists is replaced.
 
     flavor: a key of FLAVORS. takes_images: the graph takes uint8 images and normalizes them itself
-    (exporters/pixels.py). Raises MarrqError as `check_flavor`.
+    (exporters/pixels.py). device: what the file is made for. Raises MarrqError as `check_flavor`.
     """
-    model = traced.model
-    check_flavor(model.scheme, flavor, options)
+    check_flavor(traced.model.scheme, flavor, options, device)
     # The float model is not in the trace.
     if flavor not in FLAVORS:
         raise MarrqError(f"{flavor!r} does not lower a quantized model: use write_baseline")
+    if options.get("weights_only"):
+        traced = replace(traced, model=weights_only(traced.model))
+    model = traced.model
     # A flavour is made with the options of the user; the others have their defaults.
     chosen = FLAVORS[flavor](**options)
-    lowered = chosen.lower(traced)
+    lowered = chosen.lower(traced, device)
     metadata = FileMetadata(
         flavor=flavor,
+        device=device,
         scheme=str(model.scheme),
         method=model.method.name,
         bits_per_weight=lowered.bits_per_weight,
@@ -105,16 +113,23 @@ def write(
 
 
 def write_baseline(
-    model: VisionModel, flavor: str, path: Path, takes_images: bool = False
+    model: VisionModel,
+    flavor: str,
+    path: Path,
+    takes_images: bool = False,
+    device: str = "cpu",
 ) -> float:
-    """Write a float model, and return the bits of its weights. path, takes_images: as in `write`.
+    """Write a float model, and return the bits of its weights. path, takes_images, device: as in
+    `write`.
 
-    Raises MarrqError if the flavour is not a key of FLOAT_FLAVORS.
+    Raises MarrqError for an unknown device, and if the flavour is not a key of FLOAT_FLAVORS.
     """
     check_baseline(flavor)
+    check_device(device)
     export, bits = FLOAT_FLAVORS[flavor]
     metadata = FileMetadata(
         flavor=flavor,
+        device=device,
         scheme=flavor,
         method="none",
         bits_per_weight=bits,
@@ -123,7 +138,7 @@ def write_baseline(
         preprocessing=model.preprocessing,
         labels=model.labels,
     )
-    _save(export(model), metadata, path, takes_images)
+    _save(export(model, device), metadata, path, takes_images)
     return float(bits)
 
 
@@ -135,7 +150,8 @@ def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
     paths: dict[str, list[str]] = {}
     for path, linear in quantized_linears(model.module).items():
         # Patch embedding and head have a scheme of their own.
-        scheme = Scheme(linear.spec, linear.input.spec if linear.input is not None else None)
+        quantizer = linear.input if isinstance(linear.input, ActivationQuantizer) else None
+        scheme = Scheme(linear.spec, None if quantizer is None else quantizer.spec)
         paths.setdefault(str(scheme), []).append(path)
     return paths
 

@@ -6,7 +6,8 @@ doctor asks for has a value that says so.
 
 | key | value |
 |---|---|
-| flavor | lowering: integer, matmulnbits, qdq, fp32, fp16 |
+| flavor | lowering: integer, matmulnbits, qdq, folded, fp32, fp16 |
+| device | what the graph was made for: `cpu` or `gpu`; no such key in files of older exports |
 | scheme | as `W4A8-g64`; the flavour's name for a float model |
 | method | as `marr-stream`; `none` for a float model |
 | artifact | SHA-256 of the artifact; no such key in a float model |
@@ -18,7 +19,7 @@ doctor asks for has a value that says so.
 | schemes | JSON: module paths of the quantized linears, by scheme |
 | linears | JSON: by module path, where each part of a linear begins and ends in the graph |
 | lowest_onnxruntime | first release that was seen to run such a file |
-| fuse, accuracy_level, symmetric | options of the flavour, those that it has |
+| fuse, accuracy_level, symmetric, float32, weights_only | options of the flavour, if it has them |
 """
 
 import json
@@ -59,6 +60,17 @@ class Metadata:
     def flavor(self) -> str:
         """How the graph was lowered."""
         return self._required("flavor")
+
+    @property
+    def device(self) -> str:
+        """What the graph was made for: `cpu` or `gpu`."""
+        # Before files said so, all were made for the CPU.
+        return self._text("device") or "cpu"
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether the file leaves out the activations' quantization that its artifact has."""
+        return self._text("weights_only") == "True"
 
     @property
     def scheme(self) -> str | None:

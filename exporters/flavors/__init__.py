@@ -3,6 +3,7 @@
     integer        low-bit codes in the file, ONNX Runtime's integer kernels at run time
     matmulnbits    weight-only schemes on ONNX Runtime's MatMulNBits
     qdq            standard operators, for any runtime; with `symmetric`, for TensorRT
+    folded         codes that ONNX Runtime folds to float weights when it loads the file, for GPUs
     floating.py    fp32 and fp16: the float model that the artifact was made from
 
 A new flavour is a class with the three methods of `Flavor`, an entry of FLAVORS and of VARIANTS,
@@ -12,7 +13,8 @@ and in exporters/choices.py its name, options and help, and the schemes that it 
 from collections.abc import Callable
 from typing import Protocol
 
-from exporters.choices import NO_OPTIONS, Options, check_scheme, objection
+from exporters.choices import NO_OPTIONS, PREFERRED, Options, check_scheme, objection
+from exporters.flavors.folded import Folded
 from exporters.flavors.integer import Integer
 from exporters.flavors.matmulnbits import MatMulNBits
 from exporters.flavors.qdq import Qdq
@@ -30,14 +32,15 @@ class Flavor(Protocol):
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to run such a file (exporters/opsets.py)."""
 
-    def lower(self, traced: TracedModel) -> LoweredModel:
-        """The graph with every placeholder replaced. The trace stays as it is."""
+    def lower(self, traced: TracedModel, device: str) -> LoweredModel:
+        """The graph for a device with every placeholder replaced. The trace stays as it is."""
 
 
 FLAVORS: dict[str, Callable[..., Flavor]] = {
     "integer": Integer,
     "matmulnbits": MatMulNBits,
     "qdq": Qdq,
+    "folded": Folded,
 }
 """Flavours of a quantized model."""
 
@@ -47,24 +50,29 @@ VARIANTS: dict[str, tuple[str, Options]] = {
     "matmulnbits level 4": ("matmulnbits", {"accuracy_level": 4}),
     "qdq": ("qdq", NO_OPTIONS),
     "qdq symmetric": ("qdq", {"symmetric": True}),
+    "folded": ("folded", NO_OPTIONS),
+    "folded float32": ("folded", {"float32": True}),
 }
 """Flavours with the options that are worth measuring beside each other."""
 
 
-def variants(scheme: Scheme) -> list[str]:
-    """The names of VARIANTS that can express a scheme."""
+def variants(scheme: Scheme, device: str = "cpu") -> list[str]:
+    """The names of VARIANTS that can express a scheme and have kernels on a device."""
     return [
         name
         for name, (flavor, options) in VARIANTS.items()
         # A variant is a flavour with options, and its options may limit the schemes.
-        if objection(flavor, scheme, options) is None
+        if flavor in PREFERRED[device] and objection(flavor, scheme, options) is None
     ]
 
 
-def check_flavor(scheme: Scheme, flavor: str, options: Options = NO_OPTIONS) -> None:
-    """Raise MarrqError for an unknown flavour, an option that the flavour does not have, a value
-    that the option cannot have, and a scheme that the flavour cannot express."""
-    check_scheme(scheme, flavor, options)
+def check_flavor(
+    scheme: Scheme, flavor: str, options: Options = NO_OPTIONS, device: str = "cpu"
+) -> None:
+    """Raise MarrqError for an unknown flavour or device, a flavour without kernels on the device,
+    an option that the flavour does not have, a value that the option cannot have, and a scheme that
+    the flavour cannot express."""
+    check_scheme(scheme, flavor, options, device)
     # The class checks the values of its options; a float flavour has none.
     if flavor in FLAVORS:
         FLAVORS[flavor](**options)

@@ -31,18 +31,18 @@ class _Half(nn.Module):
         return cast(Tensor, self.model(pixels.half())).float()
 
 
-def export_float32(model: VisionModel) -> ir.Model:
-    """The model as it is."""
+def export_float32(model: VisionModel, device: str) -> ir.Model:
+    """The model as it is. device: of exporters/choices.py."""
     return trace(model.module, model.preprocessing.input_size, OPSET, model.output)
 
 
-def export_float16(model: VisionModel) -> ir.Model:
-    """Weights and arithmetic in float16."""
+def export_float16(model: VisionModel, device: str) -> ir.Model:
+    """Weights and arithmetic in float16. device: of exporters/choices.py."""
     return trace(_Half(model.module), model.preprocessing.input_size, OPSET, model.output)
 
 
 # Bits of a weight are stated, not counted: every tensor of the model has this type.
-FLOAT_FLAVORS: dict[str, tuple[Callable[[VisionModel], ir.Model], int]] = {
+FLOAT_FLAVORS: dict[str, tuple[Callable[[VisionModel, str], ir.Model], int]] = {
     "fp32": (export_float32, 32),
     "fp16": (export_float16, 16),
 }

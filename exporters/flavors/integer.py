@@ -41,7 +41,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.lowering.inputs import input_codes
-from exporters.lowering.linear import InputCodes, LinearLowering, LoweredModel, lower
+from exporters.lowering.linear import InputCodes, LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.lowering.weights import int8_codes
 from exporters.opsets import (
@@ -82,12 +82,12 @@ class Integer:
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return max(widened, BLOCK_ONNXRUNTIME) if opset_of(scheme) >= BLOCK_OPSET else widened
 
-    def lower(self, traced: TracedModel) -> LoweredModel:
+    def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph on integer kernels."""
         # Attention has a kernel only in opset 23: a scheme that needs a later opset cannot have it.
         opset = opset_of(traced.model.scheme)
         fuse = self.fuse and opset <= ATTENTION_OPSET
-        return lower(traced, ATTENTION_OPSET if fuse else opset, _linear, fuse)
+        return lower(traced, Target(ATTENTION_OPSET if fuse else opset, device, fuse), _linear)
 
 
 def _linear(linear: LinearLowering) -> ir.Value:

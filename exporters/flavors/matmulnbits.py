@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from exporters.choices import LEAST_BLOCK
-from exporters.lowering.linear import LinearLowering, LoweredModel, lower
+from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOMAIN, OPSET
 from exporters.trace import TracedModel
@@ -74,11 +74,11 @@ class MatMulNBits:
         widths = {self.container_bits(scheme), *([OUTER_BITS] if scheme.outer_layers else [])}
         return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
-    def lower(self, traced: TracedModel) -> LoweredModel:
+    def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph on MatMulNBits."""
         # Containers are plain uint8 tensors, so only Attention asks for a later opset.
         opset = ATTENTION_OPSET if self.fuse else OPSET
-        return lower(traced, opset, self._linear, self.fuse)
+        return lower(traced, Target(opset, device, self.fuse), self._linear)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:
         rows = linear.slice

@@ -35,7 +35,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.lowering.inputs import input_values
-from exporters.lowering.linear import LinearLowering, LoweredModel, lower
+from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import with_lowrank
 from exporters.lowering.weights import int8_codes
 from exporters.opsets import BLOCK_ONNXRUNTIME, BLOCK_OPSET, WIDENED_ONNXRUNTIME, opset_of
@@ -64,16 +64,16 @@ class Qdq:
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return widened if _fits_integer_kernel(scheme) else max(widened, TRANSPOSED_ONNXRUNTIME)
 
-    def lower(self, traced: TracedModel) -> LoweredModel:
+    def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph in standard operators."""
         if self.symmetric:
-            return lower(traced, BLOCK_OPSET, _symmetric)
+            return lower(traced, Target(BLOCK_OPSET, device), _symmetric)
         scheme = traced.model.scheme
         # A scale per block, even one block, needs opset 21.
         opset = opset_of(scheme)
         if not _fits_integer_kernel(scheme):
             opset = max(opset, BLOCK_OPSET)
-        return lower(traced, opset, _standard)
+        return lower(traced, Target(opset, device), _standard)
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from exporters.float16 import to_float16
 from exporters.graph import add_constant
 from exporters.metadata import LinearPart
 from exporters.opsets import ONNXRUNTIME_DOMAIN
@@ -29,6 +30,7 @@ from exporters.trace import (
     TracedModel,
     placeholders,
 )
+from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.linear import QuantLinear, StoredFactor, quantized_linears
 
 
@@ -126,18 +128,21 @@ class SharedInputs:
     values: the dequantized codes.
     components: R x of a low-rank branch, by the linear's path and the input. The parts q, k and v
     of a linear share R, and may read different tokens.
+    right_factors: Rᵀ of a low-rank branch, by the linear's path.
     """
 
     codes: dict[tuple[ir.Value, tuple[bytes, ...]], InputCodes] = field(default_factory=dict)
     values: dict[InputCodes, ir.Value] = field(default_factory=dict)
     components: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
+    right_factors: dict[str, ir.Value] = field(default_factory=dict)
 
 
 class LinearLowering:
     """A placeholder, and the nodes and constants that will replace it.
 
     path: the linear's module path. name: the path and the part, which all new names begin with.
-    slice: the tensors. quantizer: of the input, or None for float activations. x: the input.
+    slice: the tensors. quantizer: of the input, or None for float activations. smoothing: factors
+    of the channels of an input that is smoothed and not quantized, or None. x: the input.
     nodes: the new nodes in order. weight_tensors: names of the constants that hold the weight.
     """
 
@@ -150,7 +155,9 @@ class LinearLowering:
         part = f".{node.attributes[PART].as_string()}" if PART in node.attributes else ""
         self.name = f"{self.path}{part}"
         # The quantizer belongs to the whole linear: its parts read the same input.
-        self.slice, self.quantizer = LinearSlice.of(node, linear), linear.input
+        self.slice, of = LinearSlice.of(node, linear), linear.input
+        self.quantizer = of if isinstance(of, ActivationQuantizer) else None
+        self.smoothing = of.smoothing if isinstance(of, Smoothing) else None
         self.nodes, self.weight_tensors = list[ir.Node](), set[str]()
         assert node.inputs[0] is not None  # a placeholder has one input
         self.x = node.inputs[0]
@@ -212,22 +219,36 @@ class LoweredModel:
     bits_per_weight: float
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a graph is lowered for.
+
+    opset: of the graph, at least that of the trace.
+    device: of exporters/choices.py.
+    fuse: write attention as one operator.
+    float16: weights and arithmetic in float16, between inputs and outputs in float32.
+    """
+
+    opset: int
+    device: str = "cpu"
+    fuse: bool = False
+    float16: bool = False
+
+
 def lower(
-    traced: TracedModel,
-    opset: int,
-    lower_linear: Callable[[LinearLowering], ir.Value],
-    fuse: bool = False,
+    traced: TracedModel, target: Target, lower_linear: Callable[[LinearLowering], ir.Value]
 ) -> LoweredModel:
     """Replace each placeholder of a clone of the trace by what `lower_linear` makes of it.
 
-    opset: of the result, at least that of the trace. lower_linear: adds nodes and constants to the
-    LinearLowering and returns the linear's output. fuse: write attention as one operator.
+    lower_linear: adds nodes and constants to the LinearLowering and returns the linear's output.
     """
     # The trace itself stays, for the next flavour.
     lowered, linears = traced.clone(), quantized_linears(traced.model.module)
     # Later opsets only take more types in the operators of a trace.
-    lowered.opset_imports[""] = opset
-    prepare(lowered, fuse)
+    lowered.opset_imports[""] = target.opset
+    prepare(lowered, target.fuse, target.device)
+    if target.float16:
+        to_float16(lowered)
     # What linears have in common is made by the first of them.
     shared, weights = SharedInputs(), set[str]()
     parts: dict[str, dict[str, LinearPart]] = {}

@@ -1,7 +1,8 @@
-"""The low-rank branch beside the codes: y + L (R x), in float32.
+"""The low-rank branch, in float32: beside the codes as y + L (R x), or added to a float weight.
 
-x is the dequantized input, as in the torch simulation (marrq/quantizers/linear.py). The branch
-costs r (in + out) float products for each token.
+x is the dequantized input, as in the torch simulation (marrq/quantizers/linear.py). Beside integer
+codes the branch costs r (in + out) float products for each token; in a weight that ONNX Runtime
+folds it costs none.
 """
 
 import onnx_ir as ir
@@ -22,6 +23,20 @@ def with_lowrank(linear: LinearLowering, x: ir.Value, y: ir.Value) -> ir.Value:
     # R first: r is much smaller than the widths of the linear.
     components = _components(linear, x, rows.right)
     return linear.add("Add", [y, linear.add("MatMul", [components, left])])
+
+
+def plus_lowrank(linear: LinearLowering, weight: ir.Value) -> ir.Value:
+    """The weight (W + L R)ᵀ [in, rows] in float32; the weight itself if there is no branch."""
+    rows = linear.slice
+    if rows.left is None or rows.right is None:
+        return weight
+    left = _factor(linear, "lowrank_left", rows.left, rows.left_scale)
+    made = linear.shared.right_factors
+    # q, k and v have the same R, which is stored once.
+    if linear.path not in made:
+        made[linear.path] = _factor(linear, "lowrank_right", rows.right, None)
+    # (L R)ᵀ = Rᵀ Lᵀ, and both factors are stored transposed.
+    return linear.add("Add", [weight, linear.add("MatMul", [made[linear.path], left])])
 
 
 def _components(linear: LinearLowering, x: ir.Value, right: StoredFactor) -> ir.Value:

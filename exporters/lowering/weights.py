@@ -1,9 +1,9 @@
-"""The codes of a weight as int8, from the narrowest initializer that holds them.
+"""The codes of a weight, from the narrowest initializer that holds them, as int8 or as float32.
 
     2 bits    INT2 (opset 25) → Cast
     3 bits    two uint8 planes, unpacked by shifts, masks and ors: ONNX has no 3-bit type
     4 bits    INT4 (opset 21) → Cast
-    8 bits    int8
+    8 bits    int8 [→ Cast]
 
 ONNX Runtime folds these nodes when it loads the file, so they cost nothing at run time.
 """
@@ -23,6 +23,18 @@ NARROW_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4}
 
 def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
     """The codes as an int8 value of the same shape. codes: the slice's, in any layout."""
+    stored = _stored_codes(linear, codes)
+    # 3 and 8 bits are int8 already.
+    return stored if stored.dtype == ir.DataType.INT8 else _cast(linear, stored, ir.DataType.INT8)
+
+
+def float32_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
+    """The codes as a float32 value of the same shape."""
+    return _cast(linear, _stored_codes(linear, codes), ir.DataType.FLOAT)
+
+
+def _stored_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
+    """The codes as int8, or as the type that packs them."""
     num_bits = linear.slice.num_bits
     # Nothing to unpack.
     if num_bits == 8:
@@ -30,9 +42,11 @@ def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
     if num_bits == 3:
         return _from_planes(linear, codes)
     # ONNX packs two INT4 or four INT2 codes in a byte.
-    packed = codes.numpy().astype(NARROW_TYPES[num_bits])
-    stored = linear.weight_constant("weight_codes", packed)
-    return linear.add("Cast", [stored], to=int(ir.DataType.INT8))
+    return linear.weight_constant("weight_codes", codes.numpy().astype(NARROW_TYPES[num_bits]))
+
+
+def _cast(linear: LinearLowering, value: ir.Value, data_type: ir.DataType) -> ir.Value:
+    return linear.add("Cast", [value], to=int(data_type))
 
 
 def _from_planes(linear: LinearLowering, codes: Tensor) -> ir.Value:
@@ -52,11 +66,13 @@ def _from_planes(linear: LinearLowering, codes: Tensor) -> ir.Value:
     union = linear.add("BitwiseOr", [low_bits, lifted])
     # Sign extension: xor with the sign bit, then subtract it.
     flipped = linear.add("BitwiseXor", [union, _bytes(linear, "sign", [4])])
-    signed = linear.add("Cast", [flipped], to=int(ir.DataType.INT8))
+    signed = _cast(linear, flipped, ir.DataType.INT8)
     flat = linear.add("Sub", [signed, linear.constant("offset", np.array([4], np.int8))])
     # From the flat codes back to their layout.
     shape = linear.weight_constant("weight_shape", np.array(codes.shape, np.int64))
-    return linear.add("Reshape", [flat, shape])
+    value = linear.add("Reshape", [flat, shape])
+    value.type = ir.TensorType(ir.DataType.INT8)
+    return value
 
 
 def _plane(linear: LinearLowering, packed: ir.Value, name: str, bits: int, count: int) -> ir.Value:

@@ -25,8 +25,11 @@ from exporters.passes.qkv import split_qkv
 from exporters.passes.unread_tokens import drop_unread_tokens
 
 
-def prepare(model: ir.Model, fuse: bool) -> None:
-    """Run all passes on a clone of a traced graph. fuse: write attention as one operator."""
+def prepare(model: ir.Model, fuse: bool, device: str = "cpu") -> None:
+    """Run all passes on a clone of a traced graph.
+
+    fuse: write attention as one operator. device: of exporters/choices.py.
+    """
     graph = model.graph
     # Copies would hide the patterns that the next passes look for.
     drop_copies(graph)

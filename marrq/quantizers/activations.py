@@ -79,6 +79,24 @@ def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
     return x if smoothing is None else x * smoothing
 
 
+class Smoothing(nn.Module):
+    """What is left of an ActivationQuantizer if activations stay in floating point.
+
+    The weights are those for smoothed channels, so the smoothing stays.
+    """
+
+    smoothing: Tensor
+
+    def __init__(self, smoothing: Tensor) -> None:
+        """smoothing: [n], factors of the channels."""
+        super().__init__()
+        self.register_buffer("smoothing", smoothing)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The smoothed x. x: [..., n]."""
+        return smoothed(x, self.smoothing)
+
+
 class RangeObserver:
     """Sees a linear's input batch by batch, then gives the quantizer for this input.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marrq.quantizers.activations import ActivationQuantizer
+from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.packing import packed_size
 from marrq.schemes import WeightSpec
@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
 
     weight: codes, scales and zero points.
     bias: float32 [out], or None.
-    input: quantizes x; None if activations stay in floating point.
+    input: quantizes x, or smooths it only; None if it stays as it is.
     lowrank: branch beside the codes, or None.
     """
 
@@ -124,7 +124,7 @@ class QuantLinear(nn.Module):
         self,
         weight: QuantizedWeight,
         bias: Tensor | None,
-        input: ActivationQuantizer | None,
+        input: ActivationQuantizer | Smoothing | None,
         lowrank: LowRank | None = None,
     ) -> None:
         super().__init__()

@@ -1,0 +1,115 @@
+"""The folded flavour: low-bit codes in the file, float weights in memory, for GPUs.
+
+    codes (INT4) → Cast(float32) → Sub(zero point) → Mul(scale) → Cast(float16)  ┐
+    x ────────────────────────────────────────────────────────────────────────── ┴ MatMul → Add
+
+ONNX Runtime folds the first line to a float16 initializer when it loads the file. What then runs is
+the float16 graph, in its time, from a file of a quarter of its size: the transfer and the storage
+are small, not the memory.
+
+Why this form. On a GPU no low-bit product of ONNX Runtime is faster than the float16 product for
+the hundreds of rows of a ViT. Measured on an H100, ViT-B/16, as a ratio to the float16 graph's time
+at batch 1, 8 and 32 (onnxruntime-gpu 1.31.1): `integer` 7.7, 40 and 55, because MatMulIntegerToFloat
+has no kernel there and the linears run on the CPU; `qdq` 1.9, 2.3 and 2.1; `matmulnbits` 1.2, 1.9
+and 1.9; this form 0.71, 0.77 and 0.67, as the float16 graph with the same passes.
+
+Why float32 first. ONNX Runtime folds on its CPU provider, whose Sub and Mul have no float16
+kernels: in float16 nothing is folded. DequantizeLinear is not folded at all, Cast and Mul are.
+
+Whatever multiplies the weight is folded too, and costs nothing at run time: the low-rank branch
+(W + L R) and, if activations are not quantized although the artifact's are, their smoothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
+from exporters.lowering.lowrank import plus_lowrank
+from exporters.lowering.weights import float32_codes
+from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, WEIGHT_OPSETS
+from exporters.trace import TracedModel
+from marrq.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The flavour.
+
+    float32: weights and activations in float32, else in float16.
+    weights_only: leave the activations of the artifact unquantized. The exporter does that before
+    it lowers the model (marrq/quantizers/weights_only.py).
+    """
+
+    float32: bool = False
+    weights_only: bool = False
+
+    def container_bits(self, scheme: Scheme) -> int:
+        """Bits that one weight code takes in the file."""
+        return scheme.weight.num_bits
+
+    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+        """First ONNX Runtime that was seen to run such a file."""
+        return FUSED_ONNXRUNTIME
+
+    def lower(self, traced: TracedModel, device: str) -> LoweredModel:
+        """The graph with float products."""
+        # Attention has a kernel only in opset 23, and INT2 needs a later one.
+        opset = max(WEIGHT_OPSETS[traced.model.scheme.weight.num_bits], ATTENTION_OPSET)
+        target = Target(opset, device, opset == ATTENTION_OPSET, not self.float32)
+        return lower(traced, target, self._linear)
+
+    def _linear(self, linear: LinearLowering) -> ir.Value:
+        weight = plus_lowrank(linear, _dequantized(linear))
+        if linear.smoothing is not None:
+            # (s ∘ x) W = x (diag(s) W): the factors of the inputs multiply the rows of [in, rows].
+            factors = linear.weight_constant("input_smoothing", _column(linear.smoothing))
+            weight = linear.add("Mul", [weight, factors])
+        if not self.float32:
+            weight = linear.add("Cast", [weight], to=int(ir.DataType.FLOAT16))
+        y, bias = linear.add("MatMul", [linear.x, weight]), linear.slice.bias
+        if bias is None:
+            return y
+        number = np.float32 if self.float32 else np.float16
+        return linear.add("Add", [y, linear.constant("bias", bias.numpy().astype(number))])
+
+
+def _dequantized(linear: LinearLowering) -> ir.Value:
+    """(codes - zero point) · scale in float32: [in, rows]."""
+    rows = linear.slice
+    values = float32_codes(linear, rows.codes.T.contiguous())
+    if rows.groups == 1:
+        return _scaled(linear, values, _row(rows.zero_point), _row(rows.scale))
+    # Each group with its own scale: [groups, inputs of a group, rows] by [groups, 1, rows]
+    grouped = linear.constant("groups", np.array([rows.groups, rows.group_size, len(rows.codes)]))
+    values = _scaled(
+        linear,
+        linear.add("Reshape", [values, grouped]),
+        _row(rows.zero_point)[:, None],
+        _row(rows.scale)[:, None],
+    )
+    whole = linear.constant("whole", np.array([rows.in_features, len(rows.codes)]))
+    return linear.add("Reshape", [values, whole])
+
+
+def _scaled(
+    linear: LinearLowering, values: ir.Value, zero_point: np.ndarray, scale: np.ndarray
+) -> ir.Value:
+    # Symmetric grids have zero points of 0: nothing to store, nothing to subtract.
+    if zero_point.any():
+        # int8 in the file, a quarter of float32; the Cast is folded like the others.
+        stored = linear.weight_constant("weight_zero_point", zero_point)
+        shift = linear.add("Cast", [stored], to=int(ir.DataType.FLOAT))
+        values = linear.add("Sub", [values, shift])
+    return linear.add("Mul", [values, linear.weight_constant("weight_scale", scale)])
+
+
+def _row(numbers: Tensor) -> np.ndarray:
+    """[rows, groups] → [groups, rows]"""
+    return numbers.T.contiguous().numpy()
+
+
+def _column(numbers: Tensor) -> np.ndarray:
+    return numbers.numpy()[:, None]

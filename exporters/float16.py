@@ -1,0 +1,61 @@
+"""A float32 graph in float16: weights, constants and arithmetic.
+
+Input and output stay float32, with a Cast behind the one and before the other, so that every graph
+of a model is fed and read alike. A constant beyond the range of float16 becomes the largest number
+of float16: the -3e38 of a mask must not become -∞, whose softmax over a masked row is NaN.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+LARGEST = float(np.finfo(np.float16).max)
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+
+def to_float16(model: ir.Model) -> None:
+    """Turn a float32 graph into float16, placeholders and their values included."""
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.dtype == FLOAT:
+            # Constants are shared between clones, so a new tensor takes the place of the old one.
+            value.const_value = _halved(value.const_value)
+            value.dtype = HALF
+    for node in graph:
+        _halve_attributes(node)
+        for output in node.outputs:
+            if output.dtype == FLOAT:
+                output.dtype = HALF
+    _cast_ends(graph)
+
+
+def _halved(tensor: ir.TensorProtocol) -> ir.Tensor:
+    array = np.clip(tensor.numpy(), -LARGEST, LARGEST).astype(np.float16)
+    return ir.Tensor(array, name=tensor.name)
+
+
+def _halve_attributes(node: ir.Node) -> None:
+    """A constant in an attribute, and the type that a Cast gives."""
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == FLOAT:
+            node.attributes[name] = ir.AttrTensor(name, _halved(attribute.value))
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+
+
+def _cast_ends(graph: ir.Graph) -> None:
+    """float32 outside, float16 inside."""
+    [pixels], [result] = graph.inputs, graph.outputs
+    inward = ir.node("Cast", [pixels], attributes={"to": int(HALF)}, name="pixels/float16")
+    half = inward.outputs[0]
+    half.name, half.shape, half.type = "pixels/float16", pixels.shape, ir.TensorType(HALF)
+    pixels.replace_all_uses_with(half)
+    inward.replace_input_with(0, pixels)
+    graph.insert_before(graph[0], inward)
+    # The output keeps its name, which clients ask for.
+    name, inner = result.name, f"{result.name}/float16"
+    outward = ir.node("Cast", [result], attributes={"to": int(FLOAT)}, name=f"{name}/float32")
+    result.name, result.dtype = inner, HALF
+    outside = outward.outputs[0]
+    outside.name, outside.shape, outside.type = name, result.shape, ir.TensorType(FLOAT)
+    graph.append(outward)
+    graph.outputs[0] = outside

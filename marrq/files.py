@@ -5,13 +5,17 @@ A file is written beside its place, flushed to the disk and renamed. A rename wi
 step (POSIX rename), so a reader sees the old file or the new one, and never a part. A folder is
 written the same way, but a folder that is replaced has to be moved away first: between the two
 renames it lies beside its place, and the next write puts it back.
+
+What lies beside a place NAME is called `.NAME.unfinished` and `.NAME.replaced`, which nobody else
+uses. Of folders only files are removed whose names the caller knows. What may be replaced at all is
+decided in marrq/outputs.py.
 """
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from marrq.errors import MarrqError
@@ -26,9 +30,7 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
     exist. Raises what `write` and the file system raise; then what was there before is still there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename between two file systems is a copy. The dot hides it from a
-    # reader that lists the folder.
-    unfinished = file.with_name(f".{file.name}")
+    unfinished = beside(file, "unfinished")
     try:
         write(unfinished)
         flush(unfinished)
@@ -40,25 +42,24 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
     flush(file.parent)
 
 
-def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object], names: Collection[str]) -> None:
     """Put a folder in its place in one step, or replace the folder that is there.
 
     write: called with an empty folder to fill. The parent is made if it does not exist.
+    names: of all files that `write` makes; no other file is ever removed.
     Raises what `write` and the file system raise; then what was there before is still there, and
         nothing is left beside it.
     """
-    unfinished, replaced = (
-        folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced")
-    )
+    unfinished, replaced = beside(folder, "unfinished"), beside(folder, "replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Of a process that was killed.
-        _clear(folder, unfinished, replaced)
+        _clear(folder, names)
         # What is filled here gets its name in one step below.
         unfinished.mkdir()
         write(unfinished)
-        # Every file and folder inside, so that a name never appears before its content.
-        for path in (*unfinished.rglob("*"), unfinished):
+        # Every file inside, so that a name never appears before its content.
+        for path in (*unfinished.iterdir(), unfinished):
             flush(path)
         if folder.exists():
             # A folder with content cannot be renamed over: the old one steps aside first.
@@ -66,16 +67,39 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         unfinished.rename(folder)
         flush(folder.parent)
     finally:
-        _clear(folder, unfinished, replaced)
+        _clear(folder, names)
 
 
-def _clear(folder: Path, unfinished: Path, replaced: Path) -> None:
+def beside(path: Path, state: str) -> Path:
+    """Where something lies that is not in its place yet (unfinished), or no longer (replaced)."""
+    # In the same folder, since a rename between two file systems is a copy. The dot hides it from a
+    # reader that lists the folder.
+    return path.with_name(f".{path.name}.{state}")
+
+
+def _clear(folder: Path, names: Collection[str]) -> None:
     """Put a folder back that was moved away and not replaced; remove what lies beside its place."""
+    unfinished, replaced = beside(folder, "unfinished"), beside(folder, "replaced")
     # The process was killed between the two renames: the old folder is the valid one.
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
     for path in (unfinished, replaced):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_files(path, names)
+
+
+def remove_files(folder: Path, names: Collection[str]) -> None:
+    """Remove the named files of a folder, and what a killed process left of them; then the folder,
+    if nothing else is in it. A link is left alone."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for name in names:
+        # `write_file` writes beside the place of each file.
+        for path in (folder / name, beside(folder / name, "unfinished")):
+            with suppress(OSError):
+                path.unlink()
+    # Fails if something else is there, which is not ours to remove.
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def write_text(file: Path, text: str) -> None:
@@ -106,21 +130,6 @@ def sha256(file: Path) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise MarrqError if the output exists and may not be replaced, or can have no place because
-    a folder above it is a file."""
-    # `exists` is false below a file, and the error would come only when all is computed.
-    file = next((parent for parent in path.parents if parent.is_file()), None)
-    if file is not None:
-        raise MarrqError(
-            f"output {str(path)!r} cannot be written: {str(file)!r} is a file; choose another place"
-        )
-    if path.exists() and not overwrite:
-        raise MarrqError(
-            f"output {str(path)!r} exists: choose another place, or pass --force to replace it"
-        )
 
 
 def check_data_folder(name: str) -> None:

@@ -5,16 +5,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from exporters.replacing import check_version_folder
 from marrq.errors import MarrqError
 
 BACKEND_FILES = {"onnxruntime": None, "python": Path(__file__).with_name("python_backend.py")}
 """Backends, and the model.py that a backend needs beside the ONNX file."""
-
-DEVICES = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
-"""Devices, and what ModelInstanceGroup calls them."""
-
-CPU_FLAVORS = ("integer",)
-"""Flavours whose kernels only ONNX Runtime's CPU provider has."""
 
 NEEDS_TRITONCLIENT = (
     "a Triton repository is written by tritonclient's protobuf, which is not installed: pip "
@@ -26,12 +21,11 @@ NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 
 @dataclass(frozen=True)
 class Serving:
-    """Choices about the server. Raises MarrqError for a name, backend or device that is wrong.
+    """Choices about the server. Raises MarrqError for a name or backend that is wrong.
 
     name: of the model; clients address the model by it.
     model_version: a server takes the highest.
     backend: a key of BACKEND_FILES.
-    device: a key of DEVICES.
     instances: copies of the model that run at once, on each GPU.
     threads: of one operator; None for one thread a core.
     max_batch: images in one run.
@@ -43,7 +37,6 @@ class Serving:
     name: str = "vit"
     model_version: int = 1
     backend: str = "onnxruntime"
-    device: str = "cpu"
     instances: int = 1
     threads: int | None = None
     max_batch: int = 8
@@ -62,16 +55,6 @@ class Serving:
             raise MarrqError(
                 f"unknown backend {self.backend!r}: choose one of {', '.join(BACKEND_FILES)}"
             )
-        if self.device not in DEVICES:
-            raise MarrqError(f"unknown device {self.device!r}: choose one of {', '.join(DEVICES)}")
-
-    def check_flavor(self, flavor: str) -> None:
-        """Raise MarrqError if the device has no kernels for the flavour."""
-        if self.device == "gpu" and flavor in CPU_FLAVORS:
-            raise MarrqError(
-                f"the kernels of {flavor} are of ONNX Runtime's CPU provider: use --device cpu, or "
-                "another flavour"
-            )
 
     def version_folder(self, repository: Path) -> Path:
         """The folder of the model's version."""
@@ -80,10 +63,6 @@ class Serving:
     def check_repository(self, repository: Path, force: bool) -> None:
         """Raise MarrqError if the version exists and may not be replaced, or if the package that
         writes a repository is not installed."""
-        version = self.version_folder(repository)
-        if version.exists() and not force:
-            raise MarrqError(
-                f"{str(version)!r} exists: pass another --model-version, or --force to replace it"
-            )
+        check_version_folder(self.version_folder(repository), force)
         if find_spec("tritonclient") is None:
             raise MarrqError(NEEDS_TRITONCLIENT)

@@ -10,7 +10,6 @@ artifact of a run that was killed is the artifact of a run that was not, byte fo
 """
 
 import json
-import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,13 @@ from marrq.artifact.tensors import (
 )
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
-from marrq.files import write_json
+from marrq.files import beside, remove_files, write_json
 from marrq.models.blocks import Block
 from marrq.quantized_model import ModuleReport, QuantizationSettings
 from marrq.schemes import Scheme
 
 SETTINGS = "settings.json"
+BLOCKS = "block-[0-9][0-9][0-9][0-9]*.safetensors"
 
 
 class FolderCheckpoint:
@@ -149,7 +149,7 @@ class FolderCheckpoint:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder has an unfinished run: at least one finished block."""
-    return any(folder.glob("block-*.safetensors"))
+    return any(folder.glob(BLOCKS))
 
 
 def settings_in(folder: Path) -> QuantizationSettings:
@@ -161,8 +161,11 @@ def settings_in(folder: Path) -> QuantizationSettings:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the folder and the unfinished run in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove the unfinished run in the folder, and the folder if nothing else is in it."""
+    # A killed process may have left the beginning of a block.
+    blocks = {path.name for path in folder.glob(BLOCKS)}
+    begun = {path.name for path in folder.glob(beside(Path(BLOCKS), "unfinished").name)}
+    remove_files(folder, {SETTINGS, *blocks, *begun})
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

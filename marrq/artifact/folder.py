@@ -42,29 +42,27 @@ from marrq.artifact.validate import (
     real_file,
 )
 from marrq.errors import MarrqError
-from marrq.files import check_artifact, check_output, sha256, write_folder, write_json, write_text
+from marrq.files import check_artifact, sha256, write_folder, write_json, write_text
 from marrq.models.load import ModelSource, build
 from marrq.models.preprocessing import Preprocessing
+from marrq.outputs import ARTIFACT_FILES, ARTIFACT_FORMAT, check_output, no_artifact
 from marrq.quantized_model import QuantizedModel
 
-FORMAT = "marrq.artifact"
+FORMAT = ARTIFACT_FORMAT
 FORMAT_VERSION = 6
 """The only version that is read: in another version a name may mean other numbers."""
 
-CONFIG = "config.json"
-TENSORS = "model.safetensors"
-REPORTS = "quantization.json"
-CARD = "README.md"
+TENSORS, REPORTS, CARD, CONFIG = ARTIFACT_FILES
 
 
 def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> None:
-    """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, or if it
-    cannot be written; then what was there before is still there."""
+    """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, if it is no
+    artifact, and if it cannot be written; then what was there before is still there."""
     folder = Path(folder)
     # Before anything is written, so that a mistake of the user costs no time.
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, no_artifact)
     with errors_of_writing(f"artifact {str(folder)!r}", "make room, or choose another place"):
-        write_folder(folder, lambda place: _write(model, place))
+        write_folder(folder, lambda place: _write(model, place), ARTIFACT_FILES)
 
 
 def _write(model: QuantizedModel, place: Path) -> None:

@@ -74,7 +74,5 @@ Recommend = Annotated[
 
 Page = Annotated[
     Path | None,
-    common.output_option(
-        "--report", metavar="FILE", help="Also write the report as one HTML page."
-    ),
+    common.picture_option("--report", help="Also write the report as one HTML page."),
 ]

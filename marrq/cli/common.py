@@ -22,6 +22,7 @@ from marrq.files import write_json
 from marrq.methods.lowrank_spec import LowRankKind
 from marrq.methods.registry import method_names_for_help
 from marrq.methods.spec import METHOD_SETTINGS
+from marrq.outputs import check_report, no_picture, no_report
 
 # Results go to stdout, so that they can be piped; progress, warnings and errors go to stderr.
 stdout = Console()
@@ -177,13 +178,28 @@ ProviderOption = Annotated[
 OutputOption = Annotated[
     Path, output_option("-o", "--output", metavar="PATH", help="Where to write.")
 ]
-ForceOption = Annotated[bool, output_option("--force", help="Replace an output that exists.")]
-JsonOption = Annotated[
-    Path | None, output_option("--json", metavar="FILE", help="Also write the report as JSON.")
+ForceOption = Annotated[
+    bool, output_option("--force", help="Replace an output that marrq wrote; never anything else.")
 ]
-PlotOption = Annotated[
-    Path | None, output_option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.")
-]
+
+
+def _check_json(file: Path | None) -> Path | None:
+    # When the command is read, so that no hour of work ends in a refusal.
+    if file is not None:
+        check_report(file, no_report)
+    return file
+
+
+def _check_picture(file: Path | None) -> Path | None:
+    if file is not None:
+        check_report(file, no_picture)
+    return file
+
+
+json_option = partial(output_option, "--json", metavar="FILE", callback=_check_json)
+picture_option = partial(output_option, metavar="FILE", callback=_check_picture)
+JsonOption = Annotated[Path | None, json_option(help="Also write the report as JSON.")]
+PlotOption = Annotated[Path | None, picture_option("--plot", help="Also draw it, as .png or .svg.")]
 
 
 class Bar:

@@ -6,6 +6,7 @@ from typing import Annotated
 from marrq.cli import common
 from marrq.cli.bench import bench
 from marrq.cli.quantize import quantize
+from marrq.outputs import check_report, no_report
 
 
 def demo(
@@ -26,9 +27,13 @@ def demo(
     """
     # Raises BenchError at once if ONNX Runtime is missing.
     import runtime.session  # noqa: F401
+    from exporters.replacing import check_model_file
     from marrq.workflows.export import export
 
     artifact, file, report = output / "artifact", output / "model.onnx", output / "bench.json"
+    # All three places are checked before the first minute of work.
+    check_report(report, no_report)
+    check_model_file(file, force)
     # The model demo has its own images, so no command needs --data.
     quantize("demo", output=artifact, force=force)
     done = export(artifact, file, force=force, say=common.say)

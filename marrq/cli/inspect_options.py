@@ -20,13 +20,9 @@ Optimization = Annotated[
 ]
 Json = Annotated[
     Path | None,
-    common.output_option(
-        "--json", metavar="FILE", help="For a file: also write the report as JSON."
-    ),
+    common.json_option(help="For a file: also write the report as JSON."),
 ]
 Plot = Annotated[
     Path | None,
-    common.output_option(
-        "--plot", metavar="FILE", help="For an artifact: draw the search of α, as .png or .svg."
-    ),
+    common.picture_option("--plot", help="For an artifact: draw the search of α, as .png or .svg."),
 ]

@@ -35,6 +35,7 @@ def quantize(
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
     from marrq.methods.spec import read_pairs, with_settings
+    from marrq.outputs import folders_read
     from marrq.schemes import parse_scheme
     from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.destination import Destination
@@ -50,7 +51,7 @@ def quantize(
     parsed_scheme = parse_scheme(scheme, cast("ActivationStrategy", activations))
     check_model(model)
     name = data_for(model, data)
-    destination = Destination(output, force, resume, work_dir)
+    destination = Destination(output, force, resume, work_dir, folders_read(model, data))
     destination.check(parsed_scheme, spec, samples, seed)
     chosen = choose_device(device)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
+from marrq.outputs import check_place
 
 
 def check_packages() -> None:
@@ -61,6 +62,7 @@ def check_comparison(file: Path, about: dict[str, Any]) -> dict[str, Any] | None
     about: values that the file must have. Raises MarrqError if the file is no comparison, or has
     another value: accuracies of other weights, images or samples cannot stand in one table.
     """
+    check_place(file)
     if not file.exists():
         return None
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from marrq.errors import MarrqError
-from marrq.files import check_output
 from marrq.methods.spec import MethodSpec
+from marrq.outputs import check_output, check_place, no_artifact
 from marrq.schemes import Scheme
 
 
@@ -21,12 +21,14 @@ class Destination:
     resume: go on with an unfinished run; do nothing if the artifact is complete.
     work_dir: folder for memory-mapped tokens and for the checkpoint; None: tokens stay in memory,
     and the checkpoint lies beside the artifact.
+    inputs: folders that the run reads, which must not meet the artifact.
     """
 
     folder: Path
     overwrite: bool = False
     resume: bool = False
     work_dir: Path | None = None
+    inputs: tuple[Path, ...] = ()
 
     @property
     def checkpoint(self) -> Path:
@@ -35,19 +37,26 @@ class Destination:
         return parent / f".{self.folder.name}.checkpoint"
 
     def check(self, scheme: Scheme, method: MethodSpec, samples: int, seed: int) -> None:
-        """Raise MarrqError if a new run would replace what may not be replaced.
+        """Raise MarrqError if a new run would replace what may not be replaced, or if an artifact
+        can have no place there.
 
         scheme, method, samples, seed: of the new run; they tell whether it could go on with an
         unfinished one.
         """
         # With `resume`, what may be there depends on the settings, which is_complete is told.
-        check_output(self.folder, self.overwrite or self.resume)
         if self.resume:
+            check_place(self.folder, self.inputs)
             return
+        check_output(self.folder, self.overwrite, no_artifact, self.inputs)
         # The module that knows checkpoints imports torch; most of the time there is none.
         if self.checkpoint.exists():
             from marrq.artifact.checkpoint import is_checkpoint, remove_checkpoint, settings_in
 
+            if self.checkpoint.is_symlink():
+                raise MarrqError(
+                    f"checkpoint {str(self.checkpoint)!r} is a link: remove it, or pass another "
+                    "--work-dir"
+                )
             if not is_checkpoint(self.checkpoint):
                 return
             if self.overwrite:
@@ -79,5 +88,5 @@ class Destination:
         # The config has more keys, such as the hash of the tensors.
         if is_artifact(self.folder) and about.items() <= read_config(self.folder).items():
             return True
-        check_output(self.folder, self.overwrite)
+        check_output(self.folder, self.overwrite, no_artifact)
         return False

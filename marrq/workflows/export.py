@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.choices import NO_OPTIONS, Options, check_choice, check_scheme, suitable_flavor
-from exporters.external_data import external_data
+from exporters.choices import (
+    BASELINES,
+    NO_OPTIONS,
+    Options,
+    check_choice,
+    check_device,
+    check_flavor_on,
+    check_scheme,
+    suitable_flavor,
+)
+from exporters.replacing import check_model_file
 from exporters.triton.serving import Serving
 from marrq.artifact.scheme import read_scheme
-from marrq.files import check_artifact, check_output
+from marrq.files import check_artifact
 from marrq.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -25,12 +34,14 @@ class Exported:
     """What an export wrote.
 
     path: the ONNX file, or the folder of the model's version in a repository.
-    flavor: the flavour that was asked for, or that suits the scheme best.
+    flavor: the flavour that was asked for, or that suits scheme and device best.
+    scheme: of the file, as `W4A8`; of a float model its flavour.
     size_bytes: of the model, its external data included.
     """
 
     path: Path
     flavor: str
+    scheme: str
     size_bytes: int
 
 
@@ -39,6 +50,7 @@ def export(
     output: Path | str,
     flavor: str | None = None,
     options: Options = NO_OPTIONS,
+    device: str = "cpu",
     serving: Serving | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -47,43 +59,46 @@ def export(
 
     quantized: a quantized model, or the folder of an artifact.
     output: the ONNX file; with `serving` a repository, which is made or added to.
-    flavor: integer, matmulnbits, qdq, fp32 or fp16; None for the flavour that suits the scheme best
-    under ONNX Runtime.
+    flavor: integer, matmulnbits, qdq, folded, fp32 or fp16; None for the flavour that suits scheme
+    and device best under ONNX Runtime.
     options: of the flavour, such as {"fuse": False}; exporters/choices.py lists them.
+    device: cpu or gpu, what the file is made for.
     serving: how a Triton server runs the model; None for an ONNX file.
     force: replace what exists.
     say: called with a line for people when the checks are done and the long part begins.
-    Raises MarrqError if the artifact does not exist, if the output exists and `force` is off, and
-    if the flavour cannot express the scheme.
+    Raises MarrqError if the artifact does not exist, if the output exists and `force` is off, if
+    the flavour cannot express the scheme, and if the device has no kernels for the flavour.
     """
     output = Path(output)
+    check_device(device)
     if flavor is not None:
         check_choice(flavor, options)
+        check_flavor_on(flavor, device)
     _check_place(output, serving, force)
     scheme = _scheme_of(quantized)
     if scheme is not None:
-        flavor = flavor or suitable_flavor(scheme)
-        check_scheme(scheme, flavor, options)
-    if serving is not None and flavor is not None:
-        serving.check_flavor(flavor)
+        flavor = flavor or suitable_flavor(scheme, device)
+        check_scheme(scheme, flavor, options, device)
     say(f"exporting to {output}")
 
     from exporters.onnx_file import Export
     from runtime.audit.graph import size_bytes
 
     model, artifact = _loaded(quantized)
-    chosen = Export(model, artifact, flavor or suitable_flavor(model.scheme), options)
+    flavor = flavor or suitable_flavor(model.scheme, device)
+    chosen = Export(model, artifact, flavor, options, device)
+    written = flavor if flavor in BASELINES else str(chosen.scheme)
     if serving is None:
         # One flavour, so one trace is made and used.
         chosen.write(output)
-        return Exported(output, chosen.flavor, size_bytes(output))
+        return Exported(output, flavor, written, size_bytes(output))
 
     # tritonclient is an extra: an ONNX file must not need it.
     from exporters.triton.config import MODEL
     from exporters.triton.repository import write_repository
 
     version = write_repository(chosen, output, serving, force)
-    return Exported(version, chosen.flavor, size_bytes(version / MODEL))
+    return Exported(version, flavor, written, size_bytes(version / MODEL))
 
 
 def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
@@ -91,9 +106,7 @@ def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
     if serving is not None:
         serving.check_repository(output, force)
         return
-    # Both files of a large model, because the size is not known yet.
-    for place in (output, external_data(output)):
-        check_output(place, force)
+    check_model_file(output, force)
 
 
 def _scheme_of(quantized: "QuantizedModel | Path | str") -> Scheme | None:

@@ -108,8 +108,12 @@ def _figure(file: Path, height: float) -> Iterator["Figure"]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A date would make every file another.
-        figure.savefig(file, metadata={"Date": None})
+        # Both formats name their maker, by which a later run knows that the file may be replaced. A
+        # date would make every file another.
+        maker = (
+            {"Creator": "marrq", "Date": None} if file.suffix == ".svg" else {"Software": "marrq"}
+        )
+        figure.savefig(file, metadata=maker)
 
 
 def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], None]) -> str:

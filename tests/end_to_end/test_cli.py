@@ -455,10 +455,17 @@ def test_an_output_that_exists_is_kept_without_force(
 ):
     Path("out").write_text("mine")
     assert main(QUANTIZE) == 1
-    assert main(["export", str(demo_artifact), "-o", "out"]) == 1
+    export = ["export", str(demo_artifact), "-o", "out"]
+    assert main(export) == 1
     assert "pass --force" in capsys.readouterr().err
+    assert main([*export, "--force"]) == 1
+    assert "is no ONNX file of marrq's" in capsys.readouterr().err
     assert Path("out").read_text() == "mine"
-    assert main(["export", str(demo_artifact), "-o", "out", "--force"]) == 0
+    # What is replaced is a file of marrq's.
+    Path("out").unlink()
+    assert main(export) == 0
+    assert main(export) == 1
+    assert main([*export, "--force"]) == 0
     assert Path("out").stat().st_size > 100_000
 
 

@@ -147,7 +147,12 @@ def test_export_replaces_neither_of_the_two_without_force_and_both_with_it(
     arguments = ["export", str(tmp_path / "artifact"), "-o", str(file)]
     assert main(arguments) == 1
     assert "m.onnx.data' exists" in capsys.readouterr().err
+    # No model names that file.
+    assert main([*arguments, "--force"]) == 1
     assert external_data(file).read_text() == "mine"
+    external_data(file).unlink()
+    assert main(arguments) == 0
+    assert main(arguments) == 1
     assert main([*arguments, "--force"]) == 0
     assert f"{size_bytes(file) / 1e6:.2f} MB" in capsys.readouterr().err
     assert external_data(file).stat().st_size > 0.5 * size_bytes(file)

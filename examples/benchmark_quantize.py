@@ -121,7 +121,7 @@ def measure_memory(
     apart, as much memory."""
     module = timm.create_model(model, num_classes=10, depth=depth).eval()
     size, half = (3, IMAGE_SIZE, IMAGE_SIZE), (0.5, 0.5, 0.5)
-    preprocessing = Preprocessing(size, "bicubic", 0.9, "center", half, half)
+    preprocessing = Preprocessing(size, "bicubic", size[1:], "center", half, half)
     source = ModelSource(model, "timm", {}, "")
     loaded = VisionModel(module, source, preprocessing, tuple("0123456789"))
     with peak_memory() as peak:

@@ -13,7 +13,7 @@ from marrq.models.preprocessing import Preprocessing
 from runtime.metadata import Metadata
 
 SOURCE = ModelSource("demo", "timm", {"model_name": "vit"}, "abc")
-PREPROCESSING = Preprocessing((3, 32, 32), "bicubic", 0.9, "center", (0.5,) * 3, (0.25,) * 3)
+PREPROCESSING = Preprocessing((3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.25,) * 3)
 
 FLOAT = FileMetadata("fp32", "fp32", "none", 32.0, "1.17.0", SOURCE, PREPROCESSING, ("cat", "dog"))
 QUANTIZED = dataclasses.replace(

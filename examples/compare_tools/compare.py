@@ -165,9 +165,7 @@ def with_random_weights(architecture: str) -> VisionModel:
     for parameter in module.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
-    described = resolve_model_data_config(module)
-    fields = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-    preprocessing = Preprocessing.from_json({key: described[key] for key in fields})
+    preprocessing = Preprocessing.from_timm(resolve_model_data_config(module))
     labels = tuple(str(index) for index in range(module.num_classes))
     return VisionModel(module, ModelSource(architecture, "timm", {}, ""), preprocessing, labels)
 

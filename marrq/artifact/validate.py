@@ -36,6 +36,7 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_ARCHITECTURE_NUMBER = 2**20
 """More than any number in an architecture, and few enough for the length of a list."""
 MAX_IMAGE_SIDE = 4096
+MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIDE
 MAX_BUFFER_NUMBERS = 2**26
 """Numbers in buffers that are not in the file: tables of positions, masks of windows."""
 BASE_MODULES = 50
@@ -137,18 +138,18 @@ def check_preprocessing(preprocessing: Preprocessing) -> None:
     """Raise ValueError if the image size is larger than any model's, or if a field has a value of
     the wrong kind."""
     size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
-    crop_pct = preprocessing.crop_pct
     if not (_are(size, int, 3) and all(1 <= side <= MAX_IMAGE_SIDE for side in size)):
         raise ValueError(
             f"input_size {size!r} is none of channels, height and width up to {MAX_IMAGE_SIDE}"
         )
-    if not (
-        _are(mean, float, size[0]) and _are(std, float, size[0]) and _are((crop_pct,), float, 1)
+    if not (_are(mean, float, size[0]) and _are(std, float, size[0]) and all(std)):
+        raise ValueError("mean or std are no numbers for its channels")
+    resized = preprocessing.resized
+    if resized is not None and not (
+        _are(resized, int, 2) and all(1 <= side <= MAX_RESIZED_SIDE for side in resized)
     ):
-        raise ValueError("mean, std or crop_pct are no numbers for its channels")
-    names = (preprocessing.interpolation, preprocessing.crop_mode)
-    if not 0 < crop_pct <= 1 or not all(std) or not _are(names, str, 2):
-        raise ValueError("crop_pct, std, interpolation or crop_mode are none of an image's")
+        raise ValueError(f"{resized!r} is no size up to {MAX_RESIZED_SIDE}")
+    preprocessing.check_names()
 
 
 def _are(values: object, kind: type, count: int) -> bool:

@@ -1,40 +1,63 @@
-"""From an image file to the model's input: the model's own preprocessing.
+"""From an image to the model's input: the model's own preprocessing.
 
-Calibration, evaluation and bench use this preprocessing and no other. It is timm's evaluation
-transform, described in timm's terms. The image processor of a transformers model is translated into
-these terms, or refused if they cannot express it. The artifact and every exported graph carry the
-description.
+Calibration, evaluation and bench use this preprocessing and no other. The artifact and every
+exported file carry its terms:
+
+    mode of the image → resize and cut → x in 0 … 1 → red and blue exchanged → (x - mean) / std
+
+They express timm's evaluation transform, and the image processors of transformers that give every
+image the same size; any other processor is refused by name. The reference is the class that
+AutoImageProcessor loads by default, which is the one with torchvision. `check_same_pixels` compares
+the pixels with those of the processor itself, so that a step that marrq does not know ends in a
+refusal.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.transforms.functional import normalize
 
 from marrq.errors import MarrqError
+from marrq.models.processor_sizes import name_of, sizes_of
+from marrq.models.resizing import CROP_MODES, PILLOW_MODES, TENSOR_MODES, by_pillow, by_tensors
 
-PIL_INTERPOLATION = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "hamming",
-}
-"""Names of Pillow's numbered filters, which image processors give under `resample`."""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode of an image with so many channels."""
 
-KNOWN_PROCESSOR_STEPS = {
+PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Names of Pillow's numbered filters, which image processors give under `resample`. torchvision
+resizes tensors by no other."""
+
+KNOWN_STEPS = {
     "do_resize",
     "do_rescale",
     "do_normalize",
     "do_center_crop",
     "do_convert_rgb",
+    "do_flip_channel_order",
+    "do_pad",
+    # Of labels and boxes, not of the image.
+    "do_reduce_labels",
+    "do_convert_annotations",
 }
 """Steps of an image processor that Preprocessing can express."""
+
+FLOAT_FIRST = {"DINOv3ViTImageProcessor"}
+"""Processors that resize what is in 0 … 1 already."""
+
+PROBES = ((64, 64), (85, 53), (31, 40))
+"""Widths and heights of the images with which a processor is compared: square, wide and odd, and
+smaller than any input."""
+LARGEST_DIFFERENCE = 1e-4
+"""Between two pixels of the model's input that count as the same. A level of 255 is 0.02 there, and
+float32 rounds to 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -42,103 +65,280 @@ class Preprocessing:
     """Resize, crop, scale to 0 … 1, normalize.
 
     input_size: (channels, height, width), in pixels.
-    interpolation: timm's name.
-    crop_pct: share of the resized image's side that the crop keeps.
-    crop_mode: `center`, `squash` or `border`.
-    mean, std: one number per channel, for values in 0 … 1.
+    interpolation: Pillow's name of the filter.
+    resized: (height, width) before the crop; of `center` the shorter side is resized to it, of
+        `border` and `corner` the longer one. None: the image is not resized.
+    crop_mode: `center`, `squash`, `border` or `corner` (marrq/models/resizing.py).
+    mean, std: one number per channel of the input, for values in 0 … 1.
+    resampling: `pillow`, `uint8-tensor` or `float32-tensor` (marrq/models/resizing.py).
+    transparency: `drop`, or `white` for a white background.
+    bgr: whether the input has blue first.
     """
 
     input_size: tuple[int, int, int]
     interpolation: str
-    crop_pct: float
+    resized: tuple[int, int] | None
     crop_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resampling: str = "pillow"
+    transparency: str = "drop"
+    bgr: bool = False
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
-        """The inverse of `dataclasses.asdict` after JSON, which has lists and no tuples."""
+    def from_timm(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """The evaluation transform of timm. fields: input_size, interpolation, crop_pct, crop_mode,
+        mean and std, as timm's `resolve_data_config` gives them.
+
+        Raises MarrqError if mean or std have another number of channels than input_size, or if the
+        interpolation is random.
+        """
+        channels, height, width = fields["input_size"]
+        normal = {}
+        for name in ("mean", "std"):
+            # timm takes one number for all channels.
+            given = tuple(fields[name])
+            normal[name] = given * channels if len(given) == 1 else given
+            if len(normal[name]) != channels:
+                raise MarrqError(
+                    f"{name} has {len(given)} numbers and input_size {channels} channels: correct "
+                    "pretrained_cfg in the model's config.json"
+                )
+        if fields["interpolation"] == "random":
+            raise MarrqError(
+                "the model's images are resized by a random filter: name one as interpolation in "
+                "pretrained_cfg of its config.json"
+            )
+        return cls(
+            input_size=(channels, height, width),
+            interpolation=fields["interpolation"],
+            resized=resized_by(fields["crop_pct"], (height, width)),
+            crop_mode=fields["crop_mode"],
+            **normal,
+        )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of `dataclasses.asdict` after JSON, which has lists and no tuples. Raises
+        ValueError for a crop_pct that is no share."""
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
+        # Earlier artifacts hold timm's terms, in which the size before the crop is a quotient.
+        if "crop_pct" in plain:
+            plain["resized"] = resized_by(plain.pop("crop_pct"), plain["input_size"][1:])
         return cls(**plain)
 
+    def check_names(self) -> None:
+        """Raise ValueError if a term has a value that it cannot have."""
+        tensors = self.resampling != "pillow"
+        if self.resampling not in CROP_MODES or self.crop_mode not in CROP_MODES[self.resampling]:
+            raise ValueError(f"{self.resampling!r} has no crop mode {self.crop_mode!r}")
+        if self.interpolation not in (TENSOR_MODES if tensors else PILLOW_MODES):
+            raise ValueError(f"{self.resampling!r} does not resize by {self.interpolation!r}")
+        if self.transparency not in ("drop", "white") or not isinstance(self.bgr, bool):
+            raise ValueError("transparency or bgr are none of an image's")
+        if self.bgr and self.input_size[0] < 3:
+            raise ValueError("an image without colours has no order of them")
+        # transformers resizes one shorter side, and no two.
+        if tensors and self.crop_mode != "squash" and len(set(self.resized or ())) > 1:
+            raise ValueError(f"{self.resized!r} is no shorter side")
+
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """A function from an image to float32 [channels, height, width]."""
-        resize: Callable[[Image.Image], Tensor] = create_transform(
-            self.input_size,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-        )
-        # Grey, palette and transparent images become what the model was trained on.
-        mode = "L" if self.input_size[0] == 1 else "RGB"
-        return lambda image: resize(image.convert(mode))
+        """A function from an image to float32 [channels, height, width].
+
+        Raises MarrqError if no image file has so many channels. The function raises MarrqError for
+        an image without a channel that the model takes.
+        """
+        channels, *size = self.input_size
+        if channels not in MODES:
+            raise MarrqError(
+                f"the model takes {channels} channels, and image files have 1, 3 or 4: quantize it "
+                "from Python with tensors of your own"
+            )
+        if self.resampling == "pillow":
+            fill = [round(255 * value) for value in self.mean]
+            cut = by_pillow(
+                (size[0], size[1]), self.resized, self.interpolation, self.crop_mode, fill
+            )
+        else:
+            cut = by_tensors(
+                (size[0], size[1]),
+                self.resized,
+                self.interpolation,
+                self.crop_mode,
+                self.resampling,
+            )
+        return lambda image: self._normalized(cut(coloured(image, channels, self.transparency)))
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        """pixels: in 0 … 1, float32 [channels, height, width]."""
+        if self.bgr:
+            # Red and blue change places; a fourth channel stays.
+            pixels = pixels[[2, 1, 0, *range(3, len(pixels))]]
+        normal = normalize(pixels, list(self.mean), list(self.std))
+        # Of `corner` what fills up is zero in the model's input, whatever the mean is.
+        missing = [wanted - has for wanted, has in zip(self.input_size, normal.shape, strict=True)]
+        return pad(normal, (0, missing[2], 0, missing[1]))
 
 
-def from_image_processor(processor: dict[str, Any]) -> Preprocessing:
-    """The image processor of a transformers model in timm's terms.
+def resized_by(crop_pct: float, size: tuple[int, ...]) -> tuple[int, int]:
+    """The size before the crop, in timm's terms: ⌊side / crop_pct⌋. Raises ValueError for a
+    crop_pct that is no share."""
+    if not (isinstance(crop_pct, int | float) and crop_pct > 0):
+        raise ValueError(f"crop_pct {crop_pct!r} is no share of an image")
+    height, width = (math.floor(side / crop_pct) for side in size)
+    return height, width
 
-    processor: its `to_dict()`.
 
-    Raises MarrqError if the processor does not resize, or has a step that timm's terms cannot
-    express.
+def coloured(image: Image.Image, channels: int, transparency: str) -> Image.Image:
+    """The image with 1, 3 or 4 channels.
+
+    transparency: what a transparent image becomes that loses its fourth channel.
+
+    Raises MarrqError if the image has no fourth channel and the model takes one.
     """
+    has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+    if channels == 4 and not has_alpha:
+        # Pillow would make one up, which is the same everywhere.
+        raise MarrqError(
+            f"the model takes 4 channels, and an image of mode {image.mode} has no fourth: give "
+            "RGBA images"
+        )
+    if channels == 3 and has_alpha and transparency == "white":
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert(MODES[channels])
+
+
+def from_image_processor(processor: Mapping[str, Any], channels: int = 3) -> Preprocessing:
+    """The image processor of a transformers model in these terms.
+
+    processor: its `to_dict()`. channels: that the model takes.
+
+    Raises MarrqError if the processor has a step that the terms cannot express, or gives images of
+    different sizes.
+    """
+    # A wrapper of timm's models holds timm's own terms.
+    if "data_config" in processor:
+        return Preprocessing.from_timm(processor["data_config"])
     steps = {step for step, on in processor.items() if step.startswith("do_") and on}
     # A step that is ignored would change pixels without a word, so an unknown step is refused.
-    unknown = steps - KNOWN_PROCESSOR_STEPS
-    if unknown or "do_resize" not in steps:
+    unknown = steps - KNOWN_STEPS
+    if unknown:
         raise MarrqError(
-            "the image processor's steps cannot be expressed: "
-            f"{', '.join(sorted(unknown)) or 'it does not resize'}"
+            f"the steps of {name_of(processor)} cannot be expressed: {', '.join(sorted(unknown))}"
         )
-    height, width, resized, mode = _sizes(processor)
-    mean, std = _normalization(processor)
+    resample = processor.get("resample")
+    # torchvision's own choice if the processor names no filter.
+    interpolation = PIL_INTERPOLATION.get(2 if resample is None else int(resample))
+    if interpolation is None:
+        raise MarrqError(
+            f"{name_of(processor)} resizes by filter {resample}, which torchvision does not have "
+            f"for tensors: set resample to one of {', '.join(map(str, PIL_INTERPOLATION))} in "
+            "preprocessor_config.json"
+        )
+    size, resized, crop_mode = sizes_of(processor)
+    mean, std = _normalization(processor, channels)
     return Preprocessing(
-        input_size=(3, height, width),
-        interpolation=PIL_INTERPOLATION[int(processor["resample"])],
-        crop_pct=_crop_pct(height, resized),
-        crop_mode=mode,
+        input_size=(channels, *size),
+        interpolation=interpolation,
+        resized=resized,
+        crop_mode=crop_mode,
         mean=mean,
         std=std,
+        resampling="float32-tensor" if name_of(processor) in FLOAT_FIRST else "uint8-tensor",
+        # transformers lays a transparent image on white, if it changes an image's mode at all.
+        transparency="white" if processor.get("do_convert_rgb") else "drop",
+        bgr=bool(processor.get("do_flip_channel_order")),
     )
 
 
-def _sizes(processor: dict[str, Any]) -> tuple[int, int, int, str]:
-    """Height and width of the input, the size after resizing, and timm's crop mode."""
-    size = processor["size"]
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    if "shortest_edge" in size:
-        # The shorter side is resized to the size and the aspect ratio is kept: timm's "center".
-        edge = size["shortest_edge"]
-        target = crop or {"height": edge, "width": edge}
-        return target["height"], target["width"], edge, "center"
-    # Both sides are resized, and the aspect ratio is lost: timm's "squash".
-    target = crop or size
-    return target["height"], target["width"], size["height"], "squash"
-
-
-def _normalization(processor: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(
+    processor: Mapping[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std for values in 0 … 1."""
     rescale = processor["rescale_factor"] if processor.get("do_rescale") else 1.0
-    # The processor normalizes pixel · rescale, timm normalizes pixel / 255: with
-    # r = 1 / (255 · rescale), (p · rescale - mean) / std = (p / 255 - mean · r) / (std · r).
+    # EfficientNet's rescale_offset takes 1 off between rescaling and normalization.
+    offset = 1.0 if processor.get("do_rescale") and processor.get("rescale_offset") else 0.0
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if processor.get("do_normalize"):
+        mean = _per_channel(processor, "image_mean", channels)
+        std = _per_channel(processor, "image_std", channels)
+    # EfficientNet's include_top divides by std once more.
+    again = (
+        _per_channel(processor, "image_std", channels)
+        if processor.get("include_top")
+        else (1.0,) * channels
+    )
+    # With p the pixel and r = 1 / (255 · rescale):
+    # ((p · rescale - offset) - mean) / std = (p / 255 - (offset + mean) · r) / (std · r).
     ratio = 1 / (255 * rescale)
-    if not processor.get("do_normalize"):
-        # mean = 0 and std = 1 in the formula above.
-        return (0.0,) * 3, (ratio,) * 3
     return (
-        tuple(value * ratio for value in processor["image_mean"]),
-        tuple(value * ratio for value in processor["image_std"]),
+        tuple((offset + value) * ratio for value in mean),
+        tuple(first * second * ratio for first, second in zip(std, again, strict=True)),
     )
 
 
-def _crop_pct(target: int, resized: int) -> float:
-    """The share p for which timm's floor(target / p) is `resized`."""
-    # timm resizes to floor(target / p) and crops to the target: p = target / resized.
-    exact = target / resized
-    # The division may round so that floor gives resized - 1; the next smaller p gives `resized`.
-    return exact if math.floor(target / exact) == resized else math.nextafter(exact, 0)
+def _per_channel(processor: Mapping[str, Any], key: str, channels: int) -> tuple[float, ...]:
+    """The numbers under a key. One number stands for all channels."""
+    given = processor[key]
+    numbers = (given,) if isinstance(given, int | float) else tuple(given)
+    numbers = numbers * channels if len(numbers) == 1 else numbers
+    if len(numbers) != channels:
+        raise MarrqError(
+            f"{key} of {name_of(processor)} has {len(numbers)} numbers, and the model takes "
+            f"{channels} channels: correct preprocessor_config.json"
+        )
+    return numbers
+
+
+def check_same_pixels(processor: Any, preprocessing: Preprocessing) -> None:
+    """Compare the pixels of a few images with those of the image processor itself.
+
+    processor: an instance, as AutoImageProcessor loads it.
+
+    Raises MarrqError if one differs: the processor then does something that its settings do not
+    tell.
+    """
+    name, transform = type(processor).__name__, preprocessing.transform()
+    modes = [MODES[preprocessing.input_size[0]]]
+    modes += ["RGBA"] if preprocessing.transparency == "white" else []
+    for (width, height), mode in itertools.product(PROBES, modes):
+        image = _probe(width, height, mode)
+        try:
+            [theirs] = processor(images=image, return_tensors="pt")["pixel_values"]
+        except Exception as error:
+            raise MarrqError(
+                f"{name} makes no pixels of an image of mode {mode} alone ({_first_line(error)}): "
+                "choose a model whose input is one image"
+            ) from error
+        if theirs.dim() != 3:
+            raise MarrqError(
+                f"{name} makes a video or several parts of an image, {list(theirs.shape)}: choose "
+                "a model whose input is one image"
+            )
+        mine = transform(image)
+        same = mine.shape == theirs.shape
+        difference = (mine - theirs).abs().max().item() if same else math.inf
+        if difference > LARGEST_DIFFERENCE:
+            found = f"by {difference:.3f}" if same else f"in size, {list(theirs.shape)}"
+            raise MarrqError(
+                f"{name} does what its settings do not tell, its pixels of an image of {width} × "
+                f"{height} differ {found}: name another image_processor_type in "
+                "preprocessor_config.json if the model was trained with a plain one"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _probe(width: int, height: int, mode: str) -> Image.Image:
+    """An image of noise, which every filter changes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (height, width, 4), dtype=torch.uint8, generator=generator)
+    image = Image.frombytes("RGBA", (width, height), pixels.numpy().tobytes())
+    return image if mode == "RGBA" else image.convert(mode)

@@ -10,10 +10,9 @@ from timm.data.config import resolve_model_data_config
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
+from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint
 from marrq.models.preprocessing import Preprocessing
-
-PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 def is_known(name: str) -> bool:
@@ -30,12 +29,13 @@ def read(location: str) -> Checkpoint:
     module = with_joined_biases(timm.create_model(location, pretrained=True)).float().eval()
     architecture, arguments, class_names = _described(location)
     # The preprocessing that the weights were trained with, from the checkpoint's own config.
-    data = resolve_model_data_config(module)
+    preprocessing = Preprocessing.from_timm(resolve_model_data_config(module))
+    _check_channels(preprocessing, arguments)
     return Checkpoint(
         module,
         # `arguments` come last: the checkpoint's own number of classes wins.
         {"model_name": architecture, "num_classes": module.num_classes, **arguments},
-        Preprocessing.from_json({key: data[key] for key in PREPROCESSING_KEYS}),
+        preprocessing,
         class_names,
         classifies=bool(module.num_classes),
     )
@@ -44,6 +44,17 @@ def read(location: str) -> Checkpoint:
 def build(architecture: dict[str, Any]) -> nn.Module:
     """A model in evaluation mode without the checkpoint's weights. architecture: see Checkpoint."""
     return with_joined_biases(timm.create_model(**architecture, pretrained=False)).eval()
+
+
+def _check_channels(preprocessing: Preprocessing, arguments: dict[str, Any]) -> None:
+    """Raise MarrqError if the model takes another number of channels than its images get."""
+    # timm writes pretrained_cfg as it was before `in_chans` changed the model.
+    takes, gets = arguments.get("in_chans", 3), preprocessing.input_size[0]
+    if takes != gets:
+        raise MarrqError(
+            f"the model takes {takes} channels, and its images get {gets}: correct input_size, "
+            "mean and std of pretrained_cfg in its config.json"
+        )
 
 
 def _described(location: str) -> tuple[str, dict[str, Any], list[str] | None]:

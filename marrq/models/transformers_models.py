@@ -12,7 +12,7 @@ from torch import nn
 
 from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint
-from marrq.models.preprocessing import from_image_processor
+from marrq.models.preprocessing import check_same_pixels, from_image_processor
 from marrq.models.transformers_output import TransformersOutput
 
 NO_CODE = {"trust_remote_code": False}
@@ -34,9 +34,10 @@ def read(location: str) -> Checkpoint:
     config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
     kind = _model_class(config)
     module = _with_weights(kind, location)
-    preprocessing = from_image_processor(
-        transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE).to_dict()
-    )
+    processor = transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE)
+    channels = int(getattr(module.config, "num_channels", 3))
+    preprocessing = from_image_processor(processor.to_dict(), channels)
+    check_same_pixels(processor, preprocessing)
     # Only a forward shows whether the model returns logits: the config has `id2label` either way.
     with torch.no_grad():
         classifies = "logits" in module(pixel_values=torch.zeros(1, *preprocessing.input_size))

@@ -213,6 +213,6 @@ def test_an_unreadable_image_is_named(image_folder: Path, tmp_path: Path, conten
         whole[: len(whole) // 2] if content is None else content
     )
     images = find_images(str(tmp_path), "val", ("cat",))
-    preprocessing = Preprocessing((3, 32, 32), "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing((3, 32, 32), "bicubic", (32, 32), "center", (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(MarrqError, match=r"bad\.png"):
         images.pixels(preprocessing)[:]

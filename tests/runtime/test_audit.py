@@ -546,7 +546,7 @@ def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
     from marrq.models.load import ModelSource, VisionModel
     from marrq.models.preprocessing import Preprocessing
 
-    preprocessing = Preprocessing((3, 32, 32), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing((3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.5,) * 3)
     source = VisionModel(vit(), ModelSource("tiny", "timm", VIT, ""), preprocessing, tuple("abcde"))
     assert write_baseline(source, "fp32", tmp_path / "fp32.onnx") == 32
     plain = onnx.load(tmp_path / "fp32.onnx")

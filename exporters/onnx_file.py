@@ -16,12 +16,12 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.choices import NO_OPTIONS, Options, check_baseline, check_device
+from exporters.choices import NO_OPTIONS, Options, check_baseline, check_device, written_scheme
 from exporters.external_data import external_data, put
 from exporters.flavors import FLAVORS, check_flavor
-from exporters.flavors.floating import FLOAT_FLAVORS
+from exporters.flavors.floating import FLOAT_FLAVORS, lowest_onnxruntime
 from exporters.metadata import FileMetadata
-from exporters.opsets import FLOAT_ONNXRUNTIME, IR_VERSIONS
+from exporters.opsets import IR_VERSIONS
 from exporters.pixels import take_images
 from exporters.trace import TracedModel, trace_quantized
 from marrq.errors import MarrqError
@@ -53,6 +53,11 @@ class Export:
 
     def __post_init__(self) -> None:
         check_flavor(self.model.scheme, self.flavor, self.options, self.device)
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the file holds of the artifact's scheme."""
+        return written_scheme(self.model.scheme, self.options)
 
     def write(self, path: Path, takes_images: bool = False) -> None:
         """Trace the model and write one ONNX file. path, takes_images: as in `write`.
@@ -126,20 +131,21 @@ def write_baseline(
     """
     check_baseline(flavor)
     check_device(device)
-    export, bits = FLOAT_FLAVORS[flavor]
+    chosen = FLOAT_FLAVORS[flavor]
+    graph = chosen.lower(model, device)
     metadata = FileMetadata(
         flavor=flavor,
         device=device,
         scheme=flavor,
         method="none",
-        bits_per_weight=bits,
-        lowest_onnxruntime=FLOAT_ONNXRUNTIME,
+        bits_per_weight=chosen.bits,
+        lowest_onnxruntime=lowest_onnxruntime(graph),
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,
     )
-    _save(export(model, device), metadata, path, takes_images)
-    return float(bits)
+    _save(graph, metadata, path, takes_images)
+    return float(chosen.bits)
 
 
 def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ than it knows. The versions of ONNX Runtime were found by loading files of each 
 1.18.0 and so on to 1.23.0, and 1.24.1, and comparing the logits with torch's.
 """
 
+import onnx_ir as ir
+
 from marrq.schemes import Scheme
 
 ONNXRUNTIME_DOMAIN = "com.microsoft"
@@ -22,6 +24,9 @@ into single operators."""
 
 WEIGHT_OPSETS = {2: 25, 3: OPSET, 4: 21, 8: OPSET}
 """Lowest opset with a type for the codes, by their bits: INT2 is of opset 25, INT4 of opset 21."""
+
+TYPE_OPSETS = {ir.DataType.INT4: WEIGHT_OPSETS[4], ir.DataType.INT2: WEIGHT_OPSETS[2]}
+"""The same by the type itself."""
 
 IR_VERSIONS = {20: 9, 21: 10, 23: 11, 25: 13}
 """IR version that was released with each opset."""
@@ -45,3 +50,13 @@ def opset_of(scheme: Scheme) -> int:
     per_token = scheme.activation is not None and not scheme.activation.is_static
     # The opset of the weight's type, or more if the activations need it.
     return max(WEIGHT_OPSETS[scheme.weight.num_bits], BLOCK_OPSET if per_token else OPSET)
+
+
+def lowest_opset(graph: ir.Graph) -> int:
+    """The lowest opset that a graph of float products needs: that of its narrowest codes, and of
+    Attention if it has one."""
+    types = {value.dtype for value in graph.initializers.values()}
+    needs = [opset for dtype, opset in TYPE_OPSETS.items() if dtype in types]
+    if any(node.op_type == "Attention" and node.domain == "" for node in graph):
+        needs.append(ATTENTION_OPSET)
+    return max(needs, default=OPSET)

@@ -1,49 +1,60 @@
 """The float flavours: the model that an artifact was made from, traced like the quantized model.
 
+The graph goes through the passes of the low-bit graphs, so that a candidate is compared with the
+fastest float graph that marrq can write. Its linears are placeholders on the way
+(exporters/lowering/floats.py).
+
 The float16 graph takes and gives float32, so that every graph of a model is fed and read alike.
 ONNX Runtime's CPU provider has few float16 kernels and runs that graph as a graph of casts; compare
 with float32 too.
 """
 
-import copy
-from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
 
 import onnx_ir as ir
-from torch import Tensor, nn
 
-from exporters.opsets import OPSET
+from exporters.float16 import to_float16
+from exporters.lowering.floats import put_linears, take_linears
+from exporters.opsets import (
+    ATTENTION_OPSET,
+    FLOAT_ONNXRUNTIME,
+    FUSED_ONNXRUNTIME,
+    ONNXRUNTIME_DOMAIN,
+    OPSET,
+    lowest_opset,
+)
+from exporters.passes import finish, prepare
 from exporters.trace import trace
 from marrq.models.load import VisionModel
 
 
-class _Half(nn.Module):
-    """A model in float16 between float32 inputs and outputs."""
+@dataclass(frozen=True)
+class Floating:
+    """A float flavour. bits: of a weight, 32 or 16. Every tensor of the model has this type."""
 
-    def __init__(self, model: nn.Module) -> None:
-        # The module that torch traces: casts, and the model between them.
-        super().__init__()
-        # half() changes a module in place, and the caller still needs the float32 model.
-        self.model = copy.deepcopy(model).half()
+    bits: int
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        # Casts at both ends, so that the interface of the graph is float32.
-        return cast(Tensor, self.model(pixels.half())).float()
-
-
-def export_float32(model: VisionModel, device: str) -> ir.Model:
-    """The model as it is. device: of exporters/choices.py."""
-    return trace(model.module, model.preprocessing.input_size, OPSET, model.output)
-
-
-def export_float16(model: VisionModel, device: str) -> ir.Model:
-    """Weights and arithmetic in float16. device: of exporters/choices.py."""
-    return trace(_Half(model.module), model.preprocessing.input_size, OPSET, model.output)
+    def lower(self, model: VisionModel, device: str) -> ir.Model:
+        """The graph for a device. Raises MarrqError if torch cannot export the model."""
+        graph = trace(model.module, model.preprocessing.input_size, OPSET, model.output)
+        linears = take_linears(graph.graph)
+        prepare(graph, fuse=True, device=device)
+        # Constants are multiplied in float32 and rounded once.
+        if self.bits == 16:
+            to_float16(graph)
+        put_linears(graph.graph, linears)
+        finish(graph, device)
+        graph.opset_imports[""] = lowest_opset(graph.graph)
+        if any(node.domain == ONNXRUNTIME_DOMAIN for node in graph.graph):
+            graph.opset_imports[ONNXRUNTIME_DOMAIN] = 1
+        return graph
 
 
-# Bits of a weight are stated, not counted: every tensor of the model has this type.
-FLOAT_FLAVORS: dict[str, tuple[Callable[[VisionModel, str], ir.Model], int]] = {
-    "fp32": (export_float32, 32),
-    "fp16": (export_float16, 16),
-}
-"""The exporter and the bits of a weight of each float flavour."""
+def lowest_onnxruntime(graph: ir.Model) -> str:
+    """First ONNX Runtime that was seen to run such a float graph."""
+    is_fused = graph.opset_imports[""] >= ATTENTION_OPSET
+    return FUSED_ONNXRUNTIME if is_fused else FLOAT_ONNXRUNTIME
+
+
+FLOAT_FLAVORS = {"fp32": Floating(32), "fp16": Floating(16)}
+"""The float flavours."""

@@ -17,20 +17,15 @@ Transpose. Without these two, ONNX Runtime fuses weight and product to its MatMu
 `accuracy_level` 4, which quantizes float activations to int8: a model whose scheme says A16 would
 run, and be measured, as A8.
 
-`symmetric` writes what TensorRT takes (documentation of its Dequantize and Quantize layers: INT4
-and INT8, zero points 0, a scale per channel, or with INT4 per block of inputs):
-
-    x, codes (INT4) → DequantizeLinear → MatMul → Add(bias)
-
-This form has no Cast and no zero points, and holds codes of 2 and 3 bits in INT4. It takes the
-artifact's codes as they are, so their grid must be symmetric. It needs float activations, because
-marrq's activations have asymmetric uint8 grids. ONNX Runtime runs this form as W4A8, silently,
-unless the session sets `session.qdq_matmulnbits_accuracy_level` to 1.
+`symmetric` writes what TensorRT takes, a float16 graph with zero points 0
+(exporters/lowering/symmetric.py). It takes the artifact's codes as they are, so the grids must be
+symmetric: `-sym`. ONNX Runtime runs the form with float activations as W4A8, silently, unless the
+session sets `session.qdq_matmulnbits_accuracy_level` to 1. TensorRT itself was not at hand: no such
+file has been run under it.
 """
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -54,7 +49,9 @@ class Qdq:
 
     def container_bits(self, scheme: Scheme) -> int:
         """Bits that one weight code takes in the file."""
-        return max(scheme.weight.num_bits, 4) if self.symmetric else scheme.weight.num_bits
+        if not self.symmetric:
+            return scheme.weight.num_bits
+        return max(scheme.weight.num_bits, 4) if scheme.activation is None else 8
 
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to run such a file."""
@@ -67,13 +64,16 @@ class Qdq:
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph in standard operators."""
         if self.symmetric:
-            return lower(traced, Target(BLOCK_OPSET, device), _symmetric)
+            # INT4 and blocks need a later opset than INT8.
+            opset = OPSET if self.container_bits(traced.model.scheme) == 8 else BLOCK_OPSET
+            target = Target(opset, float16=True, tensorrt=True)
+            return lower(traced, target, symmetric_linear)
         scheme = traced.model.scheme
         # A scale per block, even one block, needs opset 21.
         opset = opset_of(scheme)
         if not _fits_integer_kernel(scheme):
             opset = max(opset, BLOCK_OPSET)
-        return lower(traced, Target(opset, device), _standard)
+        return lower(traced, Target(opset), _standard)
 
 
 def _fits_integer_kernel(scheme: Scheme) -> bool:
@@ -122,23 +122,6 @@ def _per_block(linear: LinearLowering) -> ir.Value:
     )
     # The Transpose keeps ONNX Runtime from fusing MatMulNBits (see the module).
     return _product(linear, linear.x, linear.add("Transpose", [weight]))
-
-
-def _symmetric(linear: LinearLowering) -> ir.Value:
-    rows = linear.slice
-    # Codes of 2 and 3 bits fit in INT4, too.
-    container = np.int8 if rows.num_bits == 8 else ml_dtypes.int4
-    # [in, rows]
-    transposed = rows.codes.T.contiguous().numpy().astype(container)
-    codes = linear.weight_constant("weight_codes", transposed)
-    # A scale per output channel is axis 1 of [in, rows]; blocks of inputs lie on axis 0.
-    if rows.groups == 1:
-        scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
-        weight = linear.add("DequantizeLinear", [codes, scale], axis=1)
-    else:
-        scale = linear.weight_constant("weight_scale", rows.scale.T.contiguous().numpy())
-        weight = linear.add("DequantizeLinear", [codes, scale], axis=0, block_size=rows.group_size)
-    return _product(linear, linear.x, weight)
 
 
 def _product(linear: LinearLowering, x: ir.Value, weight: ir.Value) -> ir.Value:

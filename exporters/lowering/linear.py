@@ -19,8 +19,9 @@ from torch import Tensor
 from exporters.float16 import to_float16
 from exporters.graph import add_constant
 from exporters.metadata import LinearPart
-from exporters.opsets import ONNXRUNTIME_DOMAIN
-from exporters.passes import prepare
+from exporters.opsets import ONNXRUNTIME_DOMAIN, lowest_opset
+from exporters.passes import finish, prepare
+from exporters.passes.tensorrt import norms_in_float32, scale_queries
 from exporters.trace import (
     OUTPUT_SCALE,
     PART,
@@ -227,12 +228,14 @@ class Target:
     device: of exporters/choices.py.
     fuse: write attention as one operator.
     float16: weights and arithmetic in float16, between inputs and outputs in float32.
+    tensorrt: float16 as TensorRT computes it (exporters/passes/tensorrt.py).
     """
 
     opset: int
     device: str = "cpu"
     fuse: bool = False
     float16: bool = False
+    tensorrt: bool = False
 
 
 def lower(
@@ -249,6 +252,9 @@ def lower(
     prepare(lowered, target.fuse, target.device)
     if target.float16:
         to_float16(lowered)
+    if target.tensorrt:
+        norms_in_float32(lowered.graph)
+        scale_queries(lowered.graph)
     # What linears have in common is made by the first of them.
     shared, weights = SharedInputs(), set[str]()
     parts: dict[str, dict[str, LinearPart]] = {}
@@ -260,6 +266,10 @@ def lower(
         _replace(lowered.graph, node, linear, result)
         weights.update(linear.weight_tensors)
         parts.setdefault(path, {})[_part_of(node)] = _linear_part(node, linear.x, result)
+    finish(lowered, target.device)
+    if target.device == "gpu":
+        # A kernel may be registered up to an opset only: a node of a later one goes to the CPU.
+        lowered.opset_imports[""] = lowest_opset(lowered.graph)
     # No placeholder is left, so no runtime needs to know this domain.
     del lowered.opset_imports[PLACEHOLDER_DOMAIN]
     # A file of standard operators must not ask for ONNX Runtime.

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.graph import add_constant, ancestors, dimensions, integers_of
+from exporters.passes.multi_head import OPERATOR as MULTI_HEAD
 from exporters.trace import PLACEHOLDER
 
 TOKENWISE = (
@@ -135,10 +136,9 @@ def _is_tokenwise(node: ir.Node) -> bool:
 
 
 def _is_attention(node: ir.Node) -> bool:
-    """Whether the node is an Attention on tokens [b, n, h d] without a mask.
+    """Whether the node is an attention on tokens [b, n, h d] without a mask.
 
     With a mask, the mask's rows would have to be narrowed too.
     """
-    return (
-        node.op_type == "Attention" and "q_num_heads" in node.attributes and len(node.inputs) == 3
-    )
+    is_on_tokens = "q_num_heads" in node.attributes or node.op_type == MULTI_HEAD
+    return node.op_type in ("Attention", MULTI_HEAD) and is_on_tokens and len(node.inputs) == 3

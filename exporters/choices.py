@@ -6,10 +6,11 @@ loads torch. What a flavour is stands in exporters/flavors.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from marrq.errors import MarrqError
-from marrq.schemes import Scheme
+from marrq.schemes import OUTER_BITS, Scheme
 
 Options = Mapping[str, bool | int]
 """Options of a flavour by name; an option that is absent has its default."""
@@ -53,7 +54,7 @@ FLAGS = {
 """The options as the command line spells them."""
 
 OPTION_HELP = {
-    "symmetric": "only what TensorRT takes; for A16 schemes with -sym or -mxint.",
+    "symmetric": "float16 and only what TensorRT takes; for W8A8-sym and A16 schemes with -sym.",
     "accuracy_level": "1 computes in float32 (default), 4 in int8.",
     "fuse": "attention as one operator (default).",
     "float32": "weights and activations in float32.",
@@ -95,17 +96,22 @@ def _matmulnbits_objection(scheme: Scheme, options: Options) -> str | None:
 def _qdq_objection(scheme: Scheme, options: Options) -> str | None:
     if not options.get("symmetric"):
         return None
-    # TensorRT documents zero points of 0 only, and marrq has no symmetric activations.
-    if scheme.weight.grid == "asymmetric" or scheme.activation is not None:
+    # TensorRT documents zero points of 0 only.
+    activation = scheme.activation
+    if scheme.weight.grid == "asymmetric" or (activation and not activation.symmetric):
         return (
-            "with --symmetric needs weights with zero point 0 and float activations "
-            "(quantize with --scheme W4A16-g128-sym)"
+            "with --symmetric needs zero points of 0 (quantize with --scheme W8A8-sym, or "
+            "W4A16-g128-sym)"
         )
-    # Blocks are documented for INT4 only.
-    if scheme.weight.num_bits == 8 and scheme.weight.group_size is not None:
+    # Codes of fewer bits would need a Clip between QuantizeLinear and DequantizeLinear.
+    if activation and activation.num_bits != OUTER_BITS:
+        return "with --symmetric needs activations of 8 bits (quantize with --scheme W8A8-sym)"
+    # Blocks are documented for INT4 only, and INT4 for float activations only.
+    is_wide = scheme.weight.num_bits == OUTER_BITS or activation
+    if is_wide and scheme.weight.group_size is not None:
         return (
-            "with --symmetric takes no group scales for 8-bit weights (quantize with --scheme "
-            "W8A16-sym)"
+            "with --symmetric takes no group scales for 8-bit weights and beside quantized "
+            "activations (quantize with --scheme W8A8-sym, or W8A16-sym)"
         )
     return None
 
@@ -113,7 +119,7 @@ def _qdq_objection(scheme: Scheme, options: Options) -> str | None:
 def _folded_objection(scheme: Scheme, options: Options) -> str | None:
     # The product is a float MatMul: no activation is rounded.
     if scheme.activation is not None and not options.get("weights_only"):
-        return "runs activations in float (pass --weights-only to leave them unquantized)"
+        return "runs activations in float"
     return None
 
 
@@ -187,10 +193,17 @@ def check_scheme(
     reason = None if flavor in BASELINES else objection(flavor, scheme, options)
     if reason is not None:
         # Always name a way out; qdq expresses every scheme.
+        ways = f"--flavor {' or '.join(flavors_for(scheme, device))}"
+        if "weights_only" in OPTIONS[flavor]:
+            ways = f"--weights-only, which leaves the activations unquantized, or {ways}"
         raise MarrqError(
-            f"the flavour {flavor} {reason}: the artifact has {scheme.description}; use "
-            f"--flavor {' or '.join(flavors_for(scheme, device))}"
+            f"the flavour {flavor} {reason}: the artifact has {scheme.description}; use {ways}"
         )
+
+
+def written_scheme(scheme: Scheme, options: Options) -> Scheme:
+    """The scheme of a file: the artifact's, without its activations if `weights_only` says so."""
+    return replace(scheme, activation=None) if options.get("weights_only") else scheme
 
 
 def quantized_flavors() -> list[str]:

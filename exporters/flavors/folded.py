@@ -8,13 +8,20 @@ the float16 graph, in its time, from a file of a quarter of its size: the transf
 are small, not the memory.
 
 Why this form. On a GPU no low-bit product of ONNX Runtime is faster than the float16 product for
-the hundreds of rows of a ViT. Measured on an H100, ViT-B/16, as a ratio to the float16 graph's time
-at batch 1, 8 and 32 (onnxruntime-gpu 1.31.1): `integer` 7.7, 40 and 55, because MatMulIntegerToFloat
-has no kernel there and the linears run on the CPU; `qdq` 1.9, 2.3 and 2.1; `matmulnbits` 1.2, 1.9
-and 1.9; this form 0.71, 0.77 and 0.67, as the float16 graph with the same passes.
+the hundreds of rows of a ViT. Measured on an H100, ViT-B/16, as a ratio to the time of the float16
+graph as torch traces it, at batch 1, 8 and 32 (onnxruntime-gpu 1.31.1):
+
+    integer        7.7, 40 and 55: its kernel is the CPU's, so the linears run there
+    qdq            1.9, 2.3 and 2.1: dequantizes at every run, and multiplies in float32
+    matmulnbits    1.2, 1.9 and 1.9: the same
+    folded         0.71, 0.77 and 0.67: the time of a float16 file with the same passes
 
 Why float32 first. ONNX Runtime folds on its CPU provider, whose Sub and Mul have no float16
 kernels: in float16 nothing is folded. DequantizeLinear is not folded at all, Cast and Mul are.
+
+Codes of 2 bits are a plane of uint8, as large as INT2. INT2 would be folded too, but asks for
+opset 25, whose Reshape, Transpose and Cast no CUDA provider has kernels for
+(runtime/audit/cuda_operators.py): they would run on the CPU.
 
 Whatever multiplies the weight is folded too, and costs nothing at run time: the low-rank branch
 (W + L R) and, if activations are not quantized although the artifact's are, their smoothing.
@@ -29,7 +36,7 @@ from torch import Tensor
 from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import plus_lowrank
 from exporters.lowering.weights import float32_codes
-from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, WEIGHT_OPSETS
+from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME
 from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
@@ -56,9 +63,7 @@ class Folded:
 
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph with float products."""
-        # Attention has a kernel only in opset 23, and INT2 needs a later one.
-        opset = max(WEIGHT_OPSETS[traced.model.scheme.weight.num_bits], ATTENTION_OPSET)
-        target = Target(opset, device, opset == ATTENTION_OPSET, not self.float32)
+        target = Target(ATTENTION_OPSET, device, fuse=True, float16=not self.float32)
         return lower(traced, target, self._linear)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:

@@ -1,6 +1,6 @@
 """The codes of a weight, from the narrowest initializer that holds them, as int8 or as float32.
 
-    2 bits    INT2 (opset 25) → Cast
+    2 bits    INT2 (opset 25) → Cast; for float32 one uint8 plane, which needs no opset
     3 bits    two uint8 planes, unpacked by shifts, masks and ors: ONNX has no 3-bit type
     4 bits    INT4 (opset 21) → Cast
     8 bits    int8 [→ Cast]
@@ -29,8 +29,10 @@ def int8_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
 
 
 def float32_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
-    """The codes as a float32 value of the same shape."""
-    return _cast(linear, _stored_codes(linear, codes), ir.DataType.FLOAT)
+    """The codes as a float32 value of the same shape, without INT2: its opset is one for which the
+    CUDA provider lacks kernels."""
+    whole = _from_planes if linear.slice.num_bits == 2 else _stored_codes
+    return _cast(linear, whole(linear, codes), ir.DataType.FLOAT)
 
 
 def _stored_codes(linear: LinearLowering, codes: Tensor) -> ir.Value:
@@ -50,24 +52,27 @@ def _cast(linear: LinearLowering, value: ir.Value, data_type: ir.DataType) -> ir
 
 
 def _from_planes(linear: LinearLowering, codes: Tensor) -> ir.Value:
-    """Two planes to int8: u = low | high << 2 is the two's complement, (u xor 4) - 4 the code."""
-    # The same planes that the artifact stores.
-    low, high = packed_planes(codes, 3)
-    stored_low = linear.weight_constant("weight_low", low.numpy())
-    stored_high = linear.weight_constant("weight_high", high.numpy())
-    count = codes.numel()
-    # The high bit of each code, moved to its place.
-    high_bits = _plane(linear, stored_high, "high", 1, count)
-    lifted = linear.add(
-        "BitShift", [high_bits, _bytes(linear, "high_place", [2])], direction="LEFT"
-    )
-    low_bits = _plane(linear, stored_low, "low", 2, count)
-    # u in 0 … 7
-    union = linear.add("BitwiseOr", [low_bits, lifted])
+    """The planes of 2- and 3-bit codes to int8.
+
+    u = low | high << 2 is the two's complement of b bits, (u xor s) - s the code, s = 2^(b-1).
+    """
+    num_bits, count = linear.slice.num_bits, codes.numel()
+    # The same planes that the artifact stores; 2-bit codes have the low one alone.
+    low, *high = packed_planes(codes, num_bits)
+    # u in 0 … 2^b - 1
+    union = _plane(linear, linear.weight_constant("weight_low", low.numpy()), "low", 2, count)
+    for plane in high:
+        # The high bit of each code, moved to its place.
+        stored = linear.weight_constant("weight_high", plane.numpy())
+        place = _bytes(linear, "high_place", [2])
+        bits = _plane(linear, stored, "high", 1, count)
+        lifted = linear.add("BitShift", [bits, place], direction="LEFT")
+        union = linear.add("BitwiseOr", [union, lifted])
     # Sign extension: xor with the sign bit, then subtract it.
-    flipped = linear.add("BitwiseXor", [union, _bytes(linear, "sign", [4])])
+    sign = 2 ** (num_bits - 1)
+    flipped = linear.add("BitwiseXor", [union, _bytes(linear, "sign", [sign])])
     signed = _cast(linear, flipped, ir.DataType.INT8)
-    flat = linear.add("Sub", [signed, linear.constant("offset", np.array([4], np.int8))])
+    flat = linear.add("Sub", [signed, linear.constant("offset", np.array([sign], np.int8))])
     # From the flat codes back to their layout.
     shape = linear.weight_constant("weight_shape", np.array(codes.shape, np.int64))
     value = linear.add("Reshape", [flat, shape])

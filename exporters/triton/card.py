@@ -39,7 +39,8 @@ def _what(export: Export) -> str:
     if export.flavor in BASELINES:
         return f"not quantized, as `{export.flavor}`"
     model = export.model
-    return f"quantized to {model.scheme.description} by {model.method.name}, as `{export.flavor}`"
+    how = f"quantized to {export.scheme.description} by {model.method.name}, as `{export.flavor}`"
+    return f"{how} for a {export.device.upper()}"
 
 
 def _row(direction: str, tensor: Any, serving: Serving) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import onnx
 
 from exporters.choices import BASELINES
-from exporters.triton.serving import DEVICES, NEEDS_TRITONCLIENT, Serving
+from exporters.onnx_file import Export
+from exporters.triton.serving import NEEDS_TRITONCLIENT, Serving
 from marrq.errors import MarrqError
-from marrq.quantized_model import QuantizedModel
 
 try:
     from google.protobuf import text_format
@@ -31,6 +31,8 @@ except ImportError as error:
 LABELS = "labels.txt"
 MODEL = "model.onnx"
 TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.UINT8: "TYPE_UINT8"}
+KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+"""What ModelInstanceGroup calls the devices."""
 FREE = -1
 """How a server writes an axis of any length."""
 
@@ -39,13 +41,13 @@ NEAR_BEST = 0.95
 """A batch size is preferred if its throughput is at least this share of the best."""
 
 
-def config_of(
-    file: Path, model: QuantizedModel, serving: Serving, preferred: Sequence[int] = ()
-) -> Any:
+def config_of(file: Path, export: Export, serving: Serving, preferred: Sequence[int] = ()) -> Any:
     """The ModelConfig of an ONNX file with one input and one output, whose first axis is the batch.
 
+    export: what the file holds, and the device that it is for.
     preferred: batch sizes that the server waits for if requests queue.
     """
+    model = export.model
     config = protocol.ModelConfig(
         name=serving.name, backend=serving.backend, max_batch_size=serving.max_batch
     )
@@ -55,7 +57,7 @@ def config_of(
         config.output[0].label_filename = LABELS
     # Copies of the model, and the device that they run on.
     group = config.instance_group.add(count=serving.instances)
-    group.kind = protocol.ModelInstanceGroup.Kind.Value(DEVICES[serving.device])
+    group.kind = protocol.ModelInstanceGroup.Kind.Value(KINDS[export.device])
     config.dynamic_batching.preferred_batch_size.extend(preferred)
     config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay
     # Present even if both fields have their defaults: its presence makes the server batch.

@@ -42,13 +42,11 @@ def write_repository(
     """Add a version of a model to a repository, and return the version's folder.
 
     repository: made if it does not exist. force: replace the version, and those settings of the
-    config that clients do not see. Raises MarrqError if the device has no kernels for the flavour,
-    if the version exists, if other versions have another config, and if the file system cannot move
-    a folder into the repository.
+    config that clients do not see. Raises MarrqError if the version exists, if other versions have
+    another config, and if the file system cannot move a folder into the repository.
     """
     version = serving.version_folder(repository)
     folder = version.parent
-    serving.check_flavor(export.flavor)
     serving.check_repository(repository, force)
     preferred = _preferred(export, serving)
     with tempfile.TemporaryDirectory(dir=_beside(repository), prefix=".marrq.") as temporary:
@@ -69,7 +67,7 @@ def _preferred(export: Export, serving: Serving) -> tuple[int, ...]:
     if serving.bench is None:
         return ()
     # Read before anything is exported, so that a wrong file is told early.
-    report, scheme = read_bench(serving.bench), str(export.model.scheme)
+    report, scheme = read_bench(serving.bench), str(export.scheme)
     return preferred_batches(report, export.flavor, scheme, serving.max_batch)
 
 
@@ -100,7 +98,7 @@ def _write_folder(made: Path, export: Export, serving: Serving, preferred: tuple
     if script is not None:
         shutil.copyfile(script, place / "model.py")
     # Input and output are read from the file that was just written.
-    config = config_of(place / MODEL, export.model, serving, preferred)
+    config = config_of(place / MODEL, export, serving, preferred)
     write_text(made / CONFIG, text_of(config))
     write_text(place / CARD, card(export, config, serving))
     if labels:

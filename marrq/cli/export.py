@@ -18,13 +18,15 @@ def export(
     ],
     *,
     flavor: export_options.Flavor = None,
+    device: export_options.Device = "cpu",
     symmetric: export_options.Symmetric = None,
     accuracy_level: export_options.Level = None,
     fuse: export_options.Fuse = None,
+    float32: export_options.Float32 = None,
+    weights_only: export_options.WeightsOnly = None,
     name: export_options.Name = "vit",
     model_version: export_options.Version = 1,
     backend: export_options.Backend = "onnxruntime",
-    device: export_options.Device = "cpu",
     instances: export_options.Instances = 1,
     threads: export_options.Threads = None,
     max_batch: export_options.MaxBatch = 8,
@@ -38,11 +40,12 @@ def export(
     """Export an artifact as an ONNX file, or as a model in a Triton repository.
 
     marrq export artifact -o model.onnx
-    marrq export artifact --flavor qdq -o model.onnx
+    marrq export artifact --device gpu --weights-only -o model.onnx
     marrq export artifact --format triton --name digits -o repository
     """
     from dataclasses import fields
 
+    from exporters.choices import FLAGS
     from exporters.triton.serving import Serving
     from marrq.workflows.export import export as run
 
@@ -56,11 +59,12 @@ def export(
             flag = f"--{option.replace('_', '-')}"
             raise MarrqError(f"{flag} is about a server: use it with --format triton")
     # None: the option was not given, and the flavour has its own default.
-    given = {"symmetric": symmetric, "accuracy_level": accuracy_level, "fuse": fuse}
+    given = {option: context.params[option] for option in FLAGS}
     options = {option: value for option, value in given.items() if value is not None}
     server = Serving(**{option: context.params[option] for option in about_server})
     serving = server if format == "triton" else None
-    done = run(artifact, output, flavor, options, serving, force, common.say)
-    common.say(f"wrote {done.path} as {done.flavor}: {done.size_bytes / 1e6:.2f} MB")
+    done = run(artifact, output, flavor, options, device, serving, force, common.say)
+    form = f"{done.scheme} {done.flavor}" if done.scheme else done.flavor
+    common.say(f"wrote {done.path} as {form}: {done.size_bytes / 1e6:.2f} MB")
     if format == "triton":
         common.say(f"serve it with: tritonserver --model-repository {output}")

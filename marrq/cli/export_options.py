@@ -17,11 +17,16 @@ served = partial(typer.Option, rich_help_panel="Server, with --format triton")
 
 Flavor = Annotated[
     str | None,
-    lowered(metavar="NAME", help=f"{flavor_help()} Default: by the scheme."),
+    lowered(metavar="NAME", help=f"{flavor_help()} Default: by scheme and device."),
+]
+Device = Annotated[
+    str, lowered(metavar="NAME", help="cpu or gpu: what the model runs on; gpu writes folded.")
 ]
 Symmetric = Annotated[bool | None, lowered("--symmetric", help=option_help("symmetric"))]
 Level = Annotated[int | None, lowered(metavar="N", help=option_help("accuracy_level"))]
 Fuse = Annotated[bool | None, lowered("--fuse/--no-fuse", help=option_help("fuse"))]
+Float32 = Annotated[bool | None, lowered("--float32", help=option_help("float32"))]
+WeightsOnly = Annotated[bool | None, lowered("--weights-only", help=option_help("weights_only"))]
 Format = Annotated[
     str, common.output_option(metavar="NAME", help="onnx: a file; triton: a server's repository.")
 ]
@@ -35,7 +40,6 @@ Backend = Annotated[
         help="onnxruntime; or python, which runs onnxruntime on servers without that backend.",
     ),
 ]
-Device = Annotated[str, served(metavar="NAME", help="cpu or gpu.")]
 Instances = Annotated[
     int, served(metavar="N", help="Copies of the model that run at once, on each GPU.", min=1)
 ]

@@ -35,13 +35,13 @@ class Exported:
 
     path: the ONNX file, or the folder of the model's version in a repository.
     flavor: the flavour that was asked for, or that suits scheme and device best.
-    scheme: of the file, as `W4A8`; of a float model its flavour.
+    scheme: of the file, as `W4A8`; None for a float model.
     size_bytes: of the model, its external data included.
     """
 
     path: Path
     flavor: str
-    scheme: str
+    scheme: str | None
     size_bytes: int
 
 
@@ -87,7 +87,7 @@ def export(
     model, artifact = _loaded(quantized)
     flavor = flavor or suitable_flavor(model.scheme, device)
     chosen = Export(model, artifact, flavor, options, device)
-    written = flavor if flavor in BASELINES else str(chosen.scheme)
+    written = None if flavor in BASELINES else str(chosen.scheme)
     if serving is None:
         # One flavour, so one trace is made and used.
         chosen.write(output)

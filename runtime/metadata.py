@@ -99,6 +99,12 @@ class Metadata:
         return name
 
     @property
+    def source_weights(self) -> str:
+        """A hash over the weights of the float model."""
+        digest: str = json.loads(self.source)["weights_sha256"]
+        return digest
+
+    @property
     def preprocessing(self) -> str:
         """The terms of the images' transform, as JSON."""
         return self._required("preprocessing")

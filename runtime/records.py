@@ -4,6 +4,7 @@ A class is thereby the description of its part of the schema. A field that is ad
 moved changes the JSON that users read: tests/runtime/test_schemas.py holds the keys of each schema.
 """
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +23,8 @@ class Record:
 
 
 def _plain(value: object) -> object:
-    """Records become objects of JSON, and tuples become lists, at every depth."""
+    """Records become objects of JSON, tuples become lists, and numbers that are not finite become
+    null, at every depth."""
     # A record may add keys, as reports add their schema, so its own method is asked.
     if isinstance(value, Record):
         return value.to_json()
@@ -30,4 +32,7 @@ def _plain(value: object) -> object:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    # JSON has no NaN and no infinity: most readers refuse a file with them.
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

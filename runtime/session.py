@@ -2,15 +2,18 @@
 compared, and with no provider but the one asked for.
 
 A provider that falls back to the CPU would be timed under a wrong name, so a fallback of the whole
-session raises. Single nodes may still run on the CPU; `executed_operators` counts them.
+session raises. Single nodes may still run on the CPU; `executed_nodes` tells which.
+
+**CUDA graphs.** The kernels of one forward are recorded once, and started together from then on: at
+small batches it is their starts that cost. A recorded kernel reads and writes the addresses that it
+was recorded with. So such a session has one batch size (`SessionSettings.graph_batch`), and
+`Model.forward` binds input and output to memory that stays.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +51,9 @@ OPTIMIZATIONS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
+# Ends the name of a node's event in a profile.
+KERNEL = "_kernel_time"
+
 # Session options under which the optimized graph is written to disk.
 WRITE_OPTIMIZED = {
     # Tensors go to a file beside the graph, so that the graph stays small and below 2 GB.
@@ -61,6 +67,9 @@ WRITE_OPTIMIZED = {
 # Device of the providers that have memory of their own.
 DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
 
+# Name of the free axis of every file of marrq.
+BATCH_AXIS = "batch"
+
 # Whether worker threads wait for work in a loop, which is ONNX Runtime's default. A spinning thread
 # takes a core from every other session, so only one session at a time is timed.
 ALLOW_SPINNING = True
@@ -73,11 +82,19 @@ class SessionSettings:
     provider: a key of PROVIDERS.
     threads: of one operator; None for ONNX Runtime's choice, one a core.
     optimization: of the graph, a key of OPTIMIZATIONS.
+    graph_batch: the batch size whose forward is recorded as a CUDA graph, with `cuda` alone; None
+        to record nothing.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     optimization: str = "all"
+    graph_batch: int | None = None
+
+
+def check_provider(settings: SessionSettings) -> None:
+    """Raise BenchError if the provider is not there."""
+    _provider(settings)
 
 
 def available_providers() -> list[str]:
@@ -107,8 +124,11 @@ class Model:
         """
         provider = _provider(settings)
         options = _options(settings, profile_to, optimized_to)
+        provider_options = {"enable_cuda_graph": "1"} if _records_graphs(settings) else {}
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=[provider])
+            self.session = ort.InferenceSession(
+                str(path), options, providers=[(provider, provider_options)]
+            )
         except Exception as error:  # the bindings raise a class a status code, none of them public
             reason = str(error).strip().splitlines()[0]
             if any(sign in reason for sign in BROKEN_FILE):
@@ -129,6 +149,12 @@ class Model:
             raise BenchError(f"{str(path)!r} has no input: give a model of images")
         self.input = self.session.get_inputs()[0]
         self.device = DEVICES.get(settings.provider)
+        self._graph_batch = settings.graph_batch
+        if self._graph_batch not in (None, self.input.shape[0]):
+            raise BenchError(
+                f"{str(path)!r} has no free axis {BATCH_AXIS!r} to be fixed for a CUDA graph: "
+                "export it with marrq, or leave out --cuda-graph"
+            )
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [batch, classes] of inputs [batch, channels, height, width]."""
@@ -153,7 +179,7 @@ class Model:
         binding.bind_ortvalue_input(
             self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0)
         )
-        binding.bind_output(self.session.get_outputs()[0].name, self.device, 0)
+        self._bind_output(binding)
         binding.synchronize_inputs()
 
         def forward_on_device() -> None:
@@ -162,6 +188,20 @@ class Model:
             binding.synchronize_outputs()
 
         return forward_on_device
+
+    def _bind_output(self, binding: ort.IOBinding) -> None:
+        """Have the logits stay on the device: in memory that ONNX Runtime takes for each run, or
+        for a CUDA graph in memory that stays."""
+        output = self.session.get_outputs()[0]
+        if self._graph_batch is None:
+            binding.bind_output(output.name, self.device, 0)
+            return
+        # A free axis has a name in place of a length, and the batch is the only one.
+        shape = [self._graph_batch if isinstance(axis, str) else axis for axis in output.shape]
+        binding.bind_ortvalue_output(
+            output.name,
+            ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.device, 0),
+        )
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""
@@ -175,39 +215,50 @@ class Model:
         return Metadata(self.session.get_modelmeta().custom_metadata_map)
 
 
-def executed_operators(
-    path: Path,
-    settings: SessionSettings,
-    scratch: Path,
-    by: Literal["op_name", "provider"] = "op_name",
-) -> dict[str, int]:
-    """Number of nodes of each operator, or on each provider, that really ran in one forward: from
-    ONNX Runtime's own profile. scratch: a folder for the profile."""
+@dataclass(frozen=True)
+class ExecutedNode:
+    """A node of the optimized graph that ran, and the execution provider that it ran on."""
+
+    name: str
+    operator: str
+    provider: str
+
+
+def executed_nodes(path: Path, settings: SessionSettings, scratch: Path) -> list[ExecutedNode]:
+    """The nodes that really ran in one forward, from ONNX Runtime's own profile. scratch: a folder
+    for the profile."""
     model = Model(path, settings, profile_to=scratch / "profile")
     # One forward is enough: every node of a vision transformer runs once.
     model.run(model.random_input(1))
     # The profile is a list of events; only nodes have an operator and a provider.
     events = json.loads(Path(model.session.end_profiling()).read_text())
-    counts = Counter(
-        event["args"][by]
+    return [
+        ExecutedNode(
+            event["name"].removesuffix(KERNEL), event["args"]["op_name"], event["args"]["provider"]
+        )
         for event in events
         # ONNX Runtime up to 1.20 records a node three times, with the fences around it.
         if event.get("cat") == "Node"
-        and event["name"].endswith("_kernel_time")
-        and event.get("args", {}).get(by)
-    )
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        and event["name"].endswith(KERNEL)
+        and event.get("args", {}).get("provider")
+    ]
 
 
 def _provider(settings: SessionSettings) -> str:
     """ONNX Runtime's name of the provider. Raises BenchError if it is not available."""
     provider = PROVIDERS.get(settings.provider)
     if provider is None or provider not in available_providers():
+        # Both packages of ONNX Runtime bring the CPU; only one of them brings GPUs.
+        way_out = "; on a machine with CUDA install 'marrq[gpu]' in place of 'marrq[cpu]'"
         raise BenchError(
             f"provider {settings.provider!r} is not available here: this ONNX Runtime has "
-            f"{', '.join(available_providers())}"
+            f"{', '.join(available_providers())}{way_out if settings.provider in DEVICES else ''}"
         )
     return provider
+
+
+def _records_graphs(settings: SessionSettings) -> bool:
+    return settings.provider == "cuda" and settings.graph_batch is not None
 
 
 def _options(
@@ -225,6 +276,10 @@ def _options(
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    if settings.graph_batch is not None:
+        # With all shapes known nothing is left to compute them, which would run on the CPU, and
+        # ONNX Runtime records no graph with a node there.
+        options.add_free_dimension_override_by_name(BATCH_AXIS, settings.graph_batch)
     if profile_to is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     if optimized_to is not None:

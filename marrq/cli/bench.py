@@ -8,10 +8,13 @@ def bench(
     paths: bench_options.Paths,
     data: common.DataOption = None,
     flavor: bench_options.Flavor = None,
-    baseline: bench_options.Baselines = ["fp16", "fp32"],
+    weights_only: bench_options.WeightsOnly = False,
+    baseline: bench_options.Baselines = [],
     batch: bench_options.Batches = [1, 8],
     threads: common.ThreadsOption = None,
-    provider: common.ProviderOption = "cpu",
+    device: bench_options.Device = None,
+    provider: bench_options.Provider = None,
+    cuda_graph: bench_options.CudaGraph = False,
     rounds: bench_options.Rounds = 5,
     seconds: bench_options.Seconds = 1.0,
     parity: bench_options.Parity = False,
@@ -37,9 +40,10 @@ def bench(
     if page_file is not None:
         check_page(page_file)
     options = BenchOptions(
-        flavor=flavor, baselines=tuple(baseline), batches=tuple(batch), rounds=rounds,
-        seconds=seconds, provider=provider, threads=threads, throughput=throughput,
-        max_drop=max_drop, recommend=recommend, artifacts=tuple(artifact),
+        flavor=flavor, weights_only=weights_only, baselines=tuple(baseline) or None,
+        batches=tuple(batch), rounds=rounds, seconds=seconds, device=device, provider=provider,
+        cuda_graph=cuda_graph, threads=threads, throughput=throughput, max_drop=max_drop,
+        recommend=recommend, artifacts=tuple(artifact),
         parity_images=parity_images if parity else None,
     )  # fmt: skip
     report = run(paths, data, options, common.say, common.progress_bars)

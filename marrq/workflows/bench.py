@@ -13,15 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
+
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
+from marrq.workflows.baselines import BaselineMaker, check_same_model
 from marrq.workflows.bench_options import DEFAULTS, BenchOptions, check_paths
 from marrq.workflows.parity import artifact_of, measure_parity
-from runtime.measure.bench import BenchReport, Entry, ImageData, Progress
+from runtime.measure.answers import NO_TARGET
+from runtime.measure.bench import BenchReport, ImageData, Progress
 from runtime.measure.bench import bench as measure
+from runtime.measure.measured import Entry
 from runtime.metadata import Metadata
 from runtime.quantization import read_quantization
-from runtime.session import Model, SessionSettings
+from runtime.session import Model, SessionSettings, check_provider
 
 if TYPE_CHECKING:
     from marrq.models.images import ImageSet
@@ -75,7 +80,8 @@ def bench(
     """Measure accuracy, size and latency of files and artifacts beside their float baselines.
 
     paths: artifacts, or ONNX files that `marrq export` wrote, all of one model.
-    data: folder of class folders of images; None for the demo's own.
+    data: folder of images; None for the demo's own. Without class folders that are classes of the
+        model only size and speed are measured.
     options: what is measured, and how.
     say: called with a line for people before each export.
     bars: shows how far the measuring is.
@@ -86,6 +92,7 @@ def bench(
     given = [Path(path) for path in paths]
     # A mistake is told before minutes of exporting and measuring.
     check_paths(given, options)
+    check_provider(options.session)
     if data is not None:
         check_data_folder(data)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.
@@ -94,18 +101,37 @@ def bench(
         if options.parity_images is not None
         else {}
     )
-    images = _images(given[0], data, options.session)
+    images = _images(given[0], data, options)
     # Exports are measured, and gone when the report is there.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [item for path in given for item in _onnx_files(path, options, folder, say)]
-        candidates, metadata = _candidates(files, options.session)
-        entries = [*_baselines(metadata, options.baselines, folder, say), *candidates]
+        candidates, metadata = _candidates(files, options)
+        beside = tuple(dict.fromkeys(path.resolve().parent for path in given))
+        device, _ = options.runs_on
+        maker = BaselineMaker(metadata, beside, device, options.session, folder, say)
+        baselines = maker.make(options.wanted_baselines)
+        if options.max_drop is not None and not baselines.entries:
+            raise MarrqError(
+                f"--max-drop compares with a baseline, and there is none: {baselines.warnings[0]}"
+            )
+        entries = [*baselines.entries, *candidates]
         # Parity compares images drawn at random, accuracy all of them.
         if options.parity_images is not None:
             drawn = images.draw(min(options.parity_images, len(images)), 0)
             entries = _with_parity(entries, artifacts, drawn, options.session, bars)
-        return _measured(entries, metadata, images, options, bars)
+        warnings = (*baselines.warnings, *_other_devices(entries, device))
+        return _measured(entries, metadata, images, options, bars, warnings)
+
+
+def _other_devices(entries: Sequence[Entry], device: str) -> list[str]:
+    """A sentence for each file that was made for another device than the one it is measured on."""
+    return [
+        f"{entry.name} was made for the {entry.device} and is measured on the {device}: its graph "
+        "may not be the fastest there"
+        for entry in entries
+        if entry.device != device
+    ]
 
 
 def _onnx_files(
@@ -113,7 +139,7 @@ def _onnx_files(
 ) -> list[BenchedFile]:
     """The file itself; or exports of an artifact: in one flavour, or for a recommendation in each
     flavour that can express the scheme."""
-    from exporters.choices import suitable_flavor
+    from exporters.choices import flavors_with, suitable_flavor, written_scheme
     from exporters.flavors import VARIANTS, variants
     from exporters.onnx_file import Export, write
     from exporters.trace import trace_quantized
@@ -123,36 +149,41 @@ def _onnx_files(
         return [BenchedFile(path, path)]
     # The hash keeps exports of two artifacts apart that have the same folder name.
     model, artifact = load(path), artifact_hash(path)
+    (device, _), given = options.runs_on, options.flavor_options
     if not options.recommend:
-        flavor, file = options.flavor or suitable_flavor(model.scheme), scratch / f"{artifact}.onnx"
+        flavor = options.flavor or suitable_flavor(model.scheme, device)
+        file = scratch / f"{artifact}.onnx"
         say(f"exporting {path} as {flavor}")
-        Export(model, artifact, flavor).write(file)
+        Export(model, artifact, flavor, given, device).write(file)
         return [BenchedFile(path, file)]
     # Traced once: each flavour lowers a clone of the trace.
     traced, files = trace_quantized(model, artifact), []
-    for variant in variants(model.scheme):
+    for variant in variants(written_scheme(model.scheme, given), device):
         flavor, flavor_options = VARIANTS[variant]
+        # What the user asks of every export, a flavour without that option cannot give.
+        if any(flavor not in flavors_with(option) for option in given):
+            continue
         say(f"exporting {path} as {variant}")
         files.append(BenchedFile(path, scratch / f"{artifact} {variant}.onnx", variant))
-        write(traced, flavor, files[-1].file, flavor_options)
+        write(traced, flavor, files[-1].file, {**given, **flavor_options}, device=device)
     return files
 
 
 def _candidates(
-    files: Sequence[BenchedFile], session: SessionSettings
+    files: Sequence[BenchedFile], options: BenchOptions
 ) -> tuple[list[Entry], Metadata]:
     """The files as entries of the bench, and the metadata of the first: source,
     preprocessing and labels are the same in all."""
+    from exporters.choices import check_flavor_on
+
     entries: list[Entry] = []
+    (device, _), session = options.runs_on, options.session
     shared = _checked_metadata(files[0], session)
     for given in files:
         metadata = _checked_metadata(given, session)
+        check_flavor_on(metadata.flavor, device)
         # Baselines, images and rounds are shared, so all files must come from one float model.
-        if metadata.source != shared.source:
-            raise MarrqError(
-                f"{str(given.path)!r} comes from another model than {str(files[0].path)!r}: bench "
-                "them apart"
-            )
+        check_same_model(str(given.path), metadata, shared)
         entries.append(_candidate(given, metadata, {entry.name for entry in entries}))
     return entries, shared
 
@@ -189,6 +220,7 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
         path=str(given.path),
         role="candidate",
         flavor=metadata.flavor,
+        device=metadata.device,
         scheme=scheme,
         method=metadata.method,
         bits_per_weight=metadata.bits_per_weight,
@@ -196,52 +228,27 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
     )
 
 
-def _baselines(
-    metadata: Metadata, flavors: Sequence[str], scratch: Path, say: Callable[[str], None]
-) -> list[Entry]:
-    """The float model that the files come from, exported in each of the flavours."""
-    from exporters.onnx_file import write_baseline
-    from marrq.models.load import ModelSource, load_source
+def _images(path: Path, data: str | None, options: BenchOptions) -> "ImageSet":
+    """The images to measure on. path: an artifact or an ONNX file, which knows the name of the
+    float model and the classes before anything is exported.
 
-    if not flavors:
-        return []
-    # Loaded once for all flavours.
-    model = load_source(ModelSource(**json.loads(metadata.source)))
-    entries = []
-    # A flavour that was named twice is measured once.
-    for flavor in dict.fromkeys(flavors):
-        say(f"exporting the baseline {flavor}")
-        file = scratch / f"{flavor}.onnx"
-        entries.append(
-            Entry(
-                name=flavor,
-                file=file,
-                path=model.source.name,
-                role="baseline",
-                flavor=flavor,
-                scheme=flavor,
-                method="none",
-                bits_per_weight=write_baseline(model, flavor, file),
-            )
-        )
-    return entries
-
-
-def _images(path: Path, data: str | None, session: SessionSettings) -> "ImageSet":
-    """The labelled images to measure accuracy on. path: an artifact or an ONNX file, which knows
-    the name of the float model and the classes before anything is exported."""
+    Raises MarrqError if the images have no targets and an option counts right answers.
+    """
     from marrq.artifact.config import labels_from_json
     from marrq.artifact.folder import read_config
     from marrq.models.images import find_images
     from marrq.workflows.checks import data_for
 
     if path.is_file():
-        metadata = _checked_metadata(BenchedFile(path, path), session)
+        metadata = _checked_metadata(BenchedFile(path, path), options.session)
         source, labels = metadata.source_name, metadata.labels
     else:
         config = read_config(path)
         source, labels = config["model"]["name"], labels_from_json(config["labels"])
-    return find_images(data_for(source, data), "val", labels)
+    images = find_images(data_for(source, data), "val", labels)
+    if options.max_drop is not None or options.recommend or options.parity_images is not None:
+        images.labelled()
+    return images
 
 
 def _with_parity(
@@ -273,15 +280,17 @@ def _measured(
     images: "ImageSet",
     options: BenchOptions,
     bars: Bars,
+    warnings: Sequence[str],
 ) -> BenchReport:
     """Accuracy on all images, and speed."""
     from marrq.models.preprocessing import Preprocessing
 
     preprocessing = Preprocessing.from_json(json.loads(metadata.preprocessing))
     # Read when the bench asks for them: all images together may not fit into memory.
+    targets = np.array(images.targets or [NO_TARGET] * len(images))
     batches = (
-        (pixels.numpy(), targets.numpy())
-        for pixels, targets in images.batches(preprocessing, IMAGES_AT_ONCE)
+        (pixels.numpy(), targets[number * IMAGES_AT_ONCE :][: len(pixels)])
+        for number, pixels in enumerate(images.batches(preprocessing, IMAGES_AT_ONCE))
     )
     settings = options.settings
     # Latency opens every model once a round; throughput opens it once for each number of threads.
@@ -289,4 +298,7 @@ def _measured(
     with bars(accuracy=len(images), speed=sessions) as [looking, timing]:
         progress = Progress(looking.advance, timing.advance)
         described = ImageData(images.name, len(images), images.sha256)
-        return measure(entries, batches, described, settings, progress)
+        report = measure(entries, batches, described, settings, progress, warnings)
+    unmeasured = [] if images.targets else [f"accuracy is not measured: {images.why_unlabelled}"]
+    # What is noted of the images is known when they have been read.
+    return replace(report, warnings=(*report.warnings, *unmeasured, *images.noted()))

@@ -4,14 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.choices import NO_OPTIONS, check_baseline, check_choice, check_scheme
+from exporters.choices import (
+    BASELINES,
+    NO_OPTIONS,
+    Options,
+    check_choice,
+    check_flavor_on,
+    check_scheme,
+    suitable_flavor,
+)
 from marrq.artifact.scheme import read_scheme
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
+from marrq.workflows.provider import choose_provider
 from runtime.environment import usable_cores
 from runtime.measure.bench import BenchSettings
 from runtime.measure.latency import Plan, thread_counts
 from runtime.session import SessionSettings
+
+NO_BASELINE = "none"
+"""What a user names to measure no baseline at all."""
+
+SUFFIX = ".onnx"
+"""By which a baseline that is a file is told from a misspelled flavour."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +34,16 @@ class BenchOptions:
     """What `bench` measures, and how.
 
     flavor: in which artifacts are exported; None for the flavour that suits the scheme best.
-    baselines: float flavours of the model to measure beside the files, of fp16 and fp32.
+    baselines: what to measure beside the files: float flavours of the model, fp16 and fp32, or ONNX
+        files with an export of it; ("none",) for nothing. None: fp16 and fp32 if the model is at
+        hand, which the report says if it is not.
     batches: batch sizes to time.
     rounds: how often each session is opened and timed, in turn with all others.
     seconds: time on each model, batch size and round.
-    provider: cpu, cuda or tensorrt.
+    device: cpu or gpu, what artifacts and baselines are exported for. provider: cpu, cuda or
+        tensorrt, what runs them. Of a None the other one decides; if both are, it is the CPU.
+    cuda_graph: time each batch size as a recorded CUDA graph.
+    weights_only: export artifacts with quantized activations without them (`folded`).
     threads: of one operator; None for ONNX Runtime's choice.
     throughput: also measure images per second with 1, 2, 4 … threads.
     max_drop: points of top-1 that a file may lose against the baseline; None for no gate.
@@ -33,11 +53,14 @@ class BenchOptions:
     """
 
     flavor: str | None = None
-    baselines: tuple[str, ...] = ("fp16", "fp32")
+    baselines: tuple[str, ...] | None = None
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 5
     seconds: float = 1.0
-    provider: str = "cpu"
+    device: str | None = None
+    provider: str | None = None
+    cuda_graph: bool = False
+    weights_only: bool = False
     threads: int | None = None
     throughput: bool = False
     max_drop: float | None = None
@@ -46,26 +69,64 @@ class BenchOptions:
     artifacts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        device, provider = self.runs_on
         if self.flavor is not None:
-            check_choice(self.flavor, NO_OPTIONS)
-        for baseline in self.baselines:
-            check_baseline(baseline)
+            check_choice(self.flavor, self.flavor_options)
+            check_flavor_on(self.flavor, device)
+        self._check_baselines()
         if self.recommend and self.flavor is not None:
             raise MarrqError(
                 f"--recommend measures every flavour: leave out --flavor {self.flavor}"
             )
+        if self.cuda_graph and provider != "cuda":
+            raise MarrqError(
+                f"--cuda-graph is of the CUDA provider, not of {provider}: pass --device gpu"
+            )
+
+    def _check_baselines(self) -> None:
+        named = self.baselines or ()
+        for name in named:
+            # A file that does not exist is told by its name, if that looks like a file's.
+            is_file = name.endswith(SUFFIX) or Path(name).is_file()
+            if is_file and not Path(name).is_file():
+                raise MarrqError(f"the baseline {name!r} does not exist: give an ONNX file")
+            if not is_file and name not in (*BASELINES, NO_BASELINE):
+                raise MarrqError(
+                    f"unknown baseline {name!r}: choose one of {', '.join(BASELINES)}, none, or an "
+                    "ONNX file"
+                )
+        if NO_BASELINE in named and len(named) > 1:
+            raise MarrqError("--baseline none leaves out all baselines: name it alone")
+        if self.max_drop is not None and self.wanted_baselines == ():
+            raise MarrqError("--max-drop compares with a baseline: leave out --baseline none")
+
+    @property
+    def wanted_baselines(self) -> tuple[str, ...] | None:
+        """Flavours and files to measure; None for the default ones."""
+        return () if self.baselines == (NO_BASELINE,) else self.baselines
+
+    @property
+    def runs_on(self) -> tuple[str, str]:
+        """Device and provider."""
+        return choose_provider(self.device, self.provider)
+
+    @property
+    def flavor_options(self) -> Options:
+        """Of the flavour that artifacts are exported in."""
+        return {"weights_only": True} if self.weights_only else NO_OPTIONS
 
     @property
     def session(self) -> SessionSettings:
         """How every file is opened."""
-        return SessionSettings(self.provider, self.threads)
+        _, provider = self.runs_on
+        return SessionSettings(provider, self.threads)
 
     @property
     def settings(self) -> BenchSettings:
         """The part that the measuring itself has to know."""
         # Up to the threads asked for, or to the cores that this process may use.
         counts = thread_counts(self.threads or usable_cores()) if self.throughput else ()
-        plan = Plan(self.batches, self.rounds, self.seconds)
+        plan = Plan(self.batches, self.rounds, self.seconds, self.cuda_graph)
         return BenchSettings(self.session, plan, counts, self.max_drop, self.recommend)
 
 
@@ -75,17 +136,24 @@ DEFAULTS = BenchOptions()
 def check_paths(paths: Sequence[Path], options: BenchOptions) -> None:
     """Raise MarrqError for a path that cannot be measured, and for an option that no path has a
     use for."""
+    device, _ = options.runs_on
     for path in paths:
         if not path.exists():
             raise MarrqError(f"{str(path)!r} does not exist: give an artifact or an ONNX file")
         if path.is_dir():
             check_artifact(path)
             scheme = read_scheme(path)
-            if scheme is not None and options.flavor is not None:
-                check_scheme(scheme, options.flavor)
+            if scheme is not None and not options.recommend:
+                flavor = options.flavor or suitable_flavor(scheme, device)
+                check_scheme(scheme, flavor, options.flavor_options, device)
     # A file has been exported already; only an artifact can be exported in another flavour.
-    if all(path.is_file() for path in paths) and (options.recommend or options.flavor is not None):
-        option = "--recommend" if options.recommend else f"--flavor {options.flavor}"
+    about_exports = {
+        "--recommend": options.recommend,
+        f"--flavor {options.flavor}": options.flavor is not None,
+        "--weights-only": options.weights_only,
+    }
+    option = next((name for name, given in about_exports.items() if given), None)
+    if option is not None and all(path.is_file() for path in paths):
         raise MarrqError(
             f"{option} is about an artifact, and {str(paths[0])!r} is exported already: give the "
             f"artifact, or leave out {option}"

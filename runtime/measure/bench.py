@@ -6,19 +6,20 @@ for people (runtime/report/) are made from it; nothing is measured there.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from runtime.audit.graph import size_bytes
 from runtime.audit.linears import examine
+from runtime.audit.placement import misplacement
 from runtime.audit.precision import Precision, measure_precision
 from runtime.audit.rows import AuditRow, audit
 from runtime.environment import Environment, describe
-from runtime.measure.accuracy import Logits, hits, measure_accuracy, paired_drop
+from runtime.errors import BenchError
+from runtime.gpu import Gpu, describe_gpu
+from runtime.measure.answers import Answers, Batches, accuracies, not_finite, predict
 from runtime.measure.gate import Gate, hold_against_limit
 from runtime.measure.latency import (
     Latency,
@@ -29,44 +30,23 @@ from runtime.measure.latency import (
     measure_throughput,
 )
 from runtime.measure.measured import (
-    BaselineDrop,
     ComparedAccuracy,
     ComparedLatency,
+    Entry,
     MeasuredModel,
-    Role,
 )
-from runtime.measure.memory import measure_peak_memory
-from runtime.measure.parity import Parity
+from runtime.measure.memory import PeakMemory, measure_peak_memory
 from runtime.measure.recommend import Recommendation, recommend
-from runtime.quantization import QuantizedModule
 from runtime.records import Json, Record
-from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings, executed_operators
+from runtime.session import (
+    DEVICES,
+    WHOLE_GRAPH_PROVIDERS,
+    ExecutedNode,
+    SessionSettings,
+    executed_nodes,
+)
 
 SCHEMA = "marrq.bench/2"
-
-# Preprocessed inputs [batch, channels, height, width] and targets [batch].
-Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model to measure."""
-
-    name: str
-    # What is run.
-    file: Path
-    # What the user named.
-    path: str
-    role: Role
-    # As the file's metadata say.
-    flavor: str
-    scheme: str
-    method: str
-    bits_per_weight: float
-    # How each linear was quantized; None without the artifact.
-    quantization: tuple[QuantizedModule, ...] | None = None
-    # How the file compares with its artifact; None if that was not asked for.
-    parity: Parity | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +73,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class BenchEnvironment(Environment):
-    """The environment, with the rounds and seconds of the plan."""
+    """The environment, with the plan, and the GPU just after the last timed run; None on the CPU,
+    and if its driver does not tell."""
 
     rounds: int
     seconds: float
+    cuda_graph: bool
+    gpu: Gpu | None
 
 
 @dataclass(frozen=True)
@@ -118,8 +101,10 @@ class BenchReport(Record):
     models: tuple[MeasuredModel, ...]
     # None if no drop was demanded.
     gate: Gate | None
-    # By criterion; None if it was not asked for.
+    # By criterion; None if it was not asked for, empty if no candidate gives finite logits.
     recommendation: dict[str, Recommendation] | None
+    # What was left out of the measuring or may falsify it.
+    warnings: tuple[str, ...]
 
     def to_json(self) -> Json:
         """Schema marrq.bench/2."""
@@ -127,14 +112,22 @@ class BenchReport(Record):
 
 
 @dataclass(frozen=True)
+class _Ran:
+    """What ran of one model: the nodes, the audit and the precision, and what ran elsewhere."""
+
+    nodes: list[ExecutedNode]
+    audit: tuple[AuditRow, ...]
+    precision: Precision | None
+    misplaced: str | None
+
+
+@dataclass(frozen=True)
 class _Running:
-    """Speed of one model, and what ran."""
+    """Speed of one model, and what it takes."""
 
     speed: Speed
-    peak_memory_mb: float | None
+    memory: PeakMemory
     throughput: tuple[Throughput, ...]
-    executed: dict[str, int]
-    executed_on: dict[str, int]
 
 
 def bench(
@@ -143,74 +136,80 @@ def bench(
     data: ImageData,
     settings: BenchSettings,
     progress: Progress,
+    warnings: Sequence[str] = (),
 ) -> BenchReport:
-    """Measure all entries on the same images and in the same rounds. data: describes the images."""
+    """Measure all entries on the same images and in the same rounds.
+
+    data: describes the images. warnings: for the report, of what the caller left out.
+
+    Raises BenchError if a gate has no baseline, and for a candidate that the provider cannot run
+    whole (runtime/audit/placement.py).
+    """
+    _check_gate(entries, settings)
     plan, session = settings.plan, settings.session
-    environment = BenchEnvironment(
-        **vars(describe(session)), rounds=plan.rounds, seconds=plan.seconds
-    )
-    # Accuracy first: files that cannot run fail before minutes of timing.
-    accuracies = _accuracies(entries, *_predict(entries, batches, session, progress))
+    described = vars(describe(session))
+    # What cannot run fails before minutes of timing.
+    answers, targets = predict(entries, batches, session, progress.images)
+    rows = accuracies(entries, answers, targets)
+    ran = [_what_runs(entry, session) for entry in entries]
     runnings = _run(entries, settings, progress)
+    on_gpu = session.provider in DEVICES
+    environment = BenchEnvironment(
+        **described,
+        rounds=plan.rounds,
+        seconds=plan.seconds,
+        cuda_graph=plan.cuda_graph,
+        # Now, while the clocks are still those of the last run.
+        gpu=describe_gpu() if on_gpu else None,
+    )
     baselines = {
         entry.flavor: running.speed
         for entry, running in zip(entries, runnings, strict=True)
         if entry.role == "baseline"
     }
     models = tuple(
-        _measured(entry, accuracy, running, baselines, session)
-        for entry, accuracy, running in zip(entries, accuracies, runnings, strict=True)
+        _measured(entry, accuracy, answers[entry.file], nodes, running, baselines)
+        for entry, accuracy, nodes, running in zip(entries, rows, ran, runnings, strict=True)
     )
+    elsewhere = [
+        f"{entry.name}: {nodes.misplaced}"
+        for entry, nodes in zip(entries, ran, strict=True)
+        if nodes.misplaced is not None
+    ]
     return BenchReport(
         environment=environment,
         data=data,
         models=models,
         gate=None if settings.max_drop is None else hold_against_limit(models, settings.max_drop),
         recommendation=recommend(models) if settings.recommend else None,
+        warnings=(*warnings, *elsewhere),
     )
 
 
-def _predict(
-    entries: Sequence[Entry], batches: Batches, settings: SessionSettings, progress: Progress
-) -> tuple[dict[Path, Logits], NDArray[np.int64]]:
-    """Logits of every model by its file, and the targets. The images are read once."""
-    # All sessions are open at once here, since nothing is timed.
-    models = {entry.file: Model(entry.file, settings) for entry in entries}
-    logits: dict[Path, list[Logits]] = {path: [] for path in models}
-    targets = []
-    for pixels, labels in batches:
-        targets.append(labels)
-        for path, model in models.items():
-            logits[path].append(model.run(pixels))
-        progress.images(len(labels))
-    return {path: np.concatenate(parts) for path, parts in logits.items()}, np.concatenate(targets)
+def _check_gate(entries: Sequence[Entry], settings: BenchSettings) -> None:
+    has_baseline = any(entry.role == "baseline" for entry in entries)
+    if settings.max_drop is not None and not has_baseline:
+        raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32, or a file")
 
 
-def _accuracies(
-    entries: Sequence[Entry], logits: dict[Path, Logits], targets: NDArray[np.int64]
-) -> list[ComparedAccuracy]:
-    """Accuracy of each model, and what it loses against the baseline."""
-    # What agreement and divergence are measured from; None if no float32 model is measured.
-    float32 = next((logits[entry.file] for entry in entries if entry.flavor == "fp32"), None)
-    baselines = [entry for entry in entries if entry.role == "baseline"]
-    # Losses are counted from float32 if it was measured, and else from the first baseline.
-    baselines.sort(key=lambda entry: entry.flavor != "fp32")
-    rows = []
-    for entry in entries:
-        # Pairs, and not differences of shares: the images are the same.
-        right, against = hits(logits[entry.file], targets), None
-        if baselines and entry is not baselines[0]:
-            drop = paired_drop(hits(logits[baselines[0].file], targets), right)
-            against = BaselineDrop(**vars(drop), baseline=baselines[0].name)
-        accuracy = measure_accuracy(logits[entry.file], targets, float32)
-        # A bit for each image: hits of 50,000 images take 12 kB in the report.
-        packed = np.packbits(right).tobytes().hex()
-        rows.append(ComparedAccuracy(**vars(accuracy), against=against, hits=packed))
-    return rows
+def _what_runs(entry: Entry, settings: SessionSettings) -> _Ran:
+    """The nodes that ran, audit and precision. A provider that compiles the whole graph cannot be
+    looked into. Raises BenchError for a candidate with nodes on another provider, whose time would
+    be that of the copies."""
+    with tempfile.TemporaryDirectory() as scratch:
+        nodes = executed_nodes(entry.file, settings, Path(scratch))
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        return _Ran(nodes, (), None, None)
+    examined = examine(entry.file, settings)
+    elsewhere = misplacement(examined, nodes)
+    # A baseline is no reason to end a bench: the report says what is wrong with it.
+    if elsewhere is not None and entry.role == "candidate":
+        raise BenchError(f"{entry.name}: {elsewhere}; export it with --device gpu")
+    return _Ran(nodes, tuple(audit(examined)), measure_precision(examined), elsewhere)
 
 
 def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) -> list[_Running]:
-    """Latency, load time, throughput, memory and executed operators of each model."""
+    """Latency, load time, throughput and memory of each model."""
     files, session, plan = [entry.file for entry in entries], settings.session, settings.plan
     # One after the other: each would disturb the times of the next.
     speeds = measure_latency(files, session, plan, progress.session)
@@ -219,38 +218,27 @@ def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) 
     )
     # Memory at the largest batch, which a server has to have room for.
     memory = measure_peak_memory(files, max(plan.batches), session)
-    with tempfile.TemporaryDirectory() as scratch:
-        # Profiles are written by ONNX Runtime, and read back from here.
-        folder = Path(scratch)
-        return [
-            _Running(
-                speed,
-                peak,
-                tuple(throughput),
-                executed_operators(file, session, folder),
-                executed_operators(file, session, folder, by="provider"),
-            )
-            for file, speed, peak, throughput in zip(
-                files, speeds, memory, throughputs, strict=True
-            )
-        ]
+    return [
+        _Running(speed, peak, tuple(throughput))
+        for speed, peak, throughput in zip(speeds, memory, throughputs, strict=True)
+    ]
 
 
 def _measured(
     entry: Entry,
-    accuracy: ComparedAccuracy,
+    accuracy: ComparedAccuracy | None,
+    answers: Answers,
+    ran: _Ran,
     running: _Running,
     baselines: dict[str, Speed],
-    session: SessionSettings,
 ) -> MeasuredModel:
     """All that was found of one model. baselines: speeds of the baselines, by flavour."""
-    # Examined after the timing, which it would disturb.
-    rows, precision = _what_runs(entry.file, session)
     return MeasuredModel(
         name=entry.name,
         path=entry.path,
         role=entry.role,
         flavor=entry.flavor,
+        device=entry.device,
         scheme=entry.scheme,
         method=entry.method,
         size_bytes=size_bytes(entry.file),
@@ -258,18 +246,25 @@ def _measured(
         quantization=entry.quantization,
         parity=entry.parity,
         accuracy=accuracy,
+        not_finite=not_finite(entry.file, answers),
         latency=tuple(
             _with_ratios(latency, slot, baselines)
             for slot, latency in enumerate(running.speed.latency)
         ),
         load_ms=running.speed.load_ms,
-        peak_memory_mb=running.peak_memory_mb,
+        peak_memory_mb=running.memory.host,
+        peak_gpu_memory_mb=running.memory.gpu,
         throughput=running.throughput,
-        executed=running.executed,
-        executed_on=running.executed_on,
-        audit=rows,
-        precision=precision,
+        executed=_counted(node.operator for node in ran.nodes),
+        executed_on=_counted(node.provider for node in ran.nodes),
+        audit=ran.audit,
+        precision=ran.precision,
     )
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    """How often each name occurs, the most frequent first."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _with_ratios(latency: Latency, slot: int, baselines: dict[str, Speed]) -> ComparedLatency:
@@ -279,13 +274,3 @@ def _with_ratios(latency: Latency, slot: int, baselines: dict[str, Speed]) -> Co
         for flavor in ("fp16", "fp32")
     }
     return ComparedLatency(**vars(latency), ratio_fp16=ratios["fp16"], ratio_fp32=ratios["fp32"])
-
-
-def _what_runs(
-    file: Path, settings: SessionSettings
-) -> tuple[tuple[AuditRow, ...], Precision | None]:
-    """Audit and precision. A provider that compiles the whole graph cannot be looked into."""
-    if settings.provider in WHOLE_GRAPH_PROVIDERS:
-        return (), None
-    examined = examine(file, settings)
-    return tuple(audit(examined)), measure_precision(examined)

@@ -1,8 +1,9 @@
 """The accuracy gate: does a model lose at most so many points of top-1 against its baseline?
 
     held       the upper end of the drop's 95 % interval is within the limit
-    failed     the lower end is beyond the limit
-    undecided  the limit lies inside the interval: the images are too few to tell
+    failed     the lower end is beyond the limit, or the model's logits are NaN or infinite
+    undecided  the limit lies inside the interval: the images are too few to tell; or no baseline
+               gives finite logits
 
 How many images would tell: the score T at the limit (runtime/measure/accuracy.py) grows with the
 root of their number as long as the shares stay as they are. So n (1.96 / T)² images bring an end of
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.errors import BenchError, GateError
+from runtime.errors import GateError
 from runtime.measure.accuracy import NORMAL_95, PairedDrop, drop_score
 from runtime.measure.measured import BaselineDrop, MeasuredModel
 from runtime.records import Record
@@ -46,35 +47,38 @@ class Gate(Record):
     def warnings(self) -> list[str]:
         """A sentence if candidates are undecided."""
         names = self._names("undecided")
-        too_few = f"the gate of {self.max_drop:g} points is undecided for {names}: too few images"
-        return [too_few] if names else []
+        why = "too few images" if self.baseline is not None else "no baseline gives numbers"
+        undecided = f"the gate of {self.max_drop:g} points is undecided for {names}: {why}"
+        return [undecided] if names else []
 
     def demand(self) -> None:
         """Raise GateError if a candidate failed."""
         names = self._names("failed")
         if names:
-            raise GateError(
-                f"{names} lost more than {self.max_drop:g} points against {self.baseline}"
-            )
+            against = "" if self.baseline is None else f" against {self.baseline}"
+            raise GateError(f"{names} lost more than {self.max_drop:g} points{against}")
 
     def _names(self, outcome: Outcome) -> str:
         return ", ".join(model.name for model in self.models if model.verdict == outcome)
 
 
 def hold_against_limit(models: Sequence[MeasuredModel], max_drop: float) -> Gate:
-    """The verdict on each candidate. max_drop: in points. Raises BenchError without a baseline."""
+    """The verdict on each candidate. max_drop: in points."""
     candidates = [model for model in models if model.is_candidate]
-    # A candidate without a drop was measured without a baseline.
-    drops = [model.accuracy.against for model in candidates]
-    if any(drop is None for drop in drops):
-        raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32")
-    verdicts = tuple(
-        _verdict(model.name, drop, model.accuracy.images, max_drop)
-        for model, drop in zip(candidates, drops, strict=True)
-        if drop is not None
-    )
+    drops = [model.against for model in candidates]
     baseline = next((drop.baseline for drop in drops if drop is not None), None)
+    verdicts = tuple(_verdict_on(model, max_drop) for model in candidates)
     return Gate(max_drop, baseline, verdicts)
+
+
+def _verdict_on(model: MeasuredModel, max_drop: float) -> Verdict:
+    accuracy = model.accuracy
+    # Answers that are no numbers are wrong answers, whatever the baseline says.
+    if model.not_finite is not None:
+        return _said(model.name, "failed", model.not_finite.sentence)
+    if accuracy is None or accuracy.against is None:
+        return _said(model.name, "undecided", "has no baseline with finite logits to be held to")
+    return _verdict(model.name, accuracy.against, accuracy.images, max_drop)
 
 
 def _verdict(name: str, against: BaselineDrop, images: int, max_drop: float) -> Verdict:

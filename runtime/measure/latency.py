@@ -13,8 +13,8 @@ deal, or a machine that does not settle.
 **Load time** is the time to create the session; the median over the rounds. The file is in the
 system's cache after the first round.
 
-On CUDA and TensorRT a run begins and ends on the device (`Model.forward`). This path has not been
-timed on a device yet.
+On CUDA and TensorRT a run begins and ends on the device (`Model.forward`). With CUDA graphs each
+batch size has a session of its own (runtime/session.py), whose graph is recorded in the warm-up.
 """
 
 import time
@@ -84,11 +84,18 @@ class Plan:
     rounds: how often each session is opened.
     seconds: time spent on each batch size in a round, without the warm-up; at least 5 runs and at
         most 200, however long they take.
+    cuda_graph: record the forward of each batch size as a CUDA graph.
     """
 
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 5
     seconds: float = 1.0
+    cuda_graph: bool = False
+
+    @property
+    def sessions(self) -> tuple[tuple[int, ...], ...]:
+        """The batch sizes that share a session, for each session of a model in a round."""
+        return tuple((batch,) for batch in self.batches) if self.cuda_graph else (self.batches,)
 
 
 # Milliseconds of single runs of one session: [batch size][round] → [runs].
@@ -166,19 +173,25 @@ def _interleaved(
     session_done: Callable[[], None],
     open_model: Callable[[Path, SessionSettings], TimedModel],
 ) -> list[tuple[Samples, list[float]]]:
-    """For each session its samples, and the milliseconds that its creation took in each round."""
+    """For each session its samples, and the milliseconds that each of its creations took."""
     measured: list[tuple[Samples, list[float]]] = [
         ([[] for _ in plan.batches], []) for _ in sessions
     ]
     # The round is the outer loop, so that a slow spell falls on all models.
     for _ in range(plan.rounds):
         for (path, settings), (samples, loads) in zip(sessions, measured, strict=True):
-            start = time.perf_counter()
-            model = open_model(path, settings)  # in every round anew, so that each starts cold
-            loads.append(1e3 * (time.perf_counter() - start))
-            for batch, by_round in zip(plan.batches, samples, strict=True):
-                by_round.append(_time(model.forward(model.random_input(batch)), plan.seconds))
-            del model  # closes the session: its threads would spin beside the next one
+            by_batch = iter(samples)
+            for batches in plan.sessions:
+                recorded = batches[0] if plan.cuda_graph else None
+                start = time.perf_counter()
+                # In every round anew, so that each starts cold.
+                model = open_model(path, replace(settings, graph_batch=recorded))
+                loads.append(1e3 * (time.perf_counter() - start))
+                for batch in batches:
+                    forward = model.forward(model.random_input(batch))
+                    next(by_batch).append(_time(forward, plan.seconds))
+                    del forward
+                del model  # closes the session: its threads would spin beside the next one
             session_done()
     return measured
 

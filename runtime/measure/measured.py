@@ -1,6 +1,7 @@
-"""What was measured of one model: an entry of `models` in the bench's report."""
+"""A model to measure, and what was measured of it: an entry of `models` in the bench's report."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,12 +11,35 @@ from runtime.audit.precision import Precision
 from runtime.audit.rows import AuditRow
 from runtime.measure.accuracy import Accuracy, PairedDrop
 from runtime.measure.latency import Latency, Throughput
+from runtime.measure.overflow import Overflow
 from runtime.measure.parity import Parity
 from runtime.quantization import QuantizedModule
 from runtime.records import Json, Record
 
 # A candidate is what the user asked about; a baseline is the float model that it came from.
 Role = Literal["candidate", "baseline"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to measure."""
+
+    name: str
+    # What is run.
+    file: Path
+    # What the user named.
+    path: str
+    role: Role
+    # As the file's metadata say.
+    flavor: str
+    device: str
+    scheme: str
+    method: str
+    bits_per_weight: float
+    # How each linear was quantized; None without the artifact.
+    quantization: tuple[QuantizedModule, ...] | None = None
+    # How the file compares with its artifact; None if that was not asked for.
+    parity: Parity | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,24 @@ class ComparedAccuracy(Accuracy):
 
 
 @dataclass(frozen=True)
+class NotFinite(Record):
+    """Logits that are NaN or infinite. They answer nothing, so the model has no accuracy.
+
+    images: how many have such logits.
+    first: the operator that overflows; None if the file in float32 shows none.
+    """
+
+    images: int
+    first: Overflow | None
+
+    @property
+    def sentence(self) -> str:
+        """How many images, and why."""
+        cause = "" if self.first is None else f": {self.first.sentence}"
+        return f"gives NaN or infinite logits for {self.images:,} images{cause}"
+
+
+@dataclass(frozen=True)
 class ComparedLatency(Latency):
     """Latency at one batch size, and its ratio to each baseline: median over the rounds of the
     ratio within a round; None if the baseline was not measured."""
@@ -72,6 +114,7 @@ class MeasuredModel(Record):
     role: Role
     # As the file's metadata say.
     flavor: str
+    device: str
     scheme: str
     method: str
     size_bytes: int
@@ -81,13 +124,17 @@ class MeasuredModel(Record):
     quantization: tuple[QuantizedModule, ...] | None
     # None if it was not asked for.
     parity: Parity | None
-    accuracy: ComparedAccuracy
+    # None if logits are not finite; then the next field says so.
+    accuracy: ComparedAccuracy | None
+    not_finite: NotFinite | None
     # One for each batch size, in the order of the plan.
     latency: tuple[ComparedLatency, ...]
     # Median over the rounds.
     load_ms: float
     # At the largest batch size; None if the system does not tell.
     peak_memory_mb: float | None
+    # The same of the GPU; None if its driver does not tell, and on the CPU.
+    peak_gpu_memory_mb: float | None
     # Empty if it was not asked for.
     throughput: tuple[Throughput, ...]
     # Number of nodes that ran, by operator and by execution provider.
@@ -96,6 +143,11 @@ class MeasuredModel(Record):
     # Empty, and precision None, with a provider that compiles the whole graph.
     audit: tuple[AuditRow, ...]
     precision: Precision | None
+
+    @property
+    def against(self) -> BaselineDrop | None:
+        """What the model loses against the baseline; None if that is not known."""
+        return None if self.accuracy is None else self.accuracy.against
 
     @property
     def is_candidate(self) -> bool:

@@ -5,23 +5,41 @@
 
 Both are fresh processes, as a server's would be: in a process that has run other models, what they
 left behind would count too. The peak is the largest resident memory (VmHWM of Linux): with the
-pages of the file that are mapped, and with the arena that ONNX Runtime keeps. It is memory of the
-host, under CUDA and TensorRT too. `ru_maxrss` will not do: a child inherits it from its parent.
+pages of the file that are mapped, and with the arena that ONNX Runtime keeps. `ru_maxrss` will not
+do: a child inherits it from its parent.
+
+    peak memory of the GPU = memory in use while the session is open and has run
+                           - memory in use before the session was opened
+
+The arena never shrinks, so what is in use after the runs is the peak. CUDA's own context is part of
+it, a few hundred MB. The driver counts all processes together, so another one that starts or ends
+meanwhile falsifies the number.
 """
 
 import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import BenchError
-from runtime.session import Model, SessionSettings
+from runtime.gpu import memory_used_mb
+from runtime.session import DEVICES, Model, SessionSettings
 
 # The arena grows in the first run, and again in the second, when ONNX Runtime has seen which sizes
 # are needed.
 RUNS = 3
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak memory in MB (10⁶ bytes), of the host and of the GPU; None if the system, or the GPU's
+    driver, does not tell, and of the GPU on the CPU provider."""
+
+    host: float | None
+    gpu: float | None
 
 
 def resident_peak_mb() -> float | None:
@@ -35,22 +53,28 @@ def resident_peak_mb() -> float | None:
 
 def measure_peak_memory(
     paths: list[Path], batch: int, settings: SessionSettings
-) -> list[float | None]:
-    """Peak memory of each model at a batch size, in MB; None if the system does not tell. Raises
-    BenchError if a process that measures fails."""
+) -> list[PeakMemory]:
+    """Peak memory of each model at a batch size. Raises BenchError if a process that measures
+    fails."""
     # What Python, NumPy and ONNX Runtime take without any model.
-    alone = _peak_of_process({"path": None, "batch": batch, "settings": asdict(settings)})
+    alone = _peak_of_process({"path": None, "batch": batch, "settings": asdict(settings)}).host
     peaks = [
         _peak_of_process(
             {"path": str(path.resolve()), "batch": batch, "settings": asdict(settings)}
         )
         for path in paths
     ]
-    return [None if peak is None or alone is None else peak - alone for peak in peaks]
+    return [
+        PeakMemory(
+            None if peak.host is None or alone is None else peak.host - alone,
+            peak.gpu,
+        )
+        for peak in peaks
+    ]
 
 
-def _peak_of_process(task: dict[str, object]) -> float | None:
-    """The peak of a fresh process that does a task, in MB."""
+def _peak_of_process(task: dict[str, object]) -> PeakMemory:
+    """The peaks of a fresh process that does a task."""
     # It starts in the folder of this package: another package `runtime` might be found elsewhere.
     command = [sys.executable, "-m", "runtime.measure.memory", json.dumps(task)]
     done = subprocess.run(
@@ -63,21 +87,30 @@ def _peak_of_process(task: dict[str, object]) -> float | None:
             f"the process that measures memory of {task['path']!r} ended with {done.returncode}: "
             f"{reason}"
         )
-    peak: float | None = json.loads(done.stdout)
-    return peak
+    return PeakMemory(**json.loads(done.stdout))
 
 
 def _main(task: str) -> None:
-    """In the fresh process: do the task, and print the peak as JSON."""
+    """In the fresh process: do the task, and print the peaks as JSON."""
     given = json.loads(task)
     # No path: what importing ONNX Runtime takes, which is subtracted from the others.
-    if given["path"] is not None:
-        model = Model(Path(given["path"]), SessionSettings(**given["settings"]))
-        # The values do not matter, the shape does.
-        pixels = model.random_input(given["batch"])
-        for _ in range(RUNS):
-            model.run(pixels)
-    print(json.dumps(resident_peak_mb()))
+    taken = None if given["path"] is None else _run(given)
+    print(json.dumps(asdict(PeakMemory(resident_peak_mb(), taken))))
+
+
+def _run(task: dict[str, Any]) -> float | None:
+    """Open the file and run it. What that takes of the GPU's memory."""
+    settings = SessionSettings(**task["settings"])
+    on_gpu = settings.provider in DEVICES
+    before = memory_used_mb() if on_gpu else None
+    model = Model(Path(task["path"]), settings)
+    # The values do not matter, the shape does.
+    pixels = model.random_input(task["batch"])
+    for _ in range(RUNS):
+        model.run(pixels)
+    # Asked while the session is open.
+    after = memory_used_mb() if on_gpu else None
+    return None if before is None or after is None else after - before
 
 
 if __name__ == "__main__":

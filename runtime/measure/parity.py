@@ -8,7 +8,7 @@ Four sets of logits of the same images, each compared with the one before:
 
 Served pixels are made by the file's own preprocessing (runtime/preprocessing.py). Each stage may do
 another thing to the logits, so each has a rule of its own by which it *loses*. The first stage that
-loses is named.
+loses is named. Without the float model the first stage is left out.
 
 **Quantization** may change the logits. It loses if it gets fewer images right than chance explains:
 by McNemar's exact test at 5 %.
@@ -57,8 +57,8 @@ Array = NDArray[np.float32]
 class StageLogits:
     """Logits of the same images, [images, classes]."""
 
-    # Of the float model in torch.
-    original: Array
+    # Of the float model in torch; None if it is not at hand.
+    original: Array | None
     # Of the quantized model in torch.
     simulated: Array
     # Of the quantized model in torch, with pixels nudged by a millionth.
@@ -136,8 +136,7 @@ def compare_stages(
     pixel_difference: largest difference between the pixels of the two preprocessings.
     """
     # Name of the stage, what is compared, and its two sets of logits.
-    compared = (
-        ("quantization", "float torch", "simulated torch", logits.original, logits.simulated),
+    compared = [
         ("export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported),
         (
             "preprocessing",
@@ -146,13 +145,18 @@ def compare_stages(
             logits.exported,
             logits.served,
         ),
-    )
-    losses = (
-        _quantization_loss(logits, targets),
+    ]
+    losses = [
         # A linear that errs says where the fault is; the logits say only that there is a fault.
         _linear_loss(linears) or _logits_loss(logits),
         _preprocessing_loss(pixel_difference),
-    )
+    ]
+    # Without the float model nobody knows what quantization loses.
+    if logits.original is not None:
+        compared.insert(
+            0, ("quantization", "float torch", "simulated torch", logits.original, logits.simulated)
+        )
+        losses.insert(0, _quantization_loss(logits.original, logits.simulated, targets))
     stages = tuple(
         Stage(name, source, target, **vars(_closeness(before, after)),
               top1_source=_top1(before, targets), top1_target=_top1(after, targets), loss=loss)
@@ -169,13 +173,12 @@ def compare_stages(
 
 
 def cosines(a: Array, b: Array) -> NDArray[np.float64]:
-    """Cosine of each row of a [n, c] with that of b [n, c]: [n]."""
+    """Cosine of each row of a [n, c] with that of b [n, c]: [n]. 0 if a row is 0 or not finite."""
     # In float64: cosines near 1 differ in digits that float32 does not have.
     x, y = a.astype(np.float64), b.astype(np.float64)
-    found: NDArray[np.float64] = (
-        (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-    )
-    return found
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    return np.where(np.isfinite(found), found, 0.0)
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -240,9 +243,9 @@ def _closeness(before: Array, after: Array) -> Closeness:
     return Closeness(float(found.min()), float(np.median(found)), float(same.mean()))
 
 
-def _quantization_loss(logits: StageLogits, targets: NDArray[np.int64]) -> str | None:
+def _quantization_loss(original: Array, simulated: Array, targets: NDArray[np.int64]) -> str | None:
     # Chance explains a gain as well as a loss: only a drop can be a loss.
-    found = paired_drop(hits(logits.original, targets), hits(logits.simulated, targets))
+    found = paired_drop(hits(original, targets), hits(simulated, targets))
     if found.drop <= 0 or found.p_value >= SIGNIFICANT:
         return None
     return (
@@ -265,6 +268,10 @@ def _linear_loss(linears: Mapping[str, float]) -> str | None:
 
 
 def _logits_loss(logits: StageLogits) -> str | None:
+    # NaN has no distance from anything.
+    overflown = int((~np.isfinite(logits.exported).all(axis=1)).sum())
+    if overflown:
+        return f"the file gives NaN or infinite logits for {overflown} images"
     # Distance of the file from torch, and distance that a nudge of the pixels explains.
     distance, explained = (
         float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.measure.accuracy import paired_drop
-from runtime.measure.measured import MeasuredModel
+from runtime.measure.measured import ComparedAccuracy, MeasuredModel
 from runtime.records import Record
 
 SIZE_TOLERANCE = 0.01
@@ -63,9 +63,10 @@ class Criterion:
 
 
 def recommend(models: Sequence[MeasuredModel]) -> dict[str, Recommendation]:
-    """For each criterion the candidate to take. models: with one candidate at least."""
-    candidates = [model for model in models if model.is_candidate]
-    return {name: _recommended(name, candidates) for name in CRITERIA}
+    """For each criterion the candidate to take; empty if no candidate gives finite logits."""
+    # A model that answers nothing is recommended for nothing, however small and fast it is.
+    candidates = [model for model in models if model.is_candidate and model.accuracy is not None]
+    return {name: _recommended(name, candidates) for name in CRITERIA} if candidates else {}
 
 
 def _recommended(name: str, candidates: list[MeasuredModel]) -> Recommendation:
@@ -124,10 +125,15 @@ def _latency_figure(model: MeasuredModel) -> str:
     return f"{first.p50_ms:.2f} ms at batch {first.batch}{ratio}"
 
 
+def _accuracy_of(model: MeasuredModel) -> ComparedAccuracy:
+    # Models without an accuracy are no candidates of a recommendation.
+    assert model.accuracy is not None
+    return model.accuracy
+
+
 def _accuracy_figure(model: MeasuredModel) -> str:
-    low, top1, high = (
-        100 * x for x in (model.accuracy.top1_low, model.accuracy.top1, model.accuracy.top1_high)
-    )
+    found = _accuracy_of(model)
+    low, top1, high = (100 * x for x in (found.top1_low, found.top1, found.top1_high))
     return f"top-1 {top1:.1f} % ({low:.1f}–{high:.1f})"
 
 
@@ -149,10 +155,10 @@ CRITERIA = {
     ),
     "accuracy": Criterion(
         "most accurate",
-        value=lambda model: model.accuracy.top1,
+        value=lambda model: _accuracy_of(model).top1,
         sign=-1,
         level=lambda best, model: (
-            paired_drop(best.accuracy.right, model.accuracy.right).drop_low <= 0
+            paired_drop(_accuracy_of(best).right, _accuracy_of(model).right).drop_low <= 0
         ),
         figure=_accuracy_figure,
     ),

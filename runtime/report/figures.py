@@ -35,13 +35,17 @@ Interval = tuple[float, float, float]
 
 
 def accuracy_figure(models: Models) -> str:
-    """Top-1 of each model: a dot with its 95 % interval."""
-    labels = [(model.name, f"{100 * model.accuracy.top1:.1f} %") for model in models]
+    """Top-1 of each model that has an accuracy: a dot with its 95 % interval."""
+    shown = [
+        (model.name, model.accuracy, style)
+        for model, style in _styled(models)
+        if model.accuracy is not None
+    ]
+    labels = [(name, f"{100 * found.top1:.1f} %") for name, found, _ in shown]
 
     def draw(figure: "Figure") -> None:
         panel = _rows(figure, labels)
-        for place, (model, style) in enumerate(_styled(models)):
-            found = model.accuracy
+        for place, (_, found, style) in enumerate(shown):
             _dot(panel, place, (found.top1_low, found.top1, found.top1_high), style)
         panel.set_xlabel("top-1 accuracy (%)")
 
@@ -53,9 +57,9 @@ def drop_figure(models: Models, max_drop: float | None) -> str:
     max_drop: the gate's limit, in points; None without a gate."""
     # The baseline loses nothing against itself, and has no dot.
     losses = [
-        (model.name, model.accuracy.against, style)
+        (model.name, model.against, style)
         for model, style in _styled(models)
-        if model.is_candidate and model.accuracy.against is not None
+        if model.is_candidate and model.against is not None
     ]
     labels = [(name, f"{100 * against.drop:.1f} points") for name, against, _ in losses]
 

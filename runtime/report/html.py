@@ -91,7 +91,7 @@ def page(report: BenchReport) -> str:
     }
     models, reference = report.models, reference_of(report.models)
     # Models with a baseline: the others cannot lose anything.
-    paired = [model for model in models if model.accuracy.against is not None]
+    paired = [model for model in models if model.against is not None]
     # Without a gate no candidate has a verdict.
     verdicts = report.gate.models if report.gate is not None else ()
     document = report.to_json()
@@ -144,9 +144,11 @@ def percent(share: float | None) -> str:
     return number(None if share is None else 100 * share, 1)
 
 
-def top1(accuracy: Accuracy) -> str:
-    """Top-1 in percent with its 95 % interval."""
-    return _interval(accuracy.top1_low, accuracy.top1, accuracy.top1_high)
+def top1(accuracy: Accuracy | None) -> str:
+    """Top-1 in percent with its 95 % interval; – without an accuracy."""
+    return (
+        "–" if accuracy is None else _interval(accuracy.top1_low, accuracy.top1, accuracy.top1_high)
+    )
 
 
 def top5(accuracy: Accuracy) -> str:
@@ -175,13 +177,18 @@ def reference_of(models: Models) -> MeasuredModel | None:
 
 def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
     """What a candidate gains and what it costs."""
-    first, accuracy, against = model.latency[0], model.accuracy, model.accuracy.against
+    first, accuracy, against = model.latency[0], model.accuracy, model.against
     # Without a baseline there is nothing to be smaller or faster than.
     gain = f"takes {number(model.size_bytes / 1e6)} MB, and {number(first.p50_ms)} ms"
     if reference is not None:
         smaller, faster = _gains(model, reference)
         gain = f"is {smaller} smaller than {reference.name}, and {faster} as fast"
     start = f"{model.name} {gain} at batch {first.batch}."
+    # What it gains means nothing if it answers nothing.
+    if model.not_finite is not None:
+        return f"{start} It {model.not_finite.sentence}."
+    if accuracy is None:
+        return start
     if against is None:
         return f"{start} Its top-1 accuracy is {top1(accuracy)} %."
     # A loss is claimed only if the interval shows one.
@@ -200,7 +207,7 @@ def key_numbers(
     model: MeasuredModel, reference: MeasuredModel | None
 ) -> list[tuple[str, str, str]]:
     """The numbers that decide, each with what it counts and what it rests on."""
-    first, against = model.latency[0], model.accuracy.against
+    first = model.latency[0]
     size, time = f"{number(model.size_bytes / 1e6)} MB", f"{number(first.p50_ms)} ms"
     batch = f"at batch {first.batch}"
     gains = [(size, "file", model.flavor), (time, f"one forward {batch}", "median")]
@@ -212,12 +219,18 @@ def key_numbers(
             (smaller, "smaller", f"{size}, {other_size}"),
             (faster, f"as fast {batch}", f"{time}, {other_time}"),
         ]
-    accuracy = _top1_number(model.accuracy) if against is None else _drop_number(against)
     bits = (number(model.bits_per_weight), "bits a weight", "with scales and zero points")
-    return [*gains, accuracy, bits]
+    return [*gains, _accuracy_number(model), bits]
 
 
-def _top1_number(accuracy: Accuracy) -> tuple[str, str, str]:
+def _accuracy_number(model: MeasuredModel) -> tuple[str, str, str]:
+    """The drop if there is a baseline, else top-1."""
+    accuracy, against = model.accuracy, model.against
+    if accuracy is None:
+        why = "not measured" if model.not_finite is None else "its logits are NaN or infinite"
+        return "–", "top-1 accuracy", why
+    if against is not None:
+        return _drop_number(against)
     basis = _bounds(accuracy.top1_low, accuracy.top1_high)
     return f"{percent(accuracy.top1)} %", "top-1 accuracy", basis
 
@@ -264,8 +277,9 @@ def _figures(
     """The figures of the page, by name. paired: models with a baseline to be compared with."""
     # The limit is drawn into the figure of the drops.
     max_drop = None if report.gate is None else report.gate.max_drop
+    any_accuracy = any(model.accuracy is not None for model in report.models)
     return {
-        "accuracy": accuracy_figure(report.models),
+        "accuracy": accuracy_figure(report.models) if any_accuracy else None,
         "drop": drop_figure(paired, max_drop) if paired else None,
         "latency": latency_figure(report.models),
         "ratio": ratio_figure(report.models, reference.flavor) if reference else None,

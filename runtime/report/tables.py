@@ -1,6 +1,7 @@
 """What the bench's report says, for people in a terminal: tables, and sentences below them. Nothing
 is measured or computed here."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from runtime.measure.accuracy import Accuracy
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import ComparedAccuracy, ComparedLatency, MeasuredModel
+from runtime.measure.measured import ComparedLatency, MeasuredModel
 from runtime.measure.parity import Parity
 from runtime.report.inspection import reasons
 
@@ -37,10 +38,10 @@ def models_table(report: BenchReport) -> Table:
     caption = f"{images}, ONNX Runtime {report.environment.onnxruntime}"
     result = _empty_table(caption, "\nmodel", headings)
     for model in report.models:
-        agreement = model.accuracy.agreement
+        agreement = None if model.accuracy is None else model.accuracy.agreement
         result.add_row(
             model.name,
-            _top1(model.accuracy),
+            _top1(model),
             "–" if agreement is None else f"{100 * agreement:.1f}",
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
@@ -106,11 +107,16 @@ def parity_table(name: str, parity: Parity) -> Table:
 def sentences(report: BenchReport) -> list[str]:
     """What is to be read below the tables.
 
-    In this order: linears that do not run as their scheme says, nodes that fell back to another
-    provider, what parity says, the gate's verdicts, and the recommendation.
+    In this order: warnings of the run, models without finite logits, linears that do not run as
+    their scheme says, nodes that fell back to another provider, what parity says, the gate's
+    verdicts, and the recommendation.
     """
     # What is wrong comes first, what is advised comes last.
-    found = list(shortfalls(report))
+    found = list(report.warnings)
+    for model in report.models:
+        if model.not_finite is not None:
+            found.append(f"{model.name} {model.not_finite.sentence}")
+    found += shortfalls(report)
     for model in report.models:
         found += _fallbacks(model)
     for model in report.models:
@@ -145,8 +151,10 @@ def _fallbacks(model: MeasuredModel) -> list[str]:
 def _parity_sentences(name: str, parity: Parity) -> list[str]:
     """The first stage that loses, why each stage loses, and how far linears and logits may be
     trusted to tell."""
-    # Named also if it is small: it shows how far the file is from losing.
-    worst = max(parity.linears, key=lambda row: row.relative_error)
+    # Named also if it is small: it shows how far the file is from losing. NaN is the worst.
+    worst = max(
+        parity.linears, key=lambda row: (math.isnan(row.relative_error), row.relative_error)
+    )
     losses = [f"{stage.stage} loses: {stage.loss}" for stage in parity.stages if stage.loss]
     return [
         f"{name}: the first stage that loses is {parity.first_loss or 'none'}",
@@ -169,10 +177,12 @@ def _empty_table(caption: str, first: str, headings: tuple[str, ...]) -> Table:
     return result
 
 
-def _top1(accuracy: ComparedAccuracy) -> str:
+def _top1(model: MeasuredModel) -> str:
     """Top-1, and on a second line what it loses against the baseline, in points."""
-    top1 = _percent(accuracy)
-    against = accuracy.against
+    if model.accuracy is None:
+        return "–" if model.not_finite is None else "NaN or infinite"
+    top1 = _percent(model.accuracy)
+    against = model.against
     if against is None:
         return top1
     low, drop, high = (100 * x for x in (against.drop_low, against.drop, against.drop_high))

@@ -1,0 +1,152 @@
+"""What `marrq bench` sets beside the files that it measures: the float model that they come from.
+
+Baselines are exported from the float model. If that is not on this machine, they are files: those
+that the user names, or `fp16.onnx` and `fp32.onnx` beside what is measured. A baseline that was
+named by its flavour must be there; the default ones are left out if they are not, and the report
+says so.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.choices import BASELINES
+from marrq.errors import MarrqError
+from marrq.workflows.float_model import find_float_model
+from runtime.measure.measured import Entry
+from runtime.metadata import Metadata
+from runtime.session import Model, SessionSettings
+
+if TYPE_CHECKING:
+    from marrq.models.load import VisionModel
+
+NONE = "none"
+"""As a user names no baseline at all."""
+
+DEFAULTS = ("fp16", "fp32")
+"""What is measured if the user names no baseline."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Entries of the bench, and a sentence about those that were left out."""
+
+    entries: tuple[Entry, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BaselineMaker:
+    """Finds and makes the baselines of one float model.
+
+    metadata: of a file that comes from it.
+    beside: the folders of what is measured, in which files of baselines may lie.
+    device: what baselines are exported for.
+    """
+
+    metadata: Metadata
+    beside: tuple[Path, ...]
+    device: str
+    session: SessionSettings
+    scratch: Path
+    say: Callable[[str], None]
+
+    def make(self, wanted: Sequence[str] | None) -> Baselines:
+        """The baselines of these names, flavours or files; None for the default ones.
+
+        Raises MarrqError for a file that is no baseline of the model, and for a flavour that was
+        named if the float model is not at hand.
+        """
+        if wanted is None:
+            return self._defaults()
+        # A baseline that was named twice is measured once.
+        names = list(dict.fromkeys(wanted))
+        flavors = [name for name in names if name in BASELINES]
+        files = [self.given(Path(name)) for name in names if name not in BASELINES]
+        model, reason = self._float_model() if flavors else (None, "")
+        if flavors and model is None:
+            raise MarrqError(
+                f"the baseline {flavors[0]} is exported from the float model: {reason}; pass "
+                "--baseline none, or --baseline FILE with an export of it"
+            )
+        made = [self._export(model, flavor) for flavor in flavors] if model is not None else []
+        return Baselines((*made, *files))
+
+    def _defaults(self) -> Baselines:
+        model, reason = self._float_model()
+        if model is not None:
+            return Baselines(tuple(self._export(model, flavor) for flavor in DEFAULTS))
+        # Exports that were carried along with what is measured.
+        places = (folder / f"{flavor}.onnx" for flavor in DEFAULTS for folder in self.beside)
+        carried = {place.stem: place for place in places if place.is_file()}
+        if carried:
+            self.say(f"baselines are {', '.join(map(str, carried.values()))}, because {reason}")
+        entries = tuple(self.given(place) for place in carried.values())
+        missing = " and ".join(flavor for flavor in DEFAULTS if flavor not in carried)
+        if not missing:
+            return Baselines(entries)
+        warning = f"measured without the baseline {missing}, which need the float model: {reason}"
+        self.say(f"warning: {warning}")
+        return Baselines(entries, (warning,))
+
+    def given(self, file: Path) -> Entry:
+        """A file as a baseline. Raises MarrqError if it is no export of the float model."""
+        opened = Model(file, self.session)
+        metadata = opened.metadata()
+        if not metadata.is_marrqs or metadata.flavor not in BASELINES:
+            raise MarrqError(
+                f"the baseline {str(file)!r} is no float model that marrq exported: make one with "
+                "--flavor fp32 or fp16"
+            )
+        check_same_model(str(file), metadata, self.metadata)
+        if opened.input.type != "tensor(float)":
+            raise MarrqError(
+                f"the baseline {str(file)!r} takes {opened.input.type}, not normalized pixels: "
+                "export it without --preprocess"
+            )
+        return _entry(metadata.flavor, metadata.device, file, str(file), metadata.bits_per_weight)
+
+    def _float_model(self) -> "tuple[VisionModel | None, str]":
+        from marrq.models.load import ModelSource
+
+        return find_float_model(ModelSource(**json.loads(self.metadata.source)))
+
+    def _export(self, model: "VisionModel", flavor: str) -> Entry:
+        from exporters.onnx_file import write_baseline
+
+        self.say(f"exporting the baseline {flavor}")
+        file = self.scratch / f"{flavor}.onnx"
+        bits = write_baseline(model, flavor, file, device=self.device)
+        return _entry(flavor, self.device, file, model.source.name, bits)
+
+
+def check_same_model(name: str, metadata: Metadata, shared: Metadata) -> None:
+    """Raise MarrqError if a file comes from another float model than the others of a run, or has
+    other terms of preprocessing. name: of the file."""
+    # A model has one hash, on whatever machine and in whatever folder it lies.
+    if metadata.source_weights != shared.source_weights:
+        raise MarrqError(
+            f"{name!r} comes from another model, {metadata.source_name!r}, than the others, from "
+            f"{shared.source_name!r}: bench them apart"
+        )
+    # All files of a run are fed with the same pixels.
+    if json.loads(metadata.preprocessing) != json.loads(shared.preprocessing):
+        raise MarrqError(
+            f"{name!r} was exported with other preprocessing than the others: bench them apart"
+        )
+
+
+def _entry(flavor: str, device: str, file: Path, path: str, bits: float) -> Entry:
+    return Entry(
+        name=flavor,
+        file=file,
+        path=path,
+        role="baseline",
+        flavor=flavor,
+        device=device,
+        scheme=flavor,
+        method="none",
+        bits_per_weight=bits,
+    )

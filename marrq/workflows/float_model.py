@@ -1,0 +1,23 @@
+"""The float model behind an artifact or a file, which may not be on this machine.
+
+An artifact and a file hold all that they need to run. The float model is something to compare with,
+so a command that finds it gone goes on without it, says so and records it.
+"""
+
+from typing import TYPE_CHECKING
+
+from marrq.errors import MarrqError
+
+if TYPE_CHECKING:
+    from marrq.models.load import ModelSource, VisionModel
+
+
+def find_float_model(source: "ModelSource") -> "tuple[VisionModel | None, str]":
+    """The float model, or None and the reason: it is gone, it cannot be loaded, or it has other
+    weights now."""
+    from marrq.models.load import load_source
+
+    try:
+        return load_source(source), ""
+    except MarrqError as error:
+        return None, str(error)

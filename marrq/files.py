@@ -133,11 +133,11 @@ def sha256(file: Path) -> str:
 
 
 def check_data_folder(name: str) -> None:
-    """Raise MarrqError if a folder of images does not exist; `demo` names the built-in images."""
-    if name != "demo" and not Path(name).is_dir():
-        raise MarrqError(
-            f"data folder {name!r} does not exist: give a folder of class folders, or demo"
-        )
+    """Raise MarrqError if there is no folder of images; `demo` names the built-in images."""
+    if name == "demo" or Path(name).is_dir():
+        return
+    state = "is a file" if Path(name).exists() else "does not exist"
+    raise MarrqError(f"data folder {name!r} {state}: give a folder of images, or demo")
 
 
 def check_artifact(folder: Path) -> None:

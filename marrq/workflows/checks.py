@@ -48,8 +48,8 @@ def data_for(model: str, data: str | None) -> str:
     """
     if data is None and model != "demo":
         raise MarrqError(
-            "no images given: pass --data with a folder of class folders (only the model demo "
-            "has built-in images)"
+            "no images given: pass --data with a folder of images (only the model demo has "
+            "built-in images)"
         )
     name = data or "demo"
     check_data_folder(name)

@@ -133,6 +133,8 @@ class Runner:
         self.original = load_model(task.model)
         self.train = find_images(task.data, "train", self.original.labels)
         self.held_out = find_images(task.data, "val", self.original.labels)
+        # Told before the first run: every run is judged by its right answers.
+        self.held_out.labelled()
         self.shared: FullPrecisionInputs | None = None
 
     def check_groups(self, schemes: list[Scheme]) -> None:
@@ -167,7 +169,7 @@ class Runner:
     @cached_property
     def targets(self) -> NDArray[np.int64]:
         """Classes of the held-out images, [images]."""
-        return np.array(self.held_out.targets)
+        return np.array(self.held_out.labelled())
 
     @cached_property
     def reference(self) -> NDArray[np.float32]:

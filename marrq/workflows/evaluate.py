@@ -6,6 +6,7 @@ alike. `watch_linears` and `nudged` serve the comparison of torch with an export
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,47 @@ from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.blocks import hooked
 from marrq.models.images import ImageSet
-from marrq.models.load import VisionModel, load_model, load_source
+from marrq.models.load import VisionModel, load_model
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
+from marrq.workflows.float_model import find_float_model
+from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy, measure_accuracy
 
 BATCH_SIZE = 16
 
+FLOAT = "float"
+"""The title of the float model."""
+
 AnyModel = VisionModel | QuantizedModel
 
 
-def load_candidates(name: str) -> dict[str, AnyModel]:
-    """The models to evaluate, by title; the float model comes first.
+@dataclass(frozen=True)
+class Candidates:
+    """The models to evaluate, by title, the float model first; and a sentence if that is not at
+    hand."""
+
+    models: dict[str, AnyModel]
+    warnings: tuple[str, ...] = ()
+
+
+def load_candidates(name: str) -> Candidates:
+    """The models to evaluate.
 
     name: a model as `load_model` takes it, or an artifact's folder, which is evaluated beside the
-    float model that it was made from. Raises MarrqError if it cannot be loaded.
+    float model that it was made from, if that is at hand. Raises MarrqError if it cannot be loaded.
     """
     # A folder may also be a transformers checkpoint; an artifact says that it is an artifact.
     if not is_artifact(Path(name)):
-        return {"float": load_model(name)}
-    # load_source checks that the float weights are still those that were quantized.
+        return Candidates({FLOAT: load_model(name)})
     quantized = load(Path(name))
     title = f"{quantized.scheme.description} {quantized.method.name}"
-    return {"float": load_source(quantized.source), title: quantized}
+    # An artifact has all of its own tensors: the float model is there to be compared with.
+    original, reason = find_float_model(quantized.source)
+    if original is None:
+        return Candidates({title: quantized}, (f"evaluated without the float model: {reason}",))
+    return Candidates({FLOAT: original, title: quantized})
 
 
 def evaluate(
@@ -51,11 +69,13 @@ def evaluate(
     images_done: Callable[[int], None] = lambda count: None,
     processes: Processes = ONE_PROCESS,
 ) -> dict[str, Accuracy]:
-    """Top-1, top-5, and agreement with the first model, of each model by its title.
+    """Top-1, top-5, and agreement with the float model, of each model by its title.
 
     images_done: called with the number of images of each batch. Raises MarrqError if there are more
-    processes than batches.
+    processes than batches, and if the images have no targets; and BenchError for logits that are
+    not finite.
     """
+    targets = np.array(images.labelled())
     found: dict[str, Accuracy] = {}
     reference = None
     # An artifact stores its preprocessing; its float model must see the same pixels.
@@ -64,9 +84,12 @@ def evaluate(
         logits = predict(
             model.module, images, preprocessing, device, images_done, processes
         ).numpy()
-        # Agreement and divergence of every model are taken against the first one.
-        reference = logits if reference is None else reference
-        found[title] = measure_accuracy(logits, np.array(images.targets), reference)
+        # Agreement and divergence of every model are taken against the float model, the first one.
+        reference = logits if title == FLOAT else reference
+        try:
+            found[title] = measure_accuracy(logits, targets, reference)
+        except BenchError as error:
+            raise BenchError(f"{title}: {error}") from error
     return found
 
 
@@ -95,9 +118,8 @@ def predict(
     mine = processes.share(starts)
     # The last batch may be shorter; a slice stops at the end by itself.
     rows = slice(mine[0], mine[-1] + BATCH_SIZE)
-    part = ImageSet(images.name, images.files[rows], images.targets[rows])
     logits = []
-    for pixels, _ in part.batches(preprocessing, BATCH_SIZE):
+    for pixels in images.subset(rows).batches(preprocessing, BATCH_SIZE):
         logits.append(module(pixels.to(device)).float().cpu())
         # The other processes are about as far, so the bar of the first one counts for all.
         images_done(len(pixels) * processes.size)

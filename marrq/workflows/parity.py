@@ -80,14 +80,19 @@ def measure_parity(
     """
     from marrq.artifact.folder import load
     from marrq.models.images import read_image
-    from marrq.models.load import load_source
+    from marrq.quantizers.weights_only import weights_only
+    from marrq.workflows.float_model import find_float_model
 
     model, session = load(folder), Model(file, settings)
-    sides = _Sides(load_source(model.source).module, model.module, session)
+    # What a file leaves out of the artifact, the simulation leaves out too.
+    if session.metadata().weights_only:
+        model = weights_only(model)
+    original, _ = find_float_model(model.source)
+    sides = _Sides(None if original is None else original.module, model.module, session)
     preprocess = ServedPreprocessing.read(session.metadata().preprocessing)
     batches: list[StageLogits] = []
     pixel_difference, start = 0.0, 0
-    for pixels, _ in images.batches(model.preprocessing, IMAGES_AT_ONCE):
+    for pixels in images.batches(model.preprocessing, IMAGES_AT_ONCE):
         files = images.files[start : start + len(pixels)]
         # What a server makes of the same images, by the terms in the file.
         served = np.stack([preprocess(read_image(place)) for place in files])
@@ -95,20 +100,26 @@ def measure_parity(
         batches.append(sides.logits(pixels, served, start))
         start += len(pixels)
         images_done(len(pixels))
-    # vars() keeps the order of the fields: original, simulated, nudged, exported, served.
-    columns = zip(*(vars(batch).values() for batch in batches), strict=True)
-    logits = StageLogits(*(np.concatenate(parts) for parts in columns))
+    originals = [batch.original for batch in batches if batch.original is not None]
+    logits = StageLogits(
+        original=np.concatenate(originals) if originals else None,
+        simulated=np.concatenate([batch.simulated for batch in batches]),
+        nudged=np.concatenate([batch.nudged for batch in batches]),
+        exported=np.concatenate([batch.exported for batch in batches]),
+        served=np.concatenate([batch.served for batch in batches]),
+    )
     # Linears are compared on few images: each of their channels has hundreds of tokens.
     first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
     errors = linear_errors(model, file, first, settings)
-    return compare_stages(logits, np.array(images.targets), errors, pixel_difference)
+    return compare_stages(logits, np.array(images.labelled()), errors, pixel_difference)
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """The float model and the quantized model in torch, and the file under ONNX Runtime."""
+    """The float model, None if it is not at hand, and the quantized model in torch, and the file
+    under ONNX Runtime."""
 
-    original: "nn.Module"
+    original: "nn.Module | None"
     quantized: "nn.Module"
     session: Model
 
@@ -121,7 +132,7 @@ class _Sides:
 
         with torch.no_grad():
             return StageLogits(
-                original=self.original(pixels).numpy(),
+                original=None if self.original is None else self.original(pixels).numpy(),
                 simulated=self.quantized(pixels).numpy(),
                 nudged=self.quantized(nudged(pixels, seed)).numpy(),
                 exported=self.session.run(pixels.numpy()),

@@ -1,0 +1,29 @@
+"""What images hold that a viewer would show otherwise than a model is given it.
+
+A note is taken while an image is read, since only then is the file open. Every subset of an image
+set writes into the notes of the whole set, and a file that is read twice counts once.
+"""
+
+from dataclasses import dataclass, field
+
+ORIENTATION = "have an EXIF orientation, which is not applied"
+FRAMES = "have several frames, of which the first is taken"
+DEPTH = "are grey in more than 8 bits, of which the upper 8 are taken"
+DROPPED = "are transparent in part, which is dropped"
+ON_WHITE = "are transparent in part, and are laid on white"
+
+
+@dataclass
+class Notes:
+    """Names of the files that were read, by what is noted of them."""
+
+    found: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, file: object, *notes: str) -> None:
+        """Note something of a file."""
+        for note in notes:
+            self.found.setdefault(note, set()).add(str(file))
+
+    def sentences(self, count: int) -> tuple[str, ...]:
+        """One for each note. count: of the images in the set."""
+        return tuple(f"{len(files)} of {count} images {note}" for note, files in self.found.items())

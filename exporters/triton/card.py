@@ -9,15 +9,15 @@ from exporters.choices import BASELINES
 from exporters.onnx_file import Export
 from exporters.triton.config import LABELS
 from exporters.triton.serving import Serving
-from marrq.models.preprocessing import Preprocessing
+from marrq.models.preprocessing import MODES, Preprocessing
 
 
 def card(export: Export, config: Any, serving: Serving) -> str:
     """The page, in Markdown. config: the model's ModelConfig."""
     model = export.model
     # Colours as a client has to open the image.
-    image = "grey" if model.preprocessing.input_size[0] == 1 else "RGB"
-    terms = f"(Pillow, {model.preprocessing.interpolation})"
+    channels = model.preprocessing.input_size[0]
+    image = f"an image of mode {MODES[channels]}" if channels in MODES else f"{channels} channels"
     return f"""# {serving.name}
 
 {model.source.name}, {_what(export)}. Made by marrq {version("marrq")}.
@@ -27,7 +27,8 @@ def card(export: Export, config: Any, serving: Serving) -> str:
 {_row("input", config.input[0], serving)}
 {_row("output", config.output[0], serving)}
 {_classes(model.labels)}
-Of an image in {image}: {_resize(model.preprocessing)} {terms}, then {_send(export, serving)}.
+Of {image}: {_resize(model.preprocessing)} {_by(model.preprocessing)}, then \
+{_send(export, serving)}.
 The same, for programs, is in the config's parameter `preprocessing`. Serve the repository that \
 holds the folder `{serving.name}` with
 
@@ -60,17 +61,32 @@ def _classes(labels: tuple[str, ...]) -> str:
 
 def _resize(preprocessing: Preprocessing) -> str:
     _, height, width = preprocessing.input_size
-    # The image is resized to the crop over crop_pct, and the crop is taken from its middle.
-    larger = f"{int(height / preprocessing.crop_pct)} × {int(width / preprocessing.crop_pct)}"
     crop, cut = f"{height} × {width}", f"cut {height} × {width} out of the middle"
-    # How timm crops, in words (marrq/models/preprocessing.py).
+    if preprocessing.resized is None:
+        return cut
+    larger = "{} × {}".format(*preprocessing.resized)
+    # How the libraries crop, in words (marrq/models/resizing.py).
     ways = {
         "center": f"resize the shorter side to that of {larger}, and {cut}",
         "squash": f"resize to {larger}, and {cut}",
         "border": f"resize the longer side to that of {larger}, and fill up to {crop} with the "
         "mean",
+        "corner": f"resize the longer side to that of {larger}, and put it into the upper left "
+        f"corner of {crop}, which is zero after normalization",
     }
     return ways[preprocessing.crop_mode]
+
+
+def _by(preprocessing: Preprocessing) -> str:
+    """What resizes: other libraries round pixels otherwise."""
+    name = preprocessing.interpolation
+    if preprocessing.resampling == "pillow":
+        return f"(Pillow, {name})"
+    pixels = preprocessing.resampling.removesuffix("-tensor")
+    return (
+        f"(torchvision's resize of a tensor in {pixels}, {name} with antialiasing; Pillow's "
+        "differs by a level of 255 in some pixels)"
+    )
 
 
 def _send(export: Export, serving: Serving) -> str:
@@ -78,7 +94,8 @@ def _send(export: Export, serving: Serving) -> str:
     if serving.preprocess:
         return "send its pixels as they are, rows first: the model normalizes them"
     preprocessing = export.model.preprocessing
+    order = "exchange red and blue, and " if preprocessing.bgr else ""
     return (
-        f"send (x / 255 - mean) / std with mean {list(preprocessing.mean)} and std "
+        f"{order}send (x / 255 - mean) / std with mean {list(preprocessing.mean)} and std "
         f"{list(preprocessing.std)} per channel, channels first"
     )

@@ -94,7 +94,7 @@ class Preprocessing:
         interpolation is random.
         """
         channels, height, width = fields["input_size"]
-        normal = {}
+        normal: dict[str, tuple[float, ...]] = {}
         for name in ("mean", "std"):
             # timm takes one number for all channels.
             given = tuple(fields[name])
@@ -114,7 +114,8 @@ class Preprocessing:
             interpolation=fields["interpolation"],
             resized=resized_by(fields["crop_pct"], (height, width)),
             crop_mode=fields["crop_mode"],
-            **normal,
+            mean=normal["mean"],
+            std=normal["std"],
         )
 
     @classmethod

@@ -21,6 +21,7 @@ first row and column half to even, and transformers rounds them down.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -52,12 +53,12 @@ CROP_MODES = {
 
 
 def by_pillow(
-    size: Size, resized: Size | None, interpolation: str, crop_mode: str, fill: list[int]
+    size: Size, resized: Size | None, interpolation: str, crop_mode: str, fill: Any
 ) -> Callable[[Image.Image], Tensor]:
     """A function from an image to float32 [channels, height, width] in 0 … 1, as timm does it.
 
     size: of the result. resized: before the crop; None if the image is not resized.
-    fill: 8-bit pixel that `border` fills up with.
+    fill: list of a pixel's 8-bit numbers that `border` fills up with.
     """
     steps: list[Callable[..., object]] = []
     if resized is not None:
@@ -70,7 +71,7 @@ def by_pillow(
         else:
             longest = 1.0 if crop_mode == "border" else 0.0
             steps.append(ResizeKeepRatio(resized, longest=longest, interpolation=interpolation))
-    crop = CenterCropOrPad(size, fill=fill) if crop_mode == "border" else CenterCrop(size)
+    crop = CenterCropOrPad(list(size), fill=fill) if crop_mode == "border" else CenterCrop(size)
     steps += [crop, ToTensor()]
     transform: Callable[[Image.Image], Tensor] = Compose(steps)
     return transform
@@ -83,7 +84,7 @@ def by_tensors(
     fills it up."""
 
     def transform(image: Image.Image) -> Tensor:
-        pixels = tensors.pil_to_tensor(image)  # uint8 [channels, height, width]
+        pixels: Tensor = tensors.pil_to_tensor(image)  # uint8 [channels, height, width]
         if resampling == "float32-tensor":
             pixels = pixels.float().div_(255)
         if resized is not None:
@@ -91,7 +92,7 @@ def by_tensors(
             pixels = tensors.resize(pixels, list(target), TENSOR_MODES[interpolation])
         if crop_mode != "corner":
             pixels = _centre(pixels, size)
-        return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+        return pixels if pixels.is_floating_point() else pixels.float().div_(255)
 
     return transform
 
@@ -118,4 +119,4 @@ def _centre(pixels: Tensor, size: Size) -> Tensor:
         before, after = [side // 2 for side in missing], [(side + 1) // 2 for side in missing]
         pixels = tensors.pad(pixels, [before[1], before[0], after[1], after[0]])
     top, left = ((has - wanted) // 2 for has, wanted in zip(pixels.shape[1:], size, strict=True))
-    return tensors.crop(pixels, top, left, *size)
+    return pixels[:, top : top + size[0], left : left + size[1]]

@@ -17,14 +17,14 @@ def to_float16(model: ir.Model) -> None:
     graph = model.graph
     for value in graph.initializers.values():
         if value.const_value is not None and value.dtype == FLOAT:
-            # Constants are shared between clones, so a new tensor takes the place of the old one.
+            # Clones of a trace share tensors and types, so new ones take the place of the old.
             value.const_value = _halved(value.const_value)
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)
     for node in graph:
         _halve_attributes(node)
         for output in node.outputs:
             if output.dtype == FLOAT:
-                output.dtype = HALF
+                output.type = ir.TensorType(HALF)
     _cast_ends(graph)
 
 
@@ -54,7 +54,7 @@ def _cast_ends(graph: ir.Graph) -> None:
     # The output keeps its name, which clients ask for.
     name, inner = result.name, f"{result.name}/float16"
     outward = ir.node("Cast", [result], attributes={"to": int(FLOAT)}, name=f"{name}/float32")
-    result.name, result.dtype = inner, HALF
+    result.name, result.type = inner, ir.TensorType(HALF)
     outside = outward.outputs[0]
     outside.name, outside.shape, outside.type = name, result.shape, ir.TensorType(FLOAT)
     graph.append(outward)

@@ -21,12 +21,15 @@ class LinearPart:
     """Where a quantized linear, or q, k or v of it, begins and ends in the graph.
 
     input, output: names of the values. scale: name of the model's tensor (LayerScale) that the
-    output is multiplied by, or None.
+    output is multiplied by, or None. weight: name of the float value [in, out] that x is multiplied
+    with, or None. In a graph for GPUs the product may be part of an operator that does more, and
+    the output no value of the graph.
     """
 
     input: str
     output: str
     scale: str | None = None
+    weight: str | None = None
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,14 @@ class LinearPart:
 
     input, output: names of the values at its ends.
     scale: name of the model's tensor [out] (LayerScale) that the file has multiplied into it.
+    weight: name of the float value [in, out] that the input is multiplied with. The product may be
+        part of an operator that does more; then the output is no value of the graph.
     """
 
     input: str
     output: str
     scale: str | None = None
+    weight: str | None = None
 
 
 @dataclass(frozen=True)

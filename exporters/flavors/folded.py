@@ -33,7 +33,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
+from exporters.lowering.linear import LinearLowering, LinearSlice, LoweredModel, Target, lower
 from exporters.lowering.lowrank import plus_lowrank
 from exporters.lowering.weights import float32_codes
 from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME
@@ -67,18 +67,41 @@ class Folded:
         return lower(traced, target, self._linear)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:
+        number = np.float32 if self.float32 else np.float16
+        # γ of LayerScale: in the weight if float16 can hold the product, else behind it.
+        behind = None if _holds(linear.slice, number) else linear.output_scale
+        if behind is not None:
+            linear.slice = linear.unscaled
+        linear.weight = self._weight(linear)
+        y = linear.add("MatMul", [linear.x, linear.weight])
+        for op_type, name, tensor in (
+            ("Add", "bias", linear.slice.bias),
+            ("Mul", "output_scale", behind),
+        ):
+            if tensor is not None:
+                y = linear.add(op_type, [y, linear.constant(name, tensor.numpy().astype(number))])
+        return y
+
+    def _weight(self, linear: LinearLowering) -> ir.Value:
+        """All that x is multiplied with: [in, rows]."""
         weight = plus_lowrank(linear, _dequantized(linear))
         if linear.smoothing is not None:
             # (s ∘ x) W = x (diag(s) W): the factors of the inputs multiply the rows of [in, rows].
             factors = linear.weight_constant("input_smoothing", _column(linear.smoothing))
             weight = linear.add("Mul", [weight, factors])
-        if not self.float32:
-            weight = linear.add("Cast", [weight], to=int(ir.DataType.FLOAT16))
-        y, bias = linear.add("MatMul", [linear.x, weight]), linear.slice.bias
-        if bias is None:
-            return y
-        number = np.float32 if self.float32 else np.float16
-        return linear.add("Add", [y, linear.constant("bias", bias.numpy().astype(number))])
+        if self.float32:
+            return weight
+        return linear.add("Cast", [weight], to=int(ir.DataType.FLOAT16))
+
+
+def _holds(rows: LinearSlice, number: type[np.floating]) -> bool:
+    """Whether a type rounds the weight as it rounds numbers of ordinary size. The product of a
+    small γ and a weight may fall below the normal numbers of float16, which begin at 6e-5."""
+    steps = rows.scale[:, :, None].numpy()
+    codes = rows.codes.reshape(len(rows.codes), rows.groups, -1).numpy().astype(np.float32)
+    weight = (codes - rows.zero_point.numpy()[:, :, None]) * steps
+    error = np.linalg.norm(weight.astype(number).astype(np.float32) - weight)
+    return bool(error <= np.finfo(np.float16).eps * np.linalg.norm(weight))
 
 
 def _dequantized(linear: LinearLowering) -> ir.Value:

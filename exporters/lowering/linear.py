@@ -9,7 +9,7 @@ The function returns the value that takes the place of the placeholder's output.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +37,7 @@ from marrq.quantizers.linear import QuantLinear, StoredFactor, quantized_linears
 
 @dataclass(frozen=True)
 class LinearSlice:
-    """The rows of a linear that a placeholder stands for, its output scale included.
+    """The rows of a linear that a placeholder stands for.
 
     codes: int8 [rows, in], the artifact's.
     scale: float32 [rows, groups].
@@ -59,7 +59,7 @@ class LinearSlice:
 
     @classmethod
     def of(cls, node: ir.Node, linear: QuantLinear) -> "LinearSlice":
-        """Cut out the rows of the placeholder's part, and multiply them by its output scale."""
+        """Cut out the rows of the placeholder's part."""
         # All rows, unless the placeholder stands for q, k or v.
         rows = slice(None)
         if PART in node.attributes:
@@ -68,24 +68,24 @@ class LinearSlice:
             start = PARTS.index(node.attributes[PART].as_string()) * third
             rows = slice(start, start + third)
         # A scale, a zero point and a bias belong to an output, so rows cut them too.
-        scale, bias = linear.scale[rows], None if linear.bias is None else linear.bias[rows]
-        factor = None
-        if OUTPUT_SCALE in node.attributes:
-            # γ ∘ (s ∘ (q - z) x + b): γ goes into s and b, the codes stay.
-            factor = torch.from_numpy(node.attributes[OUTPUT_SCALE].as_tensor().numpy())
-            scale, bias = scale * factor[:, None], None if bias is None else bias * factor
         # R is common to all rows; of L only the rows of the part are needed.
         branch = linear.lowrank
         return cls(
             codes=linear.codes[rows],
             num_bits=linear.spec.num_bits,
-            scale=scale,
+            scale=linear.scale[rows],
             zero_point=linear.zero_point[rows],
-            bias=bias,
+            bias=None if linear.bias is None else linear.bias[rows],
             left=None if branch is None else _rows_of(branch.left, rows),
-            left_scale=factor,
+            left_scale=None,
             right=None if branch is None else branch.right,
         )
+
+    def scaled(self, factor: Tensor) -> "LinearSlice":
+        """The slice whose outputs are multiplied by γ. factor: γ, float32 [rows]."""
+        # γ ∘ (s ∘ (q - z) x + b): γ goes into s and b, the codes stay.
+        bias = None if self.bias is None else self.bias * factor
+        return replace(self, scale=self.scale * factor[:, None], bias=bias, left_scale=factor)
 
     @property
     def in_features(self) -> int:
@@ -142,9 +142,11 @@ class LinearLowering:
     """A placeholder, and the nodes and constants that will replace it.
 
     path: the linear's module path. name: the path and the part, which all new names begin with.
-    slice: the tensors. quantizer: of the input, or None for float activations. smoothing: factors
+    slice: the tensors, times γ, the output scale, if there is one. unscaled: without γ.
+    output_scale: γ, float32 [rows], or None. quantizer: of the input, or None for float activations. smoothing: factors
     of the channels of an input that is smoothed and not quantized, or None. x: the input.
     nodes: the new nodes in order. weight_tensors: names of the constants that hold the weight.
+    weight: float [in, rows], if the flavour makes one that passes may put into another operator.
     """
 
     def __init__(
@@ -156,10 +158,13 @@ class LinearLowering:
         part = f".{node.attributes[PART].as_string()}" if PART in node.attributes else ""
         self.name = f"{self.path}{part}"
         # The quantizer belongs to the whole linear: its parts read the same input.
-        self.slice, of = LinearSlice.of(node, linear), linear.input
+        self.unscaled, self.output_scale = LinearSlice.of(node, linear), _output_scale(node)
+        gamma, of = self.output_scale, linear.input
+        self.slice = self.unscaled if gamma is None else self.unscaled.scaled(gamma)
         self.quantizer = of if isinstance(of, ActivationQuantizer) else None
         self.smoothing = of.smoothing if isinstance(of, Smoothing) else None
         self.nodes, self.weight_tensors = list[ir.Node](), set[str]()
+        self.weight: ir.Value | None = None
         assert node.inputs[0] is not None  # a placeholder has one input
         self.x = node.inputs[0]
 
@@ -265,7 +270,7 @@ def lower(
         # New nodes stand where the placeholder stood, so the graph stays sorted.
         _replace(lowered.graph, node, linear, result)
         weights.update(linear.weight_tensors)
-        parts.setdefault(path, {})[_part_of(node)] = _linear_part(node, linear.x, result)
+        parts.setdefault(path, {})[_part_of(node)] = _linear_part(node, linear, result)
     finish(lowered, target.device)
     if target.device == "gpu":
         # A kernel may be registered up to an opset only: a node of a later one goes to the CPU.
@@ -301,11 +306,18 @@ def _part_of(node: ir.Node) -> str:
     return node.attributes[PART].as_string() if PART in node.attributes else ""
 
 
-def _linear_part(node: ir.Node, x: ir.Value, y: ir.Value) -> LinearPart:
+def _output_scale(node: ir.Node) -> Tensor | None:
+    if OUTPUT_SCALE not in node.attributes:
+        return None
+    return torch.from_numpy(node.attributes[OUTPUT_SCALE].as_tensor().numpy())
+
+
+def _linear_part(node: ir.Node, linear: LinearLowering, y: ir.Value) -> LinearPart:
     scale = node.attributes[OUTPUT_SCALE].as_tensor() if OUTPUT_SCALE in node.attributes else None
-    assert x.name is not None
+    assert linear.x.name is not None
     assert y.name is not None
-    return LinearPart(x.name, y.name, None if scale is None else scale.name)
+    weight = None if linear.weight is None else linear.weight.name
+    return LinearPart(linear.x.name, y.name, None if scale is None else scale.name, weight)
 
 
 def _in_order(parts: Mapping[str, LinearPart]) -> tuple[LinearPart, ...]:

@@ -41,7 +41,7 @@ ONNX_KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ConvTranspose": ("1-10 11+", FLOATS),
     "Cos": ("7+", FLOATS),
     "CumSum": ("14+", NUMBERS),
-    "DequantizeLinear": ("10-12 13-18 19-20 21+", ("int8", "uint8")),
+    "DequantizeLinear": ("10-12 13-18 19-20 21+", ("int8", "uint8", "int4", "uint4")),
     "Div": ("7-12 13 14+", NUMBERS),
     "Einsum": ("12+", FLOATS),
     "Elu": ("6+", FLOATS),

@@ -2,17 +2,18 @@
 share.
 
 No model family is known by name. Blocks are the innermost repeated modules that contain linears
-(`blocks.3`, `encoder.layer.3`, MobileViT's `transformer.1`, Swin's `downsample`). Two trial
+and run (`blocks.3`, `encoder.layer.3`, MobileViT's `transformer.1`, Swin's `downsample`). Trial
 forwards, of an image and of the same image with noise, show the rest:
 
     A block's input is the previous block's output, or not (MobileViT convolves in between). If not,
     it is recomputed by running the model up to that block.
     A linear's input is the same for both images (Swin v2's relative positions). Such a linear is a
     constant in the end and stays in floating point.
-    A block's further arguments (Swin's resolution, rotary tables) are the same for both images.
+    A block's further arguments (Swin's resolution, rotary tables) are the same for both images, and
+    for several images at once.
 
-A model is refused if a block's further arguments depend on the image, or if a linear is used other
-than by calling it once.
+A model is refused if a block reads or gives more than one stream of tokens (TNT's pixels and
+patches), or if a linear is used other than by calling it once.
 """
 
 import copy
@@ -29,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from marrq.errors import MarrqError
 from marrq.schemes import Scheme
 
-BLOCK_NAME = re.compile(r"(.*\.)?((blocks|layers?|transformer)\.\d+|downsample)")
+BLOCK_NAME = re.compile(r"(.*\.)?(\w*(block|layer|transformer|network)\w*(\.\d+)+|downsample)")
 TRIAL_SEED = 0
 
 BlockKind = Literal["first", "block", "last"]
@@ -126,81 +127,118 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
     # By name alone. Whether a candidate is a block that can be quantized is decided by what the
     # trial forwards show.
     candidates = _candidates(model)
-    if not candidates:
+    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED))
+    # Two images that differ everywhere: whatever is equal for both does not depend on the image.
+    other = images[:1] + noise.to(images)
+    first, second = (_record(model, candidates, image) for image in (images[:1], other))
+    # What is equal for one image and for two does not depend on their number.
+    both = _record(model, candidates, torch.cat([images[:1], other]))
+    paths = _innermost(first)
+    if not paths:
         raise MarrqError(
             "the model has no repeated blocks with linear layers: only vision transformers can be "
             "quantized"
         )
-    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(TRIAL_SEED))
-    # Two images that differ everywhere: whatever is equal for both does not depend on the image.
-    first = _record(model, candidates, images[:1])
-    second = _record(model, candidates, images[:1] + noise.to(images))
-    # A dict keeps the order in which blocks were first called, which is the order of execution.
+    # Calls are in the order of execution, and so are the blocks.
     blocks: list[Block] = []
     previous_output: Tensor | None = None
-    for path, calls in first.items():
+    for path in paths:
+        calls = first[path]
         if len(calls) != 1:
             raise MarrqError(
                 f"block {path!r} runs {len(calls)} times in one forward: only blocks that run once "
                 "can be quantized"
             )
-        [call], [other] = calls, second[path]
+        [call], [other_call], [call_of_both] = calls, second[path], both[path]
+        tokens = other_call.tokens(path)
         block = Block(
             path,
             candidates[path],
             # Groups come from the calls, not from the names of modules: q, k and v are one group if
             # they are given the same tensor.
-            _groups(path, candidates[path], call, other),
+            _groups(path, candidates[path], call, other_call),
             # Tested on the second image. The first block has no previous output and never follows.
-            previous_output is not None and _same(previous_output, other.tokens),
-            *call.rest,
+            previous_output is not None and _same(previous_output, tokens),
+            call.arguments[1:],
+            call.keywords,
         )
-        # The block has the further arguments of the first image and the tokens of the second. If
-        # its output is the second image's, those arguments do not depend on the image.
-        if not _same(block(other.tokens), other.output):
+        # The block has the further arguments of the first image and the tokens of another call. If
+        # its outputs are those of that call, the arguments do not depend on the images.
+        if not (_runs_alone(block, other_call) and _runs_alone(block, call_of_both)):
             raise MarrqError(
                 f"block {path!r} gives other tokens alone than in the model: what else it reads "
                 "depends on the images"
             )
         blocks.append(block)
-        previous_output = other.output
+        previous_output = first_output(other_call.output)
     return blocks
 
 
 @dataclass
 class _Call:
-    """One call of a block in a trial forward.
+    """One call of a candidate in a trial forward.
 
-    rest: the arguments besides the tokens, positional and by keyword.
+    arguments, keywords: what the call was given.
     linears: the linears that the call ran, with their inputs, in order of execution.
     """
 
-    tokens: Tensor
-    rest: tuple[tuple[Any, ...], dict[str, Any]]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
     linears: list[tuple[nn.Module, Tensor]]
-    output: Tensor
+    output: Any
+
+    def tokens(self, path: str) -> Tensor:
+        """The first argument. Raises MarrqError if it is no tensor. path: of the block."""
+        if not self.arguments or not isinstance(self.arguments[0], Tensor):
+            raise MarrqError(
+                f"block {path!r} does not take its tokens as first argument: it cannot be quantized"
+            )
+        return self.arguments[0]
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules with the name of a block and with linears inside."""
-    named = {
+    """The modules with the name of a block and with linears inside."""
+    return {
         path: module
         for path, module in model.named_modules()
         if BLOCK_NAME.fullmatch(path)
-        and any(isinstance(child, nn.Linear) for child in module.modules())
+        and any(isinstance(child, nn.Linear) for child in module.modules() if child is not module)
     }
-    # Swin's `layers.0` contains `layers.0.blocks.0`: of nested names the inner ones are blocks.
-    return {
-        path: module
-        for path, module in named.items()
-        if not any(other.startswith(path + ".") for other in named)
-    }
+
+
+def _innermost(trace: dict[str, list[_Call]]) -> list[str]:
+    """Of candidates that contain each other the inner ones, in order of execution.
+
+    Swin's `layers.0` contains `layers.0.blocks.0`. A list of modules is never called, so that
+    Twins' `blocks.0` is no candidate and `blocks.0.1` is one.
+    """
+    return [path for path in trace if not any(other.startswith(path + ".") for other in trace)]
+
+
+@torch.no_grad()
+def _runs_alone(block: Block, call: _Call) -> bool:
+    """Whether the block, with its own further arguments, gives all outputs of a call."""
+    try:
+        output = block.module(call.tokens(block.path), *block.arguments, **block.keywords)
+    # A table of another number of images does not fit the tokens.
+    except RuntimeError:
+        return False
+    return _all_same(output, call.output)
+
+
+def _all_same(a: Any, b: Any) -> bool:
+    """Whether two outputs hold the same tensors, at any depth."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and _same(a, b)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_all_same(x, y) for x, y in zip(a, b, strict=True))
+    return True
 
 
 def _record(
     model: nn.Module, candidates: dict[str, nn.Module], images: Tensor
 ) -> dict[str, list[_Call]]:
-    """The calls of each candidate block in one forward, in order of execution."""
+    """The calls of each candidate in one forward, in order of execution."""
     trace: dict[str, list[_Call]] = {}
     linears: list[tuple[nn.Module, Tensor]] = []
 
@@ -211,16 +249,10 @@ def _record(
         def hook(
             module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
         ) -> None:
-            if not arguments:
-                raise MarrqError(
-                    f"block {path!r} does not take its tokens as first argument: it cannot be "
-                    "quantized"
-                )
             # Linears were called before their block returns: those of this block are picked out.
             inside = set(module.modules())
             own = [(linear, x) for linear, x in linears if linear in inside]
-            rest = (arguments[1:], dict(keywords))
-            call = _Call(arguments[0], rest, own, first_output(output))
+            call = _Call(arguments, dict(keywords), own, output)
             trace.setdefault(path, []).append(call)
 
         return hook

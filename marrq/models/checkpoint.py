@@ -1,5 +1,6 @@
 """A checkpoint in terms that timm and transformers share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class Checkpoint:
     architecture: what the library needs to build the module without its weights.
     class_names: as the checkpoint names its classes; None if it does not.
     classifies: whether the module returns logits.
+    notes: sentences about how the weights were read.
     """
 
     module: nn.Module
@@ -28,6 +30,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     class_names: list[str] | None
     classifies: bool
+    notes: tuple[str, ...] = ()
 
     def labels(self) -> tuple[str, ...]:
         """Class names in the order of the logits; none for a model that gives features.
@@ -60,3 +63,10 @@ class Checkpoint:
     def _count_logits(self) -> int:
         # A trial forward counts them: the config of a checkpoint may be wrong.
         return int(self.module(torch.zeros(1, *self.preprocessing.input_size)).shape[-1])
+
+
+def named_classes(names: Sequence[str] | None) -> list[str] | None:
+    """Class names, or None if they are transformers' placeholders or there are none."""
+    if not names or list(names) == [f"LABEL_{index}" for index in range(len(names))]:
+        return None
+    return list(names)

@@ -24,11 +24,15 @@ from marrq.errors import MarrqError
 from marrq.models import timm_models
 from marrq.models.checkpoint import Checkpoint
 from marrq.models.preprocessing import Preprocessing
+from marrq.models.weights import SUFFIXES
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """ORG/NAME on the hub: one slash, so that a path to a missing folder is not looked for there."""
+
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside the weights of an adapter."""
 
 Library = Literal["timm", "transformers"]
 
@@ -56,12 +60,14 @@ class VisionModel:
         [batch, classes], or to features [batch, …].
     labels: class names in the order of the logits; "0", "1", … if the checkpoint has no names;
         empty for a model that gives features.
+    notes: sentences about how the weights were read, such as a prefix that was dropped.
     """
 
     module: nn.Module
     source: ModelSource
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def output(self) -> str:
@@ -150,7 +156,8 @@ def _resolve(name: str) -> _Origin:
         return _Origin("timm", name, name)
     # A folder of this name comes before a timm name: what is at hand is what the user means.
     folder = Path(rest if scheme == "local-dir" else name)
-    if scheme == "local-dir" or folder.is_dir():
+    is_weights = name.endswith(SUFFIXES) and folder.is_file()
+    if scheme == "local-dir" or folder.is_dir() or is_weights:
         return _resolve_folder(folder)
     if timm_models.is_known(name):
         return _Origin("timm", name, name)
@@ -170,6 +177,15 @@ def _resolve_folder(folder: Path) -> _Origin:
         raise MarrqError(
             f"{str(folder)!r} does not exist: give a timm or transformers checkpoint folder"
         )
+    if folder.is_file():
+        raise MarrqError(
+            f"{str(folder)!r} is a file: give a folder with this file and a config.json, which has "
+            "the name of the architecture, as {\"architecture\": \"vit_small_patch16_224\", "
+            "\"num_classes\": 3}"
+        )
+    # An adapter has a config.json beside it at times, and a base model elsewhere in any case.
+    if (folder / ADAPTER).is_file():
+        raise _adapter_error(folder)
     if not file.is_file():
         raise MarrqError(
             f"model folder {str(folder)!r} has no config.json: give a timm or transformers "
@@ -190,6 +206,15 @@ def _resolve_folder(folder: Path) -> _Origin:
     return _Origin("transformers", path, path)
 
 
+def _adapter_error(folder: Path) -> MarrqError:
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return MarrqError(
+        f"{str(folder)!r} holds an adapter ({base.get('peft_type', 'PEFT')}) and no whole model: "
+        f"merge it into {base.get('base_model_name_or_path')!r} first, with "
+        "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(MERGED)"
+    )
+
+
 def _load(origin: _Origin) -> VisionModel:
     checkpoint = _read(origin)
     labels = checkpoint.labels()
@@ -197,7 +222,9 @@ def _load(origin: _Origin) -> VisionModel:
     architecture = json.loads(json.dumps(checkpoint.architecture, default=str))
     digest = weights_sha256(checkpoint.module)
     source = ModelSource(origin.name, origin.library, architecture, digest)
-    return VisionModel(checkpoint.module, source, checkpoint.preprocessing, labels)
+    return VisionModel(
+        checkpoint.module, source, checkpoint.preprocessing, labels, checkpoint.notes
+    )
 
 
 def _read(origin: _Origin) -> Checkpoint:
@@ -220,13 +247,16 @@ def _check_finite(model: VisionModel) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message, for one sentence to the user."""
+    """An error's message, for one sentence to the user."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Some errors have no message; then the class says at least what happened.
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not lines:
+        return type(error).__name__
     # The message of torch and timm in this case invites the user to run the pickle.
-    if "weights_only" in reason:
+    if "weights_only" in lines[0]:
         return (
             "its weights are a pickle of more than tensors, which could run code; give it as "
             "safetensors"
         )
-    return reason
+    # torch announces what is wrong, and says it in the next line.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

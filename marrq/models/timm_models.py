@@ -1,18 +1,28 @@
 """Models of timm: read a checkpoint, or build its architecture without weights."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
-from timm.models import load_model_config_from_hf
+from timm.models import (
+    clean_state_dict,
+    load_model_config_from_hf,
+    load_state_dict,
+    load_state_dict_from_hf,
+)
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.models.checkpoint import Checkpoint
+from marrq.models.checkpoint import Checkpoint, named_classes
 from marrq.models.preprocessing import Preprocessing
+from marrq.models.weights import Misfit, shared_prefix, weights_file
+
+HUB_WEIGHTS = "pytorch_model.bin"
+"""The file that timm asks the hub for; timm takes safetensors in its place if there are any."""
 
 
 def is_known(name: str) -> bool:
@@ -24,20 +34,33 @@ def read(location: str) -> Checkpoint:
     """The checkpoint at a location.
 
     location: a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER`.
+    Raises ValueError if the weights do not fit the architecture.
     """
+    scheme, _, place = location.partition(":")
+    if scheme in ("local-dir", "hf-hub"):
+        config = _config(scheme, place)
+        module, notes = _with_weights(config, _tensors(scheme, place, config))
+        architecture, arguments = config["architecture"], config["model_args"]
+        class_names = named_classes(_class_names(config))
+    else:
+        module, notes = timm.create_model(location, pretrained=True), ()
+        # The architecture of a name of timm is what stands before the pretrained tag.
+        architecture, arguments, class_names = location.partition(".")[0], {}, None
     # float32, whatever the checkpoint was stored in: statistics and baselines need it.
-    module = with_joined_biases(timm.create_model(location, pretrained=True)).float().eval()
-    architecture, arguments, class_names = _described(location)
+    module = with_joined_biases(module).float().eval()
     # The preprocessing that the weights were trained with, from the checkpoint's own config.
     preprocessing = Preprocessing.from_timm(resolve_model_data_config(module))
     _check_channels(preprocessing, arguments)
+    # Models that only encode have no number of classes.
+    classes = {"num_classes": module.num_classes} if hasattr(module, "num_classes") else {}
     return Checkpoint(
         module,
         # `arguments` come last: the checkpoint's own number of classes wins.
-        {"model_name": architecture, "num_classes": module.num_classes, **arguments},
+        {"model_name": architecture, **classes, **arguments},
         preprocessing,
         class_names,
-        classifies=bool(module.num_classes),
+        classifies=bool(classes.get("num_classes")),
+        notes=notes,
     )
 
 
@@ -57,17 +80,74 @@ def _check_channels(preprocessing: Preprocessing, arguments: dict[str, Any]) -> 
         )
 
 
-def _described(location: str) -> tuple[str, dict[str, Any], list[str] | None]:
-    """Name of the architecture, arguments that build it, and class names of a checkpoint."""
-    scheme, _, rest = location.partition(":")
-    if scheme == "local-dir":
-        config = json.loads((Path(rest) / "config.json").read_text())
-        return config["architecture"], config.get("model_args", {}), config.get("label_names")
+def _config(scheme: str, place: str) -> dict[str, Any]:
+    """The config.json of a checkpoint, with `model_args` in any case."""
     if scheme == "hf-hub":
-        settings, architecture, arguments = load_model_config_from_hf(rest)
-        return architecture, arguments, settings.get("label_names")
-    # A name of timm itself: the architecture is what stands before the pretrained tag.
-    return location.partition(".")[0], {}, None
+        settings, architecture, arguments = load_model_config_from_hf(place)
+        return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": settings}
+    text = (Path(place) / "config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    # transformers' wrapper of timm writes null.
+    config["model_args"] = config.get("model_args") or {}
+    # The wrapper without a classifier still writes a number of classes.
+    if config.get("architectures") == ["TimmWrapperModel"]:
+        config["num_classes"] = config["model_args"]["num_classes"] = 0
+    return config
+
+
+def _class_names(config: dict[str, Any]) -> list[str] | None:
+    """Names of the classes as newer and older releases of timm write them."""
+    settings = config.get("pretrained_cfg", config)
+    found = (config.get("label_names"), settings.get("label_names"), settings.get("labels"))
+    return next((names for names in found if names), None)
+
+
+def _tensors(scheme: str, place: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, without the names of wrappers of torch."""
+    if scheme == "local-dir":
+        # Files as training writes them: weights beside an optimizer, or a moving average of them.
+        return cast(dict[str, Tensor], load_state_dict(str(weights_file(Path(place)))))
+    name = config.get("pretrained_cfg", config).get("hf_hub_filename") or HUB_WEIGHTS
+    return cast(dict[str, Tensor], clean_state_dict(load_state_dict_from_hf(place, name)))
+
+
+def _with_weights(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its weights, and sentences about how they were read."""
+    module = _created(config)
+    wanted = module.state_dict()
+    prefix = shared_prefix(tensors, wanted)
+    notes = (f"{prefix!r} before all names of weights was dropped",) if prefix else ()
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    misfit = Misfit.between(tensors, wanted)
+    if not misfit:
+        module.load_state_dict(tensors)
+        return module, notes
+    try:
+        # timm converts older names, and positions of another image size.
+        return _created(config, tensors), notes
+    # What timm's converters raise depends on the family.
+    except Exception as error:
+        raise misfit.error() from error
+
+
+def _created(config: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Any:
+    """The model that a config describes. tensors: weights that timm converts and puts in."""
+    # timm reads a config from a folder only, and not as transformers' wrapper writes it.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        # An empty source, so that timm takes the tensors and reads no file.
+        given = {"source": "", "state_dict": tensors}
+        # With another number of classes timm would leave the head random.
+        if "num_classes" in config["model_args"]:
+            given["num_classes"] = config["model_args"]["num_classes"]
+        module = timm.create_model(
+            f"local-dir:{folder}", pretrained=tensors is not None, pretrained_cfg_overlay=given
+        )
+    # The tensors would stay in memory beside the model.
+    module.pretrained_cfg.pop("state_dict", None)
+    return module
 
 
 def with_joined_biases(model: nn.Module) -> nn.Module:

@@ -4,16 +4,21 @@ The class of a model is the one that its config.json names under `architectures`
 images and text the vision tower is taken. No code of a checkpoint is run.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers.utils import logging
 
 from marrq.errors import MarrqError
-from marrq.models.checkpoint import Checkpoint
+from marrq.models.checkpoint import Checkpoint, named_classes
 from marrq.models.preprocessing import check_same_pixels, from_image_processor
 from marrq.models.transformers_output import TransformersOutput
+from marrq.models.weights import Misfit, shared_prefix
 
 NO_CODE = {"trust_remote_code": False}
 """Without this argument transformers asks on the terminal whether code of a checkpoint may run."""
@@ -31,10 +36,11 @@ def read(location: str) -> Checkpoint:
     Raises MarrqError if weights are missing, if the model does not take images, or if the image
     processor has a step that Preprocessing cannot express.
     """
-    config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
-    kind = _model_class(config)
-    module = _with_weights(kind, location)
-    processor = transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE)
+    with _quiet():
+        config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
+        kind = _model_class(config)
+        module, notes = _with_weights(kind, location)
+        processor = transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE)
     channels = int(getattr(module.config, "num_channels", 3))
     preprocessing = from_image_processor(processor.to_dict(), channels)
     check_same_pixels(processor, preprocessing)
@@ -45,7 +51,7 @@ def read(location: str) -> Checkpoint:
     architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
     class_names = _class_names(architecture["id2label"]) if classifies else None
     return Checkpoint(
-        TransformersOutput(module), architecture, preprocessing, class_names, classifies
+        TransformersOutput(module), architecture, preprocessing, class_names, classifies, notes
     )
 
 
@@ -58,35 +64,64 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     return TransformersOutput(_model_class(config)(config, **arguments)).eval()
 
 
-def _with_weights(kind: Any, location: str) -> Any:
-    """The model with its weights, in evaluation mode and float32."""
-    module, missing = _loaded(kind, location, {})
+def _with_weights(kind: Any, location: str) -> tuple[Any, tuple[str, ...]]:
+    """The model with its weights, in evaluation mode and float32, and sentences about how they
+    were read."""
+    module, misfit = _loaded(kind, location, {})
     # Checkpoints such as DINO's ViT have no pooling layer. transformers would fill the layer with
     # random weights and return its output, so the model is loaded without the layer.
-    if missing and all(key.startswith("pooler.") for key in missing):
-        module, missing = _loaded(kind, location, {POOLING: False})
+    if misfit.missing and all(name.startswith("pooler.") for name in misfit.missing):
+        module, misfit = _loaded(kind, location, {POOLING: False})
         setattr(module.config, POOLING, False)
-    if missing:
-        raise MarrqError(
-            f"the checkpoint has no {missing[0]}, which a {kind.__name__} needs: name another "
-            "class in its config.json"
-        )
-    return module.float().eval()
+    notes: tuple[str, ...] = ()
+    # Weights under the name of a wrapper are unknown, and the same weights are missing.
+    prefix = shared_prefix(misfit.unknown, misfit.missing) if misfit.missing else ""
+    if prefix:
+        module, misfit = _loaded(kind, location, {"key_mapping": {f"^{re.escape(prefix)}": ""}})
+        notes = (f"{prefix!r} before all names of weights was dropped",)
+    # Unknown weights alone do no harm: those of a text tower, of a head that the class lacks.
+    if misfit.missing or misfit.differing:
+        raise misfit.error()
+    return module.float().eval(), notes
 
 
-def _loaded(kind: Any, location: str, options: dict[str, bool]) -> tuple[Any, list[str]]:
-    """The model, and the names of the weights that its checkpoint lacks, sorted."""
+def _loaded(kind: Any, location: str, options: dict[str, Any]) -> tuple[Any, Misfit]:
+    """The model, and how the weights of its checkpoint differ from its own."""
     module, loaded = kind.from_pretrained(
-        location, attn_implementation=ATTENTION, output_loading_info=True, **options
+        location,
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        # Told below, with the names and both shapes.
+        ignore_mismatched_sizes=True,
+        **options,
     )
-    return module, sorted(loaded["missing_keys"])
+    # The names of a checkpoint begin with the class's own prefix or not, and both fit.
+    differing = sorted((name, tuple(had), tuple(want)) for name, had, want in loaded["mismatched_keys"])
+    return module, Misfit(
+        sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"]), differing
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what transformers prints while it loads: weights of towers that are not used,
+    progress bars. What matters of it is raised."""
+    # Both are global to the process, so they are restored.
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _class_names(id2label: dict[Any, str]) -> list[str] | None:
     """Class names in the order of the logits, or None if they are transformers' placeholders."""
     # JSON makes text of numbers as keys: "10" would sort before "2".
-    names = [id2label[key] for key in sorted(id2label, key=int)]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+    return named_classes([id2label[key] for key in sorted(id2label, key=int)])
 
 
 def _model_class(config: Any) -> Any:
@@ -94,6 +129,8 @@ def _model_class(config: Any) -> Any:
 
     Raises MarrqError if config.json names no class of transformers, or a class without images.
     """
+    if config.model_type == "timm_wrapper":
+        raise MarrqError("this is a checkpoint of timm: write hf-hub: before its name")
     name = config.architectures[0] if config.architectures else ""
     # config.json is a stranger's: only a model class of transformers itself is built.
     kind = getattr(transformers, name, None)

@@ -92,9 +92,13 @@ def placeholder(whole: ir.Node, part: str, name: str) -> ir.Node:
 class _Placeholder(nn.Module):
     """Stands for a quantized linear in the trace; knows its path and the width of its output."""
 
+    weight: Tensor
+
     def __init__(self, path: str, out_features: int) -> None:
         super().__init__()
         self.path, self.out_features = path, out_features
+        # Models ask a linear for the type and the device of its weight.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # A node that torch does not know: its output is described, never computed.

@@ -40,7 +40,13 @@ from torch import Tensor, nn
 
 from marrq.methods.factor import factorize
 from marrq.models.blocks import Block, hooked
-from marrq.quantizers.affine import Grid, clipped_weight_grids, grid_from_range
+from marrq.quantizers.affine import (
+    Grid,
+    candidate_shares,
+    clipped_weight_grids,
+    grid_from_range,
+)
+from marrq.quantizers.chunks import items_at_once
 from marrq.schemes import ActivationSpec, Scheme
 
 CANDIDATES = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)))
@@ -137,7 +143,40 @@ def find_norm(block: Block, group: Sequence[str], tokens: Tensor) -> str | None:
     with hooked(handles):
         block(tokens)
     # All readers must be in the group: another reader would see its input divided by s.
-    return next((norm for norm, found in readers.items() if sorted(found) == sorted(group)), None)
+    return next(
+        (
+            norm
+            for norm, found in readers.items()
+            if sorted(found) == sorted(group) and _reads_alone(block, norm, group, tokens)
+        ),
+        None,
+    )
+
+
+def _reads_alone(block: Block, norm: str, group: Sequence[str], tokens: Tensor) -> bool:
+    """Whether nothing but the linears of the group reads the norm's output.
+
+    A block may also reshape it, or add it to something. So it is multiplied by powers of two and
+    the linears' inputs are divided by them, which is exact: then the block's output stays the same,
+    bit for bit, if nothing else reads it.
+    """
+
+    def scaled(x: Tensor, up: float) -> Tensor:
+        # Channels in turn, so that a reader that normalizes notices it too.
+        channels = torch.arange(x.shape[-1], device=x.device)
+        return x * torch.where(channels % 2 == 0, up, 1.0).to(x)
+
+    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return scaled(output, 2.0)
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (scaled(arguments[0], 0.5),)
+
+    expected = block(tokens)
+    handles = [block.module.get_submodule(norm).register_forward_hook(leave)]
+    handles += [block.linear(name).register_forward_pre_hook(enter) for name in group]
+    with hooked(handles):
+        return torch.equal(block(tokens), expected)
 
 
 def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, float]:
@@ -160,8 +199,10 @@ def choose_scale(sample: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor
         ]
     )
     # errors[0] is that of s = 1, the first candidate.
-    best = int(errors.argmin())
-    return candidates[best], float(errors[best] / errors[0])
+    best = errors.argmin()[None]
+    scale = torch.stack(candidates).index_select(0, best)[0]
+    # The one number that the host waits for: whether to scale at all is decided by it.
+    return scale, float(errors.index_select(0, best) / errors[0])
 
 
 def _strengths(values: Tensor) -> Tensor:
@@ -196,37 +237,41 @@ def expected_error(x: Tensor, weight: Tensor, pivots: Tensor, scheme: Scheme) ->
         if scheme.activation is None
         else _rounding_noise(x, weight, scheme.activation)
     )  # v: [n]
-    grids = (
-        grid.spread(weight.shape[1])
-        for grid in clipped_weight_grids(weight, scheme.weight, ESTIMATE_CLIP_FACTORS)
-    )
     # Σ_j e_ij² (d_j / s_j² + v_j) for every clip factor and row: [factors, m]. Each row takes its
     # best factor, as the search of the real grid does.
-    of_rows = torch.stack([_sweep_noise(weight, grid) @ (pivots + noise) for grid in grids])
+    count = items_at_once(len(weight), weight[:1], weight.device)
+    of_rows = [
+        sweep_noise(part, clipped_weight_grids(part, scheme.weight, ESTIMATE_CLIP_FACTORS))
+        .matmul(pivots + noise)
+        .amin(0)
+        for part in weight.split(count)
+    ]
     # Σ_j ω_j v_j + Σ_i min over the factors
-    return (weight.square().sum(0) * noise).sum() + of_rows.amin(0).sum()
+    return (weight.square().sum(0) * noise).sum() + torch.cat(of_rows).sum()
 
 
-def _sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
-    """e², [m, n]: Δ² / 12, and the squared distance of a weight from the range of its grid."""
-    # The values of the smallest and largest code, [m, n].
-    lowest, highest = (
-        grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
-    )
-    return grid.scale.square() / 12 + (weight - weight.clamp(lowest, highest)).square()
+def sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
+    """e², [candidates, m, n]: Δ² / 12, and the squared distance of a weight from the range of its
+    grid, for the candidates of a grid, [candidates, m, groups]."""
+    # Each group of a row has one scale: [m, groups, size] beside [candidates, m, groups, 1].
+    grouped = weight.unflatten(1, (grid.scale.shape[-1], -1))
+    lowest, highest = (end[..., None] for end in grid.ends)
+    noise = (grouped - grouped.clamp(lowest, highest)).square_()
+    return noise.add_((grid.scale.square() / 12)[..., None]).flatten(2)
 
 
 def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
     """v, [n], with the clipped range that changes the outputs the least."""
     # A static grid is estimated from the sample; the real grid will span all calibration tokens.
     minimum, maximum = x.aminmax() if spec.is_static else x.aminmax(dim=1, keepdim=True)
-    grids = [
-        grid_from_range(minimum * factor, maximum * factor, spec.code_range)
-        for factor in ESTIMATE_CLIP_FACTORS
-    ]
+    shares = candidate_shares(ESTIMATE_CLIP_FACTORS, x)
+    grids = grid_from_range(minimum * shares, maximum * shares, spec.code_range)
     # The noise of channel j reaches the outputs with ω_j = ‖W_:j‖²; one factor serves all channels.
-    noises = torch.stack([(grid.nearest(x) - x).square().mean(0) for grid in grids])  # [factors, n]
-    return noises[int((noises @ weight.square().sum(0)).argmin())]
+    count = items_at_once(len(shares), x, x.device)
+    noises = torch.cat(
+        [grid.nearest(x).sub_(x).square_().mean(1) for grid in grids.split(count)]
+    )  # [factors, n]
+    return noises.index_select(0, (noises @ weight.square().sum(0)).argmin()[None])[0]
 
 
 def _is_affine_norm(module: nn.Module) -> bool:

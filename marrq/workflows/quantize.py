@@ -133,7 +133,9 @@ def quantize_to_folder(
     save(quantized, destination.folder, overwrite=destination.overwrite)
     # The artifact is whole and on the disk: only now may the blocks go.
     checkpoint.remove()
-    warnings = [f"warning: {warning}" for warning in shortfalls(quantized)]
+    # What is noted of the images is known when they have been read.
+    found = (*model.notes, *shortfalls(quantized), *images.noted())
+    warnings = [f"warning: {warning}" for warning in found]
     return [*warnings, f"wrote {destination.folder}"]
 
 

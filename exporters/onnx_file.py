@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -96,7 +97,9 @@ def write(
     model = traced.model
     # A flavour is made with the options of the user; the others have their defaults.
     chosen = FLAVORS[flavor](**options)
-    lowered = chosen.lower(traced, device)
+    # What float16 cannot hold becomes infinity, which marrq/workflows/overflow.py looks for.
+    with np.errstate(over="ignore"):
+        lowered = chosen.lower(traced, device)
     metadata = FileMetadata(
         flavor=flavor,
         device=device,
@@ -132,7 +135,8 @@ def write_baseline(
     check_baseline(flavor)
     check_device(device)
     chosen = FLOAT_FLAVORS[flavor]
-    graph = chosen.lower(model, device)
+    with np.errstate(over="ignore"):
+        graph = chosen.lower(model, device)
     metadata = FileMetadata(
         flavor=flavor,
         device=device,

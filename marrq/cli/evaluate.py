@@ -39,9 +39,11 @@ def evaluate(
     from marrq.workflows.evaluate import load_candidates
     from runtime.report.tables import accuracy_table
 
-    models = load_candidates(model)
+    candidates = load_candidates(model)
+    models = candidates.models
     # An artifact of the demo has the demo's images, whatever its folder is called.
-    source, labels = models["float"].source.name, models["float"].labels
+    first = next(iter(models.values()))
+    source, labels = first.source.name, first.labels
     images = find_images(data_for(source, data), "val", labels)
     with (
         process_group(chosen) as processes,
@@ -51,11 +53,16 @@ def evaluate(
     # Every process has all logits; one report is enough.
     if not processes.is_first:
         return
+    # What is noted of the images is known when they have been read.
+    warnings = [*candidates.warnings, *images.noted()]
     report = {
         "schema": SCHEMA,
         "model": source,
         "data": images.description(),
         "models": {title: accuracy.to_json() for title, accuracy in found.items()},
+        "warnings": warnings,
     }
+    for warning in warnings:
+        common.say(f"warning: {warning}")
     common.write_report(json_file, report)
     common.stdout.print(accuracy_table(found, images.name))

@@ -66,5 +66,7 @@ def export(
     done = run(artifact, output, flavor, options, device, serving, force, common.say)
     form = f"{done.scheme} {done.flavor}" if done.scheme else done.flavor
     common.say(f"wrote {done.path} as {form}: {done.size_bytes / 1e6:.2f} MB")
+    if done.warning is not None:
+        common.say(f"warning: {done.warning}")
     if format == "triton":
         common.say(f"serve it with: tritonserver --model-repository {output}")

@@ -26,6 +26,7 @@ from marrq.files import check_artifact
 from marrq.schemes import Scheme
 
 if TYPE_CHECKING:
+    from exporters.onnx_file import Export
     from marrq.quantized_model import QuantizedModel
 
 
@@ -37,12 +38,14 @@ class Exported:
     flavor: the flavour that was asked for, or that suits scheme and device best.
     scheme: of the file, as `W4A8`; None for a float model.
     size_bytes: of the model, its external data included.
+    warning: a sentence if the file is in float16 and overflows (marrq/workflows/overflow.py).
     """
 
     path: Path
     flavor: str
     scheme: str | None
     size_bytes: int
+    warning: str | None = None
 
 
 def export(
@@ -91,14 +94,28 @@ def export(
     if serving is None:
         # One flavour, so one trace is made and used.
         chosen.write(output)
-        return Exported(output, flavor, written, size_bytes(output))
+        return Exported(output, flavor, written, size_bytes(output), _overflow(chosen, output))
 
     # tritonclient is an extra: an ONNX file must not need it.
     from exporters.triton.config import MODEL
     from exporters.triton.repository import write_repository
 
     version = write_repository(chosen, output, serving, force)
-    return Exported(version, flavor, written, size_bytes(version / MODEL))
+    file = version / MODEL
+    warning = _overflow(chosen, file, serving.preprocess)
+    return Exported(version, flavor, written, size_bytes(file), warning)
+
+
+def _overflow(chosen: "Export", file: Path, takes_images: bool = False) -> str | None:
+    """A warning if the file is in float16 and overflows."""
+    in_float16 = chosen.flavor == "fp16" or (
+        chosen.flavor == "folded" and not chosen.options.get("float32")
+    )
+    if not in_float16:
+        return None
+    from marrq.workflows.overflow import overflow_warning
+
+    return overflow_warning(chosen.model, file, takes_images)
 
 
 def _check_place(output: Path, serving: Serving | None, force: bool) -> None:

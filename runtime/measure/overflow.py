@@ -33,6 +33,8 @@ MOVING = (
 # fmt: on
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
+Pixels = NDArray[np.float32] | NDArray[np.uint8]
+
 # Metadata of a node that torch's exporter wrote: the modules that it belongs to, as a Python list.
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -63,11 +65,11 @@ class Overflow(Record):
         )
 
 
-def first_overflow(file: Path, pixels: NDArray[np.float32]) -> Overflow | None:
+def first_overflow(file: Path, pixels: Pixels) -> Overflow | None:
     """The first operator, in the order of execution, that overflows for one of the images; None if
     none does. A file without float16 is held against the limit of float32.
 
-    pixels: inputs [images, channels, height, width].
+    pixels: inputs as the file takes them, [images, …].
     """
     model = ir.external_data.load_to_model(ir.load(file))
     cut_off = _widen(model)
@@ -130,7 +132,7 @@ def _is_watched(node: ir.Node) -> bool:
 
 
 def _watch(
-    model: ir.Model, nodes: list[ir.Node], pixels: NDArray[np.float32], limit: float
+    model: ir.Model, nodes: list[ir.Node], pixels: Pixels, limit: float
 ) -> list[tuple[bool, float]]:
     """Of each node whether all its numbers are within the limit, and the largest of them.
 

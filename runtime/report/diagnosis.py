@@ -8,6 +8,7 @@ from rich.table import Table
 from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
 from runtime.doctor.machine import ExaminedMachine, TorchBuild
 from runtime.doctor.releases import NEWEST
+from runtime.doctor.tensorrt import BrokenRule
 from runtime.environment import ONNXRUNTIME_PACKAGES
 
 # Domain of the operators that ONNX Runtime brings.
@@ -81,7 +82,19 @@ def _file_lines(file: ServedFile) -> list[Line]:
         ("lowest", f"ONNX Runtime {lowest}, as {source}"),
         ("data beside it", ", ".join(beside) or "none"),
         ("loads here", "yes" if file.load_error is None else "no"),
+        *([] if file.tensorrt is None else [("TensorRT", _for_tensorrt(file.tensorrt))]),
     ]
+
+
+def _for_tensorrt(broken: Sequence[BrokenRule]) -> str:
+    """Which rules are broken; the sentences stand below, with the problems and warnings."""
+    if not broken:
+        return "breaks none of the documented rules; it was not run"
+    rules = {"problem": dict[str, None](), "warning": dict[str, None]()}
+    for one in broken:
+        rules[one.level][one.rule] = None
+    told = [f"{level}s with {', '.join(names)}" for level, names in rules.items() if names]
+    return "; ".join(told)
 
 
 def _made_for(domains: Sequence[str]) -> str:

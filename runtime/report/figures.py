@@ -273,6 +273,8 @@ def _by_depth(values: Sequence[tuple[int, str, float]], label: str) -> Callable[
         panel = figure.subplots()
         draw_by_depth(panel, values)
         panel.set_ylabel(label)
-        figure.legend(loc="outside lower left", ncols=4)
+        # Nothing is left to draw if all errors are 0.
+        if values:
+            figure.legend(loc="outside lower left", ncols=4)
 
     return draw

@@ -143,8 +143,9 @@ class LinearLowering:
 
     path: the linear's module path. name: the path and the part, which all new names begin with.
     slice: the tensors, times γ, the output scale, if there is one. unscaled: without γ.
-    output_scale: γ, float32 [rows], or None. quantizer: of the input, or None for float activations. smoothing: factors
-    of the channels of an input that is smoothed and not quantized, or None. x: the input.
+    output_scale: γ, float32 [rows], or None. quantizer: of the input, or None for float
+    activations. smoothing: factors of the channels of an input that is smoothed and not quantized,
+    or None. x: the input.
     nodes: the new nodes in order. weight_tensors: names of the constants that hold the weight.
     weight: float [in, rows], if the flavour makes one that passes may put into another operator.
     """

@@ -38,6 +38,14 @@ class _Form:
     inputs: int
 
     @property
+    def is_folded(self) -> bool:
+        """Whether arithmetic that can be folded makes floats of the codes, for a scheme with float
+        activations: the folded flavour."""
+        float_activations = nominal_bits(self.linear.nominal)[1] >= 16
+        casts = any(node.op_type == "Cast" for node in self.linear.way)
+        return self.dequantizer is None and float_activations and casts
+
+    @property
     def unknown(self) -> str:
         """The reason if no rule is broken that is known."""
         form = f"{self.stored} codes"
@@ -66,7 +74,7 @@ def reason(
     if not is_integer(form.stored):
         return f"its weight is {form.stored} in the file, not codes"
     if not integer:
-        return _why_in_float(examined, form, operator)
+        return _why_in_float(examined, form, kernel)
     # ONNX Runtime fuses this form too, and the kernel then fails at the first run.
     if form.block < form.inputs and operator != "MatMulNBits":
         return (
@@ -96,19 +104,27 @@ def _form(file: Graph, linear: Linear) -> _Form:
     return _Form(file, linear, stored, dequantizer, block, shape[axis])
 
 
-def _why_in_float(examined: Examined, form: _Form, operator: str) -> str:
-    """The rule that a product between DequantizeLinear nodes does not meet. operator: what runs."""
+def _why_in_float(examined: Examined, form: _Form, kernel: Product) -> str | None:
+    """The rule that a float product does not meet; None if it meets what the file asks for."""
+    optimization = examined.settings.optimization
+    if form.is_folded:
+        # The weight is an initializer once it is folded: floats in memory, codes in the file.
+        if kernel.weight in examined.optimized.initializers:
+            return None
+        return (
+            f"its weight is dequantized at every run: ONNX Runtime {ONNXRUNTIME_VERSION} did not "
+            f"fold it at graph optimization {optimization!r}"
+        )
     # Codes that go straight into an operator need a kernel of that operator.
     if form.dequantizer is None:
         return form.unknown
-    optimization = examined.settings.optimization
     if optimization in ("none", "basic"):
         return f"graph optimization {optimization!r} fuses no Q/DQ: set it to extended or all"
     # Quantized activations make integer kernels; float activations make MatMulNBits.
     found = quantizer(form.file, form.linear.product)
     if found is None:
         return _why_no_nbits(form, form.dequantizer)
-    return _why_no_integers(form, form.dequantizer, found, operator)
+    return _why_no_integers(form, form.dequantizer, found, kernel.node.op_type)
 
 
 def _why_no_integers(

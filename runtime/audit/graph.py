@@ -58,6 +58,9 @@ PRODUCTS = {
     "QGemm": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
 }
 
+# These multiply floats, and give the type that they take.
+FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
+
 # Operators that move numbers about, or cut them, and leave their type.
 # fmt: off
 MOVING = (
@@ -66,7 +69,17 @@ MOVING = (
 )
 # fmt: on
 
+ONNXRUNTIME_DOMAIN = "com.microsoft"
+
 TYPES = {"float": "float32", "double": "float64"}
+
+
+def operands(node: NodeProto) -> Operands | None:
+    """Where the operands of a node that multiplies are; None for any other node."""
+    # ONNX Runtime's own Attention makes q, k and v with one weight; ONNX's takes all three.
+    if node.op_type == "Attention" and node.domain == ONNXRUNTIME_DOMAIN:
+        return Operands()
+    return PRODUCTS.get(node.op_type)
 
 
 @dataclass(frozen=True)
@@ -141,12 +154,12 @@ class Graph:
     @cached_property
     def products(self) -> list[Product]:
         """All nodes that multiply something that depends on the images."""
-        multiplying = (node for node in self.nodes if node.op_type in PRODUCTS)
-        return [product for node in multiplying if (product := self._product(node)) is not None]
+        multiplying = ((node, places) for node in self.nodes if (places := operands(node)))
+        found = (self._product(node, places) for node, places in multiplying)
+        return [product for product in found if product is not None]
 
-    def _product(self, node: NodeProto) -> Product | None:
+    def _product(self, node: NodeProto, places: Operands) -> Product | None:
         """A node that multiplies; None if both operands are constant."""
-        places = PRODUCTS[node.op_type]
         # a: the operand that depends on the images; b: the weight.
         a, b = node.input[places.first], node.input[places.second]
         # MatMul takes its constant operand on either side.
@@ -187,7 +200,7 @@ class Graph:
         if value in self._described:
             return type_name(self._described[value].elem_type)
         node = self.producers.get(value)
-        if node is None or node.op_type in PRODUCTS:
+        if node is None or (operands(node) and node.op_type not in FLOAT_PRODUCTS):
             return "unknown"
         if node.op_type == "DynamicQuantizeLinear":
             return "uint8"

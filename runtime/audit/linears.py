@@ -26,11 +26,11 @@ from onnx import NodeProto
 
 from runtime.audit.graph import (
     MOVING,
-    PRODUCTS,
     Graph,
     Product,
     attribute,
     bits_of_type,
+    operands,
     size_bytes,
 )
 from runtime.errors import BenchError
@@ -205,7 +205,7 @@ def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:
     # Forward from the kernel to the first value that the file has too, but not through another
     # product: what comes after that one belongs to that one.
     after = optimized.ahead(
-        kernel.node.output, lambda node: () if node.op_type in PRODUCTS else node.output
+        kernel.node.output, lambda node: () if operands(node) else node.output
     )
     shared = next(
         (name for value in after if (name := value.removeprefix(CAST_PREFIX)) in file.producers),
@@ -214,9 +214,9 @@ def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:
     if shared is None:
         return None
     # And in the file back from this value to the nearest product.
-    before = file.behind([shared], lambda node: () if node.op_type in PRODUCTS else node.input)
+    before = file.behind([shared], lambda node: () if operands(node) else node.input)
     made = (value for value in before if value in file.producers)
-    return next((value for value in made if file.producers[value].op_type in PRODUCTS), None)
+    return next((value for value in made if operands(file.producers[value])), None)
 
 
 def _nominal(file: Graph, product: Product, origin: str) -> str:
@@ -263,7 +263,8 @@ def kernel_types(graph: Graph, kernel: Product) -> tuple[str, str]:
         int8 = attribute(node, "accuracy_level", 0) == 4 and block in INT8_BLOCKS[bits]
         return f"int{bits}", "int8" if int8 else graph.type_of(kernel.activation)
     assert kernel.weight is not None
-    weight, zero_point = graph.type_of(kernel.weight), PRODUCTS[node.op_type].first_zero_point
+    places, weight = operands(node), graph.type_of(kernel.weight)
+    zero_point = None if places is None else places.first_zero_point
     if node.op_type == "DynamicQuantizeMatMul":
         return weight, "uint8"  # it takes floats, and quantizes them itself
     # A fused product's activation has no type in the file; its zero point has the same type.

@@ -28,6 +28,9 @@ from runtime.records import Record
 # Operators that hold both products of attention.
 ATTENTION = ("Attention", "MultiHeadAttention")
 
+# Operators whose first input has the codes of a weight, and the others what goes with them.
+ON_A_GRID = ("DequantizeLinear", "Sub", "Mul", "Add")
+
 # What stands between the products of a vision transformer, by the operators that compute it. Sums
 # and moves are left out.
 # fmt: off
@@ -126,8 +129,9 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
 
     # The constants that the weight is made from, without its scales: 3-bit codes are two planes of
     # bytes, whose bits add up. The constants that unpack them hardly count.
+    # What is subtracted and multiplied is grid, and what is added a branch.
     def made_of(node: NodeProto) -> list[str]:
-        return list(node.input[:1] if node.op_type == "DequantizeLinear" else node.input)
+        return list(node.input[:1] if node.op_type in ON_A_GRID else node.input)
 
     codes = [
         name for name in file.behind([linear.product.weight], made_of) if name in file.initializers

@@ -238,8 +238,11 @@ def _read(origin: _Origin) -> Checkpoint:
 
 def _check_finite(model: VisionModel) -> None:
     """Refuse weights with NaN: they would spread to every statistic without a message."""
+    parameters = dict(model.module.named_parameters())
     for key, tensor in model.module.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A buffer may hold an infinite bound, which clips nothing (Gemma's encoder).
+        broken = ~tensor.isfinite() if key in parameters else tensor.isnan()
+        if tensor.is_floating_point() and broken.any():
             raise MarrqError(
                 f"model {model.source.name!r} has NaN or infinite values in {key}: load other "
                 "weights"

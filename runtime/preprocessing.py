@@ -174,12 +174,13 @@ class ServedPreprocessing:
             raise BenchError(
                 f"an image of mode {image.mode} has no 8-bit pixels: convert it to L or RGB first"
             )
-        if channels == 4 and not image.has_transparency_data:
+        has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+        if channels == 4 and not has_alpha:
             raise BenchError(
                 f"the model takes 4 channels, and an image of mode {image.mode} has no fourth: "
                 "give RGBA images"
             )
-        if channels == 3 and image.has_transparency_data and self.transparency == "white":
+        if channels == 3 and has_alpha and self.transparency == "white":
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)

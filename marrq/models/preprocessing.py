@@ -53,8 +53,7 @@ FLOAT_FIRST = {"DINOv3ViTImageProcessor"}
 """Processors that resize what is in 0 … 1 already."""
 
 PROBES = ((64, 64), (85, 53), (31, 40))
-"""Widths and heights of the images with which a processor is compared: square, wide and odd, and
-smaller than any input."""
+"""Widths and heights of small images with which a processor is compared: square, wide, and high."""
 LARGEST_DIFFERENCE = 1e-4
 """Between two pixels of the model's input that count as the same. A level of 255 is 0.02 there, and
 float32 rounds to 1e-6."""
@@ -230,7 +229,8 @@ def from_image_processor(processor: Mapping[str, Any], channels: int = 3) -> Pre
     unknown = steps - KNOWN_STEPS
     if unknown:
         raise MarrqError(
-            f"the steps of {name_of(processor)} cannot be expressed: {', '.join(sorted(unknown))}"
+            f"{name_of(processor)} does {', '.join(sorted(unknown))}, which cannot be expressed: "
+            "choose a model whose processor resizes, crops and normalizes"
         )
     resample = processor.get("resample")
     # torchvision's own choice if the processor names no filter.
@@ -305,23 +305,26 @@ def check_same_pixels(processor: Any, preprocessing: Preprocessing) -> None:
     tell.
     """
     name, transform = type(processor).__name__, preprocessing.transform()
+    # Processors that cut an image into parts do so with images that are larger than the input.
+    _, input_height, input_width = preprocessing.input_size
+    probes = (*PROBES, (2 * input_width + 1, 3 * input_height // 2))
     modes = [MODES[preprocessing.input_size[0]]]
     modes += ["RGBA"] if preprocessing.transparency == "white" else []
-    for (width, height), mode in itertools.product(PROBES, modes):
+    for (width, height), mode in itertools.product(probes, modes):
         image = _probe(width, height, mode)
         try:
-            [theirs] = processor(images=image, return_tensors="pt")["pixel_values"]
+            theirs = processor(images=image, return_tensors="pt")["pixel_values"]
         except Exception as error:
             raise MarrqError(
                 f"{name} makes no pixels of an image of mode {mode} alone ({_first_line(error)}): "
                 "choose a model whose input is one image"
             ) from error
-        if theirs.dim() != 3:
+        if theirs.dim() != 4 or len(theirs) != 1:
             raise MarrqError(
                 f"{name} makes a video or several parts of an image, {list(theirs.shape)}: choose "
                 "a model whose input is one image"
             )
-        mine = transform(image)
+        mine = transform(image)[None]
         same = mine.shape == theirs.shape
         difference = (mine - theirs).abs().max().item() if same else math.inf
         if difference > LARGEST_DIFFERENCE:

@@ -152,7 +152,7 @@ def prepared(
     pixels = drawn.pixels(loaded.preprocessing)
     source = Source(loaded, file, pixels, calibration, scheme, method)
     batches = held_out.batches(loaded.preprocessing, IMAGES_AT_ONCE)
-    return source, [part.numpy() for part, _ in batches]
+    return source, [part.numpy() for part in batches]
 
 
 @torch.no_grad()

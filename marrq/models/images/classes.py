@@ -26,6 +26,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from timm.utils.misc import natural_key
 
@@ -73,28 +74,34 @@ class Folders:
     empty: tuple[str, ...] = ()
 
 
-class _Reading:
-    """Classes by name. tiers: for each class its names, in the order of the classes; a name in an
-    earlier tier counts more."""
+Reads = Callable[[str], set[int]]
+"""A reading: the classes that a folder of this name may be; empty if it is none."""
 
-    def __init__(self, *tiers: Sequence[Sequence[str]]) -> None:
-        self._indices: list[tuple[Callable[[str], str], Mapping[str, set[int]]]] = []
-        for tier in tiers:
-            for alike in LIKENESS:
-                index: dict[str, set[int]] = defaultdict(set)
-                for place, names in enumerate(tier):
-                    for name in names:
-                        index[alike(name)].add(place)
-                self._indices.append((alike, index))
 
-    def __call__(self, folder: str) -> set[int]:
-        """The classes that a folder may be; empty if it is none."""
+def _by_names(*tiers: Sequence[Sequence[str]]) -> Reads:
+    """A reading by names.
+
+    tiers: for each class its names, in the order of the classes. A name in an earlier tier counts
+    more, and within a tier the name that is more alike.
+    """
+    keys = [(tier, alike) for tier in tiers for alike in LIKENESS]
+
+    # Made when a folder gets so far: most folders have a label's name as it is.
+    @cache
+    def index(number: int) -> Mapping[str, set[int]]:
+        tier, alike = keys[number]
+        places: dict[str, set[int]] = defaultdict(set)
+        for place, names in enumerate(tier):
+            for name in names:
+                places[alike(name)].add(place)
+        return places
+
+    def reads(folder: str) -> set[int]:
         # The closest names alone: "Cat" is the class "Cat" even if there is a class "cat".
-        found = (index.get(alike(folder)) for alike, index in self._indices)
+        found = (index(number).get(alike(folder)) for number, (_, alike) in enumerate(keys))
         return next((places for places in found if places), set())
 
-
-Reads = Callable[[str], set[int]]
+    return reads
 
 
 def classes_of(folders: Folders, labels: tuple[str, ...]) -> dict[str, int]:
@@ -105,25 +112,28 @@ def classes_of(folders: Folders, labels: tuple[str, ...]) -> dict[str, int]:
     Raises MarrqError if a folder is no class, may be two classes, or is the same class as another.
     """
     numbered = labels == tuple(str(place) for place in range(len(labels)))
-    readings = [_by_number(labels)] if numbered else list(_readings(labels))
-    for reads in readings:
+    unread: list[list[str]] = []
+    # A reading is made when the one before has failed.
+    for reads in [_by_number(labels)] if numbered else _readings(labels):
         found = {folder: reads(folder) for folder in folders.filled}
         if all(found.values()):
             return _one_each(folders, found, labels)
+        unread.append([folder for folder, places in found.items() if not places])
     if numbered:
         return _by_place(folders, len(labels))
-    raise _unknown(folders, readings, labels)
+    # The reading that reads the most tells which folders are none.
+    raise _unknown(folders, min(unread, key=len), labels)
 
 
 def _readings(labels: tuple[str, ...]) -> Iterator[Reads]:
     """The readings for a model that names its classes, in their order."""
-    yield _Reading([[label] for label in labels], [words_of(label) for label in labels])
+    yield _by_names([[label] for label in labels], [words_of(label) for label in labels])
     if is_imagenet(labels):
         known = imagenet()
-        yield _Reading([[synset] for synset in known.synsets])
+        yield _by_names([[synset] for synset in known.synsets])
         words = [words_of(label) for label in known.words]
         # The first word of a class is its usual name: a "missile" is not a "projectile, missile".
-        yield _Reading([[label] for label in known.words], [part[:1] for part in words], words)
+        yield _by_names([[label] for label in known.words], [part[:1] for part in words], words)
     yield _by_number(labels)
 
 
@@ -213,12 +223,8 @@ def _by_place(folders: Folders, count: int) -> dict[str, int]:
     return places
 
 
-def _unknown(folders: Folders, readings: Sequence[Reads], labels: tuple[str, ...]) -> MarrqError:
-    """The error for folders that no reading reads: the reading that reads most of them tells which
-    folder is none."""
-    missing = min(
-        ([folder for folder in folders.filled if not reads(folder)] for reads in readings), key=len
-    )
+def _unknown(folders: Folders, missing: list[str], labels: tuple[str, ...]) -> MarrqError:
+    """The error for folders that no reading reads."""
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return MarrqError(
         f"class folder '{folders.root}/{missing[0]}'{more} is not among the model's {len(labels)} "

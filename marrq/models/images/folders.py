@@ -49,13 +49,16 @@ two readings."""
 SPLIT_NAMES = {name for groups in SPLITS.values() for group in groups for name in group}
 
 
-def images_below(folder: Location) -> Iterator[tuple[str, Location]]:
+def images_below(folder: Location, root: Location | None = None) -> Iterator[tuple[str, Location]]:
     """The images of a folder at any depth, each with its path from the folder, `class/name.png`.
+
+    root: a folder above, to which no link is followed.
 
     Sorted by the parts of the path: the same order on every machine, so that a seed draws the same
     images. Raises MarrqError for a folder that cannot be listed.
     """
-    return (found for found in _walk(folder, "", frozenset()) if _is_image(found[1].name))
+    above = frozenset() if root is None else frozenset({os.path.realpath(str(root))})
+    return (found for found in _walk(folder, "", above) if _is_image(found[1].name))
 
 
 def _walk(folder: Location, above: str, parents: frozenset[str]) -> Iterator[tuple[str, Location]]:

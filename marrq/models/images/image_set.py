@@ -71,8 +71,8 @@ class ImageSet:
         return self.targets
 
     def noted(self) -> tuple[str, ...]:
-        """Sentences about the images that were read so far."""
-        return self.notes.sentences(len(self))
+        """Sentences about the images that were read so far, of this set and its subsets."""
+        return self.notes.sentences()
 
     def subset(self, rows: Sequence[int] | slice) -> "ImageSet":
         """Some of the images, in the order of `rows`."""
@@ -164,7 +164,7 @@ def find_images(name: str, split: Split, labels: tuple[str, ...] | None = None) 
     root = _root(name, split, labels)
     # Class folder by class folder, so that each image's class is known.
     inner = subfolders(root)
-    found = {folder.name: list(images_below(folder)) for folder in inner}
+    found = {folder.name: list(images_below(folder, root)) for folder in inner}
     folders = Folders(
         str(root),
         tuple(folder for folder, images in found.items() if images),

@@ -42,7 +42,8 @@ def is_imagenet(labels: tuple[str, ...]) -> bool:
         return False
     known = imagenet()
     alike = [
-        synset in label or not _folded(label).isdisjoint(_folded(words))
+        # timm's long labels have a definition behind the words.
+        synset in label or label.startswith(words) or not _folded(label).isdisjoint(_folded(words))
         for label, synset, words in zip(labels, known.synsets, known.words, strict=True)
     ]
     return sum(alike) >= ENOUGH

@@ -15,15 +15,20 @@ ON_WHITE = "are transparent in part, and are laid on white"
 
 @dataclass
 class Notes:
-    """Names of the files that were read, by what is noted of them."""
+    """Names of the files that were read, and of those of which something is noted, by the note."""
 
+    read: set[str] = field(default_factory=set)
     found: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, file: object, *notes: str) -> None:
-        """Note something of a file."""
+        """A file was read, and this is noted of it."""
+        self.read.add(str(file))
         for note in notes:
             self.found.setdefault(note, set()).add(str(file))
 
-    def sentences(self, count: int) -> tuple[str, ...]:
-        """One for each note. count: of the images in the set."""
-        return tuple(f"{len(files)} of {count} images {note}" for note, files in self.found.items())
+    def sentences(self) -> tuple[str, ...]:
+        """One for each note, with the number of files."""
+        return tuple(
+            f"{len(files)} of the {len(self.read)} images that were read {note}"
+            for note, files in sorted(self.found.items())
+        )

@@ -37,6 +37,11 @@ class Floating:
     def lower(self, model: VisionModel, device: str) -> ir.Model:
         """The graph for a device. Raises MarrqError if torch cannot export the model."""
         graph = trace(model.module, model.preprocessing.input_size, OPSET, model.output)
+        self.rewrite(graph, device)
+        return graph
+
+    def rewrite(self, graph: ir.Model, device: str) -> None:
+        """Rewrite a trace in place. device: of exporters/choices.py."""
         linears = take_linears(graph.graph)
         prepare(graph, fuse=True, device=device)
         # Constants are multiplied in float32 and rounded once.
@@ -47,7 +52,6 @@ class Floating:
         graph.opset_imports[""] = lowest_opset(graph.graph)
         if any(node.domain == ONNXRUNTIME_DOMAIN for node in graph.graph):
             graph.opset_imports[ONNXRUNTIME_DOMAIN] = 1
-        return graph
 
 
 def lowest_onnxruntime(graph: ir.Model) -> str:

@@ -67,3 +67,5 @@ def finish(model: ir.Model, device: str) -> None:
         project_in_attention(model.graph)
         norm_with_residual(model.graph)
         gelu_with_bias(model.graph)
+        # What an operator took in has no reader any more.
+        RemoveUnusedNodesPass()(model)

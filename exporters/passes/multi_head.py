@@ -46,21 +46,19 @@ def project_in_attention(graph: ir.Graph) -> None:
     """Move the products that make q, k and v into the attention. If they read different tokens,
     as behind `drop_unread_tokens`, or are no plain products, move their biases alone."""
     for node in [node for node in graph if node.op_type == OPERATOR]:
-        q, k, v = (product_behind(value) for value in node.inputs[:3] if value is not None)
+        products = [product_behind(value) for value in node.inputs if value is not None]
         attributes = {
             "num_heads": node.attributes["num_heads"].as_int(),
             "scale": node.attributes["scale"].as_float(),
         }
-        if q.weight is not None and k.weight is not None and v.weight is not None:
-            if q.x is k.x is v.x:
-                weight = _side_by_side(graph, node, (q.weight, k.weight, v.weight))
-                bias = _joined_bias(graph, node, (q, k, v))
-                _replace(graph, node, "Attention", [q.x, weight, bias], attributes)
-                continue
-        if q.bias is not None or k.bias is not None or v.bias is not None:
-            bias = _joined_bias(graph, node, (q, k, v))
-            inputs = [q.result, k.result, v.result, bias]
-            _replace(graph, node, OPERATOR, inputs, attributes)
+        weights = [product.weight for product in products if product.weight is not None]
+        if len(weights) == len(products) and len({product.x for product in products}) == 1:
+            joined = _side_by_side(graph, node, weights), _joined_bias(graph, node, products)
+            _replace(graph, node, "Attention", [products[0].x, *joined], attributes)
+        elif any(product.bias is not None for product in products):
+            inputs = [product.result for product in products]
+            bias = _joined_bias(graph, node, products)
+            _replace(graph, node, OPERATOR, [*inputs, bias], attributes)
 
 
 def _joined_bias(graph: ir.Graph, node: ir.Node, products: Sequence[Product]) -> ir.Value:

@@ -9,7 +9,7 @@ memory. The next branch adds to r', the operator's fourth output.
 
 import onnx_ir as ir
 
-from exporters.graph import copy_type, dimensions, output_shape, producer
+from exporters.graph import copy_type, output_shape, producer
 from exporters.opsets import ONNXRUNTIME_DOMAIN
 from exporters.passes.products import is_vector, product_behind
 

@@ -5,7 +5,8 @@ Weights are asymmetric and per-channel (one scale and zero point per output chan
 says otherwise:
 
     W4A16-g128      per-group: one scale and zero point for each 128 inputs of an output channel
-    W4A8-sym        symmetric: zero points are 0, as TensorRT wants it; also W4A16-g128-sym
+    W8A8-sym        symmetric: all stored zero points are 0, those of static activations too, as
+                    TensorRT wants it; also W4A8-sym, W4A16-g128-sym
     W4A16-mxint     microscaling integers: blocks of 32 inputs, symmetric, the scale a power of two
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
     W4A8-e8         first and last layers (patch embedding and head) in W8A8; without the suffix
@@ -115,12 +116,17 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Activations as unsigned codes of `num_bits` bits, asymmetric.
+    """Activations as codes of `num_bits` bits.
 
-    3- and 4-bit codes are stored in 8 bits, clipped to 0 … 7 or 0 … 15."""
+    symmetric: signed codes with the zero point 0, else unsigned codes with any zero point
+
+    3- and 4-bit codes run in 8 bits, clipped to their range. The symmetric range is -128 … 127, as
+    TensorRT clamps (documentation of IQuantizeLayer) and as Model Optimizer quantizes activations;
+    the largest magnitude gets the code 127."""
 
     num_bits: int
     strategy: ActivationStrategy = "per-tensor"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.num_bits not in ACTIVATION_BITS:
@@ -129,6 +135,11 @@ class ActivationSpec:
                 f"float: got {self.num_bits}"
             )
         _check_strategy(self.strategy)
+        if self.symmetric and not self.is_static:
+            raise MarrqError(
+                f"{self.strategy} activations find their zero point at run time: leave symmetric "
+                "off, or take per-tensor"
+            )
 
     @property
     def is_static(self) -> bool:
@@ -139,6 +150,8 @@ class ActivationSpec:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
+        if self.symmetric:
+            return -(2 ** (self.num_bits - 1)), 2 ** (self.num_bits - 1) - 1
         # Unsigned, as ONNX Runtime's fastest integer kernels take them: uint8 times int8.
         return 0, 2**self.num_bits - 1
 
@@ -163,11 +176,12 @@ class Scheme:
     def of_outer_layers(self) -> "Scheme":
         """The scheme of patch embedding and head: 8 bits, per-channel weights, static activations.
 
-        Weights are symmetric, and activations stay in floating point, if they do in the blocks: a
+        Zero points are 0, and activations stay in floating point, if they do in the blocks: a
         flavour that can express the blocks can then express these layers."""
         # Per-channel always: these layers are small, and groups would save nothing.
-        grid: WeightGrid = "asymmetric" if self.weight.grid == "asymmetric" else "symmetric"
-        activation = ActivationSpec(OUTER_BITS) if self.activation else None
+        symmetric = self.weight.grid != "asymmetric"
+        grid: WeightGrid = "symmetric" if symmetric else "asymmetric"
+        activation = ActivationSpec(OUTER_BITS, symmetric=symmetric) if self.activation else None
         return Scheme(
             WeightSpec(OUTER_BITS, grid=grid, reduce_range=activation is not None), activation
         )
@@ -204,8 +218,10 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
     # A16 has no activations to scale, but a strategy that is misspelt is a mistake all the same.
     _check_strategy(strategy)
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
+    # Zero points that are found at run time are not stored: -sym says nothing about them.
+    symmetric = suffix == "sym" and strategy == "per-tensor"
     activation = (
-        ActivationSpec(int(activation_bits), strategy)
+        ActivationSpec(int(activation_bits), strategy, symmetric)
         if int(activation_bits) != FLOAT_BITS
         else None
     )

@@ -1,6 +1,7 @@
 """Files of tiny models in every flavour, and how their logits compare with torch's."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,6 +20,7 @@ from exporters.onnx_file import Export
 from exporters.trace import TracedModel, trace_quantized
 from marrq.quantized_model import QuantizedModel
 from marrq.schemes import ActivationStrategy
+from runtime.session import SessionSettings, executed_nodes
 
 MODELS = {"vit": vit, "vit with LayerScale": partial(vit, init_values=1e-5, depth=1), "swin": swin}
 """Swin has linears of 24 inputs, windows, and four axes. It takes longest to trace."""
@@ -74,6 +76,11 @@ def agree(model: QuantizedModel, file: Path, level: str | None = None) -> bool:
     return bool(
         found[2 if model.scheme.activation else 0] >= 0.9999 and np.median(found) >= 0.99999
     )
+
+
+def executed_operators(file: Path, settings: SessionSettings, scratch: Path) -> Counter[str]:
+    """How often each operator ran in one forward."""
+    return Counter(node.operator for node in executed_nodes(file, settings, scratch))
 
 
 def initializers(file: Path) -> dict[str, np.ndarray]:

@@ -32,8 +32,9 @@ import onnx_ir as ir
 from exporters.lowering.inputs import input_values
 from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import with_lowrank
+from exporters.lowering.symmetric import symmetric_linear
 from exporters.lowering.weights import int8_codes
-from exporters.opsets import BLOCK_ONNXRUNTIME, BLOCK_OPSET, WIDENED_ONNXRUNTIME, opset_of
+from exporters.opsets import BLOCK_ONNXRUNTIME, BLOCK_OPSET, OPSET, WIDENED_ONNXRUNTIME, opset_of
 from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
@@ -56,7 +57,8 @@ class Qdq:
     def lowest_onnxruntime(self, scheme: Scheme) -> str:
         """First ONNX Runtime that was seen to run such a file."""
         if self.symmetric:
-            return BLOCK_ONNXRUNTIME
+            int4 = self.container_bits(scheme) == 4
+            return BLOCK_ONNXRUNTIME if int4 else WIDENED_ONNXRUNTIME[8]
         # The type of the codes, and the form with blocks, each have a first release.
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return widened if _fits_integer_kernel(scheme) else max(widened, TRANSPOSED_ONNXRUNTIME)

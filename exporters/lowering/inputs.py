@@ -6,8 +6,10 @@
                  one grid per token, as `grid_from_range` in marrq/quantizers/affine.py computes it
 
 An input with a smoothing is multiplied by it first. 3- and 4-bit activations are uint8 codes
-clipped to 0 … 7 and 0 … 15, since the integer kernels take 8-bit codes. Linears that quantize the
-same input alike share the nodes.
+clipped to 0 … 7 and 0 … 15, since the integer kernels take 8-bit codes. The signed codes of a
+symmetric grid are written as unsigned ones too, q + 2^(b-1) with the zero point 2^(b-1): the values
+are the same, and the kernels are the fast ones. Linears that quantize the same input alike share
+the nodes.
 """
 
 import numpy as np
@@ -48,7 +50,10 @@ def _static_codes(
     linear: LinearLowering, x: ir.Value, quantizer: ActivationQuantizer
 ) -> InputCodes:
     scale = linear.constant("input_scale", quantizer.scale.numpy())
-    zero_point = linear.constant("input_zero_point", quantizer.zero_point.numpy().astype(np.uint8))
+    low, _ = quantizer.spec.code_range
+    # Codes begin at 0 in the file.
+    unsigned = (quantizer.zero_point - low).numpy().astype(np.uint8)
+    zero_point = linear.constant("input_zero_point", unsigned)
     smoothed = _smoothed(linear, x, quantizer)
     # round(x / scale) + zero_point, saturated to 0 … 255
     codes = linear.add("QuantizeLinear", [smoothed, scale, zero_point])
@@ -110,11 +115,11 @@ def _clipped(linear: LinearLowering, codes: ir.Value, quantizer: ActivationQuant
     """uint8 codes cut to the width of the activations."""
     low, high = quantizer.spec.code_range
     # QuantizeLinear saturates at 255 by itself.
-    if high == UINT8_MAX:
+    if high - low == UINT8_MAX:
         return codes
     # Codes above 2ᵇ - 1 are saturated here, as `quantize` does in torch.
-    lowest = linear.constant("input_low", np.array(low, np.uint8))
-    highest = linear.constant("input_high", np.array(high, np.uint8))
+    lowest = linear.constant("input_low", np.array(0, np.uint8))
+    highest = linear.constant("input_high", np.array(high - low, np.uint8))
     return linear.add("Clip", [codes, lowest, highest])
 
 

@@ -28,17 +28,27 @@ def doctor(
             "--ort", metavar="VERSION", help="ONNX Runtime of the server that is to load it."
         ),
     ] = None,
+    tensorrt: Annotated[
+        bool,
+        typer.Option(
+            "--tensorrt",
+            help="Also hold the file against TensorRT's documented rules; TensorRT is not run.",
+        ),
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Say what keeps a file from running, here or on a server; exit with 3 if something does.
 
     marrq doctor model.onnx --ort 1.18
+    marrq doctor model.onnx --tensorrt
     """
     if path is None and server is not None:
         raise MarrqError(
             f"--ort {server} is about a file that a server is to load: marrq doctor FILE --ort "
             f"{server}"
         )
+    if path is None and tensorrt:
+        raise MarrqError("--tensorrt is about a file: marrq doctor FILE --tensorrt")
     if path is not None and not path.exists():
         raise MarrqError(
             f"{str(path)!r} does not exist: give an ONNX file, a Triton repository, or nothing to "
@@ -51,7 +61,7 @@ def doctor(
     if server is not None:
         # Before torch is imported, which takes seconds.
         parse_version(server)
-    report = examine(path, server, _torch_build())
+    report = examine(path, server, _torch_build(), tensorrt)
     write_report(json_file, report.to_json())
     stdout.print(diagnosis_table(report))
     report.demand_no_problem()

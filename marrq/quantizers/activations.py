@@ -3,6 +3,8 @@
     per-tensor    [min, max] is taken over all calibration tokens; the grid is fixed in calibration
     per-token     [min, max] is taken over the token at hand; the grid is found at run time
 
+A symmetric grid, which is static, spans [-m, m] with m = max |x|, so that its zero point is 0.
+
 The range is clipped to [c · min, c · max]: to lose a few outliers buys a finer grid for the rest.
 Calibration chooses the c that changes the outputs of the linears which read x the least,
 
@@ -16,11 +18,14 @@ factor per channel, its `smoothing` (marrq/transforms/equalization.py). All rang
 are then those of the smoothed x.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from marrq.distributed import ONE_PROCESS, Processes
-from marrq.quantizers.affine import Grid, grid_from_range
+from marrq.quantizers.affine import Grid, candidate_shares, grid_from_range, symmetric_grid
+from marrq.quantizers.chunks import items_at_once
 from marrq.schemes import ActivationSpec
 
 TOKENS_PER_BATCH = 64
@@ -97,6 +102,31 @@ class Smoothing(nn.Module):
         return smoothed(x, self.smoothing)
 
 
+def _grid(spec: ActivationSpec, minimum: Tensor, maximum: Tensor) -> Grid:
+    """The grid of a clipped range."""
+    if spec.symmetric:
+        return symmetric_grid(torch.maximum(-minimum, maximum), spec.code_range)
+    return grid_from_range(minimum, maximum, spec.code_range)
+
+
+def _cost_of(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """How much errors E [candidates, tokens, n] of the input change the outputs of a weight [m, n]:
+    ‖E Wᵀ‖² of each candidate."""
+
+    # Two sums, so that the order of addition is fixed: over a token's channels, then over tokens.
+    def of_outputs(error: Tensor) -> Tensor:
+        return (error @ weight.T).square_().sum(-1).sum(-1)
+
+    def of_inputs(error: Tensor) -> Tensor:
+        return (error @ gram).mul_(error).sum(-1).sum(-1)
+
+    # ‖E Wᵀ‖² = ⟨E, E Wᵀ W⟩: the smaller product of the two.
+    if len(weight) <= weight.shape[1]:
+        return of_outputs
+    gram = weight.T @ weight
+    return of_inputs
+
+
 class RangeObserver:
     """Sees a linear's input batch by batch, then gives the quantizer for this input.
 
@@ -133,19 +163,25 @@ class RangeObserver:
         sample = torch.cat([weight.new_zeros(0, weight.shape[1]), *self._sample])
         sample = self._processes.all_gather(sample)  # [tokens, n], of all processes
         minimum, maximum = self._ranges(spec, sample)
-        grids = [
-            grid_from_range(minimum * factor, maximum * factor, spec.code_range)
-            for factor in ACTIVATION_CLIP_FACTORS
-        ]
-        # ‖(q_c(x) - x) Wᵀ‖² for every c. Two sums, so that the order of addition is fixed: first
-        # over the outputs of a token, then over tokens.
-        errors = torch.stack(
-            [((grid.nearest(sample) - sample) @ weight.T).square().sum(1).sum() for grid in grids]
+        shares = candidate_shares(ACTIVATION_CLIP_FACTORS, sample)
+        # Scales [candidates, 1, 1] for a static grid, else [candidates, tokens, 1].
+        grids = _grid(spec, minimum * shares, maximum * shares)
+        count = items_at_once(len(shares), sample, sample.device)
+        cost = _cost_of(weight)
+        errors = torch.cat(
+            [cost(grid.nearest(sample).sub_(sample)) for grid in grids.split(count)]
         )
-        # argmin takes the first of equals, the widest range: nothing is clipped without a gain.
-        best = int(errors.argmin())
-        factor = sample.new_tensor(ACTIVATION_CLIP_FACTORS[best])
-        return ActivationQuantizer(spec, grids[best] if spec.is_static else factor, self._smoothing)
+        # argmin takes the first of equals, the widest range: nothing is clipped without a gain. An
+        # index of one element and not a number: nothing waits for the device.
+        best = errors.argmin()[None]
+        factor = shares.index_select(0, best).reshape(())
+        if not spec.is_static:
+            return ActivationQuantizer(spec, factor, self._smoothing)
+        scale, zero_point = (
+            part.index_select(0, best).reshape(()) for part in (grids.scale, grids.zero_point)
+        )
+        static = Grid(scale, zero_point, grids.low, grids.high)
+        return ActivationQuantizer(spec, static, self._smoothing)
 
     def _ranges(self, spec: ActivationSpec, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum before clipping: [] for a static grid, else [tokens, 1]."""

@@ -64,11 +64,14 @@ class Diagnosis(Record):
             raise GateError("; ".join(self.problems))
 
 
-def examine(path: Path | None, server: str | None, torch: TorchBuild | None) -> Diagnosis:
+def examine(
+    path: Path | None, server: str | None, torch: TorchBuild | None, tensorrt: bool = False
+) -> Diagnosis:
     """Examine this machine, and a file or a repository.
 
     path: an ONNX file, a folder with a Triton repository, or None.
     server: version of the ONNX Runtime that is to load the files; None if none is asked about.
+    tensorrt: hold the files against TensorRT's rules too.
 
     Raises BenchError for a version, a file or a folder that is none.
     """
@@ -83,7 +86,7 @@ def examine(path: Path | None, server: str | None, torch: TorchBuild | None) -> 
 
         models = examine_repository(path)
         paths = [file for model in models for file in model.files]
-    files = [examine_file(file) for file in paths]
+    files = [examine_file(file, tensorrt) for file in paths]
     return diagnose(examine_machine(torch), files, server, models)
 
 

@@ -12,6 +12,7 @@ from onnx.external_data_helper import uses_external_data
 from runtime.audit.graph import Graph
 from runtime.doctor.machine import import_session
 from runtime.doctor.releases import NEWEST, loads_under, lowest_onnxruntime
+from runtime.doctor.tensorrt import BrokenRule, Level, broken_rules
 from runtime.errors import BenchError
 from runtime.records import Record
 
@@ -44,6 +45,8 @@ class FileFacts(Record):
     external_data: dict[str, bool]
     # Why ONNX Runtime does not open it here; None if it does.
     load_error: str | None
+    # What TensorRT would not take; None if it was not asked about.
+    tensorrt: tuple[BrokenRule, ...] | None
 
     @property
     def versions(self) -> str:
@@ -60,19 +63,30 @@ class FileFacts(Record):
                 f"{self.path!r} has tensors in {missing}, missing here: copy that to where the "
                 "file is"
             ]
-        return [] if self.load_error is None else [self.load_error]
+        own = [] if self.load_error is None else [self.load_error]
+        return [*own, *self._for_tensorrt("problem")]
 
     @property
     def warnings(self) -> list[str]:
         """What cannot be known of the file from its versions."""
+        about_tensorrt = self._for_tensorrt("warning")
         # marrq tried the release that its files state, with their operators.
         if not self.other_domains or self.stated:
-            return []
+            return about_tensorrt
         return [
+            *about_tensorrt,
             f"the operators of {', '.join(self.other_domains)} are not covered by what "
             f"{self.versions} tells about {self.path!r}: a server's ONNX Runtime may lack them, so "
-            "try it there"
+            "try it there",
         ]
+
+    def _for_tensorrt(self, level: Level) -> list[str]:
+        """The broken rules of TensorRT's, a sentence for all nodes that break one alike."""
+        nodes: dict[str, list[str]] = {}
+        for broken in self.tensorrt or ():
+            if broken.level == level:
+                nodes.setdefault(broken.sentence, []).append(broken.node)
+        return [f"TensorRT, {_named(named)}{sentence}" for sentence, named in nodes.items()]
 
     def server_problem(self, server: str) -> str | None:
         """Why an ONNX Runtime of that version does not load the file, or may not; None if it
@@ -94,8 +108,11 @@ class FileFacts(Record):
         )
 
 
-def examine_file(path: Path) -> FileFacts:
-    """Look an ONNX file through, and open it. Raises BenchError if it is not a whole ONNX file."""
+def examine_file(path: Path, tensorrt: bool = False) -> FileFacts:
+    """Look an ONNX file through, and open it. Raises BenchError if it is not a whole ONNX file.
+
+    tensorrt: hold it against TensorRT's rules too.
+    """
     graph = Graph.load(path)
     model = graph.model
     # A file that names no opset is of opset 1.
@@ -119,7 +136,17 @@ def examine_file(path: Path) -> FileFacts:
         stated=stated is not None,
         external_data={name: (path.parent / name).is_file() for name in _external_data(graph)},
         load_error=_load_error(path),
+        tensorrt=tuple(broken_rules(graph, path.parent)) if tensorrt else None,
     )
+
+
+def _named(nodes: list[str]) -> str:
+    """`'blocks.0.mlp.fc1/MatMul_3' and 23 others: `; empty for the whole file."""
+    if nodes == [""]:
+        return ""
+    others = len(nodes) - 1
+    counted = f" and {others} other{'s' if others > 1 else ''}" if others else ""
+    return f"{nodes[0]!r}{counted}: "
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from flavor_files import slow
+from flavor_files import executed_operators, slow
 from onnx import numpy_helper
 from torch import nn
 from transformers import (
@@ -35,7 +35,7 @@ from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.packing import unpack
 from marrq.schemes import parse_scheme
 from marrq.workflows.evaluate import predict
-from runtime.session import SessionSettings, executed_operators
+from runtime.session import SessionSettings
 
 SCHEMES = ["W4A8", *map(slow, ["W2A8", "W3A8", "W8A8", "W4A4", "W3A3", "W2A4"])]
 

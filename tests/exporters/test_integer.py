@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from flavor_files import agree, initializers, slow, traced
+from flavor_files import agree, executed_operators, initializers, slow, traced
 
 from exporters.onnx_file import write
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import ActivationStrategy
-from runtime.session import SessionSettings, executed_operators
+from runtime.session import SessionSettings
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ from runtime.session import SessionSettings, executed_operators
         slow("vit with LayerScale", "W3A8-g64", None, "per-token"),
         slow("vit with LayerScale", "W2A4-e8", None, "per-token"),
         slow("swin", "W4A8-e8", None, "per-tensor"),
+        ("vit with LayerScale", "W8A8-sym", None, "per-tensor"),
+        slow("vit with LayerScale", "W4A3-sym-e8", None, "per-tensor"),
     ],
 )
 def test_the_integer_flavour_takes_tokens_with_their_own_grids_group_scales_and_lowrank_branches(

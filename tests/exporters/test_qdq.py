@@ -7,13 +7,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from flavor_files import agree, initializers, metadata, slow, traced
+from flavor_files import agree, cosines, executed_operators, initializers, metadata, slow, traced
 
 from exporters.onnx_file import write
 from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.packing import unpack
 from marrq.schemes import ActivationStrategy
-from runtime.session import SessionSettings, executed_operators
+from runtime.audit.graph import Graph
+from runtime.doctor.tensorrt import broken_rules
+from runtime.session import SessionSettings
 
 SYMMETRIC = {"symmetric": True}
 
@@ -33,6 +35,8 @@ SYMMETRIC = {"symmetric": True}
         slow("vit with LayerScale", "W2A16-g8", "lqer:4", "per-tensor"),
         slow("vit with LayerScale", "W3A16", None, "per-tensor"),
         slow("vit with LayerScale", "W4A8-e8", "srr:4", "per-tensor"),
+        ("vit with LayerScale", "W8A8-sym", None, "per-tensor"),
+        slow("vit with LayerScale", "W4A3-sym-e8", None, "per-tensor"),
     ],
 )
 def test_the_qdq_flavour_takes_every_scheme_in_standard_operators(
@@ -93,15 +97,25 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
         slow("vit with LayerScale", "W8A16-sym"),
         slow("swin", "W4A16-g8-sym"),
         slow("vit", "W8A16-sym-e8"),
+        ("vit with LayerScale", "W8A8-sym"),
+        slow("vit", "W4A8-sym-e8"),
+        slow("swin", "W2A8-sym"),
     ],
 )
 def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_path: Path):
     trace = traced(model, scheme)
     made = trace.model
     write(trace, "qdq", tmp_path / "m.onnx", SYMMETRIC)
-    assert agree(made, tmp_path / "m.onnx", level="1")
+    near = cosines(made, tmp_path / "m.onnx", level="1")
+    # In float16 an activation near a tie between two codes may go to either side, one in twenty of
+    # the largest; the tiny models spread each of these over all classes.
+    quantized = made.scheme.activation is not None
+    assert np.median(near) >= (0.999 if quantized else 0.99999)
+    assert near[2] >= (0.99 if quantized else 0.9999)
     graph, found = onnx.load(tmp_path / "m.onnx"), initializers(tmp_path / "m.onnx")
-    assert {entry.domain: entry.version for entry in graph.opset_import} == {"": 21}
+    wide = quantized or made.scheme.weight.num_bits == 8
+    opset = 20 if wide else 21
+    assert {entry.domain: entry.version for entry in graph.opset_import} == {"": opset}
     nodes = {output: node for node in graph.graph.node for output in node.output}
     products = [
         node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in nodes
@@ -112,10 +126,11 @@ def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_
         if nodes[node.input[1]].op_type == "DequantizeLinear"
     ]
     types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
-    wide = made.scheme.weight.num_bits == 8
     for node in weights:
         codes, scale = node.input  # no zero point
         assert types[codes] == (onnx.TensorProto.INT8 if wide else onnx.TensorProto.INT4)
+        assert types[scale] == onnx.TensorProto.FLOAT16
+        assert (found[scale] > 0).all()
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         size = made.scheme.weight.group_size
         assert attributes == ({"axis": 1} if size is None else {"axis": 0, "block_size": size})
@@ -132,6 +147,21 @@ def test_the_symmetric_form_is_what_tensorrt_takes(model: str, scheme: str, tmp_
     path = next(path for path in paths if path.endswith("fc1"))
     np.testing.assert_array_equal(
         found[f"{path}.weight_codes"].astype(np.int8).T, paths[path].codes.numpy()
+    )
+    for node in graph.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert types[node.input[1]] == onnx.TensorProto.FLOAT16
+            assert types[node.input[2]] == onnx.TensorProto.INT8
+            assert found[node.input[2]] == 0
+        # Their weights are float32, so their inputs are.
+        if node.op_type == "LayerNormalization":
+            assert nodes[node.input[0]].op_type == "Cast"
+            assert {types[name] for name in node.input[1:]} == {onnx.TensorProto.FLOAT}
+    # A file that the doctor's rules refuse would be none for TensorRT. INT8 weights beside float
+    # activations are taken, and run in float.
+    broken = broken_rules(Graph.load(tmp_path / "m.onnx"))
+    assert {(one.rule, one.level) for one in broken} == (
+        {("between", "warning")} if wide and not quantized else set()
     )
     assert metadata(tmp_path / "m.onnx")["container_bits"] == ("8" if wide else "4")
     assert metadata(tmp_path / "m.onnx")["symmetric"] == "True"

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from flavor_files import executed_operators
 from onnx import helper
 from tiny_models import (
     dinov2,
@@ -30,7 +31,7 @@ from marrq.models.blocks import find_blocks
 from marrq.models.first_last import put_patches, with_outer_layers
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import ActivationSpec, WeightSpec, parse_scheme
-from runtime.session import SessionSettings, executed_operators
+from runtime.session import SessionSettings
 
 IMAGES = noise(24)
 

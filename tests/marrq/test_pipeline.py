@@ -229,6 +229,22 @@ def test_the_static_grid_is_the_clipped_range_that_harms_the_outputs_least(num_b
     assert (best < 1) == (num_bits < 8)
 
 
+def test_a_symmetric_grid_is_searched_in_the_same_way_and_has_its_zero_at_code_0():
+    (x, weight), spec = heavy_tailed_input_and_weight(), ActivationSpec(4, symmetric=True)
+    observer = RangeObserver()
+    observer.observe(x)
+    quantizer = observer.quantizer(spec, weight)
+
+    def rounded(scale: Tensor) -> Tensor:
+        return (x / scale).round().clamp(-8, 7) * scale
+
+    scales = [x.abs().max() * factor / 7 for factor in ACTIVATION_CLIP_FACTORS]
+    best = min(scales, key=lambda scale: ((rounded(scale) - x) @ weight.T).square().sum())
+    torch.testing.assert_close(quantizer.scale, best)
+    assert quantizer.zero_point == 0
+    torch.testing.assert_close(quantizer(x), rounded(best))
+
+
 @pytest.mark.parametrize("num_bits", [3, 4])
 def test_per_token_grids_are_the_tokens_ranges_clipped_by_one_factor(num_bits: int):
     (x, weight), spec = heavy_tailed_input_and_weight(), ActivationSpec(num_bits, "per-token")

@@ -51,7 +51,10 @@ def test_every_scheme_prints_what_it_was_parsed_from(weight: int, activation: in
     [
         ("W4A8", Scheme(WeightSpec(4), ActivationSpec(8))),
         ("W4A16-g128", Scheme(WeightSpec(4, 128), None)),
-        ("W4A8-sym", Scheme(WeightSpec(4, None, "symmetric"), ActivationSpec(8))),
+        (
+            "W4A8-sym",
+            Scheme(WeightSpec(4, None, "symmetric"), ActivationSpec(8, symmetric=True)),
+        ),
         ("W4A16-g64-sym", Scheme(WeightSpec(4, 64, "symmetric"), None)),
         ("W4A16-mxint", Scheme(WeightSpec(4, 32, "mxint"), None)),
         ("W4A8-e8", Scheme(WeightSpec(4), ActivationSpec(8), outer_layers=True)),
@@ -94,6 +97,22 @@ def test_code_ranges_are_those_of_the_onnx_types():
     assert WeightSpec(8, reduce_range=True).code_range == (-64, 63)
     assert ActivationSpec(4).code_range == (0, 15)
     assert ActivationSpec(8).code_range == (0, 255)
+    assert ActivationSpec(4, symmetric=True).code_range == (-8, 7)
+    assert ActivationSpec(8, symmetric=True).code_range == (-128, 127)
+
+
+def test_symmetric_means_that_no_zero_point_is_stored():
+    scheme = parse_scheme("W8A8-sym-e8")
+    for numbers in (scheme, scheme.of_outer_layers):
+        assert numbers.weight.grid == "symmetric"
+        assert numbers.activation is not None
+        assert numbers.activation.symmetric
+    # Zero points of tokens are found at run time.
+    tokens = parse_scheme("W8A8-sym", "per-token")
+    assert tokens.activation == ActivationSpec(8, "per-token")
+    assert str(tokens) == "W8A8-sym"
+    with pytest.raises(MarrqError, match="per-token activations find their zero point at run time"):
+        ActivationSpec(8, "per-token", symmetric=True)
 
 
 @pytest.mark.parametrize(

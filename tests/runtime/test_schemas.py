@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from sample_report import BARE_REPORT, QUANTIZATION, REPORT, W4A8
+from sample_report import BARE_REPORT, QUANTIZATION, REPORT, W4A8, without_accuracy
 
 from runtime.audit.inspect import Inspection
 from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
@@ -17,12 +17,15 @@ ACCURACY = (
     "top1 top1_low top1_high top5 top5_low top5_high agreement divergence images against hits"
 )
 BENCH = {
-    "": "schema environment data models gate recommendation",
+    "": "schema environment data models gate recommendation warnings",
     "environment": f"{MACHINE} onnxruntime packages provider providers_available threads "
-    "allow_spinning graph_optimization rounds seconds",
+    "allow_spinning graph_optimization rounds seconds cuda_graph gpu",
+    "environment.gpu": "name driver memory_mb performance_state sm_mhz max_sm_mhz memory_mhz "
+    "throttled",
     "data": "path images hash",
-    "models": "name path role flavor scheme method size_bytes bits_per_weight quantization parity "
-    "accuracy latency load_ms peak_memory_mb throughput executed executed_on audit precision",
+    "models": "name path role flavor device scheme method size_bytes bits_per_weight quantization "
+    "parity accuracy not_finite latency load_ms peak_memory_mb peak_gpu_memory_mb throughput "
+    "executed executed_on audit precision",
     "models.accuracy": ACCURACY,
     "models.accuracy.against": "baseline drop drop_low drop_high only_baseline only_model p_value",
     "models.latency": "batch p50_ms p90_ms p99_ms images_per_s rounds_ms ratio_fp16 ratio_fp32",
@@ -52,7 +55,7 @@ DOCTOR = {
     "machine.onnxruntime": "version providers error",
     "machine.torch": "cuda cuda_found",
     "files": "path producer opsets ir_version operators other_domains lowest_onnxruntime stated "
-    "external_data load_error loads_on_server",
+    "external_data load_error loads_on_server tensorrt",
     "models": "name backend versions",
 }
 
@@ -66,7 +69,9 @@ def diagnosis() -> Diagnosis:
     machine = ExaminedMachine(
         "p", ("avx",), 2, "s", "3", (), {}, ImportedRuntime("1", (), None), TorchBuild(None, False)
     )
-    file = ServedFile("m.onnx", "t 1", {"ai.onnx": 20}, 9, {}, ("x",), None, False, {}, None, True)
+    file = ServedFile(
+        "m.onnx", "t 1", {"ai.onnx": 20}, 9, {}, ("x",), None, False, {}, None, (), True
+    )
     return Diagnosis(machine, (file,), (RepositoryModel("m", "python", (1,)),), "1.18", (), ())
 
 
@@ -115,6 +120,27 @@ def test_what_was_not_asked_for_is_null_or_empty():
     assert document["gate"] is document["recommendation"] is None
     assert model["parity"] is model["quantization"] is model["accuracy"]["against"] is None
     assert model["throughput"] == []
+
+
+def test_a_model_without_finite_logits_has_no_accuracy_and_says_why():
+    document = without_accuracy(W4A8).to_json()
+    assert document["accuracy"] is None
+    assert document["not_finite"] == {
+        "images": 17,
+        "first": {
+            "where": "blocks.0.mlp.fc2",
+            "operator": "MatMul",
+            "largest": 9.1e7,
+            "limit": 65504.0,
+        },
+    }
+
+
+def test_a_number_that_json_does_not_have_is_null():
+    parity = replace(W4A8.parity, pixel_difference=float("nan"))
+    document = json.dumps(replace(W4A8, parity=parity, load_ms=float("inf")).to_json())
+    read = json.loads(document, parse_constant=lambda name: pytest.fail(name))
+    assert read["load_ms"] is read["parity"]["pixel_difference"] is None
 
 
 def test_hits_tell_which_images_were_right():

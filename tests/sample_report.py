@@ -6,6 +6,7 @@ from typing import Any
 
 from runtime.audit.precision import FloatPart, Precision
 from runtime.audit.rows import AuditRow
+from runtime.gpu import Gpu
 from runtime.measure.bench import BenchEnvironment, BenchReport, ImageData
 from runtime.measure.gate import Gate, Verdict
 from runtime.measure.latency import Throughput
@@ -14,7 +15,9 @@ from runtime.measure.measured import (
     ComparedAccuracy,
     ComparedLatency,
     MeasuredModel,
+    NotFinite,
 )
+from runtime.measure.overflow import Overflow
 from runtime.measure.parity import Closeness, LinearError, Parity, Stage
 from runtime.measure.recommend import Recommendation
 from runtime.quantization import QuantizedModule
@@ -113,6 +116,7 @@ FP32 = MeasuredModel(
     path="vit_sample",
     role="baseline",
     flavor="fp32",
+    device="gpu",
     scheme="fp32",
     method="none",
     size_bytes=87_020_000,
@@ -120,12 +124,14 @@ FP32 = MeasuredModel(
     quantization=None,
     parity=None,
     accuracy=accuracy((0.5323, 0.555, 0.5774), (0.7698, 0.789, 0.807), 1.0, 0.001, None),
+    not_finite=None,
     latency=(
         latency(1, 15.9, 16.8, 19.1, 62.9, 0.9, 1.0),
         latency(8, 98.83, 101.6, 107.5, 80.9, 0.93, 1.0),
     ),
     load_ms=61.4,
     peak_memory_mb=215.3,
+    peak_gpu_memory_mb=None,
     throughput=(Throughput(8, 1, 41.7), Throughput(8, 2, 80.9)),
     executed={"MatMul": 9, "LayerNormalization": 5},
     executed_on={"CPUExecutionProvider": 14},
@@ -160,6 +166,7 @@ W4A8 = MeasuredModel(
     path="artifact",
     role="candidate",
     flavor="integer",
+    device="cpu",
     scheme="W4A8",
     method="marr-stream",
     size_bytes=12_580_000,
@@ -182,12 +189,14 @@ W4A8 = MeasuredModel(
         0.1375,
         BaselineDrop(0.013, 0.0021, 0.0239, 87, 63, 0.0602, "fp32"),
     ),
+    not_finite=None,
     latency=(
         latency(1, 7.34, 7.92, 9.45, 136.2, 0.41, 0.46),
         latency(8, 41.72, 43.15, 46.38, 191.8, 0.39, 0.42),
     ),
     load_ms=33.8,
     peak_memory_mb=118.6,
+    peak_gpu_memory_mb=731.0,
     throughput=(Throughput(8, 1, 101.4), Throughput(8, 2, 191.9)),
     executed={
         "MatMulIntegerToFloat": 11,
@@ -233,6 +242,8 @@ REPORT = BenchReport(
         graph_optimization="all",
         rounds=5,
         seconds=1.5,
+        cuda_graph=True,
+        gpu=Gpu("Sample GPU", "580.1", 85521.0, "P0", 1980.0, 1980.0, 2619.0, False),
     ),
     data=ImageData("photos", 1860, "a1ec9625ac6d"),
     models=(FP16, FP32, W4A8),
@@ -249,6 +260,7 @@ REPORT = BenchReport(
             ),
         )
     },
+    warnings=("W4A8 marr-stream was made for the cpu",),
 )
 BARE_MODEL = replace(
     W4A8,
@@ -258,5 +270,13 @@ BARE_MODEL = replace(
     accuracy=replace(W4A8.accuracy, against=None, agreement=None, divergence=None),
     latency=tuple(replace(row, ratio_fp16=None, ratio_fp32=None) for row in W4A8.latency),
 )
-BARE_REPORT = replace(REPORT, models=(BARE_MODEL,), gate=None, recommendation=None)
+BARE_REPORT = replace(REPORT, models=(BARE_MODEL,), gate=None, recommendation=None, warnings=())
 """Nothing that has to be asked for, and no baseline to compare with."""
+
+BROKEN = NotFinite(17, Overflow("blocks.0.mlp.fc2", "MatMul", 9.1e7, 65504.0))
+"""Logits that are not finite, and why."""
+
+
+def without_accuracy(model: MeasuredModel) -> MeasuredModel:
+    """The model as it would be if it overflowed."""
+    return replace(model, accuracy=None, not_finite=BROKEN)

@@ -4,7 +4,7 @@ cannot."""
 from dataclasses import replace
 
 from rich.console import Console
-from sample_report import BARE_REPORT, FP32, REPORT, TRANSPOSED, W4A8
+from sample_report import BARE_REPORT, FP32, REPORT, TRANSPOSED, W4A8, without_accuracy
 
 from runtime.measure.measured import BaselineDrop
 from runtime.report.tables import accuracy_table, models_table, sentences, tables
@@ -43,7 +43,7 @@ def test_the_first_model_of_an_evaluation_is_not_compared_with_itself():
 def test_nodes_that_ran_on_another_provider_are_counted_below_the_table():
     executed_on = {"CUDAExecutionProvider": 180, "CPUExecutionProvider": 20}
     model = replace(W4A8, name=NAME, audit=(), parity=None, executed_on=executed_on)
-    report = replace(REPORT, models=(FP32, model), gate=None, recommendation=None)
+    report = replace(REPORT, models=(FP32, model), gate=None, recommendation=None, warnings=())
     assert sentences(report) == [
         f"{NAME}: 180 of 200 nodes ran on CUDAExecutionProvider",
         f"{NAME}: 20 of 200 nodes ran on CPUExecutionProvider",
@@ -51,7 +51,8 @@ def test_nodes_that_ran_on_another_provider_are_counted_below_the_table():
 
 
 def test_sentences_name_shortfalls_losses_verdicts_and_recommendations_in_this_order():
-    found = sentences(REPORT)
+    warning, *found = sentences(REPORT)
+    assert warning == REPORT.warnings[0]
     assert found[0] == f"W4A8 marr-stream: blocks.1.mlp.fc1, of 8: {TRANSPOSED}"
     assert found[1] == "W4A8 marr-stream: the first stage that loses is quantization"
     assert found[2] == "quantization loses: 87 images are right in float only"
@@ -62,6 +63,17 @@ def test_sentences_name_shortfalls_losses_verdicts_and_recommendations_in_this_o
         "fastest",
         "most accurate",
     ]
+
+
+def test_a_model_without_finite_logits_is_a_row_and_a_sentence():
+    report = replace(BARE_REPORT, models=(without_accuracy(FP32), W4A8))
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(models_table(report))
+    [row] = [line for line in printed.get().splitlines() if line.startswith("fp32")]
+    assert "NaN or infinite" in row
+    assert "15.90" in row, "it is timed all the same"
+    assert sentences(report)[0] == f"fp32 {without_accuracy(FP32).not_finite.sentence}"
 
 
 def test_there_is_a_table_for_what_was_measured_and_no_other():

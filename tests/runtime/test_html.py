@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_report import BARE_MODEL, BARE_REPORT, LINEARS, REPORT, W4A8
+from sample_report import (
+    BARE_MODEL,
+    BARE_REPORT,
+    FP16,
+    FP32,
+    LINEARS,
+    REPORT,
+    W4A8,
+    without_accuracy,
+)
 
 from marrq.cli import main
 from runtime.errors import BenchError
 from runtime.measure.bench import BenchReport
+from runtime.measure.measured import MeasuredModel
 from runtime.report.html import check_page, key_numbers, page, reference_of, sentence
 
 SECTIONS = [
+    "warnings",
     "recommendation",
     "models",
     "accuracy",
@@ -137,7 +148,7 @@ def test_the_tables_have_every_number(parsed: Parsed):
         "W4A8 marr-stream | 8 | 41.72 | 43.15 | 46.38 | 191.8 | 0.39 | 0.42",
         "W4A8 marr-stream | 8 | 2 | 191.9",
     ]
-    assert rows(parsed, "size")[-1] == "W4A8 marr-stream | 4.08 | 33.8 | 118.6"
+    assert rows(parsed, "size")[-1] == "W4A8 marr-stream | 4.08 | 33.8 | 118.6 | 731.0"
     assert rows(parsed, "parity")[1:4] + rows(parsed, "parity")[-1:] == [
         "quantization | float torch | simulated torch | 0.91342 | 0.98517 | 83.7 | 55.1 | 53.9",
         "export | simulated torch | ONNX Runtime | 0.98491 | 0.99438 | 93.7 | 53.9 | 53.6",
@@ -183,7 +194,7 @@ def test_the_environment_is_there_in_full_and_the_json_whole(parsed: Parsed):
         )
         for part in parts:
             words = (
-                " ".join(part)
+                f"{part[0]} {part[1]}"
                 if isinstance(part, tuple)
                 else "not set"
                 if part is None
@@ -286,6 +297,17 @@ def test_sections_that_the_report_lacks_are_not_there():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("others", [(), (FP16, FP32)])
+def test_a_page_has_models_without_finite_logits_and_says_why(others: tuple[MeasuredModel, ...]):
+    report = replace(BARE_REPORT, models=(*others, without_accuracy(BARE_MODEL)), recommendation={})
+    parsed = Parsed(page(report))
+    assert "reaches 9.1e+07, where float16 ends at 65504. It has no accuracy." in " ".join(
+        parsed.text["models"].split()
+    )
+    assert [row.startswith("W4A8") for row in rows(parsed, "accuracy")[1:]] == [False] * len(others)
+
+
+@pytest.mark.slow
 def test_a_report_of_a_provider_that_compiles_the_graph_is_a_page_still():
     """Nobody can look into such a graph: it has no audit and no precision."""
     model = replace(BARE_MODEL, audit=(), precision=None, peak_memory_mb=None)
@@ -294,7 +316,7 @@ def test_a_report_of_a_provider_that_compiles_the_graph_is_a_page_still():
     assert rows(parsed, "accuracy")[1:] == [
         "W4A8 marr-stream | 54.2 (51.9–56.4) | 78.1 (76.2–79.9) | – | –"
     ]
-    assert rows(parsed, "size")[-1] == "W4A8 marr-stream | 4.08 | 33.8 | –"
+    assert rows(parsed, "size")[-1] == "W4A8 marr-stream | 4.08 | 33.8 | – | 731.0"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sample_report import W4A8
+from sample_report import FP32, W4A8, without_accuracy
 
-from runtime.errors import BenchError, GateError
+from runtime.errors import GateError
 from runtime.measure.accuracy import (
     NORMAL_95,
     drop_interval,
@@ -182,11 +182,25 @@ def test_a_drop_that_is_the_limit_itself_is_not_told_by_any_number_of_images():
     assert "no number of images would tell" in found.sentence
 
 
-def test_a_gate_without_a_baseline_is_an_error():
+def test_a_gate_is_undecided_if_no_baseline_gives_numbers_and_says_so():
     model = measured(1, 1, 10)
     model = replace(model, accuracy=replace(model.accuracy, against=None))
-    with pytest.raises(BenchError, match="pass --baseline fp32"):
-        hold_against_limit([model], 1.0)
+    gate = hold_against_limit([without_accuracy(FP32), model], 1.0)
+    assert [verdict.verdict for verdict in gate.models] == ["undecided"]
+    assert gate.warnings == [
+        "the gate of 1 points is undecided for W4A8 marr: no baseline gives numbers"
+    ]
+    gate.demand()
+
+
+def test_a_candidate_that_answers_no_numbers_fails_the_gate():
+    gate = hold_against_limit([FP32, without_accuracy(measured(0, 0, 10))], 99.0)
+    assert gate.models[0].sentence == (
+        "failed: W4A8 marr gives NaN or infinite logits for 17 images: MatMul of "
+        "'blocks.0.mlp.fc2' reaches 9.1e+07, where float16 ends at 65504"
+    )
+    with pytest.raises(GateError, match="W4A8 marr lost more than 99 points"):
+        gate.demand()
 
 
 def test_a_candidate_that_failed_is_demanded_and_an_undecided_one_is_warned_of():

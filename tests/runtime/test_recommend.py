@@ -4,7 +4,7 @@ decides then."""
 from dataclasses import replace
 
 import numpy as np
-from sample_report import W4A8
+from sample_report import W4A8, without_accuracy
 
 from runtime.measure.measured import ComparedLatency, MeasuredModel, Role
 from runtime.measure.recommend import recommend
@@ -94,3 +94,10 @@ def test_what_decides_is_asked_of_those_that_are_level_alone():
 
 def test_a_single_candidate_is_said_to_be_the_only_one():
     assert recommend([FAST])["size"].sentence == "smallest: integer b, 2.00 MB, the only candidate"
+
+
+def test_a_candidate_that_answers_no_numbers_is_never_recommended():
+    broken = without_accuracy(measured("small", 1, (1.0,), ()))
+    good = measured("large", 1000, (9.0,), (1, 2))
+    assert {choice.name for choice in recommend([broken, good]).values()} == {"large"}
+    assert recommend([broken]) == {}

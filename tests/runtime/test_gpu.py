@@ -1,0 +1,207 @@
+"""What a GPU's driver tells, from a program in the place of nvidia-smi; nodes that run elsewhere
+than asked; sessions of one batch size. Nothing here needs a GPU."""
+
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from runtime import session
+from runtime.audit.graph import Graph
+from runtime.audit.linears import examine
+from runtime.audit.placement import misplaced, misplacement
+from runtime.environment import describe
+from runtime.errors import BenchError
+from runtime.gpu import Gpu, describe_gpu, memory_used_mb
+from runtime.measure.bench import _what_runs
+from runtime.measure.latency import Plan, measure_latency
+from runtime.measure.measured import Entry
+from runtime.session import ExecutedNode, Model, SessionSettings, check_provider, executed_nodes
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ANSWER = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, P0, 1980, 1980, 2619, 0x0000000000000000"
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH alone; an `nvidia-smi` in it answers what `says` puts there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def says(folder: Path, answer: str, code: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"open({str(folder / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+        f"print({answer!r})\nsys.exit({code})\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+def test_a_gpu_is_described_as_its_driver_does(driver: Path):
+    says(driver, ANSWER)
+    assert describe_gpu() == Gpu(
+        "NVIDIA H100 80GB HBM3", "580.95.05", 81559 * 2**20 / 1e6, "P0", 1980, 1980, 2619, False
+    )
+    asked = (driver / "asked").read_text()
+    assert asked.startswith("--id=0 --query-gpu=name,driver_version,memory.total,pstate")
+
+
+def test_what_a_driver_does_not_tell_is_none_and_never_a_guess(driver: Path):
+    says(driver, "Tesla T4, 535.1, [N/A], P8, 300, [Not Supported], [N/A], [N/A]")
+    assert describe_gpu() == Gpu("Tesla T4", "535.1", None, "P8", 300, None, None, None)
+    says(driver, "NVIDIA-SMI has failed because it could not communicate with the driver", code=9)
+    assert describe_gpu() is None
+    assert memory_used_mb() is None
+    (driver / "nvidia-smi").unlink()
+    assert describe_gpu() is None
+
+
+@pytest.mark.parametrize(("reasons", "held"), [("0x1", False), ("0x4", True), ("0x41", True)])
+def test_a_clock_that_is_held_down_is_told_from_one_that_rests(
+    driver: Path, reasons: str, held: bool
+):
+    says(driver, ANSWER.replace("0x0000000000000000", reasons))
+    found = describe_gpu()
+    assert found is not None
+    assert found.throttled is held
+
+
+def test_the_gpu_that_cuda_sees_first_is_asked_about(driver: Path, monkeypatch: pytest.MonkeyPatch):
+    says(driver, "1024")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert memory_used_mb() == pytest.approx(1073.741824)
+    assert "--id=3 --query-gpu=memory.used" in (driver / "asked").read_text()
+
+
+def graph_of_shapes(path: Path) -> Path:
+    """x → MatMul → Reshape to [batch, 8], whose shape comes of Shape, Gather and Concat."""
+    nodes = [
+        helper.make_node("MatMul", ["pixels", "w"], ["product"], name="fc/MatMul_0"),
+        helper.make_node("Shape", ["product"], ["shape"], name="shape"),
+        helper.make_node("Gather", ["shape", "zero"], ["batch"], name="gather"),
+        helper.make_node("Concat", ["batch", "eight"], ["wanted"], axis=0, name="concat"),
+        helper.make_node("Reshape", ["product", "wanted"], ["logits"], name="reshape"),
+    ]
+    tensors = [
+        helper.make_tensor("w", TensorProto.FLOAT, [4, 4], np.eye(4).ravel()),
+        helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("eight", TensorProto.INT64, [1], [8]),
+    ]
+    inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 2, 4])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path
+    )
+    return path
+
+
+def ran(graph: Graph, on_cpu: set[str]) -> list[ExecutedNode]:
+    return [
+        ExecutedNode(node.name, node.op_type, CPU if node.name in on_cpu else CUDA)
+        for node in graph.nodes
+    ]
+
+
+def test_arithmetic_on_shapes_may_run_on_the_cpu_and_nothing_else(tmp_path: Path):
+    graph = Graph.load(graph_of_shapes(tmp_path / "m.onnx"))
+    assert misplaced(graph, ran(graph, {"shape", "gather", "concat"}), CUDA) == []
+    for name in ("fc/MatMul_0", "reshape"):
+        [found] = misplaced(graph, ran(graph, {name, "gather"}), CUDA)
+        assert found.name == name
+    stranger = [ExecutedNode("fused", "FusedMatMul", CPU)]
+    assert misplaced(graph, stranger, CUDA) == stranger
+
+
+def test_the_linear_that_ran_elsewhere_is_named_by_its_path(integer_file: Path, tmp_path: Path):
+    examined = examine(integer_file, SessionSettings())
+    executed = executed_nodes(integer_file, SessionSettings(), tmp_path)
+    assert misplacement(examined, executed) is None
+    asked = replace(examined, settings=SessionSettings("cuda"))
+    sentence = misplacement(asked, executed)
+    assert sentence is not None
+    assert sentence.startswith(
+        f"the linear 'patch_embed.proj' ran on {CPU} by Conv, for which {CUDA} has no kernel; in "
+    )
+    assert "MatMulIntegerToFloat" in sentence
+
+
+def test_a_candidate_that_ran_elsewhere_is_an_error_and_a_baseline_a_note(
+    integer_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("runtime.measure.bench.misplacement", lambda *given: "it ran elsewhere")
+    entry = Entry("m", integer_file, "m", "baseline", "fp16", "gpu", "fp16", "none", 16.0)
+    assert _what_runs(entry, SessionSettings()).misplaced == "it ran elsewhere"
+    with pytest.raises(BenchError, match="m: it ran elsewhere; export it with --device gpu"):
+        _what_runs(replace(entry, role="candidate"), SessionSettings())
+
+
+def test_a_session_for_a_cuda_graph_has_one_batch_size_and_memory_that_stays(
+    integer_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The path of CUDA graphs, on the processor's memory."""
+    monkeypatch.setitem(session.DEVICES, "cpu", "cpu")
+    plain, fixed = (
+        Model(integer_file, SessionSettings(threads=1, graph_batch=batch)) for batch in (None, 3)
+    )
+    assert fixed.input.shape[0] == 3
+    pixels = fixed.random_input(3)
+    bound = []
+    monkeypatch.setattr(
+        session.ort.IOBinding,
+        "bind_ortvalue_output",
+        lambda binding, name, value: bound.append((binding, name, value)),
+    )
+    fixed.forward(pixels)
+    [(_, name, value)] = bound
+    assert name == "logits"
+    assert value.shape() == list(plain.run(pixels).shape)
+    np.testing.assert_allclose(fixed.run(pixels), plain.run(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_graphs_are_timed_in_a_session_for_each_batch_size():
+    opened = []
+
+    class Recorded:
+        def __init__(self, path: Path, settings: SessionSettings) -> None:
+            opened.append(settings.graph_batch)
+
+        def random_input(self, batch: int) -> int:
+            return batch
+
+        def forward(self, batch: int) -> object:
+            return lambda: None
+
+    plan = Plan((1, 8), rounds=2, seconds=0, cuda_graph=True)
+    [speed] = measure_latency([Path("m")], SessionSettings("cuda"), plan, open_model=Recorded)
+    assert opened == [1, 8, 1, 8]
+    assert [latency.batch for latency in speed.latency] == [1, 8]
+
+
+def test_only_cuda_is_told_to_record_a_graph(integer_file: Path, monkeypatch: pytest.MonkeyPatch):
+    given = []
+
+    def open_session(path: str, options: object, providers: list[object]) -> None:
+        given.extend(providers)
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr(session.ort, "InferenceSession", open_session)
+    monkeypatch.setattr(session, "available_providers", lambda: [CUDA, CPU])
+    for settings in (SessionSettings("cuda", graph_batch=1), SessionSettings("cuda")):
+        with pytest.raises(BenchError, match="no GPU here"):
+            Model(integer_file, settings)
+    assert given == [(CUDA, {"enable_cuda_graph": "1"}), (CUDA, {})]
+
+
+def test_a_gpu_without_its_onnx_runtime_is_an_error_with_the_package_to_install():
+    with pytest.raises(BenchError, match=r"'cuda' is not available.*install 'marrq\[gpu\]'"):
+        check_provider(SessionSettings("cuda"))
+    assert describe(SessionSettings()).provider == "cpu"

@@ -191,7 +191,7 @@ def check_fit(
         ):
             raise ValueError(f"linear {path!r} has another shape than its model")
     # Tensors of a float layer whose place a quantized linear takes are not in the file.
-    inside = tuple(f"{path.removesuffix('.linear')}." for path in linears)
+    inside = tuple(f"{_float_path(module, path)}." for path in linears)
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()

@@ -30,6 +30,9 @@ ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei
 # Instruction sets that decide which kernels ONNX Runtime takes.
 FLAGS = (*X86_FLAGS, *ARM_FLAGS)
 
+# Those that add products of 8-bit integers into 32 bits.
+DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
 # Packages that install the same module: of two, the later overwrites files of the other.
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -81,6 +84,11 @@ def describe_machine() -> Machine:
         system=platform.platform(terse=True),
         python=platform.python_version(),
     )
+
+
+def int8_dot_products(flags: Iterable[str]) -> tuple[str, ...]:
+    """Those of DOT_PRODUCTS among a processor's flags."""
+    return tuple(flag for flag in flags if flag in DOT_PRODUCTS)
 
 
 def describe(settings: "SessionSettings") -> Environment:

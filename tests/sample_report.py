@@ -78,14 +78,14 @@ TRANSPOSED = "Gemm with transB has no integer kernel: export it again, marrq wri
 
 
 def float_row(path: str) -> AuditRow:
-    return AuditRow(path, "float", "MatMul", 1, "float32", "float32", False, None)
+    return AuditRow(path, "float", "MatMul", 1, "float32", "float32", False, None, None)
 
 
 def integer_row(path: str) -> AuditRow:
     """All linears of the candidate run in integers but one."""
     if path == "blocks.1.mlp.fc1":
-        return AuditRow(path, "W4A8", "Gemm", 1, "float32", "float32", False, TRANSPOSED)
-    return AuditRow(path, "W4A8", "MatMulIntegerToFloat", 1, "int4", "uint8", True, None)
+        return AuditRow(path, "W4A8", "Gemm", 1, "float32", "float32", False, TRANSPOSED, None)
+    return AuditRow(path, "W4A8", "MatMulIntegerToFloat", 1, "int4", "uint8", True, None, None)
 
 
 def accuracy(

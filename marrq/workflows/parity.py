@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marrq.errors import MarrqError
+from runtime.audit.linears import examine
+from runtime.audit.rows import audit
 from runtime.measure.parity import (
     LinearsAlone,
     Parity,
@@ -17,7 +19,7 @@ from runtime.measure.parity import (
     relative_error,
 )
 from runtime.preprocessing import ServedPreprocessing
-from runtime.session import Model, SessionSettings
+from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,7 +113,22 @@ def measure_parity(
     # Linears are compared on few images: each of their channels has hundreds of tokens.
     first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
     errors = linear_errors(model, file, first, settings)
-    return compare_stages(logits, np.array(images.labelled()), errors, pixel_difference)
+    return compare_stages(
+        logits,
+        np.array(images.labelled()),
+        errors,
+        pixel_difference,
+        _saturating(file, settings),
+        LinearsAlone(file, settings).float16,
+    )
+
+
+def _saturating(file: Path, settings: SessionSettings) -> set[str]:
+    """The linears whose sums can saturate on this processor."""
+    # Such a provider is not the CPU, whose kernels saturate.
+    if settings.provider in WHOLE_GRAPH_PROVIDERS:
+        return set()
+    return {row.linear for row in audit(examine(file, settings)) if row.saturates == "here"}
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,9 @@ def linear_errors(
     errors: dict[str, float] = {}
 
     def seen(path: str, x: "Tensor", y: "Tensor") -> None:
+        bias = tensors.get(f"{path}.bias")
+        if bias is not None and linears.lacks_bias(path):
+            y = y - bias
         # The file has LayerScale multiplied into the linear; torch applies it after the linear.
         scale = linears.scale(path)
         expected = y if scale is None else y * tensors[scale]

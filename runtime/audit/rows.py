@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from runtime.audit.fusion import reason
 from runtime.audit.linears import FLOAT, Examined, Linear, is_integer, kernel_types, nominal_bits
+from runtime.audit.saturation import Saturates, can_saturate, where_it_saturates
 from runtime.errors import GateError
 from runtime.records import Record
 
@@ -33,6 +34,9 @@ class AuditRow(Record):
     integer: bool
     # Why the linear does not run as its scheme says; None if it does.
     reason: str | None
+    # Where a sum of two products can leave 16 bits and saturate (runtime/audit/saturation.py):
+    # "here", or "without VNNI" if it can on such x86 processors alone; None if it cannot.
+    saturates: Saturates | None
 
     @property
     def falls_short(self) -> bool:
@@ -104,7 +108,17 @@ def _row(examined: Examined, linear: Linear) -> AuditRow:
             if linear.nominal == FLOAT
             else reason(examined, linear, linear.kernel, integer, activation)
         ),
+        saturates=_saturates(examined, linear),
     )
+
+
+def _saturates(examined: Examined, linear: Linear) -> Saturates | None:
+    if linear.kernel is None:
+        return None
+    # Activations of fewer bits than their type are clipped, as only the scheme knows.
+    bits = min(8, nominal_bits(linear.nominal)[1])
+    can = can_saturate(examined.optimized, linear.kernel, bits)
+    return where_it_saturates() if can else None
 
 
 def _row_without_kernel(path: str, nominal: str, operators: int, why: str) -> AuditRow:
@@ -118,4 +132,5 @@ def _row_without_kernel(path: str, nominal: str, operators: int, why: str) -> Au
         activation="none",
         integer=False,
         reason=why,
+        saturates=None,
     )

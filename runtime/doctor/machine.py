@@ -15,15 +15,21 @@ from runtime.environment import (
     Machine,
     describe_machine,
     installed_versions,
+    int8_dot_products,
     onnxruntime_conflict,
 )
 from runtime.errors import BenchError
+from runtime.gpu import Gpu, describe_gpu
 from runtime.records import Record
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "torch", "onnx", "timm", "transformers", "tritonclient")
 
-# Flags of processors that add products of 8-bit integers into 32 bits.
-DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+CUDA = "CUDAExecutionProvider"
+
+WITHOUT_CUDA = (
+    "the ONNX Runtime here has no CUDA provider: on a machine with CUDA install 'marrq[gpu]' in "
+    "place of 'marrq[cpu]'"
+)
 
 SATURATES = (
     "this processor has no dot product of int8 (VNNI): ONNX Runtime adds two products of uint8 and "
@@ -61,6 +67,8 @@ class ExaminedMachine(Machine):
     onnxruntime: ImportedRuntime
     # None if it is not installed.
     torch: TorchBuild | None
+    # As its driver describes it; None without a driver.
+    gpu: Gpu | None
 
     @property
     def problems(self) -> list[str]:
@@ -68,6 +76,11 @@ class ExaminedMachine(Machine):
         # Two packages first: they are the likely cause of a module that does not import.
         faults = (onnxruntime_conflict(self.packages), self.onnxruntime.error)
         return [fault for fault in faults if fault is not None]
+
+    @property
+    def lacks_cuda(self) -> bool:
+        """Whether the ONNX Runtime that is imported runs nothing on a GPU."""
+        return self.onnxruntime.error is None and CUDA not in self.onnxruntime.providers
 
     @property
     def warnings(self) -> list[str]:
@@ -82,10 +95,11 @@ def examine_machine(torch: TorchBuild | None) -> ExaminedMachine:
     described = describe_machine()
     return ExaminedMachine(
         **vars(described),
-        int8_dot_products=tuple(f for f in described.processor_flags if f in DOT_PRODUCTS),
+        int8_dot_products=int8_dot_products(described.processor_flags),
         packages=installed_versions(PACKAGES),
         onnxruntime=_imported_runtime(),
         torch=torch,
+        gpu=describe_gpu(),
     )
 
 

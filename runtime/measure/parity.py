@@ -30,7 +30,7 @@ more than PIXEL_TOLERANCE.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,10 @@ SIGNIFICANT = 0.05
 LINEAR_TOLERANCE = 1e-3
 PIXEL_TOLERANCE = 1e-4
 LOGITS_TOLERANCE = 1e-4
+# Of files in float16, whose numbers have 11 bits: one activation of a hundred near a tie between two
+# codes goes to the other side, in each linear.
+HALF_LINEAR_TOLERANCE = 2e-2
+HALF_LOGITS_TOLERANCE = 1e-2
 AMPLIFICATIONS = 10.0
 
 Array = NDArray[np.float32]
@@ -128,12 +132,16 @@ def compare_stages(
     targets: NDArray[np.int64],
     linears: Mapping[str, float],
     pixel_difference: float,
+    saturating: Collection[str] = (),
+    float16: bool = False,
 ) -> Parity:
     """Find the stages that lose.
 
     targets: [images], indices of classes.
     linears: relative error of each linear, by module path.
     pixel_difference: largest difference between the pixels of the two preprocessings.
+    saturating: linears whose sums can saturate on this processor (runtime/audit/saturation.py).
+    float16: whether the file computes in float16.
     """
     # Name of the stage, what is compared, and its two sets of logits.
     compared = [
@@ -148,7 +156,7 @@ def compare_stages(
     ]
     losses = [
         # A linear that errs says where the fault is; the logits say only that there is a fault.
-        _linear_loss(linears) or _logits_loss(logits),
+        _linear_loss(linears, saturating, float16) or _logits_loss(logits, float16),
         _preprocessing_loss(pixel_difference),
     ]
     # Without the float model nobody knows what quantization loses.
@@ -198,7 +206,11 @@ def relative_error(found: Array, expected: Array) -> float:
 
 class LinearsAlone:
     """The quantized linears of a file, each cut out of its graph, to be run alone: from the value
-    that enters to the value that leaves, as the metadata `marrq.linears` name them."""
+    that enters to the value that leaves, as the metadata `marrq.linears` name them.
+
+    In a graph for GPUs a linear may be part of an operator that does more. What is run then is the
+    product with the weight that the metadata name, without the bias.
+    """
 
     def __init__(self, file: Path, settings: SessionSettings) -> None:
         """Raises BenchError if the file does not tell where its linears are."""
@@ -209,6 +221,7 @@ class LinearsAlone:
                 f"{str(file)!r} does not say where its linears are: export the artifact again"
             )
         self._parts = linears
+        self._made = {output.name for node in self._model.graph for output in node.outputs}
 
     def run(self, path: str, x: Array) -> Array:
         """The output [..., out] of a linear for an input [..., in]. Every token of x is computed,
@@ -221,16 +234,46 @@ class LinearsAlone:
         linear's output; None if there is none."""
         return self._parts[path][0].scale
 
+    @property
+    def float16(self) -> bool:
+        """Whether the linears compute in float16."""
+        first = next(iter(self._parts.values()))[0]
+        return any(
+            value is not None and value.name == first.input and value.dtype == ir.DataType.FLOAT16
+            for node in self._model.graph
+            for value in (*node.inputs, *node.outputs)
+        )
+
+    def lacks_bias(self, path: str) -> bool:
+        """Whether the linear is run without its bias, which the file adds in another operator."""
+        return any(part.output not in self._made for part in self._parts[path])
+
     def _run(self, part: LinearPart, x: Array) -> Array:
-        # The nodes between the two values, with their initializers.
-        graph = ir.convenience.extract(self._model.graph, [part.input], [part.output])
+        graph = self._cut(part)
         # The batch and the number of tokens are those of x, whatever the file says of the value.
         graph.inputs[0].shape, graph.outputs[0].shape = ir.Shape(x.shape), None
+        # A graph in float16 takes float16.
+        x = x.astype(graph.inputs[0].dtype.numpy())
         alone = ir.external_data.load_to_model(ir.Model(graph, ir_version=self._model.ir_version))
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "linear.onnx"
             ir.save(alone, file)
-            return Model(file, self._settings).run(x)
+            return Model(file, self._settings).run(x).astype(np.float32)
+
+    def _cut(self, part: LinearPart) -> ir.Graph:
+        """The nodes between the ends of a part, with their initializers; or the product with its
+        weight, if the part's own end is no value of the graph."""
+        if part.output in self._made:
+            return ir.convenience.extract(self._model.graph, [part.input], [part.output])
+        graph = ir.convenience.extract(self._model.graph, [], [part.weight])
+        [weight] = graph.outputs
+        x = ir.Value(name=part.input, type=weight.type)
+        product = ir.node("MatMul", [x, weight], name=part.output)
+        product.outputs[0].name, product.outputs[0].type = part.output, x.type
+        graph.inputs.append(x)
+        graph.append(product)
+        graph.outputs[0] = product.outputs[0]
+        return graph
 
 
 def _top1(logits: Array, targets: NDArray[np.int64]) -> float:
@@ -254,20 +297,31 @@ def _quantization_loss(original: Array, simulated: Array, targets: NDArray[np.in
     )
 
 
-def _linear_loss(linears: Mapping[str, float]) -> str | None:
+def _linear_loss(
+    linears: Mapping[str, float], saturating: Collection[str], float16: bool
+) -> str | None:
+    tolerance = HALF_LINEAR_TOLERANCE if float16 else LINEAR_TOLERANCE
     # `not <=` and not `>`: an error that is NaN is a fault too.
-    wrong = [path for path in linears if not linears[path] <= LINEAR_TOLERANCE]
+    wrong = [path for path in linears if not linears[path] <= tolerance]
     if not wrong:
         return None
     worst = sorted(wrong, key=lambda path: -linears[path])[0]
     others = f", and {len(wrong) - 1} other linears differ too" if len(wrong) > 1 else ""
+    # What is known to be wrong on this processor need not be looked for.
+    of_them = sum(path in saturating for path in wrong)
+    cause = (
+        f"; the sums of {of_them} of them can saturate on this processor, which has no VNNI: see "
+        "marrq inspect"
+        if of_them
+        else ""
+    )
     return (
         f"{worst} differs by {linears[worst]:.1e} from torch on the same input, where "
-        f"{LINEAR_TOLERANCE:g} is allowed{others}"
+        f"{tolerance:g} is allowed{others}{cause}"
     )
 
 
-def _logits_loss(logits: StageLogits) -> str | None:
+def _logits_loss(logits: StageLogits, float16: bool) -> str | None:
     # NaN has no distance from anything.
     overflown = int((~np.isfinite(logits.exported).all(axis=1)).sum())
     if overflown:
@@ -276,7 +330,8 @@ def _logits_loss(logits: StageLogits) -> str | None:
     distance, explained = (
         float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)
     )
-    if distance <= AMPLIFICATIONS * explained + LOGITS_TOLERANCE:
+    tolerance = HALF_LOGITS_TOLERANCE if float16 else LOGITS_TOLERANCE
+    if distance <= AMPLIFICATIONS * explained + tolerance:
         return None
     return (
         f"logits are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the "

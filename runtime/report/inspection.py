@@ -16,6 +16,12 @@ from runtime.audit.rows import AuditRow
 from runtime.quantization import QuantizedModule
 
 
+SATURATES_HERE = (
+    "its codes go beyond -64 … 63, and sums of two products saturate on this processor, which has no "
+    "VNNI: quantize to 7 bits, or set session.x64quantprecision to 1"
+)
+
+
 def audit_table(rows: Sequence[AuditRow]) -> Table:
     """A line for linears that differ by their numbers only and run alike; a linear that runs
     otherwise than most of its kind has a line of its own. An operator stands with how often a
@@ -36,7 +42,7 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
             f"{times}{row.operator}",
             row.weight,
             row.activation,
-            "yes" if row.reason is None else "no",
+            "yes" if row.reason is None and row.saturates != "here" else "no",
         )
     return result
 
@@ -68,8 +74,9 @@ def reasons(rows: Sequence[AuditRow]) -> list[str]:
     # Linears with the same reason share a sentence.
     linears: dict[str, list[str]] = {}
     for row in rows:
-        if row.reason is not None:
-            linears.setdefault(row.reason, []).append(row.linear)
+        for reason in (row.reason, SATURATES_HERE if row.saturates == "here" else None):
+            if reason is not None:
+                linears.setdefault(reason, []).append(row.linear)
     found = []
     for reason, names in linears.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -85,9 +92,25 @@ def inspection_table(report: Inspection) -> Table:
     result.add_column(overflow="fold")
     for place, reason in enumerate(reasons(report.audit)):
         result.add_row("why not" if place == 0 else "", escape(reason))
+    for text in _saturation(report.audit):
+        result.add_row("saturation", escape(text))
     for heading, text in _precision_lines(report.precision, report.size_bytes):
         result.add_row(heading, escape(text))
     return result
+
+
+def _saturation(rows: Sequence[AuditRow]) -> Iterable[str]:
+    """What holds of the sums on other processors than this one; nothing for a file that multiplies
+    no integers."""
+    integer = [row for row in rows if row.integer and row.activation in ("uint8", "int8")]
+    found = [row.linear for row in integer if row.saturates is not None]
+    if integer and not found:
+        yield "none: no sum of two products leaves 16 bits, on any x86 processor"
+    elif found and not any(row.saturates == "here" for row in integer):
+        yield (
+            f"{len(found)} of {len(integer)} linears, such as {found[0]}, on x86 processors without "
+            "VNNI: codes beyond -64 … 63; sums are exact on this processor"
+        )
 
 
 def _precision_lines(precision: Precision, size_bytes: int) -> list[tuple[str, str]]:

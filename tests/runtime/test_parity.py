@@ -420,3 +420,21 @@ def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
     ]
     printed = capsys.readouterr().out
     assert "first stage that loses is none" in printed
+
+
+def test_saturation_is_named_as_the_cause_where_it_is_one_and_float16_is_allowed_its_rounding():
+    simulated = distinct(50)
+    logits = StageLogits(simulated, simulated, simulated, simulated, simulated)
+
+    def loss(error: float, saturating: set[str], float16: bool = False) -> str | None:
+        linears = {"a": error, "b": error, "c": 1e-7}
+        targets = simulated.argmax(1)
+        found = compare_stages(logits, targets, linears, 0.0, saturating, float16)
+        return found.stages[1].loss
+
+    assert "the sums of 2 of them can saturate on this processor" in str(loss(0.5, {"a", "b"}))
+    assert "saturate" not in str(loss(0.5, {"c"}))
+    assert loss(1e-7, {"a"}) is None
+    assert loss(5e-3, set()) is not None
+    assert loss(5e-3, set(), float16=True) is None
+    assert loss(0.5, set(), float16=True) is not None

@@ -30,7 +30,7 @@ BENCH = {
     "models.accuracy.against": "baseline drop drop_low drop_high only_baseline only_model p_value",
     "models.latency": "batch p50_ms p90_ms p99_ms images_per_s rounds_ms ratio_fp16 ratio_fp32",
     "models.throughput": "batch threads images_per_s",
-    "models.audit": "linear nominal operator operators weight activation integer reason",
+    "models.audit": "linear nominal operator operators weight activation integer reason saturates",
     "models.precision": "nominal weight_bits activation_bits kernel_weight_bits "
     "kernel_activation_bits container_bits bits_per_weight float_remainder",
     "models.precision.float_remainder": "what operator count why",
@@ -51,11 +51,11 @@ INSPECT = {
 }
 DOCTOR = {
     "": "schema machine files models server problems warnings",
-    "machine": f"{MACHINE} int8_dot_products packages onnxruntime torch",
+    "machine": f"{MACHINE} int8_dot_products packages onnxruntime torch gpu",
     "machine.onnxruntime": "version providers error",
     "machine.torch": "cuda cuda_found",
     "files": "path producer opsets ir_version operators other_domains lowest_onnxruntime stated "
-    "external_data load_error loads_on_server tensorrt",
+    "external_data load_error device without_cuda_kernel tensorrt loads_on_server",
     "models": "name backend versions",
 }
 
@@ -67,10 +67,11 @@ def inspection() -> Inspection:
 
 def diagnosis() -> Diagnosis:
     machine = ExaminedMachine(
-        "p", ("avx",), 2, "s", "3", (), {}, ImportedRuntime("1", (), None), TorchBuild(None, False)
-    )
+        "p", ("avx",), 2, "s", "3", (), {}, ImportedRuntime("1", (), None), TorchBuild(None, False),
+        None,
+    )  # fmt: skip
     file = ServedFile(
-        "m.onnx", "t 1", {"ai.onnx": 20}, 9, {}, ("x",), None, False, {}, None, (), True
+        "m.onnx", "t 1", {"ai.onnx": 20}, 9, {}, ("x",), None, False, {}, None, "cpu", {}, (), True
     )
     return Diagnosis(machine, (file,), (RepositoryModel("m", "python", (1,)),), "1.18", (), ())
 

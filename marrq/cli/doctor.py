@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from exporters.choices import check_device
 from marrq.cli.common import JsonOption, stdout, write_report
 from marrq.errors import MarrqError
 
@@ -28,6 +29,13 @@ def doctor(
             "--ort", metavar="VERSION", help="ONNX Runtime of the server that is to load it."
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="cpu or gpu: what is to run the file; for gpu, which nodes have no CUDA kernel.",
+        ),
+    ] = None,
     tensorrt: Annotated[
         bool,
         typer.Option(
@@ -40,6 +48,7 @@ def doctor(
     """Say what keeps a file from running, here or on a server; exit with 3 if something does.
 
     marrq doctor model.onnx --ort 1.18
+    marrq doctor model.onnx --device gpu
     marrq doctor model.onnx --tensorrt
     """
     if path is None and server is not None:
@@ -49,6 +58,8 @@ def doctor(
         )
     if path is None and tensorrt:
         raise MarrqError("--tensorrt is about a file: marrq doctor FILE --tensorrt")
+    if device is not None:
+        check_device(device)
     if path is not None and not path.exists():
         raise MarrqError(
             f"{str(path)!r} does not exist: give an ONNX file, a Triton repository, or nothing to "
@@ -61,7 +72,7 @@ def doctor(
     if server is not None:
         # Before torch is imported, which takes seconds.
         parse_version(server)
-    report = examine(path, server, _torch_build(), tensorrt)
+    report = examine(path, server, _torch_build(), tensorrt, device)
     write_report(json_file, report.to_json())
     stdout.print(diagnosis_table(report))
     report.demand_no_problem()

@@ -71,6 +71,9 @@ MOVING = (
 
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 
+# These read of a value how large it is, and none of its numbers.
+SIZE_READERS = ("Shape", "Size")
+
 TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -171,6 +174,20 @@ class Graph:
             return Product(node, b, None, ())
         there = (place for place in places.second_grid if place < len(node.input))
         return Product(node, a, b, tuple(node.input[place] for place in there if node.input[place]))
+
+    @cached_property
+    def depending_on_images(self) -> set[str]:
+        """Names of the nodes that read a number which was computed from the graph's input: neither
+        constants nor arithmetic on shapes."""
+        # Files of old opsets list initializers among the inputs.
+        values = {value.name for value in self.model.graph.input} - set(self.initializers)
+        found = set()
+        # Nodes are in the order of execution, so one pass finds all.
+        for node in self.nodes:
+            if node.op_type not in SIZE_READERS and not values.isdisjoint(node.input):
+                found.add(node.name)
+                values.update(filter(None, node.output))
+        return found
 
     @cached_property
     def _constants(self) -> set[str]:

@@ -13,9 +13,6 @@ from runtime.audit.graph import Graph
 from runtime.audit.linears import Examined
 from runtime.session import PROVIDERS, ExecutedNode
 
-# These read of a value how large it is, and none of its numbers.
-SIZE_READERS = ("Shape", "Size")
-
 
 def misplaced(graph: Graph, executed: Sequence[ExecutedNode], wanted: str) -> list[ExecutedNode]:
     """The nodes that ran on another provider than `wanted` and are no arithmetic on shapes.
@@ -23,27 +20,13 @@ def misplaced(graph: Graph, executed: Sequence[ExecutedNode], wanted: str) -> li
     graph: as it was executed. wanted: the provider as ONNX Runtime names it.
     """
     elsewhere = {node.name: node for node in executed if node.provider != wanted}
-    depending = _depending_on_images(graph)
     known = {node.name for node in graph.nodes}
     return [
         node
         for name, node in elsewhere.items()
         # A node that the graph does not know cannot be shown to be harmless.
-        if name in depending or name not in known
+        if name in graph.depending_on_images or name not in known
     ]
-
-
-def _depending_on_images(graph: Graph) -> set[str]:
-    """Names of the nodes that read a number which was computed from the graph's input."""
-    # Files of old opsets list initializers among the inputs.
-    values = {value.name for value in graph.model.graph.input} - set(graph.initializers)
-    found = set()
-    # Nodes are in the order of execution, so one pass finds all.
-    for node in graph.nodes:
-        if node.op_type not in SIZE_READERS and not values.isdisjoint(node.input):
-            found.add(node.name)
-            values.update(filter(None, node.output))
-    return found
 
 
 def misplacement(examined: Examined, executed: Sequence[ExecutedNode]) -> str | None:

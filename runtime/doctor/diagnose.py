@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.doctor.file import FileFacts, examine_file
-from runtime.doctor.machine import ExaminedMachine, TorchBuild, examine_machine
+from runtime.doctor.machine import WITHOUT_CUDA, ExaminedMachine, TorchBuild, examine_machine
 from runtime.doctor.releases import loads_under, parse_version
 from runtime.errors import GateError
 from runtime.records import Json, Record
@@ -65,13 +65,18 @@ class Diagnosis(Record):
 
 
 def examine(
-    path: Path | None, server: str | None, torch: TorchBuild | None, tensorrt: bool = False
+    path: Path | None,
+    server: str | None,
+    torch: TorchBuild | None,
+    tensorrt: bool = False,
+    device: str | None = None,
 ) -> Diagnosis:
     """Examine this machine, and a file or a repository.
 
     path: an ONNX file, a folder with a Triton repository, or None.
     server: version of the ONNX Runtime that is to load the files; None if none is asked about.
     tensorrt: hold the files against TensorRT's rules too.
+    device: that is to run the files, cpu or gpu; None if none is asked about.
 
     Raises BenchError for a version, a file or a folder that is none.
     """
@@ -86,8 +91,8 @@ def examine(
 
         models = examine_repository(path)
         paths = [file for model in models for file in model.files]
-    files = [examine_file(file, tensorrt) for file in paths]
-    return diagnose(examine_machine(torch), files, server, models)
+    files = [examine_file(file, tensorrt, device) for file in paths]
+    return diagnose(examine_machine(torch), files, server, models, device)
 
 
 def diagnose(
@@ -95,12 +100,21 @@ def diagnose(
     files: Sequence[FileFacts] = (),
     server: str | None = None,
     models: Sequence["ServedModel"] = (),
+    device: str | None = None,
 ) -> Diagnosis:
-    """The verdicts on facts. models: of the repository that the files are in."""
+    """The verdicts on facts. models: of the repository that the files are in. device: that is to
+    run the files, or None."""
     problems, warnings = machine.problems, machine.warnings
+    if device == "gpu" and machine.lacks_cuda:
+        # A server that is asked about has its own ONNX Runtime.
+        (problems if server is None else warnings).append(WITHOUT_CUDA)
     for file in files:
         problems += file.problems
         warnings += file.warnings
+        if None not in (device, file.device) and file.device != device:
+            warnings.append(
+                f"{file.path!r} was made for the {file.device}: export it with --device {device}"
+            )
     # The name tells which model of the repository a sentence is about.
     for model in models:
         problems += [f"{model.name}: {sentence}" for sentence in model.problems]

@@ -10,6 +10,7 @@ import onnx
 from onnx.external_data_helper import uses_external_data
 
 from runtime.audit.graph import Graph
+from runtime.doctor.gpu import without_cuda_kernel
 from runtime.doctor.machine import import_session
 from runtime.doctor.releases import NEWEST, loads_under, lowest_onnxruntime
 from runtime.doctor.tensorrt import BrokenRule, Level, broken_rules
@@ -45,6 +46,10 @@ class FileFacts(Record):
     external_data: dict[str, bool]
     # Why ONNX Runtime does not open it here; None if it does.
     load_error: str | None
+    # What marrq made the file for, cpu or gpu; None for a file of another tool.
+    device: str | None
+    # Number of nodes by operator that have no CUDA kernel; None if no GPU was asked about.
+    without_cuda_kernel: dict[str, int] | None
     # What TensorRT would not take; None if it was not asked about.
     tensorrt: tuple[BrokenRule, ...] | None
 
@@ -64,7 +69,18 @@ class FileFacts(Record):
                 "file is"
             ]
         own = [] if self.load_error is None else [self.load_error]
-        return [*own, *self._for_tensorrt("problem")]
+        return [*own, *self._for_gpu, *self._for_tensorrt("problem")]
+
+    @property
+    def _for_gpu(self) -> list[str]:
+        """A sentence if nodes would run on the CPU with copies to and fro."""
+        if not self.without_cuda_kernel:
+            return []
+        counted = ", ".join(f"{n} × {operator}" for operator, n in self.without_cuda_kernel.items())
+        return [
+            f"{self.path!r} would run nodes on the CPU in the midst of the GPU's: ONNX Runtime's "
+            f"CUDA provider has no kernel for {counted}; export it with --device gpu"
+        ]
 
     @property
     def warnings(self) -> list[str]:
@@ -108,10 +124,10 @@ class FileFacts(Record):
         )
 
 
-def examine_file(path: Path, tensorrt: bool = False) -> FileFacts:
+def examine_file(path: Path, tensorrt: bool = False, device: str | None = None) -> FileFacts:
     """Look an ONNX file through, and open it. Raises BenchError if it is not a whole ONNX file.
 
-    tensorrt: hold it against TensorRT's rules too.
+    tensorrt: hold it against TensorRT's rules too. device: that is to run it, cpu or gpu, or None.
     """
     graph = Graph.load(path)
     model = graph.model
@@ -136,6 +152,8 @@ def examine_file(path: Path, tensorrt: bool = False) -> FileFacts:
         stated=stated is not None,
         external_data={name: (path.parent / name).is_file() for name in _external_data(graph)},
         load_error=_load_error(path),
+        device=graph.metadata.device if graph.metadata.is_marrqs else None,
+        without_cuda_kernel=without_cuda_kernel(graph) if device == "gpu" else None,
         tensorrt=tuple(broken_rules(graph, path.parent)) if tensorrt else None,
     )
 

@@ -10,6 +10,7 @@ from runtime.doctor.machine import ExaminedMachine, TorchBuild
 from runtime.doctor.releases import NEWEST
 from runtime.doctor.tensorrt import BrokenRule
 from runtime.environment import ONNXRUNTIME_PACKAGES
+from runtime.gpu import Gpu
 
 # Domain of the operators that ONNX Runtime brings.
 CONTRIBUTED = "com.microsoft"
@@ -56,7 +57,16 @@ def _machine_lines(machine: ExaminedMachine) -> list[Line]:
         ("providers", ", ".join(found.providers) or "none"),
         ("torch", f"{torch}, {_cuda(machine.torch)}" if machine.torch else "not installed"),
         ("packages", ", ".join(others)),
+        ("GPU", _gpu(machine.gpu)),
     ]
+
+
+def _gpu(gpu: Gpu | None) -> str:
+    if gpu is None:
+        return "nvidia-smi tells of none"
+    memory = "" if gpu.memory_mb is None else f", {gpu.memory_mb:.0f} MB"
+    clock = "" if gpu.sm_mhz is None else f", {gpu.sm_mhz:.0f} MHz now"
+    return f"{gpu.name}, driver {gpu.driver}{memory}{clock}"
 
 
 def _cuda(torch: TorchBuild) -> str:

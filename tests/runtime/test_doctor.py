@@ -15,10 +15,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from exporters.onnx_file import write
+from exporters.trace import TracedModel
 from marrq.cli import main
 from runtime.doctor.diagnose import diagnose
 from runtime.doctor.file import examine_file
-from runtime.doctor.machine import SATURATES, ExaminedMachine, ImportedRuntime
+from runtime.doctor.machine import (
+    SATURATES,
+    WITHOUT_CUDA,
+    ExaminedMachine,
+    ImportedRuntime,
+)
 from runtime.doctor.releases import (
     NEWEST,
     TRIED,
@@ -81,6 +88,7 @@ def machine(*flags: str) -> ExaminedMachine:
         packages={},
         onnxruntime=ImportedRuntime("1.32.0", ("CPUExecutionProvider",), None),
         torch=None,
+        gpu=None,
     )
 
 
@@ -332,6 +340,35 @@ def test_where_onnx_runtime_was_built_does_not_stand_in_its_reason(tmp_path: Pat
     assert "1000" in error
     assert ".cc:" not in error
     assert "::" not in error
+
+
+def test_a_file_whose_linears_have_no_cuda_kernel_is_a_problem_on_a_gpu(
+    integer_file: Path, tmp_path: Path
+):
+    code, report = doctored(integer_file, "--device", "gpu", folder=tmp_path)
+    [file] = report["files"]
+    assert code == 3
+    assert file["without_cuda_kernel"]["MatMulIntegerToFloat"] == 12  # of two blocks
+    assert any("12 × MatMulIntegerToFloat" in problem for problem in report["problems"])
+    assert WITHOUT_CUDA in report["problems"]
+    assert any("was made for the cpu" in warning for warning in report["warnings"])
+    _, here = doctored(integer_file, "--device", "cpu", folder=tmp_path)
+    assert here["files"][0]["without_cuda_kernel"] is None
+    assert here["problems"] == []
+
+
+def test_a_file_for_a_gpu_needs_kernels_for_what_reads_images_alone(
+    traced_vit: TracedModel, tmp_path: Path
+):
+    """Constants are folded on the CPU and arithmetic on shapes stays there."""
+    options = {"weights_only": True}
+    write(traced_vit, "folded", tmp_path / "m.onnx", options, device="gpu")
+    # A server with a GPU is asked about, so what this machine lacks is no problem.
+    code, report = doctored(
+        tmp_path / "m.onnx", "--device", "gpu", "--ort", "1.24.1", folder=tmp_path
+    )
+    assert (code, report["files"][0]["without_cuda_kernel"]) == (0, {})
+    assert WITHOUT_CUDA in report["warnings"]
 
 
 def test_operators_that_are_not_standard_warn_in_files_of_other_tools(tmp_path: Path):

@@ -118,7 +118,7 @@ class _Products:
         return bool(error <= HALF_EPSILON * size)
 
     def _add(self, op_type: str, x: ir.Value | None, name: str, array: np.ndarray) -> None:
-        constant = add_constant(self.graph, f"{self.name}.{name}", array.astype(self.dtype))
+        constant = add_constant(self.graph, f"{self.name}.{name}", array.astype(self.dtype, copy=False))
         name = f"{self.name}/{op_type}"
         node = ir.node(op_type, [x, constant], name=name)
         node.outputs[0].name, node.outputs[0].type = name, self.node.outputs[0].type

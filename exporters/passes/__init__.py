@@ -40,7 +40,7 @@ from exporters.passes.unread_tokens import drop_unread_tokens
 def prepare(model: ir.Model, fuse: bool, device: str = "cpu") -> None:
     """Run the passes on the placeholders of a clone of a traced graph.
 
-    fuse: the graph may have Attention of opset 23. device: of exporters/choices.py.
+    fuse: write attention as one operator. device: of exporters/choices.py.
     """
     graph = model.graph
     # Copies would hide the patterns that the next passes look for.
@@ -49,10 +49,11 @@ def prepare(model: ir.Model, fuse: bool, device: str = "cpu") -> None:
     absorb_scales(graph)
     flatten_patches(graph)
     drop_open_masks(graph)
-    # Attention needs opset 23, so a flavour must ask for it; MultiHeadAttention needs none.
-    if fuse or device == "gpu":
-        fuse_attention(graph, only_tokens=not fuse)
+    # Attention needs opset 23, so a flavour must ask for it.
+    if fuse:
+        fuse_attention(graph)
         attend_on_tokens(graph)
+    # Where MultiHeadAttention can do the same, opset 23 is not needed.
     if device == "gpu":
         name_multi_head(graph)
     drop_unread_tokens(graph)

@@ -41,19 +41,13 @@ class _Scores:
     mask: ir.Value | None
 
 
-def fuse_attention(graph: ir.Graph, only_tokens: bool = False) -> None:
-    """Turn two products around a Softmax into one Attention.
-
-    only_tokens: leave attention with a mask, and on heads that are not tokens before
-    (exporters/passes/multi_head.py takes the others).
-    """
+def fuse_attention(graph: ir.Graph) -> None:
+    """Turn two products around a Softmax into one Attention."""
     for softmax in [node for node in graph if node.op_type == "Softmax"]:
         product = only_consumer(softmax, "MatMul")
         scores = _match_scores(softmax.inputs[0])
         # In softmax(…) v the probabilities are the left factor.
         if product is None or product.inputs[0] is not softmax.outputs[0] or scores is None:
-            continue
-        if only_tokens and not _is_on_tokens(scores, product):
             continue
         # Attention takes K, not kᵀ.
         key = _key(graph, scores.turned)
@@ -95,16 +89,6 @@ def _match_scores(scores: ir.Value | None) -> _Scores | None:
     return _Scores(similarity.inputs[0], turned, float(factor.item()), mask)
 
 
-def _is_on_tokens(scores: _Scores, product: ir.Node) -> bool:
-    """Whether `attend_on_tokens` will take the Attention, and it has no mask."""
-    # A key that is turned at once, [b, n, h, d] → [b, h, d, n], gets its Transpose from `_key`.
-    turned = scores.turned.inputs[0]
-    at_once = permutation(scores.turned) == (0, 2, 3, 1)
-    key = _before_heads(producer(turned, "Reshape")) if at_once else _tokens(turned)
-    made = [key, *(_tokens(value) for value in (scores.query, product.inputs[1]))]
-    return scores.mask is None and all(made) and _merge(product) is not None
-
-
 def _key(graph: ir.Graph, turned: ir.Node) -> ir.Value | None:
     """K [b, h, n, d] from the Transpose that makes kᵀ, or None for another Transpose."""
     # from [b, h, n, d]
@@ -136,10 +120,13 @@ def attend_on_tokens(graph: ir.Graph) -> None:
     for node in [node for node in graph if node.op_type == "Attention"]:
         # In front of q, k and v: Reshape to heads, Transpose. Behind: Transpose, Reshape.
         tokens = [_tokens(value) for value in node.inputs[:3]]
-        behind = _merge(node)
-        if any(value is None for value in tokens) or behind is None:
+        # [b, h, n, d] → [b, n, h, d] → [b, n, h d]
+        back = only_consumer(node, "Transpose")
+        merge = only_consumer(back, "Reshape")
+        if any(value is None for value in tokens) or back is None or merge is None:
             continue
-        back, merge = behind
+        if permutation(back) != HEADS_SECOND or len(dimensions(merge.outputs[0])) != 3:
+            continue
         # [b, h, n, d]: the number of heads, which tokens [b, n, h d] no longer tell.
         query_heads, key_heads = (
             dimensions(value)[1] for value in node.inputs[:2] if value is not None
@@ -160,19 +147,7 @@ def _tokens(heads: ir.Value | None) -> ir.Value | None:
     transpose = producer(heads, "Transpose")
     # Backwards: [b, h, n, d] ← [b, n, h, d] ← [b, n, h d]
     reshape = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
-    return _before_heads(reshape) if permutation(transpose) == HEADS_SECOND else None
-
-
-def _before_heads(reshape: ir.Node | None) -> ir.Value | None:
-    """Tokens [b, n, h d] that a Reshape makes heads of."""
-    tokens = reshape.inputs[0] if reshape is not None else None
-    return tokens if tokens is not None and len(dimensions(tokens)) == 3 else None
-
-
-def _merge(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """Transpose and Reshape behind attention: [b, h, n, d] → [b, n, h, d] → [b, n, h d]."""
-    back = only_consumer(node, "Transpose")
-    merge = only_consumer(back, "Reshape")
-    if back is None or merge is None or permutation(back) != HEADS_SECOND:
+    if reshape is None or permutation(transpose) != HEADS_SECOND:
         return None
-    return (back, merge) if len(dimensions(merge.outputs[0])) == 3 else None
+    tokens = reshape.inputs[0]
+    return tokens if tokens is not None and len(dimensions(tokens)) == 3 else None

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import onnx_ir as ir
 import timm
 import torch
 import typer
@@ -37,7 +38,8 @@ from rich.table import Table
 from timm.data.config import resolve_model_data_config
 from tools import REQUIREMENTS, TOOLS, Source
 
-from exporters.onnx_file import write_baseline
+from exporters.opsets import OPSET
+from exporters.trace import trace
 from marrq.cli.common import JsonOption, ThreadsOption, say, stdout, write_report
 from marrq.models.images import find_images
 from marrq.models.load import ModelSource, VisionModel, load_model
@@ -100,7 +102,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as scratch:
         source, pixels = prepared(
-            model, data, Path(scratch) / "fp32.onnx", scheme, method, samples, images
+            model, data, Path(scratch) / "trace.onnx", scheme, method, samples, images
         )
         results, failures = make(
             names, source, Path(scratch), pixels, lambda file: open_model(file, settings)
@@ -134,12 +136,14 @@ def prepared(
 ) -> tuple[Source, Batches]:
     """What the tools are given, and batches of the images to compare logits on.
 
-    file: the float32 graph is written here. samples: number of calibration images. images: number
-    of images to compare on.
+    file: the float32 graph is written here, as torch's exporter gives it, with no operator that a
+    tool may not know. samples: number of calibration images. images: number of images to compare
+    on.
     """
     loaded = load_model(model) if data is not None else with_random_weights(model)
-    say("exporting fp32")
-    write_baseline(loaded, "fp32", file)
+    say("tracing the float model")
+    graph = trace(loaded.module, loaded.preprocessing.input_size, OPSET, loaded.output)
+    ir.save(graph, file)
     if data is None:
         shape = (samples + images, *loaded.preprocessing.input_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """Tools that make a smaller or faster file of a float ONNX model: one function for each tool, with
 the settings that its makers recommend for a CPU with VNNI.
 
-    fp32, fp16     the model as it is, and in float16
+    fp32, fp16     marrq's baselines: the model as it is, and in float16
     integer        marrq
     static         onnxruntime quantize_static: QDQ, uint8 activations, int8 weights per channel,
                    after its pre-processing
@@ -51,7 +51,8 @@ REQUIREMENTS = "examples/compare_tools/requirements.txt"
 class Source:
     """What a tool is given.
 
-    file: the float32 graph. images: for calibration. scheme, method: for marrq alone.
+    file: the float32 graph as torch's exporter gives it. images: for calibration. scheme, method:
+    for marrq alone.
     """
 
     model: VisionModel
@@ -79,7 +80,8 @@ class _Reader(CalibrationDataReader):
 
 
 def fp32(source: Source, folder: Path) -> Path:
-    return source.file
+    write_baseline(source.model, "fp32", folder / "fp32.onnx")
+    return folder / "fp32.onnx"
 
 
 def fp16(source: Source, folder: Path) -> Path:

@@ -91,20 +91,21 @@ class _Products:
         self.dtype = dtype.numpy()
 
     def build(self, linear: FloatLinear) -> None:
-        """x W + b, each column of W and b times its γ."""
+        """Make x W + b, each column of W and b times its γ."""
         attributes, columns = self.node.attributes, slice(None)
         if PART in attributes:
             # The columns of a fused linear are those of q, then k, then v.
             third = linear.weight.shape[1] // len(PARTS)
             start = PARTS.index(attributes[PART].as_string()) * third
             columns = slice(start, start + third)
-        weight, bias, factor = linear.weight[:, columns], linear.bias, None
-        bias = None if bias is None else bias[columns]
-        if OUTPUT_SCALE in attributes:
-            factor = attributes[OUTPUT_SCALE].as_tensor().numpy()
-            if self._holds(weight * factor):
-                weight, bias = weight * factor, None if bias is None else bias * factor
-                factor = None
+        weight = linear.weight[:, columns]
+        bias = None if linear.bias is None else linear.bias[columns]
+        factor = (
+            attributes[OUTPUT_SCALE].as_tensor().numpy() if OUTPUT_SCALE in attributes else None
+        )
+        # γ ∘ (x W + b) as one product, if the type can hold its weights.
+        if factor is not None and self._holds(weight * factor):
+            weight, bias, factor = weight * factor, None if bias is None else bias * factor, None
         self._add("MatMul", self.node.inputs[0], "weight_float", weight)
         for op_type, name, array in (("Add", "bias_float", bias), ("Mul", "scale_float", factor)):
             if array is not None:
@@ -118,7 +119,9 @@ class _Products:
         return bool(error <= HALF_EPSILON * size)
 
     def _add(self, op_type: str, x: ir.Value | None, name: str, array: np.ndarray) -> None:
-        constant = add_constant(self.graph, f"{self.name}.{name}", array.astype(self.dtype, copy=False))
+        constant = add_constant(
+            self.graph, f"{self.name}.{name}", array.astype(self.dtype, copy=False)
+        )
         name = f"{self.name}/{op_type}"
         node = ir.node(op_type, [x, constant], name=name)
         node.outputs[0].name, node.outputs[0].type = name, self.node.outputs[0].type

@@ -255,8 +255,9 @@ def test_a_float16_model_for_a_gpu_has_the_same_operators():
 def test_a_float_model_for_the_cpu_has_standard_operators_only_and_the_logits_of_its_trace():
     graph = lowered(vit_with_layer_scale, "fp32", "cpu")
     assert set(graph.opset_imports) == {""}
-    # LayerScale is in the weights.
+    # LayerScale is in the weights, which are named after their modules.
     assert "Mul" not in operators(graph)
+    assert "blocks.0.attn.qkv.q.weight_float" in graph.graph.initializers
     assert difference(vit_with_layer_scale, graph) < 1e-5
 
 

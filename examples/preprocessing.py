@@ -166,7 +166,8 @@ def processors() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def transformers_row(processor: Any, channels: int) -> dict[str, Any]:
     from marrq.errors import MarrqError
-    from marrq.models.preprocessing import MODES, check_same_pixels, from_image_processor
+    from marrq.models.preprocessing import MODES, from_image_processor
+    from marrq.models.processor_check import check_same_pixels
 
     def reference(given: Image.Image) -> Any:
         return processor(images=given, return_tensors="pt")["pixel_values"][0]

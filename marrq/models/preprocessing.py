@@ -7,18 +7,16 @@ exported file carry its terms:
 
 They express timm's evaluation transform, and the image processors of transformers that give every
 image the same size; any other processor is refused by name. The reference is the class that
-AutoImageProcessor loads by default, which is the one with torchvision. `check_same_pixels` compares
-the pixels with those of the processor itself, so that a step that marrq does not know ends in a
-refusal.
+AutoImageProcessor loads by default, which is the one with torchvision. When a model is loaded, its
+pixels are compared with those of the processor itself (marrq/models/processor_check.py), so that a
+step that marrq does not know ends in a refusal.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -52,12 +50,6 @@ KNOWN_STEPS = {
 FLOAT_FIRST = {"DINOv3ViTImageProcessor"}
 """Processors that resize what is in 0 … 1 already."""
 
-PROBES = ((64, 64), (85, 53), (31, 40))
-"""Widths and heights of small images with which a processor is compared: square, wide, and high."""
-LARGEST_DIFFERENCE = 1e-4
-"""Between two pixels of the model's input that count as the same. A level of 255 is 0.02 there, and
-float32 rounds to 1e-6."""
-
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -89,10 +81,11 @@ class Preprocessing:
         """The evaluation transform of timm. fields: input_size, interpolation, crop_pct, crop_mode,
         mean and std, as timm's `resolve_data_config` gives them.
 
-        Raises MarrqError if mean or std have another number of channels than input_size, or if the
-        interpolation is random.
+        Raises MarrqError if mean or std have another number of channels than input_size, if no
+        image has so many, or if the interpolation is random.
         """
         channels, height, width = fields["input_size"]
+        check_channels(channels)
         normal: dict[str, tuple[float, ...]] = {}
         for name in ("mean", "std"):
             # timm takes one number for all channels.
@@ -152,11 +145,7 @@ class Preprocessing:
         an image without a channel that the model takes.
         """
         channels, *size = self.input_size
-        if channels not in MODES:
-            raise MarrqError(
-                f"the model takes {channels} channels, and image files have 1, 3 or 4: quantize it "
-                "from Python with tensors of your own"
-            )
+        check_channels(channels)
         if self.resampling == "pillow":
             fill = [round(255 * value) for value in self.mean]
             cut = by_pillow(
@@ -181,6 +170,15 @@ class Preprocessing:
         # Of `corner` what fills up is zero in the model's input, whatever the mean is.
         missing = [wanted - has for wanted, has in zip(self.input_size, normal.shape, strict=True)]
         return pad(normal, (0, missing[2], 0, missing[1]))
+
+
+def check_channels(channels: int) -> None:
+    """Raise MarrqError if no image file has so many channels."""
+    if channels not in MODES:
+        raise MarrqError(
+            f"the model takes {channels} channels, and image files have 1, 3 or 4: choose a model "
+            "of so many"
+        )
 
 
 def resized_by(crop_pct: float, size: tuple[int, ...]) -> tuple[int, int]:
@@ -221,6 +219,7 @@ def from_image_processor(processor: Mapping[str, Any], channels: int = 3) -> Pre
     Raises MarrqError if the processor has a step that the terms cannot express, or gives images of
     different sizes.
     """
+    check_channels(channels)
     # A wrapper of timm's models holds timm's own terms.
     if "data_config" in processor:
         return Preprocessing.from_timm(processor["data_config"])
@@ -294,55 +293,3 @@ def _per_channel(processor: Mapping[str, Any], key: str, channels: int) -> tuple
             f"{channels} channels: correct preprocessor_config.json"
         )
     return numbers
-
-
-def check_same_pixels(processor: Any, preprocessing: Preprocessing) -> None:
-    """Compare the pixels of a few images with those of the image processor itself.
-
-    processor: an instance, as AutoImageProcessor loads it.
-
-    Raises MarrqError if one differs: the processor then does something that its settings do not
-    tell.
-    """
-    name, transform = type(processor).__name__, preprocessing.transform()
-    # Processors that cut an image into parts do so with images that are larger than the input.
-    _, input_height, input_width = preprocessing.input_size
-    probes = (*PROBES, (2 * input_width + 1, 3 * input_height // 2))
-    modes = [MODES[preprocessing.input_size[0]]]
-    modes += ["RGBA"] if preprocessing.transparency == "white" else []
-    for (width, height), mode in itertools.product(probes, modes):
-        image = _probe(width, height, mode)
-        try:
-            theirs = processor(images=image, return_tensors="pt")["pixel_values"]
-        except Exception as error:
-            raise MarrqError(
-                f"{name} makes no pixels of an image of mode {mode} alone ({_first_line(error)}): "
-                "choose a model whose input is one image"
-            ) from error
-        if theirs.dim() != 4 or len(theirs) != 1:
-            raise MarrqError(
-                f"{name} makes a video or several parts of an image, {list(theirs.shape)}: choose "
-                "a model whose input is one image"
-            )
-        mine = transform(image)[None]
-        same = mine.shape == theirs.shape
-        difference = (mine - theirs).abs().max().item() if same else math.inf
-        if difference > LARGEST_DIFFERENCE:
-            found = f"by {difference:.3f}" if same else f"in size, {list(theirs.shape)}"
-            raise MarrqError(
-                f"{name} does what its settings do not tell, its pixels of an image of {width} × "
-                f"{height} differ {found}: name another image_processor_type in "
-                "preprocessor_config.json if the model was trained with a plain one"
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _probe(width: int, height: int, mode: str) -> Image.Image:
-    """An image of noise, which every filter changes."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (height, width, 4), dtype=torch.uint8, generator=generator)
-    image = Image.frombytes("RGBA", (width, height), pixels.numpy().tobytes())
-    return image if mode == "RGBA" else image.convert(mode)

@@ -37,7 +37,8 @@ WAY_OUT = (
 
 def name_of(processor: Fields) -> str:
     """The class of an image processor."""
-    return str(processor.get("image_processor_type", "the image processor"))
+    # Earlier checkpoints call the class with torchvision so.
+    return str(processor.get("image_processor_type", "the image processor")).removesuffix("Fast")
 
 
 def sizes_of(processor: Fields) -> Sizes:

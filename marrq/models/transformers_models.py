@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint, named_classes
-from marrq.models.preprocessing import check_same_pixels, from_image_processor
+from marrq.models.preprocessing import from_image_processor
+from marrq.models.processor_check import check_same_pixels
 from marrq.models.transformers_output import TransformersOutput
 from marrq.models.weights import Misfit, shared_prefix
 
@@ -96,7 +97,9 @@ def _loaded(kind: Any, location: str, options: dict[str, Any]) -> tuple[Any, Mis
         **options,
     )
     # The names of a checkpoint begin with the class's own prefix or not, and both fit.
-    differing = sorted((name, tuple(had), tuple(want)) for name, had, want in loaded["mismatched_keys"])
+    differing = sorted(
+        (name, tuple(had), tuple(want)) for name, had, want in loaded["mismatched_keys"]
+    )
     return module, Misfit(
         sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"]), differing
     )

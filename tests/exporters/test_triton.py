@@ -23,6 +23,7 @@ from marrq.artifact.folder import save
 from marrq.cli import main
 from marrq.errors import MarrqError
 from runtime.doctor.repository import examine_repository
+from runtime.errors import BenchError
 from runtime.preprocessing import ServedPreprocessing
 from runtime.session import Model, SessionSettings
 
@@ -285,18 +286,44 @@ def test_the_bench_does_not_feed_pixels_to_a_file_that_takes_images(
     )
 
 
-def test_the_graph_normalizes_each_channel_as_the_preprocessing_does(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("channels", "terms"),
+    [
+        (1, {}),
+        (3, {}),
+        (3, {"bgr": True}),
+        (3, {"resampling": "uint8-tensor"}),
+        (4, {"bgr": True, "resampling": "uint8-tensor"}),
+    ],
+)
+def test_the_graph_normalizes_each_channel_as_the_preprocessing_does(
+    tmp_path: Path, channels: int, terms: dict[str, Any]
+):
     # A model that only flattens, so that the normalization alone is compared.
     model = vision_model(nn.Flatten())
-    terms = replace(model.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    model = replace(model, preprocessing=terms)
+    mean, std = (0.1, 0.2, 0.3, 0.4)[:channels], (0.4, 0.5, 0.6, 0.7)[:channels]
+    size = (channels, 32, 32)
+    described = replace(model.preprocessing, input_size=size, mean=mean, std=std, **terms)
+    model = replace(model, preprocessing=described)
     onnx_file.write_baseline(model, "fp32", tmp_path / "floats.onnx")
     onnx_file.write_baseline(model, "fp32", tmp_path / "images.onnx", takes_images=True)
     preprocessing = ServedPreprocessing(**asdict(model.preprocessing))
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 4), dtype=np.uint8))
     floats, images = (
         Model(tmp_path / f"{name}.onnx", SessionSettings()) for name in ("floats", "images")
     )
     np.testing.assert_array_equal(
         images.run(preprocessing.pixels(image)[None]), floats.run(preprocessing(image)[None])
     )
+
+
+@pytest.mark.parametrize("terms", [{"crop_mode": "corner"}, {"resampling": "float32-tensor"}])
+def test_a_graph_takes_no_images_that_are_no_8_bit_pixels(tmp_path: Path, terms: dict[str, str]):
+    model = vision_model(nn.Flatten())
+    described = replace(model.preprocessing, **({"resampling": "uint8-tensor"} | terms))
+    model = replace(model, preprocessing=described)
+    with pytest.raises(MarrqError, match="no 8-bit pixels"):
+        onnx_file.write_baseline(model, "fp32", tmp_path / "images.onnx", takes_images=True)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BenchError, match="no 8-bit pixels"):
+        ServedPreprocessing(**asdict(described)).pixels(Image.new("RGB", (9, 9)))

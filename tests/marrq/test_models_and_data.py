@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from marrq.errors import MarrqError
 from marrq.models.images import find_images
 from marrq.models.load import build, load_model, load_source
-from marrq.models.preprocessing import Preprocessing, from_image_processor
+from marrq.models.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -79,46 +79,6 @@ def test_a_timm_folder_is_preprocessed_by_timms_own_transform(tiny: str, photo: 
 def test_preprocessing_survives_json(tiny: str):
     preprocessing = load_model(tiny).preprocessing
     assert Preprocessing.from_json(json.loads(json.dumps(asdict(preprocessing)))) == preprocessing
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"size": {"height": 32, "width": 32}},
-        {
-            "size": {"height": 48, "width": 48},
-            "do_center_crop": True,
-            "crop_size": {"height": 32, "width": 32},
-            "resample": 3,
-        },
-        {
-            "size": {"shortest_edge": 37},
-            "do_center_crop": True,
-            "crop_size": {"height": 32, "width": 32},
-            "resample": 3,
-        },
-        {
-            "size": {"height": 32, "width": 32},
-            "image_mean": [0.4, 0.5, 0.6],
-            "image_std": [0.2, 0.3, 0.4],
-            "rescale_factor": 1 / 127.5,
-        },
-    ],
-)
-def test_a_transformers_processor_is_followed_up_to_the_rounding_of_its_pixels(
-    settings: dict, photo: Image.Image
-):
-    processor = ViTImageProcessor(**settings)
-    expected = processor(photo, return_tensors="pt").pixel_values[0]
-    ours = from_image_processor(processor.to_dict()).transform()(photo)
-    assert ours.shape == expected.shape
-    one_level = processor.rescale_factor / min(processor.image_std)
-    assert (ours - expected).abs().max() <= 2.01 * one_level
-
-
-def test_a_processor_step_that_cannot_be_followed_is_refused():
-    with pytest.raises(MarrqError, match="do_pad"):
-        from_image_processor({**ViTImageProcessor().to_dict(), "do_pad": True})
 
 
 def test_a_transformers_folder_loads_with_labels_and_can_be_built_again(transformers_folder: Path):

@@ -16,7 +16,8 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg, list_pretrained
 
 from marrq.errors import MarrqError
-from marrq.models.preprocessing import Preprocessing, check_same_pixels, from_image_processor
+from marrq.models.preprocessing import Preprocessing, from_image_processor
+from marrq.models.processor_check import check_same_pixels
 from marrq.models.resizing import CROP_MODES, PILLOW_MODES, TENSOR_MODES
 from runtime.errors import BenchError
 from runtime.preprocessing import ServedPreprocessing

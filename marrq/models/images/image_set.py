@@ -6,7 +6,7 @@ Calibration images are a seeded random draw. The artifact stores a hash of their
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,9 +109,20 @@ class ImageSet:
         transform = preprocessing.transform()
         for start in range(0, len(self), batch_size):
             files = self.files[start : start + batch_size]
-            images = (self._read(file, preprocessing) for file in files)
             # Files differ in size: each is resized and cropped before they are stacked.
-            yield torch.stack([transform(image) for image in images])
+            yield torch.stack([self._input(file, preprocessing, transform) for file in files])
+
+    def _input(
+        self,
+        file: Location,
+        preprocessing: Preprocessing,
+        transform: Callable[[Image.Image], Tensor],
+    ) -> Tensor:
+        image = self._read(file, preprocessing)
+        try:
+            return transform(image)
+        except MarrqError as error:
+            raise MarrqError(f"image {str(file)!r} does not fit: {error}") from error
 
     def _read(self, file: Location, preprocessing: Preprocessing) -> Image.Image:
         image = read_image(file, self.notes)

@@ -4,7 +4,6 @@ The loop in torch (methods/gptq.py) and the kernel for GPUs (methods/sweep_kerne
 ColumnBlock, so that one can stand in for the other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,8 +24,8 @@ class ColumnBlock:
     original: Tensor
     # [width, width, terms]: influences[j, i, t] is by how much term t of column j moves column i.
     influences: Tensor
-    # The grid of each column.
-    grids: Sequence[ColumnGrid]
+    # The grids of the columns.
+    grids: ColumnGrid
     # The residual strength: one for all rows, or [m], one for each row.
     alpha: float | Tensor
     # Written, [width, m]: codes minus zero points.

@@ -38,7 +38,7 @@ def correction(weight: Tensor, data: SweepData) -> Tensor:
     """Δ = G (H + λI)⁻¹ = G Uᵀ U, [m, n], for a weight [m, n], in the weight's type."""
     # (H + λI)⁻¹ = Uᵀ U, [n, n]; from left to right, so that the large products are m × n × n.
     upper = data.factors.target_factor.upper
-    return (data.statistics.drift.of_outputs(weight).moment @ upper.T @ upper).to(weight)
+    return (data.statistics.drift.moment_of(weight) @ upper.T @ upper).to(weight)
 
 
 class ExactTarget:

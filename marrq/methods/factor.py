@@ -10,7 +10,7 @@ the inverse is never formed. With J the matrix that reverses the order of rows,
 one factorization and one triangular solve.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ class Factor:
     order: Tensor
     upper: Tensor
     damping: float
+    _compensation: dict[torch.dtype, Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def compensation(self, kind: torch.dtype) -> Tensor:
+        """-U[j] / U_jj, [n, n]: by how much an error of column j moves the columns behind. Computed
+        once for all sweeps in this type."""
+        # The division is done here, once, for all rows of the weight.
+        if kind not in self._compensation:
+            upper = self.upper.to(kind)
+            self._compensation[kind] = upper.div(upper.diagonal()[:, None]).neg_()
+        return self._compensation[kind]
 
 
 def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
@@ -42,32 +54,38 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     damping was used. Raises MarrqError if H is not finite, or if no damping helps.
 
     hessian: H, [n, n] float64."""
-    if not torch.isfinite(hessian).all():
-        raise MarrqError(
-            "the inputs of the linear are not finite: look for NaN or infinity in the model's "
-            "weights or the images"
-        )
     # λ is relative to the mean of diag H, so that the scale of the inputs does not matter.
     diagonal = hessian.diagonal()
     alive = diagonal > 0
-    mean = diagonal.mean() if alive.any() else torch.ones_like(diagonal[0])
+    mean = torch.where(alive.any(), diagonal.mean(), 1)
     # Act order. Stable: inputs of equal strength keep their order, on every machine.
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
         else torch.arange(len(diagonal), device=hessian.device)
     )
+    # J H J in sweep order. H is symmetric: rows may be gathered for columns.
+    backwards = order.flip(0)
+    damped = hessian.index_select(0, backwards).T.contiguous().index_select(0, backwards)
     # H_ii = 1 for a dead input. Its row and column of H are 0, so that U couples it to no other.
-    filled = hessian + torch.diag((~alive).to(hessian.dtype))
-    filled = filled[order][:, order]
+    filled = damped.diagonal() + (~alive)[backwards]
+    # NaN or infinity anywhere in H shows in the sum of its elements.
+    finite = hessian.sum().isfinite()
     identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
     for _ in range(MAX_DAMPING_STEPS):
-        damped = filled + damping * mean * identity
+        damped.diagonal().copy_(filled + damping * mean)
         # LAPACK's sums depend on the number of threads, and every process must find the same U.
         with one_thread():
             # J (H + λI) J = L Lᵀ.
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed:
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            # One question to the device for both answers.
+            succeeded, is_finite = torch.stack([failed == 0, finite]).tolist()
+            if not is_finite:
+                raise MarrqError(
+                    "the inputs of the linear are not finite: look for NaN or infinity in the "
+                    "model's weights or the images"
+                )
+            if succeeded:
                 # L⁻¹, and U = J L⁻¹ J.
                 inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
                 return Factor(order, inverse.flip(0, 1), damping)

@@ -39,10 +39,10 @@ from marrq.methods.factor import Factor
 from marrq.methods.problem import Problem, Rounding, SweepData
 from marrq.methods.spec import MethodSpec
 from marrq.quantizers.affine import (
+    ColumnGrid,
     Grid,
     clipped_weight_grids,
     search_weight_grid,
-    select_rows,
     stack_grids,
 )
 from marrq.schemes import WeightSpec
@@ -73,18 +73,27 @@ def sweep(
 
     For a float32 weight on CUDA, if the package triton is installed, the columns of a block are one
     kernel (methods/sweep_kernel.py); otherwise they are a loop."""
-    order, upper = factor.order, factor.upper.to(weight)
     # A column of the weight becomes a contiguous row: w is [n, m], in sweep order.
-    w = weight.T.contiguous().index_select(0, order)
+    w = weight.T.contiguous().index_select(0, factor.order)
+    steps = sweep_steps(w, grid.columns(factor.order), factor, residuals, alpha, block_size)
+    # Back to the order of the inputs, and from steps to codes.
+    steps = steps.index_select(0, factor.order.argsort()).T.contiguous()
+    return grid.codes_of_steps_(steps)
+
+
+def sweep_steps(
+    w: Tensor,
+    grids: ColumnGrid,
+    factor: Factor,
+    residuals: tuple[Tensor, ...] = (),
+    alpha: float | Tensor = 0.0,
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """The sweep on the columns of a weight as rows, in sweep order: codes minus zero points,
+    [n, m]. The columns [n, m] are compensated in place; the rest is as for `sweep`."""
     # Only ResComp's term asks for W0; the others need no copy.
     original = w.clone() if len(residuals) > 1 else w
-    grids = grid.columns(order)
-    # δ U[j] = (w_j - q(w_j)) U[j] / U_jj: the division is done once, for all rows of the weight.
-    influences = [
-        upper.div(upper.diagonal()[:, None]).neg_(),
-        *(residual.to(w) for residual in residuals),
-    ]
-    # Codes minus zero points, [n, m]: the grid counted from its zero.
+    influences = [factor.compensation(w.dtype), *(residual.to(w) for residual in residuals)]
     steps = torch.empty_like(w)
     round_block = block_rounding(w)
     for start in range(0, len(w), block_size):
@@ -107,22 +116,24 @@ def sweep(
         # Lazy update: Σ_j influence[j, >end] ⊗ term_j over the whole block, in one product.
         for influence, term in zip(influences, terms.unbind(1), strict=True):
             w[end:].addmm_(influence[start:end, end:].T, term)
-    # Back to the order of the inputs, and from steps to codes.
-    steps = steps.index_select(0, order.argsort()).T.contiguous()
-    return steps.add_(grid.spread(steps.shape[1]).zero_point)
+    return steps
 
 
 def round_columns(block: ColumnBlock) -> None:
     """Round the columns of a block one after the other: the column loop, in torch."""
     # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
-    w, grids, alpha = block.columns, block.grids, block.alpha
+    w, alpha = block.columns, block.alpha
     columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
-    for j, (influence, term) in enumerate(zip(block.influences, block.terms, strict=True)):
-        # Each [m], a view into block.terms: the terms act on later blocks too.
-        error, *residual = term.unbind()
+    # One tuple for each column; each term is [m], a view into block.terms: it acts on later blocks
+    # too.
+    terms = list(zip(*(term.unbind() for term in block.terms.unbind(1)), strict=True))
+    influences, behind = block.influences.unbind(), block.terms.unbind()
+    for j, (scale, lowest, highest) in enumerate(block.grids.each(len(w))):
+        error, *residual = terms[j]
+        # clamp(round(x / s) + z, low, high) - z = clamp(round(x / s), low - z, high - z).
+        step = torch.div(columns[j], scale, out=rounded[j]).round_().clamp_(lowest, highest)
         # GPTQ: error = w_j - q(w_j), with q(w_j) = step · scale.
-        step = grids[j].round(columns[j], out=rounded[j])
-        torch.addcmul(columns[j], step, grids[j].scale, value=-1, out=error)
+        torch.addcmul(columns[j], step, scale, value=-1, out=error)
         # GPTAQ: α w_j, the compensated column and not the rounded one.
         if residual:
             torch.mul(columns[j], alpha, out=residual[0])
@@ -130,7 +141,7 @@ def round_columns(block: ColumnBlock) -> None:
         if len(residual) > 1:
             torch.sub(originals[j], columns[j], out=residual[1]).mul_(alpha)
         # All terms act on the columns behind: [width - j - 1, terms] × [terms, m].
-        w[j + 1 :].addmm_(influence[j + 1 :], term)
+        w[j + 1 :].addmm_(influences[j][j + 1 :], behind[j])
 
 
 def block_rounding(w: Tensor) -> Callable[[ColumnBlock], None]:
@@ -165,20 +176,24 @@ def choose_grid(weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> Gri
 def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) -> Grid:
     """For each row [n] of a weight, the candidate grid with the least error of its output."""
     # The grid by the weights alone is a candidate too, so that the outputs never get worse.
-    grids = [
-        *clipped_weight_grids(rows, weight_spec, OUTPUT_CLIP_FACTORS),
-        search_weight_grid(rows, weight_spec),
-    ]
-    # All candidates in one column loop: the rows stacked once for each grid, [grids · m, n].
-    stacked = stack_grids(grids)
-    repeated = rows.repeat(len(grids), 1)
-    codes = sweep(repeated, stacked, data.factors.factor)
-    # E = Q - W.
-    error = stacked.spread(rows.shape[1]).dequantize(codes).sub_(repeated)
-    # diag(E H Eᵀ), the square error of each row's output: [grids, m].
-    hessian = data.statistics.hessian.to(rows)
-    outputs = (error @ hessian).mul_(error).sum(1).view(len(grids), -1)
-    return select_rows(grids, outputs.argmin(0))
+    by_weights = search_weight_grid(rows, weight_spec)
+    grids = stack_grids(
+        [
+            clipped_weight_grids(rows, weight_spec, OUTPUT_CLIP_FACTORS),
+            by_weights.reshaped(1, *by_weights.scale.shape),
+        ]
+    )  # scales [candidates, m, groups]
+    # All candidates in one column loop: the rows stacked once for each grid, [n, candidates · m].
+    count, order = len(grids.scale), data.factors.factor.order
+    columns = rows.T.contiguous().index_select(0, order).repeat(1, count)
+    stacked = grids.reshaped(count * len(rows), -1).columns(order)
+    steps = sweep_steps(columns.clone(), stacked, data.factors.factor)
+    # E = Q - W, back in the order of the inputs: [candidates · m, n].
+    error = steps.mul_(stacked.scale).sub_(columns)
+    error = error.index_select(0, order.argsort()).T.contiguous()
+    # diag(E H Eᵀ), the square error of each row's output: [candidates, m].
+    outputs = (error @ data.hessian(rows.dtype)).mul_(error).sum(1).view(count, -1)
+    return grids.selected(outputs.argmin(0))
 
 
 def gptq(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:

@@ -35,7 +35,11 @@ class ReconstructionLoss:
     ) -> None:
         # For input drift e = W dx, and the sums of e follow from those of dx.
         self.statistics, self.weight = statistics, weight
-        self._wanted, self._total = statistics.drift.of_outputs(weight), total
+        self._weight = weight.double()
+        self._wanted, self._total = statistics.drift.of_outputs(self._weight), total
+        self._twice = 2 * self._wanted.moment  # 2 G
+        # The last direction T, with T in float64 and ⟨T H, T⟩.
+        self._direction: tuple[Tensor, Tensor, float] | None = None
         # [m, 1], to be multiplied with the rows of [m, n].
         self._importance = self._wanted.importance[:, None]
         # c, which depends neither on Q nor on α.
@@ -45,30 +49,36 @@ class ReconstructionLoss:
         """J of Q [m, n], the square error summed over tokens and outputs; and half its gradient,
         [m, n]."""
         # E and E H, [m, n]. E is small, and Q is not: from Q directly, J would lose digits.
-        error = quantized.double() - self.weight.double()
+        error = quantized.double() - self._weight
         pull = error @ self.statistics.hessian
         # ⟨E, E H⟩ - 2 ⟨E, G⟩, row by row: [m].
-        rows = (self._importance * error * (pull - 2 * self._wanted.moment)).sum(1)
-        return self._total(rows) + self._constant, self._importance * (pull - self._wanted.moment)
+        rows = error.mul_(self._importance).mul_(pull - self._twice).sum(1)
+        gradient = pull.sub_(self._wanted.moment).mul_(self._importance)
+        return self._total(rows) + self._constant, gradient
 
     def newton_step(self, gradient: Tensor, direction: Tensor) -> float:
         """The multiple of a direction T [m, n] at which J is least: ⟨-gradient, T⟩ / ⟨T H, T⟩.
 
         gradient: half the gradient, as the call gives it. 0 if T changes no output."""
         # J(Q + s T) = J(Q) + 2 s ⟨E H - G, T⟩ + s² ⟨T H, T⟩ is least where its slope is 0.
-        direction = direction.double()
+        direction, curvature = self._curved(direction)
         slope = self._total((gradient * direction).sum(1))
-        curved = self._importance * (direction @ self.statistics.hessian) * direction
-        curvature = self._total(curved.sum(1))
         return -slope / curvature if curvature > 0 else 0.0
+
+    def _curved(self, direction: Tensor) -> tuple[Tensor, float]:
+        """T in float64, and ⟨T H, T⟩."""
+        # The exact target goes along one straight line: the product is formed once for a search.
+        if self._direction is None or self._direction[0] is not direction:
+            moved = direction.double()
+            curved = (moved @ self.statistics.hessian).mul_(self._importance).mul_(moved)
+            self._direction = direction, moved, self._total(curved.sum(1))
+        return self._direction[1:]
 
     @property
     def output_power(self) -> float:
         """‖W X + e‖², the power of the wanted outputs: J of a weight of zeros. J divided by it can
         be compared between linears."""
-        w = self.weight.double()
         # ‖W X + e‖² = ⟨W H, W⟩ + 2 ⟨G, W⟩ + c.
-        rows = (self._importance * (w @ self.statistics.hessian + 2 * self._wanted.moment) * w).sum(
-            1
-        )
+        rows = (self._weight @ self.statistics.hessian).add_(self._twice)
+        rows = rows.mul_(self._importance).mul_(self._weight).sum(1)
         return self._total(rows) + self._constant

@@ -51,7 +51,7 @@ class Rounding:
     def quantized(self) -> Tensor:
         """Q, the weight that the codes stand for: [m, n]."""
         # (code - zero point) · scale.
-        return self.grid.spread(self.codes.shape[1]).dequantize(self.codes)
+        return self.grid.values(self.codes)
 
 
 class SweepFactors:
@@ -61,6 +61,13 @@ class SweepFactors:
 
     def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
         self._statistics, self._spec = statistics, spec
+        self._hessians: dict[torch.dtype, Tensor] = {}
+
+    def hessian(self, kind: torch.dtype) -> Tensor:
+        """H in the type of a weight, [n, n], converted once."""
+        if kind not in self._hessians:
+            self._hessians[kind] = self._statistics.hessian.to(kind)
+        return self._hessians[kind]
 
     @cached_property
     def factor(self) -> Factor:
@@ -107,6 +114,10 @@ class SweepData:
     def of(cls, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> "SweepData":
         """With nothing computed yet."""
         return cls(statistics, clip, SweepFactors(statistics, spec))
+
+    def hessian(self, kind: torch.dtype) -> Tensor:
+        """H in a type, converted once."""
+        return self.factors.hessian(kind)
 
     def of_rows(self, rows: slice) -> "SweepData":
         """For some rows of the weight; what belongs to the inputs is shared."""

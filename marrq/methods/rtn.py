@@ -16,4 +16,4 @@ def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     """Codes [m, n] on the grid that is searched by the weight alone."""
     # Not by the outputs after a sweep: this method looks at no data.
     grid = search_weight_grid(weight, problem.weight_spec)
-    return Rounding(grid.spread(weight.shape[1]).quantize(weight), grid)
+    return Rounding(grid.codes(weight), grid)

@@ -15,11 +15,7 @@ minus the output of the original weight on x, and G = Σ e xᵀ, c = Σ ‖e‖�
 its full-precision output, e = W dx (`InputDrift`). If the linear writes to the residual stream and
 the method aims at that stream, e is another vector (`OutputDrift`, methods/exact.py).
 
-**Exact sums** [ours, after the pre-rounded sums of Demmel and Nguyen, 10.1109/ARITH.2013.9]. Sums
-add over batches, over halves of the calibration set and over processes. What a batch adds is first
-rounded to a multiple of a unit so coarse that all sums to come fit into the 53 bits of float64
-(`Units`). The unit is far below what float32 products resolve. So no later addition rounds, and
-neither the order of batches nor the number of processes leaves a trace.
+Sums add exactly over batches, halves and processes (methods/exact_sums.py).
 
 **Centred sums.** If the bias takes up the mean error of the outputs (`output_shift`), the error of
 centred tokens is left: the same sums without the means, H - k x̄ x̄ᵀ and so on (`centre_`). Then a
@@ -35,70 +31,13 @@ from torch import Tensor
 
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
+from marrq.methods.exact_sums import BatchTokens, Units, add_products_
 
-UNIT_FLOOR = 1 / 128
-"""Smallest size of a channel, as a share of the rms over all channels: a channel that is dead in
-the first batch may come alive."""
-HEADROOM = 2**8
-"""Safety factor over the first batch: either channel of a product may become 16 times stronger
-(16 · 16 = 2⁸). Beyond that, float64 rounds as it always does; nothing else is lost."""
 VARIATION = 1e-12
 """An input is a constant if its variance is below this share of its mean square: float32 tokens
 resolve no less."""
 
 AnyDrift = TypeVar("AnyDrift", bound="Drift")
-
-
-@dataclass(frozen=True)
-class Units:
-    """The multiples to which sums are rounded before they are added.
-
-    With t the number of tokens, rounded up to a power of two, and uᵢ the size of channel i,
-
-        (c + R) - R,     R = ¾ · HEADROOM · t · uᵢ uⱼ
-
-    rounds c in float64 to a multiple of 2⁻⁵³ · HEADROOM · t · uᵢ uⱼ: R is so large that the last
-    bit of c + R is that multiple.
-
-    inputs: u of x, [n]; drift: u of dx or e, [n or m]; both powers of two in float64. tokens: t."""
-
-    inputs: Tensor
-    drift: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, x: Tensor, drift: Tensor, tokens: int) -> "Units":
-        """The units by a first batch.
-
-        x: [batch tokens, n]; drift: dx or e, [batch tokens, n or m]; tokens: how many there will
-        be in all batches together."""
-        # A power of two of tokens keeps R, like u, free of rounding.
-        return cls(_sizes(x), _sizes(drift), 1 << (tokens - 1).bit_length())
-
-    @property
-    def shift(self) -> float:
-        """R / uᵢ uⱼ."""
-        # ¾ of a power of two: c + R then stays in one binade whether c is positive or negative.
-        return 0.75 * HEADROOM * self.tokens
-
-    def round_outer_(self, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Round sums of products [p, q] in place; left [p], right [q]: the sizes of the factors."""
-        # R = shift · uᵢ uⱼ is exact, so that the same R is added and taken off.
-        return sums.addr_(left, right, alpha=self.shift).addr_(left, right, alpha=-self.shift)
-
-    def round(self, sums: Tensor, sizes: Tensor) -> Tensor:
-        """Sums [p] of tokens, or of their squares, rounded; sizes [p]: of a token or a square."""
-        return sums.add(sizes, alpha=self.shift).sub_(sizes, alpha=self.shift)
-
-
-def _sizes(tokens: Tensor) -> Tensor:
-    """The rms of each channel of [tokens, p], rounded up to a power of two; 1 if there is none."""
-    # A batch can miss a channel that others have: no size is below a floor.
-    squares = tokens.double().square().mean(0)
-    rms = torch.maximum(squares, UNIT_FLOOR**2 * squares.mean()).sqrt()
-    # Powers of two: multiplying by them rounds nothing, so that uᵢ uⱼ t is exact.
-    _, exponent = torch.frexp(rms)
-    return torch.where((rms > 0) & rms.isfinite(), torch.ldexp(torch.ones_like(rms), exponent), 1)
 
 
 @dataclass
@@ -120,12 +59,12 @@ class Drift(ABC):
             sum=self.sum + other.sum,
         )
 
-    def add(self, x: Tensor, drift: Tensor, units: Units) -> None:
+    def add(self, x: BatchTokens, drift: BatchTokens, units: Units) -> None:
         """Take in a batch. x: [tokens, n]; drift: dx, [tokens, n], or e, [tokens, m]."""
         # Σ d xᵀ of this batch, rounded before it is added: the addition itself is exact.
-        self.moment += units.round_outer_(_products(drift, x), units.drift, units.inputs)
+        add_products_(self.moment, drift, x, units)
         self._add_power(drift, units)
-        self.sum += units.round(drift.sum(0, dtype=torch.float64), units.drift)
+        self.sum += units.round(drift.sum, units.drift)
 
     def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
         """Take the means out of `moment` and `power`, in place; see ResidualStatistics.centre_.
@@ -136,7 +75,7 @@ class Drift(ABC):
         self._centre_power(tokens)
 
     @abstractmethod
-    def _add_power(self, drift: Tensor, units: Units) -> None:
+    def _add_power(self, drift: BatchTokens, units: Units) -> None:
         """Take a batch [tokens, n or m] into `power`."""
 
     @abstractmethod
@@ -151,6 +90,14 @@ class Drift(ABC):
     @abstractmethod
     def of_rows(self: AnyDrift, rows: slice) -> AnyDrift:
         """The sums that belong to some rows of the weight; none is copied."""
+
+    @abstractmethod
+    def moment_of(self, weight: Tensor) -> Tensor:
+        """G = Σ e xᵀ for a weight [m, n]: [m, n]."""
+
+    @abstractmethod
+    def sum_of(self, weight: Tensor) -> Tensor:
+        """Σ e for a weight [m, n]: [m]."""
 
     @abstractmethod
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
@@ -168,9 +115,9 @@ class InputDrift(Drift):
         square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         return cls(square, square.clone(), square.new_zeros(in_features))
 
-    def _add_power(self, drift: Tensor, units: Units) -> None:
+    def _add_power(self, drift: BatchTokens, units: Units) -> None:
         # S = Σ dx dxᵀ: all of it, since J of any weight W asks for W S Wᵀ.
-        self.power += units.round_outer_(_products(drift, drift), units.drift, units.drift)
+        add_products_(self.power, drift, drift, units)
 
     def _centre_power(self, tokens: int) -> None:
         # Σ (dx - d̄)(dx - d̄)ᵀ = S - (Σ dx)(Σ dx)ᵀ / k
@@ -185,12 +132,20 @@ class InputDrift(Drift):
         """These sums: they belong to the inputs, and so to every row."""
         return self
 
+    def moment_of(self, weight: Tensor) -> Tensor:
+        """G = W D."""
+        return weight.double() @ self.moment
+
+    def sum_of(self, weight: Tensor) -> Tensor:
+        """Σ e = W Σ dx."""
+        return weight.double() @ self.sum
+
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
         """The sums of e = W dx: G = W D, diag(W S Wᵀ) and W Σ dx."""
         # c of each output is the diagonal of W S Wᵀ; all outputs count alike.
         w = weight.double()
         return OutputDrift(
-            w @ self.moment, ((w @ self.power) * w).sum(1), w @ self.sum, w.new_ones(len(w))
+            self.moment_of(w), (w @ self.power).mul_(w).sum(1), self.sum_of(w), w.new_ones(len(w))
         )
 
 
@@ -210,9 +165,9 @@ class OutputDrift(Drift):
         moment = importance.new_zeros(len(importance), in_features)
         return cls(moment, torch.zeros_like(importance), torch.zeros_like(importance), importance)
 
-    def _add_power(self, drift: Tensor, units: Units) -> None:
+    def _add_power(self, drift: BatchTokens, units: Units) -> None:
         # e belongs to one linear, so that Σ e² of each output is all that J asks for.
-        self.power += units.round(drift.double().square().sum(0), units.drift.square())
+        self.power += units.round(drift.values.double().square().sum(0), units.drift.square())
 
     def _centre_power(self, tokens: int) -> None:
         # Σ (e - ē)² = Σ e² - (Σ e)² / k
@@ -232,8 +187,16 @@ class OutputDrift(Drift):
             self.moment[rows], self.power[rows], self.sum[rows], self.importance[rows]
         )
 
+    def moment_of(self, weight: Tensor) -> Tensor:
+        """G: e was formed from the weight when the tokens were summed."""
+        return self.moment
+
+    def sum_of(self, weight: Tensor) -> Tensor:
+        """Σ e."""
+        return self.sum
+
     def of_outputs(self, weight: Tensor) -> "OutputDrift":
-        """These sums: e was formed from the weight when the tokens were summed."""
+        """These sums."""
         return self
 
 
@@ -286,15 +249,18 @@ class ResidualStatistics:
         # Processes and halves must round alike: the pipeline hands out the units of one batch.
         if self.units is None:
             self.units = Units.of(x, drift, len(x))
-        sizes = self.units.inputs
-        self.hessian += self.units.round_outer_(_products(x, x), sizes, sizes)
-        self.input_sum += self.units.round(x.sum(0, dtype=torch.float64), sizes)
-        self.drift.add(x, drift, self.units)
+        inputs = BatchTokens(x, self.units.inputs)
+        add_products_(self.hessian, inputs, inputs, self.units)
+        self.input_sum += self.units.round(inputs.sum, inputs.sizes)
+        self.drift.add(inputs, BatchTokens(drift, self.units.drift), self.units)
         self.tokens += len(x)
 
     def pooled_(self, processes: Processes) -> "ResidualStatistics":
         """The sums of all processes, in place. Returns itself."""
         # Exact additions: the sums are the same whatever the number of processes.
+        # One process has them all, and need not wait for the device.
+        if processes.size == 1:
+            return self
         drift, tokens = self.drift, torch.tensor(self.tokens)
         sums = (self.hessian, self.input_sum, drift.moment, drift.power, drift.sum)
         processes.all_reduce(*sums, tokens)
@@ -326,23 +292,4 @@ class ResidualStatistics:
         [m]. weight, quantized: W and Q, [m, n]."""
         # The mean over tokens of W x + e - Q x.
         error = quantized.double() - weight.double()
-        return (self.drift.of_outputs(weight).sum - error @ self.input_sum) / self.tokens
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Σ l rᵀ over the tokens of a batch, [p, q] float64. left: [tokens, p]; right: [tokens, q].
-
-    The matrix product runs in the type of the tokens, without their means; the share of the means
-    is put back in float64. If the mean of an input is a thousand times its deviation, a float32
-    product would lose the deviation, which is all that `centre_` keeps."""
-    # [p] and [q], then [tokens, p]ᵀ × [tokens, q].
-    left_mean, right_mean = left.mean(0), right.mean(0)
-    sums = ((left - left_mean).T @ (right - right_mean)).double()
-    # Σ (l - a)(r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ, for any a and b: it matters not that
-    # a and b are means only up to rounding.
-    left_sum, right_sum = (tokens.sum(0, dtype=torch.float64) for tokens in (left, right))
-    left_mean, right_mean = left_mean.double(), right_mean.double()
-    return sums.addmm_(
-        torch.stack([left_mean, left_sum], 1),
-        torch.stack([right_sum - len(right) * right_mean, right_mean]),
-    )
+        return (self.drift.sum_of(weight) - error @ self.input_sum) / self.tokens

@@ -11,7 +11,6 @@ Differs from the loop in the order of sums, and in whether a product and its sum
 twice.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from marrq.methods.column_block import ColumnBlock
-from marrq.quantizers.affine import ColumnGrid
 
 ROWS = 32
 """Rows of a tile: with 128 columns, 16 kB on the chip."""
@@ -88,15 +86,14 @@ def sweep_columns(block: ColumnBlock) -> None:
     w, alpha = block.columns, block.alpha
     width, rows = w.shape
     # Without groups all columns share one grid, which is then loaded once.
-    shared = all(grid is block.grids[0] for grid in block.grids)
-    grids = block.grids[:1] if shared else block.grids
-    scales, lowest, highest = (_joined(grids, part) for part in ("scale", "lowest", "highest"))
+    grids = block.grids
+    parts = (part.float().contiguous() for part in (grids.scale, grids.lowest, grids.highest))
     # The kernel reads an α for each row.
     alphas = alpha.to(w).contiguous() if isinstance(alpha, Tensor) else w.new_full((rows,), alpha)
-    inputs = (w, block.influences, scales, lowest, highest, block.original, alphas)
+    inputs = (w, block.influences, *parts, block.original, alphas)
     sizes: dict[str, Any] = {
         "TERMS": block.terms.shape[1],
-        "PER_COLUMN": not shared,
+        "PER_COLUMN": not grids.is_shared,
         "WIDTH": triton.next_power_of_2(width),
         "ROWS": ROWS,
     }
@@ -112,8 +109,3 @@ def sweep_columns(block: ColumnBlock) -> None:
             HALFWAY=HALFWAY,
             **KERNEL_OPTIONS,
         )
-
-
-def _joined(grids: Sequence[ColumnGrid], part: str) -> Tensor:
-    """One part of the grids, [grids, m] in float32."""
-    return torch.stack([getattr(grid, part) for grid in grids]).float()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
+from marrq.pipeline.copies import to_host
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,7 @@ Store = Callable[[Iterable[Tensor]], TokenBatches]
 
 def in_memory(tokens: Iterable[Tensor]) -> TokenBatches:
     """A store in memory."""
-    # From pinned memory a GPU copies by itself, while the CPU goes on.
-    return [
-        batch.cpu().pin_memory() if batch.is_cuda and torch.cuda.is_available() else batch.cpu()
-        for batch in tokens
-    ]
+    return to_host(tokens)
 
 
 def in_files(folder: Path) -> Store:
@@ -179,12 +176,9 @@ class BlockInputs:
         first_quantized = processes.broadcast(quantized[0])
         return cls(batches, own, original, quantized, first_original, first_quantized)
 
-    def every(self, step: int, tokens: TokenBatches) -> Iterator[tuple[Batch, Tensor]]:
-        """Each step-th batch of all that this process has, with its tokens.
-
-        tokens: `original` or `quantized`; only the batches that are yielded are read.
-        """
+    def every(self, step: int) -> Iterator[tuple[Batch, int]]:
+        """Each step-th batch of all that this process has, with its place in `own`."""
         for place, batch in enumerate(self.own):
             # By the index among all batches, so that the choice does not depend on the processes.
             if batch.index % step == 0:
-                yield batch, tokens[place]
+                yield batch, place

@@ -7,7 +7,9 @@ linear.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from marrq.distributed import Processes
-from marrq.methods.statistics import ResidualStatistics, Units
+from marrq.methods.exact_sums import Units
+from marrq.methods.statistics import ResidualStatistics
 from marrq.models.blocks import Block
 from marrq.pipeline.block_inputs import Batch, BlockInputs, Store, TokenBatches
+from marrq.pipeline.copies import on_device
 from marrq.pipeline.full_precision import FullPrecisionInputs
+from marrq.pipeline.kept_outputs import KeptOutputs
 
 
 class Images(Protocol):
@@ -52,17 +57,27 @@ class TokenSource:
             for batch in self.batches
         )
 
-    def after(self, block: Block, following: Block, tokens: TokenBatches) -> TokenBatches:
+    def after(
+        self, block: Block, kept: KeptOutputs | None, following: Block, tokens: TokenBatches
+    ) -> TokenBatches:
         """The tokens that enter the following block.
 
+        kept: of `block`; what it holds is used up.
         tokens: what enters `block`. If the following block's input is not this block's output, they
             are not used, and the model is run up to the following block.
         """
         # MobileViT convolves between its transformers: the tokens have to come through the model.
         if not following.follows:
             return self.entering(following)
-        # A generator: the store takes batch by batch, so that one batch at a time is on the device.
-        return self.store(block(batch.to(self.device, non_blocking=True)) for batch in tokens)
+
+        def outputs() -> Iterator[Tensor]:
+            # The store takes batch by batch, so that one batch at a time is on the device.
+            for batch, entering in zip(self.batches, on_device(tokens, self.device), strict=True):
+                with _used(kept, batch, None):
+                    output = block(entering)
+                yield output
+
+        return self.store(outputs())
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class BlockPair:
     quantized: the block of the model; its linears are replaced group by group.
     original: the same block in full precision.
     device: where both are.
+    keeps: whether outputs of the block's parts are kept in memory. The codes do not depend on it.
     """
 
     quantized: Block
@@ -79,6 +95,22 @@ class BlockPair:
     inputs: BlockInputs
     device: torch.device
     processes: Processes
+    keeps: bool = False
+
+    @cached_property
+    def kept_quantized(self) -> KeptOutputs | None:
+        """The outputs of parts on the quantized path, None if none are kept."""
+        return KeptOutputs(self.quantized, True) if self._can_keep else None
+
+    @cached_property
+    def kept_original(self) -> KeptOutputs | None:
+        """The same on the full-precision path."""
+        return KeptOutputs(self.original, False) if self._can_keep else None
+
+    @property
+    def _can_keep(self) -> bool:
+        # First and last layers have the whole model for a module.
+        return self.keeps and self.quantized.kind == "block"
 
     @property
     def first_quantized(self) -> Tensor:
@@ -87,25 +119,38 @@ class BlockPair:
 
     def quantized_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
         """The linear's input x [..., n] on the quantized path, for each step-th batch."""
-        for batch, tokens in self.inputs.every(step, self.inputs.quantized):
-            yield batch, self.quantized.input_of(linear, tokens.to(self.device))
+        for batch, tokens in self._every(step, self.inputs.quantized):
+            with _used(self.kept_quantized, batch, linear):
+                x = self.quantized.input_of(linear, tokens)
+            yield batch, x
 
     def original_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
         """The linear's input x̃ [..., n] on the full-precision path, for each step-th batch."""
-        for batch, tokens in self.inputs.every(step, self.inputs.original):
-            yield batch, self.original.input_of(linear, tokens.to(self.device))
+        # Nothing is kept: the balance reads these inputs and then changes the block.
+        for batch, tokens in self._every(step, self.inputs.original):
+            yield batch, self.original.input_of(linear, tokens)
 
     def tokens(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Every batch of this process, with its tokens on the quantized and on the full-precision
         path, on the device."""
+        quantized, original = (
+            on_device(tokens, self.device)
+            for tokens in (self.inputs.quantized, self.inputs.original)
+        )
         # Strict: a store with fewer batches than this process has would lose images silently.
-        both = zip(self.inputs.own, self.inputs.quantized, self.inputs.original, strict=True)
-        for batch, quantized, original in both:
-            yield (
-                batch,
-                quantized.to(self.device, non_blocking=True),
-                original.to(self.device, non_blocking=True),
-            )
+        return zip(self.inputs.own, quantized, original, strict=True)
+
+    @contextmanager
+    def kept(self, batch: Batch, linear: str) -> Iterator[None]:
+        """Inside, both paths run on the batch, and parts give what was kept; see KeptOutputs."""
+        with _used(self.kept_quantized, batch, linear), _used(self.kept_original, batch, linear):
+            yield
+
+    def _every(self, step: int, tokens: TokenBatches) -> Iterator[tuple[Batch, Tensor]]:
+        """Each step-th batch with its tokens on the device."""
+        batches = [batch for batch, _ in self.inputs.every(step)]
+        read = (tokens[place] for _, place in self.inputs.every(step))
+        return zip(batches, on_device(read, self.device), strict=True)
 
 
 @dataclass(frozen=True)
@@ -151,11 +196,15 @@ class Paths:
         """
 
         def compute() -> TokenBatches:
-            return self.original.after(pair.original, following, pair.inputs.original)
+            return self.original.after(
+                pair.original, pair.kept_original, following, pair.inputs.original
+            )
 
         # If an earlier run has left the tokens, `compute` is not called.
         original = compute() if shared is None else shared.entering(following, compute)
-        quantized = self.quantized.after(pair.quantized, following, pair.inputs.quantized)
+        quantized = self.quantized.after(
+            pair.quantized, pair.kept_quantized, following, pair.inputs.quantized
+        )
         return BlockInputs.of(self.batches, original, quantized, self.processes)
 
 
@@ -195,17 +244,19 @@ x [..., n] and the drift: dx [..., n], or e [..., m] (marrq/methods/statistics.p
 
 
 def sum_statistics(
-    pair: BlockPair, in_features: int, drift_of: BatchDrift, importance: Tensor | None
+    pair: BlockPair, linear: str, drift_of: BatchDrift, importance: Tensor | None
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
     """The sums over all batches of all processes, for each half of the calibration set.
 
-    in_features: n.
+    linear: path of the linear whose inputs are summed.
     drift_of: computes x and the drift of a batch.
     importance: [m] if the drift is e; None if it is dx.
     """
+    in_features = pair.quantized.linear(linear).in_features
     halves: list[ResidualStatistics] = []
     for batch, quantized, original in pair.tokens():
-        x, drift = drift_of(quantized, original)
+        with pair.kept(batch, linear):
+            x, drift = drift_of(quantized, original)
         # Tokens of all images in a row: sums over them know no images.
         x, drift = x.reshape(-1, in_features), drift.reshape(-1, drift.shape[-1])  # [tokens, ·]
         # The first batch gives the units, so both halves are made here.
@@ -220,6 +271,16 @@ def sum_statistics(
     # Before this line a process has the sums of its own batches, after it those of all.
     first, second = (half.pooled_(pair.processes) for half in halves)
     return first, second
+
+
+@contextmanager
+def _used(kept: KeptOutputs | None, batch: Batch, reading: str | None) -> Iterator[None]:
+    """See KeptOutputs.used; nothing happens without them."""
+    if kept is None:
+        yield
+        return
+    with kept.used(batch.index, reading):
+        yield
 
 
 def _common_units(pair: BlockPair, x: Tensor, drift: Tensor, tokens_per_image: int) -> Units:

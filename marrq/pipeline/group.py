@@ -70,7 +70,11 @@ class GroupCalibration:
         # The statistics will raise an error that names the linear.
         if not sample.isfinite().all():
             return None
-        return equalize(block, self.linears, norm, sample, self.scheme)
+        scales = equalize(block, self.linears, norm, sample, self.scheme)
+        # A norm that has taken up 1/s gives other outputs than those that were kept.
+        if scales is not None and scales.norm is not None and self.pair.kept_quantized is not None:
+            self.pair.kept_quantized.forget(scales.norm)
+        return scales
 
     def input_quantizer(self, scales: Equalized | None) -> ActivationQuantizer | None:
         """The quantizer of the group's input, None for activations in floating point."""
@@ -107,8 +111,7 @@ class GroupCalibration:
             drift = partial(self._stream_drift, rounding, writer)
             # An error of the writer's output enters the stream multiplied by γ.
             importance = writer.gain.square()
-        in_features = self.pair.quantized.linear(self.linears[0]).in_features
-        return sum_statistics(self.pair, in_features, drift, importance)
+        return sum_statistics(self.pair, self.linears[0], drift, importance)
 
     def _writer(self) -> ResidualWriter | None:
         """How the group's only linear writes to the residual stream, if the method asks for it."""
@@ -188,12 +191,10 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
 
 def _clipped_share(weight: Tensor, grid: Grid) -> float:
     """The share of weights outside the range of their grid, 0 … 1."""
-    grid = grid.spread(weight.shape[1])
-    # The range of the grid in the units of the weight, row by row and group by group.
-    lowest, highest = (
-        grid.dequantize(torch.full_like(weight, code)) for code in (grid.low, grid.high)
-    )
-    return ((weight < lowest) | (weight > highest)).float().mean().item()
+    # The range of the grid in the units of the weight: [m, groups, 1] for [m, groups, size].
+    grouped = weight.unflatten(1, (grid.scale.shape[1], -1))
+    lowest, highest = (end[..., None] for end in grid.ends)
+    return ((grouped < lowest) | (grouped > highest)).float().mean().item()
 
 
 def _quant_linear(

@@ -116,7 +116,9 @@ def quantize(
     for index, block in enumerate(blocks):
         # The copy is the full-precision block. It is made when its turn comes, so that one block at
         # a time is in memory twice.
-        pair = BlockPair(block, block.copied(), inputs, run.device, run.processes)
+        # Who keeps tokens in files has no memory to spare for outputs of parts.
+        keeps = run.store is in_memory
+        pair = BlockPair(block, block.copied(), inputs, run.device, run.processes, keeps)
         # A restored block is balanced too: the full-precision path goes through its balanced copy.
         balanced = balance(pair, settings)
         in_block = None if run.checkpoint is None else run.checkpoint.restore(index, block)

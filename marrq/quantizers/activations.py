@@ -168,9 +168,7 @@ class RangeObserver:
         grids = _grid(spec, minimum * shares, maximum * shares)
         count = items_at_once(len(shares), sample, sample.device)
         cost = _cost_of(weight)
-        errors = torch.cat(
-            [cost(grid.nearest(sample).sub_(sample)) for grid in grids.split(count)]
-        )
+        errors = torch.cat([cost(grid.nearest(sample).sub_(sample)) for grid in grids.split(count)])
         # argmin takes the first of equals, the widest range: nothing is clipped without a gain. An
         # index of one element and not a number: nothing waits for the device.
         best = errors.argmin()[None]

@@ -14,15 +14,19 @@ A weight has one grid per output channel or per group of inputs:
     symmetric     the same from max |w|, with zero_point = 0
     mxint         scale = 2^(e - b + 2) with b bits, e the exponent of the largest magnitude in a
                   block of 32; nothing is searched (OCP MX; SRR, arXiv 2602.02001)
+
+The candidates of a search are the first dimension of one Grid, so that one operation tries many of
+them (quantizers/chunks.py says how many).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
+from marrq.quantizers.chunks import items_at_once
 from marrq.schemes import WeightSpec
 
 WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
@@ -38,8 +42,9 @@ class Grid:
 
     scale, zero_point: floating-point tensors that broadcast against the quantized tensor:
         [m, 1] for a weight [m, n] with a grid per channel, [] per tensor, [..., 1] per token.
-        With groups they are [m, groups]; `spread` them before use. A zero point is an integer in
-        `low` … `high`, held in floating point.
+        With groups they are [m, groups]; `spread` them before use. Candidates of a search are
+        [candidates, m, groups]. A zero point is an integer in `low` … `high`, held in floating
+        point.
     """
 
     scale: Tensor
@@ -66,22 +71,56 @@ class Grid:
         # The difference of two integers is exact, so only the product is rounded.
         return (codes - self.zero_point).mul_(self.scale)
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """The grid value that each x is rounded to."""
-        return self.dequantize(self.quantize(x))
+    def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The grid value that each x is rounded to.
+
+        out: tensor for the values, or None for a new one.
+        """
+        # `dequantize` in place: nobody else has these codes.
+        return self.quantize(x, out=out).sub_(self.zero_point).mul_(self.scale)
 
     def spread(self, columns: int) -> "Grid":
-        """The same grid with a scale and a zero point for every column: [m, columns]."""
+        """The same grid with a scale and a zero point for every column: [..., m, columns]."""
         # [m, groups] becomes [m, groups · size]: neighbours in a row belong to one group.
-        size = columns // self.scale.shape[1]
+        size = columns // self.scale.shape[-1]
         return Grid(
-            self.scale.repeat_interleave(size, 1),
-            self.zero_point.repeat_interleave(size, 1),
+            self.scale.repeat_interleave(size, -1),
+            self.zero_point.repeat_interleave(size, -1),
             self.low,
             self.high,
         )
 
-    def columns(self, order: Tensor) -> list["ColumnGrid"]:
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The values of the smallest and the largest code, with the shape of the scale."""
+        lowest, highest = (
+            self.dequantize(torch.full_like(self.scale, code)) for code in (self.low, self.high)
+        )
+        return lowest, highest
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weights [m, n] that codes [m, n] stand for; scales are [m, groups]."""
+        return self._grouped.dequantize(self._by_group(codes)).flatten(1)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes [m, n] of a weight [m, n], in its type; scales are [m, groups]."""
+        return self._grouped.quantize(self._by_group(weight)).flatten(1)
+
+    def codes_of_steps_(self, steps: Tensor) -> Tensor:
+        """From steps [m, n] (see ColumnGrid) to codes, in place."""
+        self._by_group(steps).add_(self.zero_point[..., None])
+        return steps
+
+    @property
+    def _grouped(self) -> "Grid":
+        """Scales [m, groups, 1], which broadcast over the inputs of a group."""
+        return self.reshaped(*self.scale.shape, 1)
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """[m, n] as [m, groups, size]."""
+        return values.unflatten(1, (self.scale.shape[1], -1))
+
+    def columns(self, order: Tensor) -> "ColumnGrid":
         """The grids of the columns of a weight [m, n], in the given order.
 
         order: [n], indices of columns.
@@ -89,39 +128,68 @@ class Grid:
         # The ends of the grid in steps from its zero. All three parts are [m, groups].
         lowest, highest = self.low - self.zero_point, self.high - self.zero_point
         parts = (self.scale, lowest, highest)
-        if self.scale.shape[1] == 1:
-            # One group: all columns share one object, so nothing is copied n times.
-            return [ColumnGrid(*(part[:, 0].contiguous() for part in parts))] * len(order)
+        groups = self.scale.shape[1]
+        # One group: all columns share it, so nothing is copied n times.
+        if groups == 1:
+            return ColumnGrid(*(part.T.contiguous() for part in parts))
         # [n, m]: row j holds the grid of column order[j], contiguous for the sweep.
-        spread = (part.repeat_interleave(len(order) // part.shape[1], 1).T[order] for part in parts)
-        return [ColumnGrid(*column) for column in zip(*spread, strict=True)]
+        group = order.div(len(order) // groups, rounding_mode="floor")
+        return ColumnGrid(*(part.T.index_select(0, group) for part in parts))
 
-    def reshaped(self, rows: int) -> "Grid":
-        """The same grid with its scales as [rows, groups]."""
-        return Grid(
-            self.scale.reshape(rows, -1), self.zero_point.reshape(rows, -1), self.low, self.high
-        )
+    def reshaped(self, *shape: int) -> "Grid":
+        """The same grid with scales of another shape."""
+        return Grid(self.scale.reshape(shape), self.zero_point.reshape(shape), self.low, self.high)
+
+    def split(self, count: int) -> Iterator["Grid"]:
+        """The candidates of a search, at most `count` at a time."""
+        parts = (part.split(count) for part in (self.scale, self.zero_point))
+        return (Grid(*both, self.low, self.high) for both in zip(*parts, strict=True))
+
+    def selected(self, choice: Tensor) -> "Grid":
+        """The grid whose row i is row i of candidate choice[i].
+
+        choice: [m], indices of candidates.
+        """
+        # Of [candidates, m, groups] one candidate for each row: [1, m, groups], then [m, groups].
+        index = choice[None, :, None].expand(1, *self.scale.shape[1:])
+        scale, zero_point = (part.gather(0, index)[0] for part in (self.scale, self.zero_point))
+        return Grid(scale, zero_point, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """The grid of one column of a weight, counted in steps from its zero.
+    """The grids of columns of a weight, counted in steps from their zeros.
 
         steps = code - zero_point,  value = steps · scale
 
     Steps need half as many operations as codes and give the same integers.
 
-    scale, lowest, highest: [m]; `lowest` and `highest` are `low` and `high` minus the zero point.
+    scale, lowest, highest: [columns, m], or [1, m] if all columns share one grid; `lowest` and
+        `highest` are `low` and `high` minus the zero point.
     """
 
     scale: Tensor
     lowest: Tensor
     highest: Tensor
 
-    def round(self, x: Tensor, out: Tensor) -> Tensor:
-        """Steps of x [m], written to `out`. NaN stays NaN."""
-        # clamp(round(x / scale) + z, low, high) - z = clamp(round(x / scale), low - z, high - z)
-        return torch.div(x, self.scale, out=out).round_().clamp_(self.lowest, self.highest)
+    @property
+    def is_shared(self) -> bool:
+        """Whether all columns have one grid."""
+        return len(self.scale) == 1
+
+    def __getitem__(self, columns: slice) -> "ColumnGrid":
+        """The grids of some columns."""
+        if self.is_shared:
+            return self
+        return ColumnGrid(self.scale[columns], self.lowest[columns], self.highest[columns])
+
+    def each(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Scale, lowest and highest step of each of `count` columns, [m] each."""
+        # Views are made at once: making one takes as long as the arithmetic on it.
+        parts = (
+            part.expand(count, -1).unbind() for part in (self.scale, self.lowest, self.highest)
+        )
+        return zip(*parts, strict=True)
 
 
 def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int]) -> Grid:
@@ -137,6 +205,14 @@ def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int
     return Grid(scale, zero_point, low, high)
 
 
+def symmetric_grid(largest: Tensor, code_range: tuple[int, int]) -> Grid:
+    """The grid with the zero point 0 that gives a magnitude the code `high`. An empty range gets
+    scale 1. The code `low` = -high - 1 is reached by rounding alone."""
+    low, high = code_range
+    scale = torch.where(largest > 0, largest / high, torch.ones_like(largest))
+    return Grid(scale, torch.zeros_like(scale), low, high)
+
+
 def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
     """The grid of a weight [m, n], chosen by the weight alone; its scales are [m, groups].
 
@@ -145,21 +221,27 @@ def search_weight_grid(weight: Tensor, spec: WeightSpec) -> Grid:
     # Every group is a row [size] and gets one scale, so groups and channels are searched alike.
     groups = _groups(weight, spec)
     if spec.grid == "mxint":
-        return _mxint_grid(groups, spec.code_range).reshaped(len(weight))
-    grids = (_clipped_grid(groups, spec, factor) for factor in WEIGHT_CLIP_FACTORS)
-    return _least_error(groups, grids).reshaped(len(weight))
+        return _mxint_grid(groups, spec.code_range).reshaped(len(weight), -1)
+    # No row depends on another: the search ends with one chunk of rows before it takes the next.
+    rows = items_at_once(len(groups), groups[:1], weight.device)
+    return stack_grids(
+        [
+            _least_error(part, _clipped_grids(part, spec, WEIGHT_CLIP_FACTORS))
+            for part in groups.split(rows)
+        ]
+    ).reshaped(len(weight), -1)
 
 
-def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[float]) -> list[Grid]:
-    """One grid of a weight [m, n] for each factor by which its ranges are clipped.
+def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[float]) -> Grid:
+    """The grids of a weight [m, n] with its ranges clipped by each factor: scales [factors, m,
+    groups].
 
-    An mxint grid has no range to clip: the list then holds that grid alone. Raises MarrqError if n
-    is not a multiple of the group size.
+    An mxint grid has no range to clip: then there is that grid alone, [1, m, groups]. Raises
+    MarrqError if n is not a multiple of the group size.
     """
-    groups = _groups(weight, spec)
-    if spec.grid == "mxint":
-        return [_mxint_grid(groups, spec.code_range).reshaped(len(weight))]
-    return [_clipped_grid(groups, spec, factor).reshaped(len(weight)) for factor in factors]
+    groups, mxint = _groups(weight, spec), spec.grid == "mxint"
+    grid = _mxint_grid(groups, spec.code_range) if mxint else _clipped_grids(groups, spec, factors)
+    return grid.reshaped(1 if mxint else len(factors), len(weight), -1)
 
 
 def stack_grids(grids: Sequence[Grid]) -> Grid:
@@ -170,15 +252,6 @@ def stack_grids(grids: Sequence[Grid]) -> Grid:
         grids[0].low,
         grids[0].high,
     )
-
-
-def select_rows(grids: Sequence[Grid], choice: Tensor) -> Grid:
-    """The grid whose row i is row i of grids[choice[i]]. choice: [m], indices of `grids`."""
-    # Stacked scales are [grids, m, groups]; the index (choice[i], i) selects one row for each i.
-    rows = torch.arange(len(choice), device=choice.device)
-    scale = torch.stack([grid.scale for grid in grids])[choice, rows]
-    zero_point = torch.stack([grid.zero_point for grid in grids])[choice, rows]
-    return Grid(scale, zero_point, grids[0].low, grids[0].high)
 
 
 def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
@@ -192,30 +265,44 @@ def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     return weight.reshape(-1, size)
 
 
-def _clipped_grid(rows: Tensor, spec: WeightSpec, factor: float) -> Grid:
-    """The grid of each row with its range multiplied by a factor."""
-    low, high = spec.code_range
+def candidate_shares(factors: Sequence[float], like: Tensor) -> Tensor:
+    """The factors of a search as [factors, 1, 1], on the device and in the type of a tensor."""
+    # Not blocking: a GPU that is asked for a copy at once keeps Python waiting for all its work.
+    shares = torch.tensor(factors, dtype=like.dtype).to(like.device, non_blocking=True)
+    return shares[:, None, None]
+
+
+def _clipped_grids(rows: Tensor, spec: WeightSpec, factors: Sequence[float]) -> Grid:
+    """The grids of each row with its range multiplied by each factor: scales [factors, rows, 1]."""
+    shares = candidate_shares(factors, rows)
     # Asymmetric: both ends move towards 0, and grid_from_range finds the zero point anew.
     if spec.grid == "asymmetric":
         return grid_from_range(
-            rows.amin(1, keepdim=True) * factor, rows.amax(1, keepdim=True) * factor, (low, high)
+            rows.amin(1, keepdim=True) * shares,
+            rows.amax(1, keepdim=True) * shares,
+            spec.code_range,
         )
-    # Symmetric: max |w| gets the code `high`; `low` = -high - 1 is reached by rounding alone.
-    largest = rows.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest * factor / high, torch.ones_like(largest))
-    return Grid(scale, torch.zeros_like(scale), low, high)
+    return symmetric_grid(rows.abs().amax(1, keepdim=True) * shares, spec.code_range)
 
 
-def _least_error(rows: Tensor, grids: Iterable[Grid]) -> Grid:
-    """For each row the grid with the least Σ |q - w|^2.4; of equals the first."""
-    candidates = list(grids)
+def _least_error(rows: Tensor, grids: Grid) -> Grid:
+    """For each row the candidate with the least Σ |q - w|^2.4; of equals the first."""
+    count = items_at_once(len(grids.scale), rows, rows.device)
+    # One buffer [count, rows, size] for all chunks of candidates: it stays in the cache.
+    buffer = rows.new_empty(count, *rows.shape)
     # |d|^p is computed as exp(p · log |d|), seven times as fast on a CPU as pow. An error of 0
     # survives: log 0 = -∞ and exp(-∞) = 0.
     errors = [
-        grid.nearest(rows).sub_(rows).abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_().sum(1)
-        for grid in candidates
+        grid.nearest(rows, out=buffer[: len(grid.scale)])
+        .sub_(rows)
+        .abs_()
+        .log_()
+        .mul_(WEIGHT_ERROR_POWER)
+        .exp_()
+        .sum(-1)
+        for grid in grids.split(count)
     ]
-    return select_rows(candidates, torch.stack(errors).argmin(0))
+    return grids.selected(torch.cat(errors).argmin(0))
 
 
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:

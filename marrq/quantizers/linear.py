@@ -46,9 +46,9 @@ class QuantizedWeight:
     @property
     def values(self) -> Tensor:
         """The dequantized weight: [out, in], in the type of the scale."""
-        # (code - zero_point) · scale, with a scale and a zero point for every column.
-        grid = Grid(self.scale, self.zero_point, *self.spec.code_range).spread(self.codes.shape[1])
-        return grid.dequantize(self.codes.to(self.scale))
+        # (code - zero_point) · scale, with a scale and a zero point for every group.
+        grid = Grid(self.scale, self.zero_point, *self.spec.code_range)
+        return grid.values(self.codes.to(self.scale))
 
     @property
     def stored_bits(self) -> int:

@@ -15,7 +15,8 @@ from tiny_models import vit
 
 from marrq.distributed import ROW_TILE, Processes, one_thread
 from marrq.errors import MarrqError
-from marrq.methods.statistics import ResidualStatistics, Units
+from marrq.methods.exact_sums import Units
+from marrq.methods.statistics import ResidualStatistics
 from marrq.models.load import weights_sha256
 from marrq.pipeline.block_inputs import cut, share_of
 

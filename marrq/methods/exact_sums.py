@@ -1,0 +1,123 @@
+"""Sums over tokens that add exactly, batch by batch.
+
+**Exact sums** [ours, after the pre-rounded sums of Demmel and Nguyen, 10.1109/ARITH.2013.9]. Sums
+add over batches, over halves of the calibration set and over processes. What a batch adds is first
+rounded to a multiple of a unit so coarse that all sums to come fit into the 53 bits of float64
+(`Units`). The unit is far below what float32 products resolve. So no later addition rounds, and
+neither the order of batches nor the number of processes leaves a trace.
+
+**Products without means.** The matrix product of a batch runs in the type of the tokens, without
+their means; the share of the means is put back in float64. If the mean of an input is a thousand
+times its deviation, a float32 product would lose the deviation, which is all that centred sums
+keep.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from marrq.quantizers.chunks import items_at_once
+
+UNIT_FLOOR = 1 / 128
+"""Smallest size of a channel, as a share of the rms over all channels: a channel that is dead in
+the first batch may come alive."""
+HEADROOM = 2**8
+"""Safety factor over the first batch: either channel of a product may become 16 times stronger
+(16 · 16 = 2⁸). Beyond that, float64 rounds as it always does; nothing else is lost."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """The multiples to which sums are rounded before they are added.
+
+    With t the number of tokens, rounded up to a power of two, and uᵢ the size of channel i,
+
+        (c + R) - R,     R = ¾ · HEADROOM · t · uᵢ uⱼ
+
+    rounds c in float64 to a multiple of 2⁻⁵³ · HEADROOM · t · uᵢ uⱼ: R is so large that the last
+    bit of c + R is that multiple.
+
+    inputs: u of x, [n]; drift: u of dx or e, [n or m]; both powers of two in float64. tokens: t."""
+
+    inputs: Tensor
+    drift: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, x: Tensor, drift: Tensor, tokens: int) -> "Units":
+        """The units by a first batch.
+
+        x: [batch tokens, n]; drift: dx or e, [batch tokens, n or m]; tokens: how many there will
+        be in all batches together."""
+        # A power of two of tokens keeps R, like u, free of rounding.
+        return cls(_sizes(x), _sizes(drift), 1 << (tokens - 1).bit_length())
+
+    @property
+    def shift(self) -> float:
+        """R / uᵢ uⱼ."""
+        # ¾ of a power of two: c + R then stays in one binade whether c is positive or negative.
+        return 0.75 * HEADROOM * self.tokens
+
+    def round_outer_(self, sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Round sums of products [p, q] in place; left [p], right [q]: the sizes of the factors."""
+        # R = shift · uᵢ uⱼ is exact, so that the same R is added and taken off.
+        return sums.addr_(left, right, alpha=self.shift).addr_(left, right, alpha=-self.shift)
+
+    def round(self, sums: Tensor, sizes: Tensor) -> Tensor:
+        """Sums [p] of tokens, or of their squares, rounded; sizes [p]: of a token or a square."""
+        return sums.add(sizes, alpha=self.shift).sub_(sizes, alpha=self.shift)
+
+
+def _sizes(tokens: Tensor) -> Tensor:
+    """The rms of each channel of [tokens, p], rounded up to a power of two; 1 if there is none."""
+    # A batch can miss a channel that others have: no size is below a floor.
+    squares = tokens.double().square().mean(0)
+    rms = torch.maximum(squares, UNIT_FLOOR**2 * squares.mean()).sqrt()
+    # Powers of two: multiplying by them rounds nothing, so that uᵢ uⱼ t is exact.
+    _, exponent = torch.frexp(rms)
+    return torch.where((rms > 0) & rms.isfinite(), torch.ldexp(torch.ones_like(rms), exponent), 1)
+
+
+class BatchTokens:
+    """One factor of the products of a batch, with what each product asks of it.
+
+    values: [tokens, p].
+    sizes: the units of its channels, [p] float64.
+    """
+
+    def __init__(self, values: Tensor, sizes: Tensor) -> None:
+        self.values, self.sizes = values, sizes
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of each channel, [p], up to rounding."""
+        return self.values.mean(0)
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """The tokens without the mean, [tokens, p]."""
+        return self.values - self.mean
+
+    @cached_property
+    def sum(self) -> Tensor:
+        """Of each channel, [p] in float64."""
+        return self.values.sum(0, dtype=torch.float64)
+
+
+def add_products_(total: Tensor, left: BatchTokens, right: BatchTokens, units: Units) -> None:
+    """Add Σ l rᵀ over the tokens of a batch to `total` [p, q] float64, rounded to units."""
+    # [tokens, p]ᵀ × [tokens, q], in the type of the tokens.
+    product = left.centred.T @ right.centred
+    # Σ (l - a)(r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ, for any a and b: it matters not that
+    # a and b are means only up to rounding.
+    left_mean, right_mean = left.mean.double(), right.mean.double()
+    of_left = torch.stack([left_mean, left.sum], 1)
+    of_right = torch.stack([right.sum - len(right.values) * right_mean, right_mean])
+    # Five passes over [p, q]: on a CPU some rows at a time, which stay in the cache.
+    count = items_at_once(len(total), total[:1], total.device)
+    for start in range(0, len(total), count):
+        rows = slice(start, start + count)
+        part = product[rows].double().addmm_(of_left[rows], of_right)
+        total[rows] += units.round_outer_(part, left.sizes[rows], right.sizes)

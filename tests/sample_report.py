@@ -124,6 +124,7 @@ FP32 = MeasuredModel(
     quantization=None,
     parity=None,
     accuracy=accuracy((0.5323, 0.555, 0.5774), (0.7698, 0.789, 0.807), 1.0, 0.001, None),
+    agreement=None,
     not_finite=None,
     latency=(
         latency(1, 15.9, 16.8, 19.1, 62.9, 0.9, 1.0),
@@ -189,6 +190,7 @@ W4A8 = MeasuredModel(
         0.1375,
         BaselineDrop(0.013, 0.0021, 0.0239, 87, 63, 0.0602, "fp32"),
     ),
+    agreement=None,
     not_finite=None,
     latency=(
         latency(1, 7.34, 7.92, 9.45, 136.2, 0.41, 0.46),

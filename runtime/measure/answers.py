@@ -12,8 +12,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.measure.accuracy import Logits, hits, measure_accuracy, paired_drop
-from runtime.measure.measured import BaselineDrop, ComparedAccuracy, Entry, NotFinite
+from runtime.measure.accuracy import (
+    Logits,
+    divergence,
+    hits,
+    measure_accuracy,
+    paired_drop,
+)
+from runtime.measure.measured import (
+    Agreement,
+    BaselineDrop,
+    ComparedAccuracy,
+    Entry,
+    NotFinite,
+)
 from runtime.measure.overflow import first_overflow
 from runtime.session import Model, SessionSettings
 
@@ -105,6 +117,30 @@ def accuracies(
         packed = np.packbits(right).tobytes().hex()
         rows.append(ComparedAccuracy(**vars(accuracy), against=against, hits=packed))
     return rows
+
+
+def agreements(
+    entries: Sequence[Entry], answers: dict[Path, Answers], targets: NDArray[np.int64]
+) -> list[Agreement | None]:
+    """How alike each model and the float32 model answer, if there are no targets; None if there
+    are, if there is no such model, for features, and for logits that are not finite."""
+    float32 = next((entry for entry in entries if entry.flavor == "fp32"), None)
+    logits = {file: found.logits for file, found in answers.items() if found.finite}
+    # The largest of a model's features names no class.
+    classes = all(entry.has_classes for entry in entries)
+    if float32 is None or float32.file not in logits or not classes or (targets >= 0).any():
+        return [None] * len(entries)
+    reference = logits[float32.file]
+    return [
+        Agreement(
+            agreement=float((found.argmax(1) == reference.argmax(1)).mean()),
+            divergence=divergence(reference, found),
+            images=len(found),
+        )
+        if (found := logits.get(entry.file)) is not None
+        else None
+        for entry in entries
+    ]
 
 
 def not_finite(file: Path, answers: Answers) -> NotFinite | None:

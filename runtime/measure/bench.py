@@ -19,7 +19,14 @@ from runtime.audit.rows import AuditRow, audit
 from runtime.environment import Environment, describe
 from runtime.errors import BenchError
 from runtime.gpu import Gpu, describe_gpu
-from runtime.measure.answers import Answers, Batches, accuracies, not_finite, predict
+from runtime.measure.answers import (
+    Answers,
+    Batches,
+    accuracies,
+    agreements,
+    not_finite,
+    predict,
+)
 from runtime.measure.gate import Gate, hold_against_limit
 from runtime.measure.latency import (
     Latency,
@@ -30,6 +37,7 @@ from runtime.measure.latency import (
     measure_throughput,
 )
 from runtime.measure.measured import (
+    Agreement,
     ComparedAccuracy,
     ComparedLatency,
     Entry,
@@ -150,7 +158,13 @@ def bench(
     described = vars(describe(session))
     # What cannot run fails before minutes of timing.
     answers, targets = predict(entries, batches, session, progress.images)
-    rows = accuracies(entries, answers, targets)
+    judged = list(
+        zip(
+            accuracies(entries, answers, targets),
+            agreements(entries, answers, targets),
+            strict=True,
+        )
+    )
     ran = [_what_runs(entry, session) for entry in entries]
     runnings = _run(entries, settings, progress)
     on_gpu = session.provider in DEVICES
@@ -168,8 +182,8 @@ def bench(
         if entry.role == "baseline"
     }
     models = tuple(
-        _measured(entry, accuracy, answers[entry.file], nodes, running, baselines)
-        for entry, accuracy, nodes, running in zip(entries, rows, ran, runnings, strict=True)
+        _measured(entry, right, answers[entry.file], nodes, running, baselines)
+        for entry, right, nodes, running in zip(entries, judged, ran, runnings, strict=True)
     )
     elsewhere = [
         f"{entry.name}: {nodes.misplaced}"
@@ -226,13 +240,15 @@ def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) 
 
 def _measured(
     entry: Entry,
-    accuracy: ComparedAccuracy | None,
+    right: tuple[ComparedAccuracy | None, Agreement | None],
     answers: Answers,
     ran: _Ran,
     running: _Running,
     baselines: dict[str, Speed],
 ) -> MeasuredModel:
-    """All that was found of one model. baselines: speeds of the baselines, by flavour."""
+    """All that was found of one model. right: its accuracy, or how alike the float32 model answers.
+    baselines: speeds of the baselines, by flavour."""
+    accuracy, agreement = right
     return MeasuredModel(
         name=entry.name,
         path=entry.path,
@@ -246,6 +262,7 @@ def _measured(
         quantization=entry.quantization,
         parity=entry.parity,
         accuracy=accuracy,
+        agreement=agreement,
         not_finite=not_finite(entry.file, answers),
         latency=tuple(
             _with_ratios(latency, slot, baselines)

@@ -40,6 +40,8 @@ class Entry:
     quantization: tuple[QuantizedModule, ...] | None = None
     # How the file compares with its artifact; None if that was not asked for.
     parity: Parity | None = None
+    # Whether its outputs are logits of classes.
+    has_classes: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,20 @@ class ComparedAccuracy(Accuracy):
         # The last byte is filled up with zeros, which `count` cuts off.
         packed = np.frombuffer(bytes.fromhex(self.hits), np.uint8)
         return np.unpackbits(packed, count=self.images).astype(bool)
+
+
+@dataclass(frozen=True)
+class Agreement(Record):
+    """How alike a model and the float32 model answer, on images whose classes are not known.
+
+    agreement: share of images with the same top-1, 0 … 1.
+    divergence: from the float32 model, in nats (runtime/measure/accuracy.py).
+    images: how many there are.
+    """
+
+    agreement: float
+    divergence: float
+    images: int
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,10 @@ class MeasuredModel(Record):
     quantization: tuple[QuantizedModule, ...] | None
     # None if it was not asked for.
     parity: Parity | None
-    # None if logits are not finite; then the next field says so.
+    # None if the classes of the images are not known, and if logits are not finite.
     accuracy: ComparedAccuracy | None
+    # In place of the accuracy, if the classes of the images are not known; None for features.
+    agreement: Agreement | None
     not_finite: NotFinite | None
     # One for each batch size, in the order of the plan.
     latency: tuple[ComparedLatency, ...]
@@ -143,6 +161,12 @@ class MeasuredModel(Record):
     # Empty, and precision None, with a provider that compiles the whole graph.
     audit: tuple[AuditRow, ...]
     precision: Precision | None
+
+    @property
+    def alike(self) -> float | None:
+        """Share of images with the same top-1 as the float32 model; None if that is not known."""
+        found = self.agreement if self.accuracy is None else self.accuracy
+        return None if found is None else found.agreement
 
     @property
     def against(self) -> BaselineDrop | None:

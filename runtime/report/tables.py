@@ -38,11 +38,10 @@ def models_table(report: BenchReport) -> Table:
     caption = f"{images}, ONNX Runtime {report.environment.onnxruntime}"
     result = _empty_table(caption, "\nmodel", headings)
     for model in report.models:
-        agreement = None if model.accuracy is None else model.accuracy.agreement
         result.add_row(
             model.name,
             _top1(model),
-            "–" if agreement is None else f"{100 * agreement:.1f}",
+            "–" if model.alike is None else f"{100 * model.alike:.1f}",
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
             *map(_time, model.latency),

@@ -24,8 +24,8 @@ BENCH = {
     "throttled",
     "data": "path images hash",
     "models": "name path role flavor device scheme method size_bytes bits_per_weight quantization "
-    "parity accuracy not_finite latency load_ms peak_memory_mb peak_gpu_memory_mb throughput "
-    "executed executed_on audit precision",
+    "parity accuracy agreement not_finite latency load_ms peak_memory_mb peak_gpu_memory_mb "
+    "throughput executed executed_on audit precision",
     "models.accuracy": ACCURACY,
     "models.accuracy.against": "baseline drop drop_low drop_high only_baseline only_model p_value",
     "models.latency": "batch p50_ms p90_ms p99_ms images_per_s rounds_ms ratio_fp16 ratio_fp32",

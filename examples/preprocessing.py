@@ -6,11 +6,11 @@ transformers and every pretrained config of timm, beside marrq.
 The reference is the library's own code: `create_transform` of timm, and of transformers the class
 that AutoImageProcessor loads by default. Each is given images of noise of four sizes. Compared are
 marrq's pixels (marrq/models/preprocessing.py, torch), and those that an exported file's metadata
-give (runtime/preprocessing.py, NumPy and Pillow). A difference is the largest one, in units of the
-model's input; 0.01 to 0.02 there is a level of 255. What marrq refuses is listed with its reason.
+give (runtime/preprocessing.py, NumPy and Pillow). A difference is the largest one over all images, in
+levels of 255 of a pixel. What marrq refuses is listed with its reason.
 
 A processor is compared with its default settings; some are compared with more. For each processor
-that has a PIL variant, the difference between the two variants is given, in levels of 255.
+that has a PIL variant, the difference between the two variants is given too.
 
 It takes about four minutes and needs marrq, timm and transformers, and no network.
 """
@@ -95,10 +95,14 @@ def image(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels, "RGBA").convert(mode)
 
 
-def difference(left: Any, right: Any) -> float:
-    """The largest difference of two arrays of one shape; infinite for two shapes."""
+def levels(left: Any, right: Any, preprocessing: Any) -> float:
+    """The largest difference of two inputs [channels, height, width] in levels of 255, as they were
+    before the division by std; infinite for two shapes."""
     left, right = np.asarray(left), np.asarray(right)
-    return float(np.abs(left - right).max()) if left.shape == right.shape else float("inf")
+    if left.shape != right.shape:
+        return float("inf")
+    std = np.array(preprocessing.std)[:, None, None]
+    return float((np.abs(left - right) * std).max() * 255)
 
 
 def compare(
@@ -114,7 +118,8 @@ def compare(
     for size in SIZES:
         given = image(size, mode)
         expected = reference(given)
-        found.append((difference(transform(given), expected), difference(served(given), expected)))
+        pair = (transform(given), served(given))
+        found.append([levels(pixels, expected, preprocessing) for pixels in pair])
     mine, files = zip(*found, strict=True)
     return max(mine), max(files)
 
@@ -194,8 +199,7 @@ def pil_levels(processor: Any, preprocessing: Any) -> float | None:
     if kind is None:
         return None
     mode = MODES[preprocessing.input_size[0]]
-    std = np.array(preprocessing.std)[:, None, None]
-    levels = []
+    found = []
     try:
         variant = kind(**processor.to_dict())
         for size in SIZES:
@@ -203,17 +207,17 @@ def pil_levels(processor: Any, preprocessing: Any) -> float | None:
                 np.asarray(one(images=image(size, mode), return_tensors="np")["pixel_values"][0])
                 for one in (processor, variant)
             )
-            levels.append(difference(first * std * 255, second * std * 255))
+            found.append(levels(first, second, preprocessing))
     except (ImportError, ValueError):
         return None
-    return max(levels)
+    return max(found)
 
 
 def row(preprocessing: Any, mine: float, files: float) -> dict[str, Any]:
     terms = ("input_size", "resized", "crop_mode", "interpolation", "resampling")
     return {key: getattr(preprocessing, key) for key in terms} | {
-        "largest_difference": mine,
-        "largest_difference_of_file": files,
+        "levels": mine,
+        "levels_of_file": files,
     }
 
 

@@ -11,8 +11,11 @@ was recorded with. So such a session has one batch size (`SessionSettings.graph_
 """
 
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,8 @@ class Model:
         Raises BenchError if the file cannot be loaded, and if the provider is not there.
         """
         provider = _provider(settings)
+        if settings.provider in DEVICES:
+            _load_cuda()
         options = _options(settings, profile_to, optimized_to)
         provider_options = {"enable_cuda_graph": "1"} if _records_graphs(settings) else {}
         try:
@@ -255,6 +260,17 @@ def _provider(settings: SessionSettings) -> str:
             f"{', '.join(available_providers())}{way_out if settings.provider in DEVICES else ''}"
         )
     return provider
+
+
+@cache
+def _load_cuda() -> None:
+    """Load the libraries of CUDA and cuDNN that pip has installed, which no loader looks for by
+    itself. Releases of ONNX Runtime before 1.21 cannot."""
+    if hasattr(ort, "preload_dlls"):
+        # It prints what it does not find, and results go to stdout. If a library is really missing,
+        # the session falls back, which is an error.
+        with redirect_stdout(sys.stderr):
+            ort.preload_dlls()
 
 
 def _records_graphs(settings: SessionSettings) -> bool:

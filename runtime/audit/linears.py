@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from runtime.audit.graph import (
     MOVING,
@@ -124,10 +125,24 @@ def examine(path: Path, settings: SessionSettings) -> Examined:
         }
         # Read inside the block: the optimized file is gone after it.
         file, optimized = Graph.load(path), Graph.load(optimized_to)
+        _load_codes(optimized, Path(scratch))
     linears = tuple(find_linears(file, optimized))
     if not linears:
         raise BenchError(f"{str(path)!r} has no linear: there is nothing to examine")
     return Examined(file, optimized, settings, assigned, linears, size_bytes(path))
+
+
+def _load_codes(optimized: Graph, folder: Path) -> None:
+    """Read the int8 weights of the kernels from beside the graph: the audit asks for their codes
+    (runtime/audit/saturation.py), and the file is gone by then."""
+    for product in optimized.products:
+        tensor = optimized.initializers.get(product.weight or "")
+        is_int8 = tensor is not None and tensor.data_type == TensorProto.INT8
+        if tensor is not None and is_int8 and uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(folder))
+            # The numbers are in the tensor now, which readers tell by this field.
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
 
 
 def find_linears(file: Graph, optimized: Graph) -> list[Linear]:
@@ -204,9 +219,7 @@ def _stands_for(kernel: Product, optimized: Graph, file: Graph) -> str | None:
     """The output of the file's product that a product of the optimized graph stands for."""
     # Forward from the kernel to the first value that the file has too, but not through another
     # product: what comes after that one belongs to that one.
-    after = optimized.ahead(
-        kernel.node.output, lambda node: () if operands(node) else node.output
-    )
+    after = optimized.ahead(kernel.node.output, lambda node: () if operands(node) else node.output)
     shared = next(
         (name for value in after if (name := value.removeprefix(CAST_PREFIX)) in file.producers),
         None,

@@ -9,6 +9,7 @@ from shlex import split
 
 import pytest
 
+FOLDED = ["folded W4A16", "folded W3A16", "folded W2A16"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -87,3 +88,17 @@ def test_the_scaling_model_gives_less_time_to_more_processes_but_for_what_each_d
     assert one["all"] == pytest.approx(
         sum(value for name, value in one.items() if name not in ("model", "processes", "all"))
     )
+
+
+@pytest.mark.slow
+def test_the_measurements_on_a_gpu_run_in_small_on_the_cpu(tmp_path: Path):
+    report = tmp_path / "gpu.json"
+    run("gpu_server.py", "--tiny", "-o", str(report))
+    found = json.loads(report.read_text())
+    assert list(found["graphs"]) == ["fp16, torch's trace", "fp16", *FOLDED]
+    for row in found["graphs"].values():
+        assert row["finite"]
+        assert row["misplaced"] == []
+        assert set(row["plain"]["ms"]) == {"1", "2"}
+    assert found["graphs"]["fp16"]["plain"]["to_fp16"] == {"1": 1, "2": 1}
+    assert found["quantize"]["tiny"]["exit_code"] == 0

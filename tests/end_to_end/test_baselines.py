@@ -1,0 +1,195 @@
+"""What a bench and an evaluation do when the float model, or its numbers, are not there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import vision_model
+from torch import nn
+
+from marrq.cli import main
+from marrq.errors import MarrqError
+from marrq.workflows.bench_options import BenchOptions
+from marrq.workflows.provider import choose_provider
+
+QUICK = ["--rounds", "1", "--seconds", "0", "--batch", "1"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a float model whose fc2 is too large for float16, its artifact, a file of that,
+    and a float file of the model in carried/. The model is then moved to gone/."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(tiny_folder, folder / "model")
+    weights = load_file(folder / "model" / "model.safetensors")
+    for part in ("weight", "bias"):
+        weights[f"blocks.1.mlp.fc2.{part}"] *= 1e7
+    save_file(weights, folder / "model" / "model.safetensors")
+    artifact = str(folder / "artifact")
+    (folder / "carried").mkdir()
+    runs = (
+        ["quantize", f"local-dir:{folder / 'model'}", "--data", str(image_folder), "--samples", "8",
+         "--method", "rtn", "-o", artifact],
+        ["export", artifact, "-o", str(folder / "carried" / "model.onnx")],
+        ["export", artifact, "--flavor", "fp32", "-o", str(folder / "carried" / "fp32.onnx")],
+    )  # fmt: skip
+    assert [main(run) for run in runs] == [0, 0, 0]
+    return folder
+
+
+@pytest.fixture
+def without_model(made: Path) -> Path:
+    """The same folder, after the float model has gone."""
+    if (made / "model").exists():
+        (made / "model").rename(made / "gone")
+    return made
+
+
+def benched(
+    path: Path, data: Path, folder: Path, *options: str
+) -> tuple[int, dict[str, Any] | None]:
+    """Exit code and report; None without a report."""
+    report = folder / "bench.json"
+    arguments = [str(path), "--data", str(data), *QUICK, "--json", str(report), *options]
+    code = main(["bench", *arguments])
+    return code, json.loads(report.read_text()) if report.exists() else None
+
+
+def test_a_float16_file_that_overflows_is_told_when_written_and_is_a_row_when_benched(
+    made: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    baseline = tmp_path / "fp16.onnx"
+    assert main(["export", str(made / "artifact"), "--flavor", "fp16", "-o", str(baseline)]) == 0
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "on calibration images the MatMul of 'blocks.1.mlp.fc2' reaches" in warning
+    assert warning.endswith("as --flavor fp32, or as --flavor folded --float32")
+    file = made / "carried" / "model.onnx"
+    code, report = benched(file, image_folder, tmp_path, "--baseline", str(baseline))
+    assert code == 0
+    assert report is not None
+    rows = {model["name"]: model for model in report["models"]}
+    assert rows["fp16"]["accuracy"] is None
+    assert rows["fp16"]["not_finite"]["first"]["where"] == "blocks.1.mlp.fc2"
+    assert rows["fp16"]["latency"][0]["p50_ms"] > 0
+    assert rows["W4A8 rtn"]["accuracy"]["images"] == 24
+    assert rows["W4A8 rtn"]["accuracy"]["against"] is None, "nothing is compared with no numbers"
+    assert "fp16 gives NaN or infinite logits for 24 images: MatMul of" in capsys.readouterr().out
+
+
+def test_a_file_is_benched_without_the_float_model_and_the_report_says_so(
+    without_model: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = shutil.copy(without_model / "carried" / "model.onnx", tmp_path / "model.onnx")
+    code, report = benched(Path(file), image_folder, tmp_path)
+    assert code == 0
+    assert report is not None
+    [model] = report["models"]
+    assert model["accuracy"]["against"] is None
+    [warning] = report["warnings"]
+    assert warning.startswith("measured without the baseline fp16 and fp32, which need the float")
+    assert f"warning: {warning}" in " ".join(capsys.readouterr().err.split("\n"))
+    code, report = benched(Path(file), image_folder, tmp_path, "--baseline", "none")
+    assert code == 0
+    assert report is not None
+    assert report["warnings"] == []
+
+
+def test_what_was_asked_for_by_name_and_is_not_there_is_refused_with_the_way_out(
+    without_model: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = shutil.copy(without_model / "carried" / "model.onnx", tmp_path / "model.onnx")
+    for options, told in (
+        (["--baseline", "fp32"], "pass --baseline none, or --baseline FILE with an export of it"),
+        (["--max-drop", "1"], "--max-drop compares with a baseline, and there is none"),
+        (["--baseline", str(file)], "is no float model that marrq exported"),
+    ):
+        assert benched(Path(file), image_folder, tmp_path, *options) == (1, None)
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_baseline_may_be_a_file_that_is_named_or_lies_beside_what_is_measured(
+    without_model: Path, image_folder: Path, tmp_path: Path, named: bool
+):
+    carried = without_model / "carried"
+    options = ["--baseline", str(carried / "fp32.onnx")] if named else []
+    code, report = benched(carried / "model.onnx", image_folder, tmp_path, *options)
+    assert code == 0
+    assert report is not None
+    names = [(model["name"], model["role"]) for model in report["models"]]
+    assert names == [("fp32", "baseline"), ("W4A8 rtn", "candidate")]
+    assert report["models"][1]["accuracy"]["against"]["baseline"] == "fp32"
+    assert [warning[:40] for warning in report["warnings"]] == (
+        [] if named else ["measured without the baseline fp16, whic"]
+    )
+
+
+def test_an_artifact_is_evaluated_and_compared_with_its_file_without_the_float_model(
+    without_model: Path, image_folder: Path, tmp_path: Path
+):
+    artifact, report = str(without_model / "artifact"), tmp_path / "e.json"
+    assert main(["evaluate", artifact, "--data", str(image_folder), "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    [accuracy] = found["models"].values()
+    assert accuracy["agreement"] is accuracy["divergence"] is None
+    assert found["warnings"][0].startswith("evaluated without the float model: ")
+    file, parity = without_model / "carried" / "model.onnx", ["--parity", "--parity-images", "8"]
+    code, bench = benched(file, image_folder, tmp_path, *parity, "--artifact", artifact)
+    assert code == 0
+    assert bench is not None
+    stages = [stage["stage"] for stage in bench["models"][-1]["parity"]["stages"]]
+    assert stages == ["export", "preprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"baselines": ("none", "fp32")}, "name it alone"),
+        ({"baselines": ("missing.onnx",)}, "'missing.onnx' does not exist"),
+        ({"baselines": ("fp8",)}, "unknown baseline 'fp8': choose one of fp32, fp16, none, or"),
+        ({"baselines": ("none",), "max_drop": 1.0}, "leave out --baseline none"),
+        ({"device": "cpu", "provider": "cuda"}, "--provider cuda runs on the gpu"),
+        ({"device": "gpu", "provider": "cpu"}, "--provider cpu runs on the cpu"),
+        ({"provider": "npu"}, "unknown provider 'npu'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"flavor": "integer", "device": "gpu"}, "integer is not for a GPU, because its kernels"),
+        ({"cuda_graph": True}, "is of the CUDA provider, not of cpu: pass --device gpu"),
+        ({"cuda_graph": True, "provider": "tensorrt"}, "not of tensorrt"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_at_once(options: dict[str, Any], told: str):
+    with pytest.raises(MarrqError, match=told):
+        BenchOptions(**options)
+
+
+def test_the_device_and_the_provider_tell_each_other():
+    chosen = {
+        (device, provider): choose_provider(device, provider)
+        for device in (None, "gpu")
+        for provider in (None, "cuda", "tensorrt")
+    }
+    assert chosen == {
+        (None, None): ("cpu", "cpu"),
+        (None, "cuda"): ("gpu", "cuda"),
+        (None, "tensorrt"): ("gpu", "tensorrt"),
+        ("gpu", None): ("gpu", "cuda"),
+        ("gpu", "cuda"): ("gpu", "cuda"),
+        ("gpu", "tensorrt"): ("gpu", "tensorrt"),
+    }
+
+
+def test_noise_black_and_white_are_the_inputs_if_the_calibration_images_are_gone():
+    from marrq.workflows.overflow import _images, _synthetic_images
+
+    preprocessing = vision_model(nn.Identity()).preprocessing
+    pixels = _synthetic_images(preprocessing)
+    assert pixels.shape == (4, *preprocessing.input_size)
+    assert (pixels[2] == -1).all()
+    assert (pixels[3] == 1).all()
+    back = _images(pixels, preprocessing)
+    assert back.shape == (4, *preprocessing.input_size[1:], 3)
+    np.testing.assert_allclose(back[0] / 255, (pixels[0].transpose(1, 2, 0) + 1) / 2, atol=1 / 500)

@@ -62,8 +62,8 @@ DataOption = Annotated[
     input_option(
         "--data",
         metavar="FOLDER",
-        help="Images: one folder for each class, in train/ and val/ if these exist; or demo. The "
-        "model demo needs none.",
+        help="Images: any folder to calibrate; one folder for each class to measure accuracy. In "
+        "train/ and val/ if these exist. Or demo; the model demo needs none.",
     ),
 ]
 SamplesOption = Annotated[

@@ -28,7 +28,7 @@ from marrq.pipeline.kept_outputs import KeptOutputs
 
 class Images(Protocol):
     """Preprocessed images [images, channels, height, width]: a tensor, or an object that reads
-    images when it is sliced (Pixels in marrq/models/images.py)."""
+    images when it is sliced (Pixels in marrq/models/images/)."""
 
     def __len__(self) -> int: ...
 

@@ -9,6 +9,7 @@ from PIL import Image
 from marrq.cli import main
 
 
+@pytest.mark.slow
 def test_a_bench_on_images_without_classes_measures_everything_else(
     tmp_path: Path, tiny: str, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -155,12 +155,40 @@ def trace(
                 # Fold constants of any size: relative positions and rotary tables are large.
                 optimize_ir(program.model, should_fold=lambda node: True)
     except torch.onnx.OnnxExporterError as error:
-        raise MarrqError(
-            f"the model cannot be traced to ONNX: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise MarrqError(f"the model cannot be traced to ONNX: {_reason(error)}") from error
     if program is None:
         raise MarrqError("the model cannot be traced to ONNX: the exporter returned nothing")
     return program.model
+
+
+def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
+    """Raise MarrqError if torch cannot trace a float model: then no flavour could be written.
+
+    It is the first of the exporter's three steps, and the one that a model can fail at.
+    """
+    # A forward may change what the module keeps, so it runs on a copy that shares the weights.
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copied = copy.deepcopy(module, shared)
+    device = next(module.parameters()).device
+    example = torch.zeros(2, *input_size, device=device)
+    try:
+        with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            batch = torch.export.Dim("batch")
+            torch.export.export(copied, (example,), dynamic_shapes=({0: batch},), strict=False)
+    # Whatever a forward raises if its tensors have no values.
+    except Exception as error:
+        raise MarrqError(
+            f"the model cannot be traced to ONNX, so it is not quantized: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that caused all others."""
+    # torch's own messages tell how torch is to be debugged.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _attention(  # the parameters are those of aten.scaled_dot_product_attention

@@ -49,8 +49,21 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     tensors = outside(module.state_dict(), linears)
     for path, linear in linears.items():
         tensors |= {f"{path}.{part}": tensor for part, tensor in _parts(linear).items()}
-    # safetensors writes the bytes as they lie in memory.
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors writes the bytes as they lie in memory, and refuses tensors that share it (CoaT's
+    # position encoding, one for all blocks of a stage).
+    shared = _sharing(tensors)
+    return {
+        name: tensor.cpu().clone() if name in shared else tensor.cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _sharing(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of tensors whose memory a tensor before them has."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(tensor.untyped_storage().data_ptr(), name)
+    return set(tensors) - set(first.values())
 
 
 def outside(tensors: Mapping[str, Tensor], linears: Mapping[str, object]) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ from torch.utils.hooks import RemovableHandle
 from marrq.errors import MarrqError
 from marrq.schemes import Scheme
 
-BLOCK_NAME = re.compile(r"(.*\.)?(\w*(block|layer|stage|transformer|network)\w*(\.\d+)+|downsample)")
+BLOCK_NAME = re.compile(
+    r"(.*\.)?(\w*(block|layer|stage|transformer|network)\w*(\.\d+)+|downsample)"
+)
 TRIAL_SEED = 0
 
 BlockKind = Literal["first", "block", "last"]

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: which file holds them, a prefix that training has put before their names,
+"""Weights of a checkpoint: which file holds them, a prefix that training put before their names,
 and what does not fit the model.
 
 Training wraps models, and the wrapper's name stands before every name of a weight:

@@ -28,6 +28,7 @@ from marrq.quantized_model import (
 from marrq.schemes import Scheme, parse_scheme
 from marrq.workflows.destination import Destination
 from marrq.workflows.devices import choose_device
+from marrq.workflows.feasible import check_feasible
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def quantize(
         seed,
     )
     run = RunOptions(choose_device(device))
+    check_feasible(model)
     # The pipeline puts its linears into the module that it is given.
     copied = replace(model, module=copy.deepcopy(model.module))
     return quantize_in_place(copied, images, recipe, run)
@@ -115,6 +117,7 @@ def quantize_to_folder(
         # The run was stopped between saving the artifact and removing the checkpoint.
         remove_checkpoint(destination.checkpoint)
         return [f"{destination.folder} is complete"]
+    check_feasible(model)
     # The device kind is no part of the artifact's description, but it may change the last bits, and
     # blocks of two kinds must not get into one artifact.
     checkpoint = FolderCheckpoint(

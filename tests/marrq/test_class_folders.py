@@ -119,7 +119,7 @@ def test_the_closest_name_counts_and_none_is_guessed():
 @pytest.mark.parametrize(
     "missing", [(), (5,), (0,), (10,), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)], ids=str
 )
-@pytest.mark.parametrize("form", ["{}", "{:02}", "LABEL_{}", "label_{}"])
+@pytest.mark.parametrize("form", ["{}", "{:02}", "LABEL_{}", "label_{}", "LABEL_\uff10{}"])
 def test_a_number_is_the_class_of_this_number_whatever_is_missing(form: str, missing):
     places = [place for place in range(11) if place not in missing]
     for labels in (numbered(11), tuple(f"animal {letter}" for letter in "abcdefghijk")):
@@ -154,6 +154,9 @@ def test_sorted_folders_are_classes_only_if_their_order_is_sure(tmp_path):
         read(["cat", "dog"], numbered(3), empty=("annotations",))
     with pytest.raises(MarrqError, match=r"'1' .* may be number 1 or 0"):
         read(["1", "cat"], numbered(2))
+    assert read(["m²", "²", "a1²"], numbered(3)) == [1, 2, 0]
+    # Numbers that no class has are names.
+    assert read(["1002", "1001", "1003"], numbered(3)) == [1, 0, 2]
 
 
 def test_a_folder_that_is_no_class_is_named_with_an_example_of_a_class():

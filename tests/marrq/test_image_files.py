@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from timm.data import ImageDataset
 from torchvision.datasets.folder import pil_loader
 
@@ -31,6 +31,7 @@ GREY = PHOTO.convert("L")
 ALPHA = Image.fromarray(RANDOM.integers(0, 256, (9, 12), dtype=np.uint8))
 WITH_ALPHA = Image.merge("RGBA", (*PHOTO.split(), ALPHA))
 PALETTE = PHOTO.quantize(16)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
 DEEP = RANDOM.integers(0, 65536, (9, 12), dtype=np.uint16)
 PREPROCESSING = Preprocessing((3, 8, 8), "bicubic", (8, 8), "center", (0.5,) * 3, (0.5,) * 3)
 
@@ -75,6 +76,7 @@ AS_TORCHVISION: dict[str, bytes] = {
     "PNG": saved(PHOTO, "PNG"),
     "JPEG": saved(PHOTO, "JPEG"),
     "JPEG, grey": saved(GREY, "JPEG"),
+    "JPEG, a colour profile": saved(PHOTO, "JPEG", icc_profile=PROFILE),
     "JPEG, CMYK": saved(PHOTO.convert("CMYK"), "JPEG"),
     "WebP": saved(PHOTO, "WEBP"),
     "WebP, alpha": saved(WITH_ALPHA, "WEBP", lossless=True, exact=True),

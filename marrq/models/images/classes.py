@@ -28,8 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from timm.utils.misc import natural_key
-
 from marrq.errors import MarrqError
 from marrq.models.images.imagenet import imagenet, is_imagenet, words_of
 
@@ -41,6 +39,7 @@ SEPARATORS = re.compile(r"[\s_/\\:-]+")
 
 
 def _exact(text: str) -> str:
+    # "Cat" and "cat" may be two classes, so nothing is changed at first.
     return text
 
 
@@ -50,6 +49,7 @@ def _composed(text: str) -> str:
 
 
 def _spaced(text: str) -> str:
+    # NFKC makes one letter of forms that differ in width or as ligatures.
     return SEPARATORS.sub(" ", unicodedata.normalize("NFKC", text)).strip()
 
 
@@ -84,6 +84,7 @@ def _by_names(*tiers: Sequence[Sequence[str]]) -> Reads:
     tiers: for each class its names, in the order of the classes. A name in an earlier tier counts
     more, and within a tier the name that is more alike.
     """
+    # Every likeness of a label comes before the names inside a label.
     keys = [(tier, alike) for tier in tiers for alike in LIKENESS]
 
     # Made when a folder gets so far: most folders have a label's name as it is.
@@ -93,6 +94,7 @@ def _by_names(*tiers: Sequence[Sequence[str]]) -> Reads:
         places: dict[str, set[int]] = defaultdict(set)
         for place, names in enumerate(tier):
             for name in names:
+                # Several classes may have one name; then the folder is refused.
                 places[alike(name)].add(place)
         return places
 
@@ -116,6 +118,7 @@ def classes_of(folders: Folders, labels: tuple[str, ...]) -> dict[str, int]:
     # A reading is made when the one before has failed.
     for reads in [_by_number(labels)] if numbered else _readings(labels):
         found = {folder: reads(folder) for folder in folders.filled}
+        # Folders of one data set are named in one way: a reading reads all of them or none.
         if all(found.values()):
             return _one_each(folders, found, labels)
         unread.append([folder for folder, places in found.items() if not places])
@@ -130,6 +133,7 @@ def _readings(labels: tuple[str, ...]) -> Iterator[Reads]:
     yield _by_names([[label] for label in labels], [words_of(label) for label in labels])
     if is_imagenet(labels):
         known = imagenet()
+        # Synsets are unique, and most data sets of ImageNet have them as folders.
         yield _by_names([[synset] for synset in known.synsets])
         words = [words_of(label) for label in known.words]
         # The first word of a class is its usual name: a "missile" is not a "projectile, missile".
@@ -151,7 +155,7 @@ def _by_number(labels: tuple[str, ...]) -> Reads:
 
 
 def _number(name: str) -> int | None:
-    match = NUMBER.fullmatch(name)
+    match = NUMBER.fullmatch(unicodedata.normalize("NFKC", name))
     return int(match[1]) if match else None
 
 
@@ -160,6 +164,7 @@ def _one_each(
 ) -> dict[str, int]:
     """The reading, if it is the only one. Raises MarrqError if a folder may be two classes, or two
     folders are one."""
+    # Two classes for a folder: half of its images would get a wrong target.
     for folder, places in found.items():
         if len(places) > 1:
             first, second = sorted(places)[:2]
@@ -167,6 +172,7 @@ def _one_each(
                 f"class folder {folder!r} in {folders.root!r} may be class {first}, "
                 f"{labels[first]!r}, or class {second}, {labels[second]!r}: {_other_names(labels)}"
             )
+    # Two folders for a class: one of the two may be meant for something else.
     classes = {folder: next(iter(places)) for folder, places in found.items()}
     [(place, count)] = Counter(classes.values()).most_common(1)
     if count > 1:
@@ -184,27 +190,37 @@ def _other_names(labels: tuple[str, ...]) -> str:
     return f"{numbers}, or by WordNet synset" if is_imagenet(labels) else numbers
 
 
+def _natural_key(name: str) -> list[str | int]:
+    """The key of timm's reader: numbers in a name count as numbers, capitals as small letters."""
+    parts: list[str | int] = [*re.split(r"(\d+)", name.lower())]
+    # A split by a group gives text and matches in turn.
+    parts[1::2] = [int(part) for part in parts[1::2]]
+    return parts
+
+
 def _by_place(folders: Folders, count: int) -> dict[str, int]:
     """The sorted folders as the classes of a model that only numbers its classes.
 
     Raises MarrqError if the order cannot be told.
     """
     names = [*folders.filled, *folders.empty]
-    by_text, by_number = sorted(names), sorted(names, key=natural_key)
+    # torchvision's ImageFolder sorts by text, timm's reader by the numbers in it.
+    by_text, by_number = sorted(names), sorted(names, key=_natural_key)
     way_out = (
         f"name the folders 0 … {count - 1}, or write the names of the classes into the model's "
         "config.json"
     )
     places = {name: place for place, name in enumerate(by_text)}
-    # A number says which class it is; its place must not say otherwise.
-    numbers = {name: _number(name) for name in names}
-    moved = next((name for name in names if numbers[name] not in (None, places[name])), None)
+    # A number that a class has says which class it is; its place must not say otherwise.
+    numbers = {name: number for name in names if (number := _number(name)) is not None}
+    moved = next((name for name, n in numbers.items() if n < count and n != places[name]), None)
     if moved is not None:
         raise MarrqError(
             f"class folder {moved!r} in {folders.root!r} may be number {numbers[moved]} or "
             f"{places[moved]} of the model's classes 0 … {count - 1}, by its name or by its place: "
             f"{way_out}"
         )
+    # A folder too few or too many moves all behind it; an empty one may be no class at all.
     if len(names) != count or folders.empty:
         empty = f", {len(folders.empty)} of them empty" if folders.empty else ""
         raise MarrqError(

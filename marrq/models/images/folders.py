@@ -81,6 +81,7 @@ def subfolders(folder: Location) -> list[Location]:
 
 def holds_images(folder: Location) -> bool:
     """Whether there is an image at any depth."""
+    # The walk ends with the first image.
     return next(images_below(folder), None) is not None
 
 
@@ -88,6 +89,7 @@ def no_images(folder: Location) -> MarrqError:
     """The error for a folder without images; names what the folder holds instead."""
     text = f"no images in {str(folder)!r}: it must hold files of {', '.join(FORMATS)}"
     names = (file.name.lower() for _, file in _walk(folder, "", frozenset()) if "." in file.name)
+    # A folder of .heic files looks full of images to its owner.
     for suffix, count in Counter(name.rpartition(".")[2] for name in names).most_common(1):
         text += f"; it has {count} .{suffix} files"
     return MarrqError(text)
@@ -103,10 +105,12 @@ def split_folder(root: Path, split: Split, are_classes: Callable[[Sequence[str]]
     purpose alone: the images to measure on must not be taken for calibration without a word.
     """
     folders = subfolders(root)
+    # Names are compared as a file system without capitals would.
     splits = [folder for folder in folders if folder.name.casefold() in SPLIT_NAMES]
     if not splits or _are_classes(splits, folders, are_classes):
         return root
     for group in SPLITS[split]:
+        # The first group that is there: nobody measures on `test` while there is a `val`.
         found = [folder for folder in splits if folder.name.casefold() in group]
         if len(found) > 1:
             raise MarrqError(
@@ -115,6 +119,7 @@ def split_folder(root: Path, split: Split, are_classes: Callable[[Sequence[str]]
             )
         if found:
             return Path(str(found[0]))
+    # Only subfolders for the other purpose are left.
     purpose = "calibrate" if split == "train" else "measure"
     wanted = " or ".join(f"{name}/" for group in SPLITS[split] for name in group)
     raise MarrqError(
@@ -131,6 +136,7 @@ def _are_classes(
     # A split holds class folders; only one that holds images at once may be a class.
     if any(holds_images(inner) for folder in splits for inner in subfolders(folder)):
         return False
+    # The labels of the model decide, if all folders are classes.
     filled = [folder for folder in folders if holds_images(folder)]
     if are_classes([folder.name for folder in filled]):
         return True

@@ -76,6 +76,7 @@ class ImageSet:
 
     def subset(self, rows: Sequence[int] | slice) -> "ImageSet":
         """Some of the images, in the order of `rows`."""
+        # A slice stops at the end by itself.
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows
         return ImageSet(
             self.name,
@@ -83,6 +84,7 @@ class ImageSet:
             tuple(self.paths[row] for row in chosen),
             tuple(self.targets[row] for row in chosen) if self.targets else (),
             self.why_unlabelled,
+            # The same object, so that what is read of a subset is noted of the whole.
             self.notes,
         )
 
@@ -181,14 +183,18 @@ def find_images(name: str, split: Split, labels: tuple[str, ...] | None = None) 
         tuple(folder for folder, images in found.items() if images),
         tuple(folder for folder, images in found.items() if not images),
     )
+    # Whatever keeps the folders from being classes, the images are there for calibration; who
+    # counts right answers gets the reason.
     try:
         classes = _classes(folders, labels)
     except MarrqError as error:
+        # Images beside the folders are images too, now that no folder is a class.
         everything = list(images_below(root))
         if not everything:
             raise no_images(root) from error
         paths, files = zip(*everything, strict=True)
         return ImageSet(name, files, paths, (), str(error))
+    # Sorted by class folder and name, as `images_below` sorts: the draw does not depend on labels.
     rows = [
         (file, f"{folder}/{path}", classes[folder])
         for folder in folders.filled
@@ -212,6 +218,7 @@ def _classes(folders: Folders, labels: tuple[str, ...]) -> dict[str, int]:
 
 def _root(name: str, split: Split, labels: tuple[str, ...]) -> Location:
     """The folder with the images for a purpose."""
+    # The demo's zip has both folders, with digits as classes.
     if name == "demo":
         return zipfile.Path(DEMO_FOLDER / "images.zip") / split
 

@@ -31,6 +31,7 @@ def words_of(label: str) -> list[str]:
 @cache
 def imagenet() -> ImageNet:
     """ImageNet-1k as timm has it."""
+    # Reading the lists takes a tenth of a second, and only models of 1,000 classes need them.
     info = ImageNetInfo()
     return ImageNet(tuple(info.label_names()), tuple(info.label_descriptions()))
 
@@ -40,6 +41,7 @@ def is_imagenet(labels: tuple[str, ...]) -> bool:
     have the synset of their class, or one of its words."""
     if len(labels) != CLASSES:
         return False
+    # Place by place: the same names in another order are another list of classes.
     known = imagenet()
     alike = [
         # timm's long labels have a definition behind the words.

@@ -22,6 +22,7 @@ class Notes:
 
     def add(self, file: object, *notes: str) -> None:
         """A file was read, and this is noted of it."""
+        # Sets: evaluation reads the same files once for each model.
         self.read.add(str(file))
         for note in notes:
             self.found.setdefault(note, set()).add(str(file))

@@ -15,9 +15,9 @@ Clipping makes white images of most photographs. The upper 8 bits are what Pillo
 white is, there is no right pixel.
 
 Of several frames (GIF, APNG, WebP, TIFF, MPO) the first is taken. EXIF orientation is not applied,
-but for TIFF, where Pillow itself applies it. All of this is as in torchvision and timm;
-transformers' own `load_image` turns an image as EXIF says. What a viewer would show otherwise is
-noted (marrq/models/images/notes.py).
+but for TIFF, where Pillow itself applies it; nor are colour profiles. All of this is as in
+torchvision and timm; transformers' own `load_image` turns an image as EXIF says. What a viewer
+would show otherwise is noted (marrq/models/images/notes.py).
 """
 
 import warnings

@@ -132,7 +132,9 @@ def noise(count: int, seed: int = 0) -> Tensor:
 
 def vision_model(module: nn.Module) -> VisionModel:
     """A module with what belongs to it; its source is that of `vit()`."""
-    preprocessing = Preprocessing((3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing(
+        (3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.5,) * 3
+    )
     return VisionModel(module, ModelSource("tiny", "timm", VIT, ""), preprocessing, tuple("abcde"))
 
 

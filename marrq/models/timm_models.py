@@ -16,7 +16,6 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint, named_classes
 from marrq.models.preprocessing import Preprocessing
 from marrq.models.weights import Misfit, shared_prefix, weights_file
@@ -50,7 +49,6 @@ def read(location: str) -> Checkpoint:
     module = with_joined_biases(module).float().eval()
     # The preprocessing that the weights were trained with, from the checkpoint's own config.
     preprocessing = Preprocessing.from_timm(resolve_model_data_config(module))
-    _check_channels(preprocessing, arguments)
     # Models that only encode have no number of classes.
     classes = {"num_classes": module.num_classes} if hasattr(module, "num_classes") else {}
     return Checkpoint(
@@ -67,17 +65,6 @@ def read(location: str) -> Checkpoint:
 def build(architecture: dict[str, Any]) -> nn.Module:
     """A model in evaluation mode without the checkpoint's weights. architecture: see Checkpoint."""
     return with_joined_biases(timm.create_model(**architecture, pretrained=False)).eval()
-
-
-def _check_channels(preprocessing: Preprocessing, arguments: dict[str, Any]) -> None:
-    """Raise MarrqError if the model takes another number of channels than its images get."""
-    # timm writes pretrained_cfg as it was before `in_chans` changed the model.
-    takes, gets = arguments.get("in_chans", 3), preprocessing.input_size[0]
-    if takes != gets:
-        raise MarrqError(
-            f"the model takes {takes} channels, and its images get {gets}: correct input_size, "
-            "mean and std of pretrained_cfg in its config.json"
-        )
 
 
 def _config(scheme: str, place: str) -> dict[str, Any]:

@@ -171,6 +171,32 @@ def test_an_input_size_that_no_model_has_is_refused(artifact: Path, size: object
         load(configured(artifact, "preprocessing", "input_size", value=size))
 
 
+@pytest.mark.parametrize(
+    ("term", "value"),
+    [
+        ("resized", [HUGE, HUGE]),
+        ("resized", [32]),
+        ("resized", [32, 0]),
+        ("crop_pct", 0),
+        ("crop_pct", "half"),
+        ("crop_pct", 1e-9),
+        ("crop_mode", "corner"),
+        ("interpolation", "cubic"),
+        ("resampling", "by hand"),
+        ("transparency", 1),
+        ("bgr", "yes"),
+        ("std", [0.5, 0.0, 0.5]),
+        ("mean", [0.5]),
+        ("gamma", 2),
+    ],
+)
+def test_a_term_of_preprocessing_that_has_no_meaning_is_refused(
+    artifact: Path, term: str, value: object
+):
+    with pytest.raises(MarrqError, match="is damaged"):
+        load(configured(artifact, "preprocessing", term, value=value))
+
+
 def test_labels_that_are_no_text_are_refused(artifact: Path):
     with pytest.raises(MarrqError, match="label 5 is no text"):
         load(configured(artifact, "labels", value=["a", 5]))

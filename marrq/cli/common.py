@@ -83,8 +83,8 @@ SchemeOption = Annotated[
     quantization_option(
         metavar="WxAy",
         help="Bits of weights (2, 3, 4, 8) and of activations (3, 4, 8, 16). Suffixes: -gSIZE for "
-        "groups of inputs, -sym for zero points of 0, -mxint for blocks of 32 that share a power "
-        "of two, -e8 for first and last layers in 8 bits.",
+        "groups of inputs, -sym for zero points of 0 (for TensorRT: W8A8-sym), -mxint for blocks "
+        "of 32 that share a power of two, -e8 for first and last layers in 8 bits.",
     ),
 ]
 SchemesOption = Annotated[

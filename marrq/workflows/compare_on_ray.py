@@ -1,16 +1,22 @@
 """The runs of a comparison on Ray: one worker for each CPU or GPU of the cluster, which does runs
 one after the other, as one process would.
 
+A Ray of this machine alone (`local`) lets nobody in: its processes listen on the loopback interface
+and ask for a token that is made anew for each command. Ray runs what it is sent, and would listen
+on all interfaces by default. A Ray that cannot be closed so is not started.
+
 What a run gives does not depend on who does it (marrq/distributed.py), so the report is the same,
 times and memory apart. A worker computes on one thread, or on one GPU. Model and images must lie
 under the same path wherever workers run, and every machine needs the same version of marrq.
 """
 
+import ipaddress
 import logging
 import os
 import platform
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -24,6 +30,11 @@ from runtime.environment import usable_cores
 from runtime.errors import BenchError
 
 PACKAGES = ("marrq", "torch", "timm", "transformers")
+
+# Ray reads these when it is imported. Its name for the second is historical: on every system, 0
+# gives the processes of Ray the loopback address, as on systems whose firewalls ask the user.
+CLOSED = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 REACHABLE_SECONDS = 5
 """How long to wait for an answer of a cluster's address."""
 
@@ -159,10 +170,7 @@ def _connected(address: str) -> Any:
     # Future versions of Ray behave like this by default; present ones warn of the change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address == "local":
-        # Ray listens on all interfaces and runs what it is sent, so strangers need a token. It
-        # reads these variables when it is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _close_to_strangers()
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -180,7 +188,37 @@ def _connected(address: str) -> Any:
         raise MarrqError(
             f"no Ray at {address!r} ({reason}): start a cluster there, or pass --ray local"
         ) from error
+    if address == "local":
+        _check_closed(ray)
     return ray
+
+
+def _close_to_strangers() -> None:
+    """Ask for a Ray on the loopback interface that wants a token. Raises MarrqError if that is too
+    late, because Ray was imported with other settings."""
+    differing = [name for name, value in CLOSED.items() if os.environ.get(name) != value]
+    if "ray" in sys.modules and differing:
+        raise MarrqError(
+            f"Ray was imported without {differing[0]}={CLOSED[differing[0]]}, so strangers could "
+            "reach it: set that before Python starts, or leave --ray out"
+        )
+    os.environ.update(CLOSED)
+    # A token of the user's own is as good.
+    if not any(os.environ.get(name) for name in TOKENS):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _check_closed(ray: Any) -> None:
+    """Raise MarrqError, and end Ray, if it listens beyond the loopback interface: a version of Ray
+    may not heed what it was asked for."""
+    addresses = [node["NodeManagerAddress"] for node in ray.nodes()]
+    open_to_others = [one for one in addresses if not ipaddress.ip_address(one).is_loopback]
+    if open_to_others:
+        ray.shutdown()
+        raise MarrqError(
+            f"Ray {ray.__version__} listens on {open_to_others[0]}, which others may reach: "
+            "install another version of Ray, or leave --ray out"
+        )
 
 
 def _check_reachable(address: str) -> None:

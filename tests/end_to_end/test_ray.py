@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 ray = pytest.importorskip("ray")
 pytestmark = [
@@ -110,6 +112,91 @@ def test_a_ray_of_its_own_gives_the_same(
     assert runs(tmp_path / "c.json") == runs(alone)
 
 
+LISTENING = "0A"
+"""State of a socket in /proc/net/tcp."""
+
+WATCHED = """
+import os, sys
+from marrq.workflows.compare_on_ray import _connected
+ray = _connected("local")
+ray.get(ray.remote(os.getpid).remote())
+print(os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.readline()
+ray.shutdown()
+"""
+
+
+def listening_sockets(parent: int) -> set[str]:
+    """Addresses that a process and its descendants listen on, as the kernel writes them."""
+    of = {
+        int(stat.parent.name): int(stat.read_text().rpartition(")")[2].split()[1])
+        for stat in Path("/proc").glob("[0-9]*/stat")
+    }
+    family = {parent}
+    while more := {pid for pid, above in of.items() if above in family} - family:
+        family |= more
+    inodes = set()
+    for pid in family:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1] for line in lines if line[3] == LISTENING and line[9] in inodes}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the sockets from /proc")
+def test_a_ray_of_its_own_listens_on_the_loopback_interface_and_wants_a_token(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if "RAY_" not in name}
+    # What a user may have set, and what would let everyone in.
+    environment["RAY_AUTH_MODE"] = "disabled"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    token, address = process.stdout.readline().split()
+    found = listening_sockets(process.pid)
+    assert len(found) >= 4
+    # 127.0.0.1 as such, and within IPv6.
+    loopback = ("0100007F:", "0000000000000000FFFF00000100007F:", f"{'0' * 24}01000000:")
+    assert [one for one in found if not one.startswith(loopback)] == []
+    stranger = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('in')"
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    refused = subprocess.run(
+        [sys.executable, "-c", stranger],
+        capture_output=True,
+        text=True,
+        env=environment | wrong | {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+        timeout=120,
+    )
+    assert refused.returncode != 0
+    assert "in" not in refused.stdout.split()
+    assert token not in refused.stdout + refused.stderr
+    process.communicate("\n", timeout=60)
+
+
+def test_a_ray_that_strangers_could_reach_is_not_started(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            with pytest.raises(MarrqError, match=f"Ray was imported without {name}="):
+                list(runs_on_ray("local", Task("demo", "demo", 8, "cpu"), [combination(0)]))
+    # A version of Ray that does not heed the settings.
+    nodes = [{"NodeManagerAddress": "192.0.2.7"}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with pytest.raises(MarrqError, match=r"listens on 192\.0\.2\.7, which others may reach"):
+        list(runs_on_ray("local", Task("demo", "demo", 8, "cpu"), [combination(0)]))
+    assert not ray.is_initialized()
+
+
 def test_a_worker_for_which_the_cluster_has_no_place_holds_nothing_up(
     cluster: str, alone: Path, tiny: str, image_folder: Path, tmp_path: Path
 ):
@@ -187,10 +274,12 @@ def test_an_address_without_ray_is_one_sentence(
     with socket.socket() as bound:  # to a port on which nothing listens
         bound.bind(("127.0.0.1", 0))
         for address in (f"127.0.0.1:{bound.getsockname()[1]}", "nowhere"):
+            start = time.monotonic()
             assert main(command(tiny, image_folder, tmp_path / "c.json", "--ray", address)) == 1
             error = capsys.readouterr().err
             assert f"no Ray at '{address}' (" in error
             assert "start a cluster there, or pass --ray local" in error
+            assert time.monotonic() - start < 30
 
 
 def test_ray_is_needed_for_its_option_alone(

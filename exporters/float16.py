@@ -15,12 +15,16 @@ HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 def to_float16(model: ir.Model) -> None:
     """Turn a float32 graph into float16, placeholders and their values included."""
     graph = model.graph
+    # Region and scales of a Resize are float32 in every graph.
+    sizes = {value for node in graph if node.op_type == "Resize" for value in node.inputs[1:3]}
     for value in graph.initializers.values():
-        if value.const_value is not None and value.dtype == FLOAT:
+        if value.const_value is not None and value.dtype == FLOAT and value not in sizes:
             # Clones of a trace share tensors and types, so new ones take the place of the old.
             value.const_value = _halved(value.const_value)
             value.type = ir.TensorType(HALF)
     for node in graph:
+        if not sizes.isdisjoint(node.outputs):
+            continue
         _halve_attributes(node)
         for output in node.outputs:
             if output.dtype == FLOAT:

@@ -20,6 +20,8 @@ from exporters.onnx_file import Export
 from exporters.trace import TracedModel, trace_quantized
 from marrq.quantized_model import QuantizedModel
 from marrq.schemes import ActivationStrategy
+from runtime.audit.cuda_operators import has_kernel
+from runtime.audit.graph import Graph
 from runtime.session import SessionSettings, executed_nodes
 
 MODELS = {"vit": vit, "vit with LayerScale": partial(vit, init_values=1e-5, depth=1), "swin": swin}
@@ -93,6 +95,20 @@ def metadata(file: Path) -> dict[str, str]:
     return {
         entry.key.removeprefix("marrq."): entry.value for entry in onnx.load(file).metadata_props
     }
+
+
+def without_kernel(file: Path) -> list[str]:
+    """The nodes of a file for GPUs that the CUDA provider has no kernel for, constants and
+    arithmetic on shapes left out, as `Pad-19(float16)`."""
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(file))
+    graph = Graph(inferred)
+    opset = {entry.domain: entry.version for entry in inferred.opset_import}[""]
+    return [
+        f"{node.op_type} of {opset} ({', '.join(types)})"
+        for node in graph.nodes
+        if node.name in graph.depending_on_images
+        and not has_kernel(node, opset, types := [graph.type_of(name) for name in node.input])
+    ]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ FLOAT = FileMetadata("fp32", "fp32", "none", 32.0, "1.17.0", SOURCE, PREPROCESSI
 QUANTIZED = dataclasses.replace(
     FLOAT,
     flavor="integer",
+    device="gpu",
     scheme="W4A8-e8",
     method="marr-stream",
     bits_per_weight=4.1875,
@@ -26,7 +27,7 @@ QUANTIZED = dataclasses.replace(
     schemes={"W4A8": ["fc1", "qkv"], "W8A8": ["head"]},
     container_bits=4,
     linears={
-        "fc1": (LinearPart("x", "y", "gamma"),),
+        "fc1": (LinearPart("x", "y", "gamma", "w"),),
         "qkv": (LinearPart("x", "q"), LinearPart("x", "k"), LinearPart("x", "v")),
     },
     options={"fuse": "True"},
@@ -41,7 +42,7 @@ def test_what_is_written_is_read_again(metadata: FileMetadata):
 def test_the_runtime_reads_what_the_exporters_write():
     read = Metadata(QUANTIZED.to_metadata_props())
     assert read.is_marrqs
-    for key in ("flavor", "scheme", "method", "artifact", "labels", "bits_per_weight"):
+    for key in ("flavor", "device", "scheme", "method", "artifact", "labels", "bits_per_weight"):
         assert getattr(read, key) == getattr(QUANTIZED, key)
     assert read.lowest_onnxruntime == QUANTIZED.lowest_onnxruntime
     assert read.source_name == SOURCE.name

@@ -73,6 +73,9 @@ class Folded:
         if behind is not None:
             linear.slice = linear.unscaled
         linear.weight = self._weight(linear)
+        # Later passes and the parity ask for them.
+        linear.weight.shape = ir.Shape([linear.slice.in_features, len(linear.slice.codes)])
+        linear.weight.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(number)))
         y = linear.add("MatMul", [linear.x, linear.weight])
         for op_type, name, tensor in (
             ("Add", "bias", linear.slice.bias),

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import transformers
+from flavor_files import without_kernel
 from safetensors.torch import save_file
 from tiny_models import noise, randomized
 from torch import Tensor, nn
@@ -37,11 +38,21 @@ from marrq.schemes import parse_scheme
 from runtime.session import Model, SessionSettings
 
 README = Path(__file__).parents[2] / "marrq" / "models" / "README.md"
-QUANTIZED = {"integer": "W4A8", "qdq": "W4A8", "matmulnbits": "W4A16"}
+QUANTIZED = {"integer": "W4A8", "qdq": "W4A8", "matmulnbits": "W4A16", "folded": "W4A16"}
 """The scheme that is tried with each flavour."""
 
-PARITY = {"integer": 0.9999, "qdq": 0.9999, "matmulnbits": 0.9999, "fp32": 0.9999, "fp16": 0.999}
+PARITY = {
+    "integer": 0.9999,
+    "qdq": 0.9999,
+    "matmulnbits": 0.9999,
+    "folded": 0.999,
+    "fp32": 0.9999,
+    "fp16": 0.999,
+}
 """The least median cosine of torch's outputs and ONNX Runtime's; float16 has eleven bits."""
+
+FOLDED_IN_FLOAT32 = 0.9999
+"""The same of `folded --float32`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +220,8 @@ class Found:
     difference: largest relative difference of the loaded model's outputs from its library's.
     output: logits or features.
     cosines: the median of each flavour; empty if the model was refused.
+    in_float32: the median of `folded --float32`.
+    off_gpu: nodes of the files for GPUs that the CUDA provider has no kernel for.
     whole: paths of fused q, k and v that are one product in the integer file.
     """
 
@@ -216,6 +229,8 @@ class Found:
     output: str
     cosines: dict[str, float]
     whole: tuple[str, ...]
+    in_float32: float = 1.0
+    off_gpu: tuple[str, ...] = ()
 
 
 @cache
@@ -241,7 +256,10 @@ def found(family: Family) -> Found:
         for scheme, artifact in artifacts.items():
             traced = trace_quantized(artifact, "hash")
             for flavor in (flavor for flavor, taken in QUANTIZED.items() if taken == scheme):
-                write(traced, flavor, folder / f"{flavor}.onnx")
+                write(traced, flavor, folder / f"{flavor}.onnx", device=DEVICE.get(flavor, "cpu"))
+        # The trace of the last scheme, which is that of `folded`.
+        write(traced, "folded", folder / "float32.onnx", {"float32": True}, device="gpu")
+        write_baseline(model, "fp16", folder / "fp16 gpu.onnx", device="gpu")
         sources = {
             flavor: artifacts[QUANTIZED[flavor]] if flavor in QUANTIZED else model
             for flavor in PARITY
@@ -259,6 +277,12 @@ def found(family: Family) -> Found:
             model.output,
             cosines,
             tuple(path for path in fused if f"{path}.q.weight_codes" not in values),
+            median_cosine(artifacts["W4A16"], family, folder / "float32.onnx"),
+            tuple(
+                place
+                for name in ("folded", "float32", "fp16 gpu")
+                for place in without_kernel(folder / f"{name}.onnx")
+            ),
         )
 
 
@@ -282,6 +306,9 @@ def median_cosine(model: VisionModel | QuantizedModel, family: Family, file: Pat
     a, b = model.module(pixels).flatten(1).numpy(), running.run(pixels.numpy()).reshape(16, -1)
     return float(np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
 
+
+DEVICE = {"folded": "gpu"}
+"""What a flavour is written for, if not for a CPU."""
 
 HEADINGS = ("family", "library", "model tried", "quantize", *PARITY, "note")
 
@@ -320,6 +347,8 @@ def test_a_loaded_model_is_that_of_its_library(family: Family):
     assert seen.difference <= 1e-5
     assert (seen.output == "features") == (family.note == "features")
     assert not seen.whole
+    assert seen.in_float32 >= FOLDED_IN_FLOAT32
+    assert not seen.off_gpu
 
 
 def test_the_readme_lists_the_families_and_no_others():

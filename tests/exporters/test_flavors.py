@@ -13,10 +13,12 @@ from exporters.choices import (
     OBJECTIONS,
     OPTION_HELP,
     OPTIONS,
+    flavors_for,
     objection,
     suitable_flavor,
+    written_scheme,
 )
-from exporters.flavors import FLAVORS, check_flavor
+from exporters.flavors import FLAVORS, check_flavor, variants
 from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.onnx_file import write
 from exporters.opsets import IR_VERSIONS
@@ -149,6 +151,21 @@ REFUSALS = [
         "--symmetric is no option of 'integer': use it with --flavor qdq",
     ),
     (
+        "folded",
+        {},
+        "W4A8",
+        "per-token",
+        "runs activations in float: the artifact has W4A8 per-token; use --weights-only, which "
+        "leaves the activations unquantized, or --flavor integer or qdq",
+    ),
+    (
+        "integer",
+        {"weights_only": True},
+        "W4A8",
+        "per-tensor",
+        "--weights-only is no option of 'integer': use it with --flavor folded",
+    ),
+    (
         "fp32",
         {"accuracy_level": 1},
         "W4A8",
@@ -167,7 +184,7 @@ REFUSALS = [
         {},
         "W4A8",
         "per-tensor",
-        "unknown flavour 'int4': choose one of integer, matmulnbits, qdq, fp32, fp16",
+        "unknown flavour 'int4': choose one of integer, matmulnbits, qdq, folded, fp32, fp16",
     ),
 ]
 
@@ -203,6 +220,18 @@ def test_a_file_that_is_refused_leaves_nothing(tmp_path: Path):
 )
 def test_the_flavour_that_suits_a_scheme_is_found(scheme: str, flavor: str):
     assert suitable_flavor(parse_scheme(scheme)) == flavor
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "W3A16-g64", "W2A4"])
+def test_a_gpu_gets_folded_weights_and_no_kernel_of_the_cpu(scheme: str):
+    parsed = parse_scheme(scheme)
+    assert suitable_flavor(parsed, "gpu") == "folded"
+    assert "integer" not in flavors_for(parsed, "gpu")
+    assert set(flavors_for(parsed, "gpu")) <= set(variants(parsed, "gpu"))
+    with pytest.raises(MarrqError, match="its kernels are of ONNX Runtime's CPU provider"):
+        check_flavor(parsed, "integer", device="gpu")
+    check_flavor(parsed, "folded", {"weights_only": True}, "gpu")
+    assert str(written_scheme(parsed, {"weights_only": True})) == f"W{scheme[1]}A16{scheme[5:]}"
 
 
 def test_the_qdq_flavour_can_express_every_scheme():

@@ -239,9 +239,10 @@ REFUSED = {
     "an unknown backend": (["--backend", "tensorflow"], "choose one of onnxruntime, python"),
     "an unknown device": (["--device", "tpu"], "choose one of cpu, gpu"),
     "CPU kernels on a GPU": (
-        ["--device", "gpu"],
-        "the kernels of integer are of ONNX Runtime's CPU provider",
+        ["--device", "gpu", "--flavor", "integer"],
+        "its kernels are of ONNX Runtime's CPU provider",
     ),
+    "quantized activations on a GPU": (["--device", "gpu"], "use --weights-only, which leaves"),
     "an unknown flavour": (["--flavor", "int4"], "unknown flavour 'int4'"),
     "a flavour that does not fit": (["--flavor", "matmulnbits"], "use --flavor integer or qdq"),
     "a bench that is none": (["--bench", "config.json"], "is no bench"),

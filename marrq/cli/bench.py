@@ -1,6 +1,6 @@
 """`marrq bench`: accuracy, size and latency of exported files beside their float baselines."""
 
-from marrq.cli import bench_options, common
+from marrq.cli import bench_options, common, device_options
 from marrq.files import write_text
 
 
@@ -8,13 +8,13 @@ def bench(
     paths: bench_options.Paths,
     data: common.DataOption = None,
     flavor: bench_options.Flavor = None,
-    weights_only: bench_options.WeightsOnly = False,
+    weights_only: device_options.WeightsOnly = False,
     baseline: bench_options.Baselines = [],
     batch: bench_options.Batches = [1, 8],
     threads: common.ThreadsOption = None,
-    device: bench_options.Device = None,
-    provider: bench_options.Provider = None,
-    cuda_graph: bench_options.CudaGraph = False,
+    device: device_options.Device = None,
+    provider: device_options.Provider = None,
+    cuda_graph: device_options.CudaGraph = False,
     rounds: bench_options.Rounds = 5,
     seconds: bench_options.Seconds = 1.0,
     parity: bench_options.Parity = False,
@@ -31,6 +31,7 @@ def bench(
     marrq bench artifact --data IMAGES --json bench.json
     marrq bench model.onnx --max-drop 1.0 --batch 16
     marrq bench artifact --recommend --report bench.html
+    marrq bench artifact --device gpu --weights-only --cuda-graph
     """
     from marrq.workflows.bench import bench as run
     from marrq.workflows.bench_options import BenchOptions

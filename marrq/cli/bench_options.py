@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from exporters.choices import BASELINES, option_help, quantized_flavors
+from exporters.choices import BASELINES, quantized_flavors
 from marrq.cli import common
 
 compared = partial(typer.Option, rich_help_panel="What is compared")
@@ -34,25 +34,6 @@ Baselines = Annotated[
         "none. May be repeated. Default: fp16 and fp32, if the float model is at hand.",
         show_default=False,
     ),
-]
-WeightsOnly = Annotated[bool, compared("--weights-only", help=option_help("weights_only"))]
-
-Device = Annotated[
-    str | None,
-    common.run_option(
-        metavar="NAME",
-        help="cpu or gpu: what artifacts and baselines are exported for, and run on. Default: cpu.",
-    ),
-]
-Provider = Annotated[
-    str | None,
-    common.run_option(
-        metavar="NAME",
-        help="Execution provider: cpu, cuda or tensorrt. Default: by the device.",
-    ),
-]
-CudaGraph = Annotated[
-    bool, timed("--cuda-graph", help="With --device gpu: time recorded CUDA graphs.")
 ]
 
 Batches = Annotated[

@@ -63,6 +63,7 @@ class BaselineMaker:
             return self._defaults()
         # A baseline that was named twice is measured once.
         names = list(dict.fromkeys(wanted))
+        # Flavours are exported from the float model, everything else is a file.
         flavors = [name for name in names if name in BASELINES]
         files = [self.given(Path(name)) for name in names if name not in BASELINES]
         model, reason = self._float_model() if flavors else (None, "")
@@ -76,6 +77,7 @@ class BaselineMaker:
 
     def _defaults(self) -> Baselines:
         model, reason = self._float_model()
+        # The model itself is preferred: what it is exported to is made for this device.
         if model is not None:
             return Baselines(tuple(self._export(model, flavor) for flavor in DEFAULTS))
         # Exports that were carried along with what is measured.
@@ -84,6 +86,7 @@ class BaselineMaker:
         if carried:
             self.say(f"baselines are {', '.join(map(str, carried.values()))}, because {reason}")
         entries = tuple(self.given(place) for place in carried.values())
+        # Said now and recorded in the report: nobody should look for a ratio that is not there.
         missing = " and ".join(flavor for flavor in DEFAULTS if flavor not in carried)
         if not missing:
             return Baselines(entries)
@@ -95,6 +98,7 @@ class BaselineMaker:
         """A file as a baseline. Raises MarrqError if it is no export of the float model."""
         opened = Model(file, self.session)
         metadata = opened.metadata()
+        # Ratios and drops are told against float models, so a quantized file is no baseline.
         if not metadata.is_marrqs or metadata.flavor not in BASELINES:
             raise MarrqError(
                 f"the baseline {str(file)!r} is no float model that marrq exported: make one with "

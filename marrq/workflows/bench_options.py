@@ -69,6 +69,7 @@ class BenchOptions:
     artifacts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        # The device is a part of what follows, so a contradiction is told first.
         device, provider = self.runs_on
         if self.flavor is not None:
             check_choice(self.flavor, self.flavor_options)
@@ -103,6 +104,8 @@ class BenchOptions:
     @property
     def wanted_baselines(self) -> tuple[str, ...] | None:
         """Flavours and files to measure; None for the default ones."""
+        # What is asked for must be there, and what is taken by default need not be, so the default
+        # is not spelled out here.
         return () if self.baselines == (NO_BASELINE,) else self.baselines
 
     @property

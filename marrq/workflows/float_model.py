@@ -17,6 +17,8 @@ def find_float_model(source: "ModelSource") -> "tuple[VisionModel | None, str]":
     weights now."""
     from marrq.models.load import load_source
 
+    # Whatever keeps the model from being loaded, the caller can do without it: a folder that was
+    # moved, a hub that cannot be reached, weights that were trained further.
     try:
         return load_source(source), ""
     except MarrqError as error:

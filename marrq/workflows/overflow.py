@@ -28,6 +28,7 @@ def overflow_warning(model: QuantizedModel, file: Path, takes_images: bool) -> s
     of_what = "calibration images"
     if pixels is None:
         pixels, of_what = _synthetic_images(model.preprocessing), "noise, black and white"
+    # The file's own input: a graph for servers may take images as they are.
     given = _images(pixels, model.preprocessing) if takes_images else pixels
     found = first_overflow(file, given)
     if found is None:
@@ -44,9 +45,11 @@ def _calibration_images(model: QuantizedModel) -> NDArray[np.float32] | None:
     record = model.calibration
     try:
         drawn = find_images(record.data, "train", model.labels).draw(record.samples, record.seed)
+        # The same name may mean other images by now.
         if drawn.sha256 != record.files_sha256:
             return None
         found: NDArray[np.float32] = drawn.pixels(model.preprocessing)[:IMAGES].numpy()
+    # A folder that has moved is no fault of an export.
     except MarrqError:
         return None
     return found

@@ -15,6 +15,7 @@ def choose_provider(device: str | None, provider: str | None) -> tuple[str, str]
 
     Raises MarrqError for an unknown name, and for a provider that is of another device.
     """
+    # Names first: a contradiction is told of names that exist.
     if device is not None:
         check_device(device)
     if provider is None:
@@ -22,6 +23,7 @@ def choose_provider(device: str | None, provider: str | None) -> tuple[str, str]
         return device, PROVIDERS[device]
     if provider not in DEVICES:
         raise MarrqError(f"unknown provider {provider!r}: choose one of {', '.join(DEVICES)}")
+    # A file that was made for one device would be timed on the other one.
     if device not in (None, DEVICES[provider]):
         raise MarrqError(
             f"--provider {provider} runs on the {DEVICES[provider]}, and --device {device} was "

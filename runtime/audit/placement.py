@@ -19,6 +19,7 @@ def misplaced(graph: Graph, executed: Sequence[ExecutedNode], wanted: str) -> li
 
     graph: as it was executed. wanted: the provider as ONNX Runtime names it.
     """
+    # By name, which profile and optimized graph have in common.
     elsewhere = {node.name: node for node in executed if node.provider != wanted}
     known = {node.name for node in graph.nodes}
     return [
@@ -42,6 +43,7 @@ def misplacement(examined: Examined, executed: Sequence[ExecutedNode]) -> str | 
         for linear in examined.linears
         if linear.kernel is not None
     }
+    # A linear costs most, and is what the user asked for.
     first = next((node for node in nodes if node.name in linears), nodes[0])
     what = f"the linear {linears[first.name]!r}" if first.name in linears else f"{first.name!r}"
     operators = ", ".join(

@@ -31,6 +31,7 @@ def _may_have_kernel(graph: Graph, node: onnx.NodeProto, opset: int) -> bool:
     types = [graph.type_of(name) for name in node.input if name]
     # A file need not tell the types of its values: what is not known is not held against it.
     known = ["float32" if name == UNKNOWN else name for name in types]
+    # An operator that the opset does not have is one of ONNX Runtime's CPU provider.
     try:
         return has_kernel(node, opset, known)
     except onnx.defs.SchemaError:

@@ -22,10 +22,10 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import BenchError
 from runtime.gpu import memory_used_mb
+from runtime.records import Json
 from runtime.session import DEVICES, Model, SessionSettings
 
 # The arena grows in the first run, and again in the second, when ONNX Runtime has seen which sizes
@@ -98,7 +98,7 @@ def _main(task: str) -> None:
     print(json.dumps(asdict(PeakMemory(resident_peak_mb(), taken))))
 
 
-def _run(task: dict[str, Any]) -> float | None:
+def _run(task: Json) -> float | None:
     """Open the file and run it. What that takes of the GPU's memory."""
     settings = SessionSettings(**task["settings"])
     on_gpu = settings.provider in DEVICES

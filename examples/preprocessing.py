@@ -6,8 +6,8 @@ transformers and every pretrained config of timm, beside marrq.
 The reference is the library's own code: `create_transform` of timm, and of transformers the class
 that AutoImageProcessor loads by default. Each is given images of noise of four sizes. Compared are
 marrq's pixels (marrq/models/preprocessing.py, torch), and those that an exported file's metadata
-give (runtime/preprocessing.py, NumPy and Pillow). A difference is the largest one over all images, in
-levels of 255 of a pixel. What marrq refuses is listed with its reason.
+give (runtime/preprocessing.py, NumPy and Pillow). A difference is the largest one over all images,
+in levels of 255 of a pixel. What marrq refuses is listed with its reason.
 
 A processor is compared with its default settings; some are compared with more. For each processor
 that has a PIL variant, the difference between the two variants is given too.
@@ -82,6 +82,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "DINOv3ViTImageProcessor": [
         {"resample": 3},
         {"size": {"height": 256, "width": 192}},
+    ],
+    "TimmWrapperImageProcessor": [
+        {"pretrained_cfg": {"input_size": (3, 224, 224), "interpolation": "bilinear"}},
     ],
     "DetrImageProcessor": [{"size": {"height": 320, "width": 320}}],
     "YolosImageProcessor": [{"size": {"height": 320, "width": 320}}],

@@ -1,6 +1,7 @@
 """The preprocessing of a model gives the pixels of the library that the model comes from, and what
 an exported file says, done in numpy and Pillow, gives the same pixels."""
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg, list_pretrained
+from transformers.models.auto import image_processing_auto as auto
 
 from marrq.errors import MarrqError
 from marrq.models.preprocessing import Preprocessing, from_image_processor
@@ -126,6 +128,38 @@ def test_every_kind_of_timm_config_gives_timms_own_pixels():
         for size in SIZES:
             picture = image(*size, "RGB")
             assert torch.equal(mine(picture), theirs(picture)), config
+
+
+@pytest.mark.slow
+def test_every_pretrained_config_of_timm_gives_timms_own_pixels():
+    configs = {}
+    for name in list_pretrained():
+        config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(name).to_dict())
+        configs[repr(config)] = config
+    for size, config in zip(itertools.cycle(SIZES), configs.values()):
+        picture = image(*size, "RGB")
+        mine = Preprocessing.from_timm(config).transform()(picture)
+        assert torch.equal(mine, create_transform(**config)(picture)), config
+
+
+@pytest.mark.slow
+def test_every_image_processor_of_transformers_gives_its_own_pixels_or_is_refused_by_name():
+    names = {
+        backends.get("torchvision") or backends["pil"]
+        for backends in auto.IMAGE_PROCESSOR_MAPPING_NAMES.values()
+    }
+    expressed, refused = set(), {}
+    # It takes its settings from a checkpoint of timm.
+    for name in sorted(names - {"TimmWrapperImageProcessor"}):
+        processor = auto.get_image_processor_class_from_name(name)()
+        try:
+            check_same_pixels(processor, from_image_processor(processor.to_dict()))
+            expressed.add(name)
+        except MarrqError as error:
+            refused[name] = str(error)
+    assert all(name in sentence for name, sentence in refused.items())
+    plain = {name for name, _ in PROCESSORS} - {"YolosImageProcessor", "DetrImageProcessor"}
+    assert plain <= expressed
 
 
 @pytest.mark.parametrize("channels", [1, 4])

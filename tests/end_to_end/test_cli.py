@@ -205,7 +205,7 @@ def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
     capsys: pytest.CaptureFixture[str],
 ):
     drops = iter([PairedDrop(0.5, 0.3, 0.7, 12, 0, 0.0)])
-    monkeypatch.setattr("runtime.measure.bench.paired_drop", lambda baseline, model: next(drops))
+    monkeypatch.setattr("runtime.measure.answers.paired_drop", lambda baseline, model: next(drops))
     code, report = bench_tiny(tiny_artifact, image_folder, "--max-drop", "1.0")
     assert code == 3
     assert report["gate"]["models"][0]["verdict"] == "failed"

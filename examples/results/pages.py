@@ -11,14 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import fill
-from typing import Any
+
+from layout import Json, page, table
 
 FOLDER = Path(__file__).parent
-WIDTH = 100
-
-Json = dict[str, Any]
-"""What record.py wrote (commit, date, machine, versions, commands, reports), or a part of it."""
 
 ACCURACY = ("top-1, %", "drop, points", "divergence, nats", "same answer, %")
 
@@ -259,34 +255,6 @@ def timed(row: Json, fp32: Json) -> str:
     ratios = [a / b for a, b in zip(row["rounds_ms"], fp32["rounds_ms"], strict=True)]
     spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
     return f"{row['p50_ms']:.2f} ({row['ratio_fp32']:.2f}; {spread})"
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. The first column holds names, the others figures."""
-    lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def conditions(record: Json) -> str:
-    """A table of what the commands ran on."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    facts = {"machine": record["machine"], "versions": versions, "date": record["date"]}
-    rows = [*facts.items(), ("commit", f"`{record['commit']}`")]
-    return "\n".join(["| measured on | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
-
-
-def page(record: Json, title: str, intro: str, *parts: str) -> str:
-    """A whole page. parts: headings and tables, which stay as they are, and paragraphs."""
-    commands = "\n".join(["```sh", *record["commands"], "```"])
-    whole = [f"# {title}", intro, commands, conditions(record), *parts]
-    return "\n\n".join(map(laid_out, whole)) + "\n"
-
-
-def laid_out(part: str) -> str:
-    """A paragraph filled to the width; a heading, a table or a block of code as it is."""
-    if part.startswith(("#", "|", "```")):
-        return part
-    return fill(" ".join(part.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 PAGES: dict[str, Callable[[Json], str]] = {

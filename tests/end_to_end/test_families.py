@@ -220,7 +220,7 @@ class Found:
     difference: largest relative difference of the loaded model's outputs from its library's.
     output: logits or features.
     cosines: the median of each flavour; empty if the model was refused.
-    in_float32: the median of `folded --float32`.
+    in_float32, fp16_on_gpu: the median of `folded --float32`, and of `fp16` for a GPU.
     off_gpu: nodes of the files for GPUs that the CUDA provider has no kernel for.
     whole: paths of fused q, k and v that are one product in the integer file.
     """
@@ -230,6 +230,7 @@ class Found:
     cosines: dict[str, float]
     whole: tuple[str, ...]
     in_float32: float = 1.0
+    fp16_on_gpu: float = 1.0
     off_gpu: tuple[str, ...] = ()
 
 
@@ -278,6 +279,7 @@ def found(family: Family) -> Found:
             cosines,
             tuple(path for path in fused if f"{path}.q.weight_codes" not in values),
             median_cosine(artifacts["W4A16"], family, folder / "float32.onnx"),
+            median_cosine(model, family, folder / "fp16 gpu.onnx"),
             tuple(
                 place
                 for name in ("folded", "float32", "fp16 gpu")
@@ -348,6 +350,7 @@ def test_a_loaded_model_is_that_of_its_library(family: Family):
     assert (seen.output == "features") == (family.note == "features")
     assert not seen.whole
     assert seen.in_float32 >= FOLDED_IN_FLOAT32
+    assert seen.fp16_on_gpu >= PARITY["fp16"]
     assert not seen.off_gpu
 
 

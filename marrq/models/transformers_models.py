@@ -46,14 +46,14 @@ def read(location: str) -> Checkpoint:
     preprocessing = from_image_processor(processor.to_dict(), channels)
     check_same_pixels(processor, preprocessing)
     # Only a forward shows whether the model returns logits: the config has `id2label` either way.
+    wrapped = TransformersOutput(module)
     with torch.no_grad():
-        classifies = "logits" in module(pixel_values=torch.zeros(1, *preprocessing.input_size))
+        output = module(pixel_values=torch.zeros(1, *preprocessing.input_size))
+    classifies = wrapped.chosen(output) == "logits"
     # The class is stored too: of a model of images and text the tower's class, not the whole's.
     architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
     class_names = _class_names(architecture["id2label"]) if classifies else None
-    return Checkpoint(
-        TransformersOutput(module), architecture, preprocessing, class_names, classifies, notes
-    )
+    return Checkpoint(wrapped, architecture, preprocessing, class_names, classifies, notes)
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:

@@ -4,6 +4,7 @@ Models of transformers return a dictionary of outputs. Tracing, quantization and
 one tensor. This file does not import transformers, which takes seconds.
 """
 
+from collections.abc import Container
 from typing import cast
 
 from torch import Tensor, nn
@@ -26,12 +27,16 @@ class TransformersOutput(nn.Module):
 
         Raises MarrqError if the model returns none of `OUTPUTS`.
         """
-        # A classifier may give hidden states beside its logits: the first name that is there wins.
         output = self.model(pixel_values=pixels)
+        return cast(Tensor, output[self.chosen(output)])
+
+    def chosen(self, output: Container[str]) -> str:
+        """The name of the output that is taken. output: what the model returned."""
+        # A classifier may give hidden states beside its logits: the first name that is there wins.
         name = next((name for name in OUTPUTS if name in output), None)
         if name is None:
             raise MarrqError(
                 f"{type(self.model).__name__} returns none of {', '.join(OUTPUTS)}: choose a "
                 "classifier or a feature extractor"
             )
-        return cast(Tensor, output[name])
+        return name

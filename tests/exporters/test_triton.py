@@ -16,6 +16,8 @@ from tritonclient.grpc import model_config_pb2 as protocol
 
 from exporters import onnx_file
 from exporters.onnx_file import Export
+from exporters.triton import config as triton_config
+from exporters.triton.card import card
 from exporters.triton.config import preferred_batches
 from exporters.triton.repository import write_repository
 from exporters.triton.serving import Serving
@@ -73,6 +75,17 @@ def test_the_page_beside_the_model_tells_a_client_what_to_send(prepared: Prepare
     assert "resize the shorter side to that of 35 × 35, and cut 32 × 32" in floats
     assert "`pixels`, UINT8 [32, 32, 3]" in images
     assert "mean" not in images
+
+
+def test_the_page_says_who_resizes_and_what_becomes_of_colours(prepared: Prepared):
+    terms = {"resampling": "uint8-tensor", "bgr": True, "resized": (40, 48)}
+    described = replace(prepared.model.preprocessing, **terms, crop_mode="squash")
+    export = replace(prepared, model=replace(prepared.model, preprocessing=described))
+    described_config = triton_config.config_of(prepared.files[False], export, Serving("x"))
+    page = card(export, described_config, Serving("x"))
+    assert "resize to 40 × 48, and cut 32 × 32 out of the middle" in page
+    assert "torchvision's resize of a tensor in uint8, bicubic" in page
+    assert "exchange red and blue, and send (x / 255 - mean) / std" in page
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +240,15 @@ def test_a_repository_on_another_file_system_than_its_folder_is_refused_before_a
     sentence = "'/dev' and moved to '/dev/shm' in one step, but the first is not writable or on"
     with pytest.raises(MarrqError, match=sentence):
         write_repository(prepared, Path("/dev/shm"), Serving())
+
+
+def test_a_gpu_gets_its_own_kind_and_a_page_that_names_the_scheme_of_the_file(
+    prepared: Prepared, tmp_path: Path
+):
+    folded = {"flavor": "folded", "options": {"weights_only": True}, "device": "gpu"}
+    version = write_repository(replace(prepared, **folded), tmp_path, Serving("digits"))
+    assert config_of(tmp_path).instance_group[0].kind == protocol.ModelInstanceGroup.KIND_GPU
+    assert "quantized to W4A16 by rtn, as `folded` for a GPU" in (version / "README.md").read_text()
 
 
 REFUSED = {

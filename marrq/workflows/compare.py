@@ -34,6 +34,7 @@ from marrq.workflows.devices import peak_memory
 from marrq.workflows.evaluate import predict
 from marrq.workflows.quantize import Recipe, quantize_in_place
 from runtime.environment import describe_machine
+from runtime.errors import BenchError
 from runtime.measure.accuracy import measure_accuracy
 from runtime.report.comparison import SCHEMA
 
@@ -158,9 +159,15 @@ class Runner:
         with peak_memory() as peak:
             model = self._quantized(combination)
         seconds = time.perf_counter() - start
+        try:
+            measured = self._measured(model, reference)
+        except BenchError as error:
+            # The other combinations have no part in it, so the user has to know which one to drop.
+            named = f"{combination.scheme.description} {combination.method.name}"
+            raise BenchError(f"{named}, seed {combination.seed}: {error}") from error
         return {
             **combination.key,
-            **self._measured(model, reference),
+            **measured,
             "seconds": seconds,
             "peak_memory_mb": peak(),
             "float": self.accuracy,

@@ -14,8 +14,6 @@ from walked_kind import Kind
 KINDS = (
     Kind("timm", "levit_128", "levit", 64),  # a linear called linear, beside a norm
     Kind("timm", "convit_tiny", "convit", 32),  # asks a linear for its weight's device
-    Kind("timm", "twins_svt_small", "twins", 64),  # a list of lists of blocks
-    Kind("timm", "coat_lite_tiny", "coat", 64),  # blocks share a position encoding
     Kind("transformers", "CLIPForImageClassification"),  # a classifier on a tower
 )
 

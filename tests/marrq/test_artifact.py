@@ -360,6 +360,16 @@ def test_a_save_that_fails_or_was_killed_keeps_what_it_was_to_replace(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_tensors_that_share_memory_are_saved_each(tmp_path: Path):
+    model = quantized(vit(), noise(4), "W4A8", "rtn")
+    blocks = model.module.blocks
+    # One norm for two blocks, as CoaT has one position encoding for the blocks of a stage.
+    blocks[1].norm1 = blocks[0].norm1
+    save(model, tmp_path / "artifact")
+    again = load(tmp_path / "artifact")
+    assert torch.equal(again.module(noise(2)), model.module(noise(2)))
+
+
 def test_the_same_run_gives_the_same_hash(tmp_path: Path):
     for name in ("a", "b"):
         save(quantized(vit(), IMAGES, "W3A8", "gptaq"), tmp_path / name)

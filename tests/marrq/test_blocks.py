@@ -240,3 +240,81 @@ class Functional(nn.Module):
 def test_a_linear_that_is_never_called_is_refused_by_name():
     with pytest.raises(MarrqError, match=r"linear blocks\.0\.fc is called 0 times"):
         find_blocks(Functional(), torch.randn(2, 5, 4))
+
+
+class TwoStreams(nn.Module):
+    """Its block changes two streams of tokens, as TNT's does: the first does not need the
+    second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].fc = nn.Linear(4, 4)
+        self.blocks[0].forward = lambda x, y: (  # type: ignore[method-assign]
+            self.blocks[0].fc(x),
+            y + x,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks[0](x, x.flip(-1))
+        return first + second
+
+
+def test_a_block_with_a_second_stream_of_tokens_is_refused_by_name():
+    with pytest.raises(MarrqError, match=r"block 'blocks\.0' gives other tokens alone"):
+        find_blocks(TwoStreams(), torch.randn(2, 5, 4))
+
+
+class TableOfImages(nn.Module):
+    """Gives its block a table that has a row for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].fc = nn.Linear(4, 4)
+        self.blocks[0].forward = lambda x, table: torch.cat(  # type: ignore[method-assign]
+            [self.blocks[0].fc(x), table], dim=1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x, torch.ones(len(x), 1, 4))
+
+
+def test_a_block_whose_arguments_depend_on_the_number_of_images_is_refused_by_name():
+    with pytest.raises(MarrqError, match=r"block 'blocks\.0' gives other tokens alone"):
+        find_blocks(TableOfImages(), torch.randn(2, 5, 4))
+
+
+TWINS = {
+    "img_size": 32,
+    "embed_dims": (16, 32, 32, 32),
+    "num_heads": (1, 2, 2, 2),
+    "depths": (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "paths"),
+    [
+        # A list of lists, of which the inner lists are never called.
+        ("twins_svt_small", TWINS, [f"blocks.{stage}.0" for stage in range(4)]),
+        # A list with a number in its name.
+        (
+            "coat_lite_tiny",
+            {"img_size": 32, "serial_depths": (1, 1, 1, 1)},
+            [f"serial_blocks{stage}.0" for stage in range(1, 5)],
+        ),
+        # Blocks in a sequence in a list, beside one that is called by hand.
+        (
+            "davit_tiny",
+            {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (2, 4)},
+            [f"stages.{stage}.blocks.0.{index}" for stage in range(2) for index in range(2)],
+        ),
+    ],
+)
+def test_blocks_are_the_innermost_modules_that_run(
+    name: str, arguments: dict[str, object], paths: list[str]
+):
+    blocks = find_blocks(small_timm(name, **arguments), torch.randn(2, 3, 32, 32))
+    assert [block.path for block in blocks] == paths
+    assert all(block.groups for block in blocks)

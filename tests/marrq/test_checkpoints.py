@@ -1,5 +1,5 @@
-"""Checkpoints as training writes them: prefixes of wrappers, files of torch, wrappers of one library
-in the other, adapters; and what is said if weights do not fit."""
+"""Checkpoints as training writes them: prefixes, files of torch, wrappers of one library in the
+other, adapters; and what is said if weights do not fit."""
 
 import json
 import shutil

@@ -76,6 +76,28 @@ def test_no_norm_is_found_if_windows_are_cut_between_the_norm_and_the_linear():
     assert [group for group, norm in found.items() if norm] == [("mlp.fc1",)]
 
 
+@pytest.mark.parametrize("read", ["reshaped", "added", "by its linear alone"])
+def test_no_norm_is_found_if_something_else_reads_it_than_modules_that_are_given_it(read: str):
+    """As PVT v2's attention, whose keys come from a reduced image of the same norm."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q, self.other = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            if read == "reshaped":
+                pairs = self.other(x.reshape(len(x), -1, 16))
+                return self.q(x) + pairs.repeat_interleave(2, 1)
+            return self.q(x) + x if read == "added" else self.q(x)
+
+    block = Block("", Attention(), (("q",),), True, (), {})
+    with torch.no_grad():
+        found = find_norm(block, ("q",), torch.randn(2, 4, 8))
+    assert found == ("norm" if read == "by its linear alone" else None)
+
+
 @FAMILIES
 def test_a_scale_that_a_norm_holds_changes_no_output(make):
     with torch.no_grad():

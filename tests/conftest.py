@@ -13,10 +13,14 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from kept_registry import keep_registry
 from PIL import Image
 from safetensors.torch import save_file
 
 from marrq.cli import main
+
+# Tests export dozens of models in a process.
+keep_registry()
 
 CLASSES = ["cat", "dog", "eel"]
 

@@ -155,7 +155,8 @@ def _compared(kind: Kind, made: QuantizedModel, again: QuantizedModel, file: Pat
     lengths = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got.astype(np.float64), axis=1)
     cosines = (wanted * got).sum(1) / lengths
     outcome = Outcome("works", "", len(quantized_linears(again.module)))
-    outcome.cosine, outcome.least = float(np.median(cosines)), float(cosines.min())
+    outcome.cosine = round(float(np.median(cosines)), 6)
+    outcome.least = round(float(cosines.min()), 6)
     if not torch.allclose(made.module(pixels).flatten(1).double(), torch.from_numpy(wanted)):
         return Outcome("failed", "load the artifact: other outputs than before it was saved")
     if not outcome.cosine >= LEAST_COSINE:

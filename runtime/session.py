@@ -125,7 +125,7 @@ class Model:
 
         Raises BenchError if the file cannot be loaded, and if the provider is not there.
         """
-        provider = _provider(settings)
+        self._path, provider = path, _provider(settings)
         if settings.provider in DEVICES:
             _load_cuda()
         options = _options(settings, profile_to, optimized_to)
@@ -162,8 +162,15 @@ class Model:
             )
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [batch, classes] of inputs [batch, channels, height, width]."""
-        logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
+        """Logits [batch, classes] of inputs [batch, channels, height, width]. Raises BenchError if
+        a kernel fails."""
+        try:
+            logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
+        except Exception as error:  # as in __init__
+            raise BenchError(
+                f"ONNX Runtime {ONNXRUNTIME_VERSION} loads {str(self._path)!r} and fails when it "
+                f"runs: {str(error).strip().splitlines()[0]}"
+            ) from error
         return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:

@@ -2,8 +2,8 @@
 
 Baselines are exported from the float model. If that is not on this machine, they are files: those
 that the user names, or `fp16.onnx` and `fp32.onnx` beside what is measured. A baseline that was
-named by its flavour must be there; the default ones are left out if they are not, and the report
-says so.
+named by its flavour must be there; the default ones are left out if they are not, or if they cannot
+be exported or run here, and the report says so.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from exporters.choices import BASELINES
 from marrq.errors import MarrqError
 from marrq.workflows.float_model import find_float_model
+from runtime.errors import BenchError
 from runtime.measure.measured import Entry
 from runtime.metadata import Metadata
 from runtime.session import Model, SessionSettings
@@ -79,7 +80,7 @@ class BaselineMaker:
         model, reason = self._float_model()
         # The model itself is preferred: what it is exported to is made for this device.
         if model is not None:
-            return Baselines(tuple(self._export(model, flavor) for flavor in DEFAULTS))
+            return self._tried(model)
         # Exports that were carried along with what is measured.
         places = (folder / f"{flavor}.onnx" for flavor in DEFAULTS for folder in self.beside)
         carried = {place.stem: place for place in places if place.is_file()}
@@ -93,6 +94,22 @@ class BaselineMaker:
         warning = f"measured without the baseline {missing}, which need the float model: {reason}"
         self.say(f"warning: {warning}")
         return Baselines(entries, (warning,))
+
+    def _tried(self, model: "VisionModel") -> Baselines:
+        """The default baselines, without those that cannot be exported or run here."""
+        entries, warnings = [], []
+        for flavor in DEFAULTS:
+            try:
+                entry = self._export(model, flavor)
+                # One forward tells whether this provider has kernels for it.
+                opened = Model(entry.file, self.session)
+                opened.run(opened.random_input(1))
+            except (MarrqError, BenchError) as error:
+                warnings.append(f"measured without the baseline {flavor}: {error}")
+                self.say(f"warning: {warnings[-1]}")
+            else:
+                entries.append(entry)
+        return Baselines(tuple(entries), tuple(warnings))
 
     def given(self, file: Path) -> Entry:
         """A file as a baseline. Raises MarrqError if it is no export of the float model."""

@@ -15,6 +15,9 @@ from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.workflows.bench_options import BenchOptions
 from marrq.workflows.provider import choose_provider
+from runtime import session
+from runtime.gpu import Gpu
+from runtime.measure.memory import PeakMemory
 
 QUICK = ["--rounds", "1", "--seconds", "0", "--batch", "1"]
 
@@ -80,6 +83,25 @@ def test_a_float16_file_that_overflows_is_told_when_written_and_is_a_row_when_be
     assert "fp16 gives NaN or infinite logits for 24 images: MatMul of" in capsys.readouterr().out
 
 
+def test_a_default_baseline_that_cannot_be_exported_or_run_is_left_out_and_told(
+    made: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def cannot(model: object, flavor: str, file: Path, device: str) -> float:
+        if flavor == "fp16":
+            raise MarrqError("no such trace")
+        file.write_bytes(b"")
+        return 32.0
+
+    monkeypatch.setattr("exporters.onnx_file.write_baseline", cannot)
+    code, report = benched(made / "carried" / "model.onnx", image_folder, tmp_path)
+    assert code == 0
+    assert report is not None
+    assert [model["name"] for model in report["models"]] == ["W4A8 rtn"]
+    first, second = report["warnings"]
+    assert first == "measured without the baseline fp16: no such trace"
+    assert second.startswith("measured without the baseline fp32: ")
+
+
 def test_a_file_is_benched_without_the_float_model_and_the_report_says_so(
     without_model: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -111,7 +133,7 @@ def test_what_was_asked_for_by_name_and_is_not_there_is_refused_with_the_way_out
         assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_baseline_may_be_a_file_that_is_named_or_lies_beside_what_is_measured(
     without_model: Path, image_folder: Path, tmp_path: Path, named: bool
 ):
@@ -128,6 +150,7 @@ def test_a_baseline_may_be_a_file_that_is_named_or_lies_beside_what_is_measured(
     )
 
 
+@pytest.mark.slow
 def test_an_artifact_is_evaluated_and_compared_with_its_file_without_the_float_model(
     without_model: Path, image_folder: Path, tmp_path: Path
 ):
@@ -193,3 +216,31 @@ def test_noise_black_and_white_are_the_inputs_if_the_calibration_images_are_gone
     back = _images(pixels, preprocessing)
     assert back.shape == (4, *preprocessing.input_size[1:], 3)
     np.testing.assert_allclose(back[0] / 255, (pixels[0].transpose(1, 2, 0) + 1) / 2, atol=1 / 500)
+
+
+@pytest.mark.slow
+def test_a_bench_for_a_gpu_runs_from_export_to_report_on_the_processors_kernels(
+    made: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The processor in the place of CUDA: all steps but CUDA's own."""
+    monkeypatch.setitem(session.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(session.DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(session, "_records_graphs", lambda settings: False)
+    monkeypatch.setattr(
+        "runtime.measure.bench.measure_peak_memory",
+        lambda files, batch, settings: [PeakMemory(1.0, 2.0)] * len(files),
+    )
+    gpu = Gpu("G", "1", 1.0, "P0", 1.0, 1.0, 1.0, False)
+    monkeypatch.setattr("runtime.measure.bench.describe_gpu", lambda: gpu)
+    options = ["--device", "gpu", "--weights-only", "--cuda-graph", "--baseline", "none"]
+    code, report = benched(made / "artifact", image_folder, tmp_path, *options, "--batch", "2")
+    assert code == 0
+    assert report is not None
+    [model] = report["models"]
+    assert (model["flavor"], model["device"], model["scheme"]) == ("folded", "gpu", "W4A16")
+    assert [row["batch"] for row in model["latency"]] == [1, 2]
+    assert model["peak_gpu_memory_mb"] == 2
+    assert report["environment"]["cuda_graph"]
+    assert report["environment"]["gpu"]["name"] == "G"
+    assert model["not_finite"]["images"] == 24, "fc2 is too large for float16"
+    assert report["warnings"] == []

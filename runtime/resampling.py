@@ -96,6 +96,7 @@ def _one_axis(
         # torch rounds halves away from zero.
         scaled = weights * 2.0**precision
         weights = np.trunc(scaled + np.copysign(0.5, scaled))
+    # Blocks of output pixels, since a product with all weights would multiply zeros.
     result = np.empty((*pixels.shape[:-1], size), pixels.dtype)
     for first in range(0, size, BLOCK):
         rows = slice(first, first + BLOCK)

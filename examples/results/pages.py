@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layout import Json, page, table
+from preprocessing_page import preprocessing
 
 FOLDER = Path(__file__).parent
 
@@ -261,6 +262,7 @@ PAGES: dict[str, Callable[[Json], str]] = {
     "dinov2_small": dinov2_small,
     "eight_bit_codes": eight_bit_codes,
     "other_tools": other_tools,
+    "preprocessing": preprocessing,
 }
 """The pages by name."""
 

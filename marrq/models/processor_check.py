@@ -41,6 +41,7 @@ def check_same_pixels(processor: Any, preprocessing: Preprocessing) -> None:
         try:
             theirs = processor(images=image, return_tensors="pt")["pixel_values"]
         except Exception as error:
+            # Pairs of images, boxes or text are missing, or a package; each raises its own error.
             raise MarrqError(
                 f"{name} makes no pixels of an image of mode {mode} alone ({_first_line(error)}): "
                 "choose a model whose input is one image"
@@ -51,6 +52,7 @@ def check_same_pixels(processor: Any, preprocessing: Preprocessing) -> None:
                 f"{name} makes a video or several parts of an image, {shape}: choose a model whose "
                 "input is one image"
             )
+        # [1, channels, height, width] on both sides
         mine = transform(image)[None]
         same = mine.shape == theirs.shape
         difference = (mine - theirs).abs().max().item() if same else math.inf

@@ -145,12 +145,14 @@ def _poolformer(processor: Fields, size: Mapping[str, Any]) -> tuple[Size | None
 
 def _dpt(processor: Fields, size: Mapping[str, Any]) -> tuple[Size | None, Size, str]:
     _, (height, width), crop_mode = _plain(processor, size)
+    # Rounded half to even, as Python does.
     multiple = processor.get("ensure_multiple_of") or 1
     rounded = round(height / multiple) * multiple, round(width / multiple) * multiple
     return rounded, rounded, crop_mode
 
 
 def _sam(processor: Fields, size: Mapping[str, Any]) -> tuple[Size | None, Size, str]:
+    # Only a square that the longer side fills is of one size for every image.
     edge, filled = size.get("longest_edge"), _height_and_width(processor, "pad_size")
     if not (edge and processor.get("do_pad") and edge == max(filled) == min(filled)):
         raise MarrqError(

@@ -60,6 +60,7 @@ def by_pillow(
     size: of the result. resized: before the crop; None if the image is not resized.
     fill: list of a pixel's 8-bit numbers that `border` fills up with.
     """
+    # The same steps as in timm's `create_transform`, which does not take the size before the crop.
     steps: list[Callable[..., object]] = []
     if resized is not None:
         mode = str_to_interp_mode(interpolation)
@@ -86,10 +87,12 @@ def by_tensors(
     def transform(image: Image.Image) -> Tensor:
         pixels: Tensor = tensors.pil_to_tensor(image)  # uint8 [channels, height, width]
         if resampling == "float32-tensor":
+            # From here on nothing is rounded to levels.
             pixels = pixels.float().div_(255)
         if resized is not None:
             target = _resized(pixels.shape[1:], resized, crop_mode)
             pixels = tensors.resize(pixels, list(target), TENSOR_MODES[interpolation])
+        # Of `corner` nothing is cut off; what fills it up has no pixels.
         if crop_mode != "corner":
             pixels = _centre(pixels, size)
         return pixels if pixels.is_floating_point() else pixels.float().div_(255)

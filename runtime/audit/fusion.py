@@ -138,6 +138,9 @@ def _why_no_integers(
             f"its activations are {code_type} codes: integer kernels take 8 bits, narrower codes "
             "clipped to their range"
         )
+    # Seen with files for TensorRT, whose graphs are float16.
+    if form.file.type_of(quantizer.input[1]) == "float16":
+        return "its graph is float16, and integer kernels are fused into float32 graphs only"
     # The last node of the way back is the one that takes the codes themselves.
     if form.linear.way[-1] is dequantizer and bits_of_type(form.stored) < 8:
         return (

@@ -119,7 +119,7 @@ WATCHED = """
 import os, sys
 from marrq.workflows.compare_on_ray import _connected
 ray = _connected("local")
-ray.get(ray.remote(os.getpid).remote())
+ray.get(ray.remote(lambda: 1).remote())
 print(os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.readline()
 ray.shutdown()

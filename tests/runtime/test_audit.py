@@ -171,6 +171,14 @@ def test_tokens_grids_group_scales_and_branches_are_no_alarm_and_no_linears_of_t
             "quantizes its activations to int8 at accuracy level 4",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "W8A8-sym",
+            "per-tensor",
+            {"symmetric": True},
+            "MatMul",
+            "its graph is float16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_qdq_cannot_have_on_a_kernel_is_told(

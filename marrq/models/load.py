@@ -179,9 +179,8 @@ def _resolve_folder(folder: Path) -> _Origin:
         )
     if folder.is_file():
         raise MarrqError(
-            f"{str(folder)!r} is a file: give a folder with this file and a config.json, which has "
-            'the name of the architecture, as {"architecture": "vit_small_patch16_224", '
-            '"num_classes": 3}'
+            f"{str(folder)!r} is a file: give a folder with this file and a config.json that names "
+            "the architecture, the classes and how images are prepared (marrq/models/README.md)"
         )
     # An adapter has a config.json beside it at times, and a base model elsewhere in any case.
     if (folder / ADAPTER).is_file():

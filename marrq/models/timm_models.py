@@ -16,6 +16,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint, named_classes
 from marrq.models.preprocessing import Preprocessing
 from marrq.models.weights import Misfit, shared_prefix, weights_file
@@ -74,6 +75,13 @@ def _config(scheme: str, place: str) -> dict[str, Any]:
         return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": settings}
     text = (Path(place) / "config.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
+    # timm would take ImageNet's mean and 224 pixels for granted. Old folders have them at the top.
+    if "pretrained_cfg" not in config and "mean" not in config:
+        raise MarrqError(
+            f"config.json of {place!r} does not say how images were prepared for training: add "
+            '"pretrained_cfg": {"input_size": [3, 224, 224], "mean": […], "std": […], '
+            '"interpolation": "bicubic", "crop_pct": 0.9}'
+        )
     # transformers' wrapper of timm writes null.
     config["model_args"] = config.get("model_args") or {}
     # The wrapper without a classifier still writes a number of classes.
@@ -129,7 +137,7 @@ def _created(config: dict[str, Any], tensors: dict[str, Tensor] | None = None) -
         # With another number of classes timm would leave the head random.
         if "num_classes" in config["model_args"]:
             given["num_classes"] = config["model_args"]["num_classes"]
-        module = timm.create_model(
+        module: Any = timm.create_model(
             f"local-dir:{folder}", pretrained=tensors is not None, pretrained_cfg_overlay=given
         )
     # The tensors would stay in memory beside the model.

@@ -202,6 +202,18 @@ def test_the_wrapper_without_a_classifier_gives_features(tmp_path: Path):
         assert torch.equal(model.module(pixels), theirs(pixels).pooler_output)
 
 
+def test_a_config_that_does_not_say_how_images_are_prepared_is_refused(
+    with_weights: Callable[..., str],
+):
+    name = with_weights(lambda weights: weights)
+    file = Path(name.removeprefix("local-dir:")) / "config.json"
+    config = json.loads(file.read_text())
+    del config["pretrained_cfg"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(MarrqError, match=r"how images were prepared .*\"pretrained_cfg\""):
+        load_model(name)
+
+
 def test_an_adapter_is_named_with_the_way_out(tmp_path: Path):
     about = {"peft_type": "LORA", "base_model_name_or_path": "google/vit-base-patch16-224"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))

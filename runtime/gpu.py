@@ -24,8 +24,10 @@ QUERIES = (
     "clocks.sm",
     "clocks.max.sm",
     "clocks.mem",
-    "clocks_throttle_reasons.active",
 )
+# Why the clock is held down. Newer drivers call throttling an event, and one that does not know a
+# name refuses the whole question, so each is asked alone.
+REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 # How nvidia-smi says that a driver does not tell.
 NOT_TOLD = (
     "",
@@ -60,7 +62,8 @@ def describe_gpu() -> Gpu | None:
     answer = _ask(QUERIES)
     if answer is None:
         return None
-    name, driver, memory, state, clock, highest, memory_clock, reasons = answer
+    name, driver, memory, state, clock, highest, memory_clock = answer
+    reasons = next((found[0] for query in REASONS if (found := _ask((query,)))), None)
     return Gpu(
         name=name or "unknown",
         driver=driver or "unknown",

@@ -24,7 +24,16 @@ from runtime.measure.measured import Entry
 from runtime.session import ExecutedNode, Model, SessionSettings, check_provider, executed_nodes
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ANSWER = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, P0, 1980, 1980, 2619, 0x0000000000000000"
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "driver_version": "580.95.05",
+    "memory.total": "81559",
+    "pstate": "P0",
+    "clocks.sm": "1980",
+    "clocks.max.sm": "1980",
+    "clocks.mem": "2619",
+    "clocks_event_reasons.active": "0x0000000000000000",
+}
 
 
 @pytest.fixture
@@ -35,18 +44,26 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def says(folder: Path, answer: str, code: int = 0) -> None:
+def says(folder: Path, answers: dict[str, str]) -> None:
+    """Have nvidia-smi answer what it is asked, and refuse a question about anything else."""
     program = folder / "nvidia-smi"
     program.write_text(
-        f"#!{sys.executable}\nimport sys\n"
-        f"open({str(folder / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))\n"
-        f"print({answer!r})\nsys.exit({code})\n"
+        f"""#!{sys.executable}
+import sys
+open({str(folder / "asked")!r}, "a").write(" ".join(sys.argv[1:]))
+[queries] = [one.partition("=")[2].split(",") for one in sys.argv if one.startswith("--query")]
+answers = {answers!r}
+if set(queries) - set(answers):
+    print("Field is not a valid field to query.")
+    sys.exit(2)
+print(", ".join(answers[query] for query in queries))
+"""
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
 
 
 def test_a_gpu_is_described_as_its_driver_does(driver: Path):
-    says(driver, ANSWER)
+    says(driver, H100)
     assert describe_gpu() == Gpu(
         "NVIDIA H100 80GB HBM3", "580.95.05", 81559 * 2**20 / 1e6, "P0", 1980, 1980, 2619, False
     )
@@ -55,27 +72,37 @@ def test_a_gpu_is_described_as_its_driver_does(driver: Path):
 
 
 def test_what_a_driver_does_not_tell_is_none_and_never_a_guess(driver: Path):
-    says(driver, "Tesla T4, 535.1, [N/A], P8, 300, [Not Supported], [N/A], [N/A]")
-    assert describe_gpu() == Gpu("Tesla T4", "535.1", None, "P8", 300, None, None, None)
-    says(driver, "NVIDIA-SMI has failed because it could not communicate with the driver", code=9)
+    old = {
+        **dict.fromkeys(H100, "[N/A]"),
+        "name": "Tesla T4",
+        "driver_version": "535.1",
+        "clocks.sm": "300",
+        "clocks.max.sm": "[Not Supported]",
+    }
+    says(driver, old)
+    assert describe_gpu() == Gpu("Tesla T4", "535.1", None, None, 300, None, None, None)
+    # A driver that does not run refuses every question.
+    says(driver, {})
     assert describe_gpu() is None
     assert memory_used_mb() is None
     (driver / "nvidia-smi").unlink()
     assert describe_gpu() is None
 
 
+@pytest.mark.parametrize("name", ["clocks_event_reasons.active", "clocks_throttle_reasons.active"])
 @pytest.mark.parametrize(("reasons", "held"), [("0x1", False), ("0x4", True), ("0x41", True)])
-def test_a_clock_that_is_held_down_is_told_from_one_that_rests(
-    driver: Path, reasons: str, held: bool
+def test_a_clock_that_is_held_down_is_told_from_one_that_rests_by_old_and_new_drivers(
+    driver: Path, name: str, reasons: str, held: bool
 ):
-    says(driver, ANSWER.replace("0x0000000000000000", reasons))
+    known = {query: answer for query, answer in H100.items() if "reasons" not in query}
+    says(driver, {**known, name: reasons})
     found = describe_gpu()
     assert found is not None
     assert found.throttled is held
 
 
 def test_the_gpu_that_cuda_sees_first_is_asked_about(driver: Path, monkeypatch: pytest.MonkeyPatch):
-    says(driver, "1024")
+    says(driver, {"memory.used": "1024"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert memory_used_mb() == pytest.approx(1073.741824)
     assert "--id=3 --query-gpu=memory.used" in (driver / "asked").read_text()

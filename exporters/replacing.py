@@ -34,6 +34,7 @@ MOST_BYTES = 2**31
 
 def check_model_file(path: Path, force: bool) -> None:
     """Raise MarrqError if an ONNX file, or the file with its tensors, may not be written there."""
+    # The model itself; a link or a folder in its place is refused.
     check_output(path, force, no_model)
     # The data of a large model lies beside it. The size of the new model is not known yet, and the
     # data of an old one are removed even if the new one has none.
@@ -61,6 +62,7 @@ def check_version_folder(version: Path, force: bool) -> None:
 
 def _check_shared_files(model: Path) -> None:
     """Raise MarrqError if the files that all versions of a model share are not marrq's."""
+    # The labels have no mark of their own: they belong to the config.
     config, found = model / CONFIG, next((f for f in SHARED_FILES if (model / f).exists()), None)
     is_ours = config.is_file() and CONFIG_MARK in config.read_text(errors="replace")
     if found is not None and not is_ours:
@@ -79,6 +81,7 @@ def no_model(path: Path) -> str | None:
 
 def no_version(path: Path) -> str | None:
     """What keeps a folder from being replaced by a model's version; None for one of marrq's."""
+    # A model of another tool's may stand under the same name.
     model = path / VERSION_FILES[0]
     if not path.is_dir() or not model.is_file() or no_model(model) is not None:
         return "holds no model of marrq's"

@@ -43,6 +43,7 @@ def check_output(
 
     strange: what keeps an output that exists from being replaced. inputs: as for `check_place`.
     """
+    # Places first: what is behind a link must not even be read.
     check_place(path, inputs)
     if not path.exists():
         return
@@ -89,6 +90,7 @@ def check_place(path: Path, inputs: Iterable[Path] = ()) -> None:
     if found is not None:
         raise MarrqError(f"output {str(path)!r} {found}: choose another place")
     for read in inputs:
+        # Through links, which may lead to the same folder under another name.
         ours, theirs = path.resolve(), read.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             how = "is" if ours == theirs else "lies in" if theirs in ours.parents else "holds"
@@ -103,6 +105,7 @@ def _why_no_place(path: Path) -> str | None:
     # `.` and `..` have no name of their own, beside which an unfinished output could lie.
     if path.name in ("", ".."):
         return "has no name of its own"
+    # Also one that leads nowhere: it would be gone.
     if path.is_symlink():
         return "is a link, and what is behind it may be anyone's"
     if path.is_mount():
@@ -133,6 +136,7 @@ def no_artifact(path: Path) -> str | None:
     config = path / ARTIFACT_CONFIG
     if not config.is_file() or f'"{ARTIFACT_FORMAT}"' not in config.read_text(errors="replace"):
         return "is a folder that holds no artifact"
+    # Sorted, so that the sentence is the same in every run.
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in ARTIFACT_FILES)
     return f"holds {others[0]!r}, which is no part of an artifact" if others else None
 
@@ -141,6 +145,7 @@ def no_report(path: Path) -> str | None:
     """What keeps a path from being replaced by a report in JSON; None for a report."""
     if not path.is_file():
         return "is a folder"
+    # Any JSON may have a schema of its own; marrq's begin with its name.
     try:
         report = json.loads(path.read_bytes())
     except ValueError:
@@ -154,6 +159,7 @@ def no_picture(path: Path) -> str | None:
     """What keeps a path from being replaced by a page or a plot; None for one of marrq's."""
     if not path.is_file():
         return "is a folder"
+    # Only the beginning: a picture of somebody else's may be large.
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     return None if any(mark in head for mark in MAKERS) else "is no page or plot of marrq's"
@@ -162,5 +168,6 @@ def no_picture(path: Path) -> str | None:
 def folders_read(model: str, data: str | None) -> tuple[Path, ...]:
     """The folders that a command reads, from the names of its model and its images as a user gives
     them. A model of a hub and the built-in images are in no folder of the user's."""
+    # A name of a hub is no path, but may be one by chance: what exists here is kept.
     names = [model.removeprefix("local-dir:"), data or "demo"]
     return tuple(path for path in map(Path, names) if str(path) != "demo" and path.exists())

@@ -52,6 +52,7 @@ def scale_queries(graph: ir.Graph) -> None:
         # Other readers of the product would see other numbers; a factor per head is no scalar.
         if product is None or scaled is None or factor is None or factor.size != 1:
             continue
+        # The scores without their factor must be nobody else's.
         if only_consumer(product, "Mul") is not scaled:
             continue
         query = product.inputs[0]

@@ -44,6 +44,7 @@ def can_saturate(optimized: Graph, kernel: Product, activation_bits: int) -> boo
     """
     if kernel.node.op_type not in KERNELS or kernel.weight is None:
         return False
+    # uint8 weights have kernels of their own, which add in 32 bits.
     if optimized.type_of(kernel.weight) != "int8":
         return False
     codes = _codes(optimized, kernel)
@@ -56,6 +57,7 @@ def saturating_pairs(codes: NDArray[np.int8], activation_bits: int) -> int:
 
     codes: [inputs, outputs].
     """
+    # An activation code is at most 2ᵇ - 1, in both neighbours at once.
     largest = 2**activation_bits - 1
     # The last of an odd number of inputs has no neighbour.
     padded = np.pad(codes.astype(np.int32), ((0, len(codes) % 2), (0, 0)))

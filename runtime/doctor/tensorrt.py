@@ -112,6 +112,7 @@ class _File:
 
     def code_type(self, node: NodeProto) -> str:
         """The type of the codes that a node of a pair makes or takes."""
+        # The type of the zero point, if there is one, is that of the codes.
         codes = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
         return self.graph.type_of(codes)
 
@@ -135,6 +136,7 @@ class _File:
 
 
 def _opset(file: _File) -> Iterator[Found]:
+    # A file that names no opset is of opset 1.
     stated = [entry.version for entry in file.graph.model.opset_import if not entry.domain]
     opset, (first, last) = max(stated, default=1), OPSETS
     if not first <= opset <= last:
@@ -145,6 +147,7 @@ def _opset(file: _File) -> Iterator[Found]:
 
 
 def _operators(file: _File) -> Iterator[Found]:
+    # What the file defines itself is made of operators that are looked at too.
     own = {function.domain for function in file.graph.model.functions}
     for node in file.graph.nodes:
         if node.domain not in ("", "ai.onnx", *own):
@@ -181,6 +184,7 @@ def _codes(file: _File) -> Iterator[Found]:
 
 
 def _is_narrow(file: _File, name: str) -> bool:
+    # uint8 is a type of images too, as what comes in.
     images = {value.name for value in file.graph.model.graph.input}
     return name not in images and file.graph.type_of(name) in QUANTIZED_TYPES
 
@@ -190,6 +194,7 @@ def _zero_points(file: _File) -> Iterator[Found]:
         _, zero_point = file.grid(node)
         if zero_point is None:
             continue
+        # Zero points that cannot be read here, because their file is missing, are not judged.
         numbers = file.numbers(zero_point)
         if zero_point not in file.constants:
             yield node, "problem", "its zero point is found at run time, and has to be 0"
@@ -202,6 +207,7 @@ def _zero_points(file: _File) -> Iterator[Found]:
 def _scales(file: _File) -> Iterator[Found]:
     for node in file.pairs:
         scale, _ = file.grid(node)
+        # A scale of 0 divides by 0, and a negative one turns codes around.
         numbers = file.numbers(scale)
         if scale not in file.constants:
             yield node, "problem", "its scale is found at run time, and has to be constant"
@@ -215,6 +221,7 @@ def _axes(file: _File) -> Iterator[Found]:
         scales, shape = file.scales(node), file.codes_shape(node)
         if len(scales) != 1 or shape is None:
             continue
+        # ONNX's default axis, for DequantizeLinear too.
         axis = attribute(node, "axis", 1)
         if not file.is_weight(node):
             yield node, "problem", "its activations have a scale for each channel, and may have one"
@@ -244,6 +251,7 @@ def _blocks(file: _File) -> Iterator[Found]:
         if len(scales) < 2 or shape is None or len(shape) != len(scales):
             continue
         code_type = file.code_type(node)
+        # Along every other axis each element has its own scale.
         blocked = [axis for axis in range(len(shape)) if shape[axis] != scales[axis]]
         if len(blocked) != 1 or blocked[0] < len(shape) - 2:
             yield node, "problem", f"its scales {scales} block more than one axis of {shape}"
@@ -258,6 +266,7 @@ def _weight_only(file: _File) -> Iterator[Found]:
         code_type, shape = file.code_type(node), file.codes_shape(node)
         if code_type not in WEIGHT_ONLY:
             continue
+        # Two codes share a byte, along the last axis.
         if not file.is_weight(node):
             yield node, "problem", f"its activations are {code_type}, which is for weights alone"
         elif shape and shape[-1] % 2:
@@ -269,6 +278,7 @@ def _between(file: _File) -> Iterator[Found]:
         if product.weight is None or product.node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
         _, way = file.graph.origin(product.weight)
+        # The way leads back from the product: what comes before the pair in it runs after.
         place = next((at for at, node in enumerate(way) if node.op_type == PAIR[1]), None)
         if place is None:
             continue
@@ -287,6 +297,7 @@ def _operands(file: _File, product: Product, weight: NodeProto) -> Iterator[Foun
     """Both operands of an integer product are codes of one type."""
     code_type = file.code_type(weight)
     made_by = file.graph.producers.get(product.activation)
+    # TensorRT fuses both pairs and the product to one integer product.
     quantized = made_by is not None and made_by.op_type == PAIR[1]
     if quantized and made_by is not None and file.code_type(made_by) != code_type:
         yield (
@@ -307,6 +318,7 @@ def _operands(file: _File, product: Product, weight: NodeProto) -> Iterator[Foun
 def _products_behind(file: _File, node: NodeProto) -> Iterator[tuple[Product, bool]]:
     """Products that read what DequantizeLinear makes, and whether it is turned on the way."""
     turned, value = False, node.output[0]
+    # A weight of nn.Linear is [out, in], and a Transpose makes [in, out] of it.
     while True:
         readers = file.graph.consumers.get(value, [])
         if len(readers) != 1 or readers[0].op_type != "Transpose":

@@ -48,8 +48,8 @@ SIGNIFICANT = 0.05
 LINEAR_TOLERANCE = 1e-3
 PIXEL_TOLERANCE = 1e-4
 LOGITS_TOLERANCE = 1e-4
-# Of files in float16, whose numbers have 11 bits: one activation of a hundred near a tie between two
-# codes goes to the other side, in each linear.
+# Of files in float16, whose numbers have 11 bits: one activation of a hundred is so near a tie
+# between two codes that it goes to the other side, in each linear.
 HALF_LINEAR_TOLERANCE = 2e-2
 HALF_LOGITS_TOLERANCE = 1e-2
 AMPLIFICATIONS = 10.0
@@ -253,7 +253,8 @@ class LinearsAlone:
         # The batch and the number of tokens are those of x, whatever the file says of the value.
         graph.inputs[0].shape, graph.outputs[0].shape = ir.Shape(x.shape), None
         # A graph in float16 takes float16.
-        x = x.astype(graph.inputs[0].dtype.numpy())
+        if graph.inputs[0].dtype == ir.DataType.FLOAT16:
+            x = x.astype(np.float16)
         alone = ir.external_data.load_to_model(ir.Model(graph, ir_version=self._model.ir_version))
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "linear.onnx"
@@ -263,7 +264,7 @@ class LinearsAlone:
     def _cut(self, part: LinearPart) -> ir.Graph:
         """The nodes between the ends of a part, with their initializers; or the product with its
         weight, if the part's own end is no value of the graph."""
-        if part.output in self._made:
+        if part.output in self._made or part.weight is None:
             return ir.convenience.extract(self._model.graph, [part.input], [part.output])
         graph = ir.convenience.extract(self._model.graph, [], [part.weight])
         [weight] = graph.outputs

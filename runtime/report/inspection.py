@@ -15,10 +15,9 @@ from runtime.audit.precision import Precision
 from runtime.audit.rows import AuditRow
 from runtime.quantization import QuantizedModule
 
-
 SATURATES_HERE = (
-    "its codes go beyond -64 … 63, and sums of two products saturate on this processor, which has no "
-    "VNNI: quantize to 7 bits, or set session.x64quantprecision to 1"
+    "its codes go beyond -64 … 63, and sums of two products saturate on this processor, which has "
+    "no VNNI: quantize to 7 bits, or set session.x64quantprecision to 1"
 )
 
 
@@ -108,8 +107,8 @@ def _saturation(rows: Sequence[AuditRow]) -> Iterable[str]:
         yield "none: no sum of two products leaves 16 bits, on any x86 processor"
     elif found and not any(row.saturates == "here" for row in integer):
         yield (
-            f"{len(found)} of {len(integer)} linears, such as {found[0]}, on x86 processors without "
-            "VNNI: codes beyond -64 … 63; sums are exact on this processor"
+            f"{len(found)} of {len(integer)} linears, such as {found[0]}, on x86 processors "
+            "without VNNI: codes beyond -64 … 63; sums are exact on this processor"
         )
 
 

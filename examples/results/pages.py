@@ -14,6 +14,7 @@ from pathlib import Path
 
 from layout import Json, page, table
 from preprocessing_page import preprocessing
+from saturation_page import saturation
 
 FOLDER = Path(__file__).parent
 
@@ -263,6 +264,7 @@ PAGES: dict[str, Callable[[Json], str]] = {
     "eight_bit_codes": eight_bit_codes,
     "other_tools": other_tools,
     "preprocessing": preprocessing,
+    "saturation": saturation,
 }
 """The pages by name."""
 

@@ -26,6 +26,7 @@ def saturation(record: Json) -> str:
         if file[0] not in names
     )
     wide = min(row["least_cosine"] for (scheme, _), row in avx2.items() if scheme in names)
+    same = f"the same, to {moved:.0e}," if moved else "the very same"
     float_ms = times["fp32", "fp32"]["ms"]
     return page(
         record,
@@ -46,8 +47,8 @@ def saturation(record: Json) -> str:
         table(["file", "cosine, VNNI", "cosine, AVX2", "ms (× fp32), VNNI"], rows),
         "## Conclusion",
         f"""
-        Files of marrq's schemes give the same cosines on both processors, within {moved:.0e}: the
-        least is {least:.5f}, and what is missing to 1 comes from activations near a tie between two
+        Files of marrq's schemes give {same} cosines on both processors: the least is {least:.5f},
+        and what is missing to 1 comes from activations near a tie between two
         codes, which torch and ONNX Runtime may round to different sides. Weights of 4 bits or fewer
         cannot saturate on any processor, and 8-bit codes of marrq's keep to half their range for
         it. With the whole range the cosine falls to {wide:.5f} without VNNI, without a word from

@@ -5,6 +5,8 @@ of a model is fed and read alike. A constant beyond the range of float16 becomes
 of float16: the -3e38 of a mask must not become -∞, whose softmax over a masked row is NaN.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -32,7 +34,7 @@ def to_float16(model: ir.Model) -> None:
     _cast_ends(graph)
 
 
-def _halved(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _halved(tensor: ir.TensorProtocol) -> ir.Tensor[Any]:
     array = np.clip(tensor.numpy(), -LARGEST, LARGEST).astype(np.float16)
     return ir.Tensor(array, name=tensor.name)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from marrq.errors import MarrqError
 from marrq.files import write_file
 from marrq.models.first_last import put_patches
-from marrq.quantizers.activations import ActivationQuantizer
+from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import (
     LowRank,
@@ -90,6 +90,11 @@ def _parts(linear: QuantLinear) -> dict[str, Tensor]:
         tensor = getattr(linear, name)
         if tensor is not None:
             parts[name] = tensor
+    if isinstance(quantizer, Smoothing):
+        raise MarrqError(
+            "a model without its quantized activations is made for an export and is no artifact: "
+            "save the model that it was made from"
+        )
     if quantizer is not None:
         parts |= _input_parts(quantizer)
     return parts

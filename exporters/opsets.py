@@ -55,6 +55,7 @@ def opset_of(scheme: Scheme) -> int:
 def lowest_opset(graph: ir.Graph) -> int:
     """The lowest opset that a graph of float products needs: that of its narrowest codes, and of
     Attention if it has one."""
+    # No other operator or type that a float graph has is younger than the trace's opset.
     types = {value.dtype for value in graph.initializers.values()}
     needs = [opset for dtype, opset in TYPE_OPSETS.items() if dtype in types]
     if any(node.op_type == "Attention" and node.domain == "" for node in graph):

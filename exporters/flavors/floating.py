@@ -42,6 +42,7 @@ class Floating:
 
     def rewrite(self, graph: ir.Model, device: str) -> None:
         """Rewrite a trace in place. device: of exporters/choices.py."""
+        # The passes look for placeholders, which a float trace has none of.
         linears = take_linears(graph.graph)
         prepare(graph, fuse=True, device=device)
         # Constants are multiplied in float32 and rounded once.
@@ -49,6 +50,7 @@ class Floating:
             to_float16(graph)
         put_linears(graph.graph, linears)
         finish(graph, device)
+        # A family without Attention of the standard needs no opset 23.
         graph.opset_imports[""] = lowest_opset(graph.graph)
         if any(node.domain == ONNXRUNTIME_DOMAIN for node in graph.graph):
             graph.opset_imports[ONNXRUNTIME_DOMAIN] = 1

@@ -44,6 +44,7 @@ def take_linears(graph: ir.Graph) -> dict[str, FloatLinear]:
     placeholder's path."""
     linears: dict[str, FloatLinear] = {}
     for product in [node for node in graph if node.op_type == "MatMul"]:
+        # The trace has W as [in, out]. The head's product, of rank 2, is a Gemm, and stays.
         weight = array_of(product.inputs[1])
         if weight is None or weight.ndim != 2:
             continue
@@ -60,6 +61,7 @@ def take_linears(graph: ir.Graph) -> dict[str, FloatLinear]:
             name=last.name,
         )
         copy_type(node.outputs[0], last.outputs[0])
+        # From here on the graph looks like that of a quantized model.
         replaced = [product] if added is None else [added, product]
         ir.convenience.replace_nodes_and_values(
             graph, last, replaced, [node], last.outputs, node.outputs
@@ -70,6 +72,7 @@ def take_linears(graph: ir.Graph) -> dict[str, FloatLinear]:
 def put_linears(graph: ir.Graph, linears: dict[str, FloatLinear]) -> None:
     """Replace each placeholder by products of the type that its output has."""
     for node in placeholders(graph):
+        # A float16 graph has been made float16 by now, so the placeholder tells the type.
         new = _Products(graph, node)
         new.build(linears[node.attributes[PATH].as_string()])
         last = new.nodes[-1]
@@ -114,6 +117,7 @@ class _Products:
     def _holds(self, array: np.ndarray) -> bool:
         """Whether the type rounds an array as it rounds numbers of ordinary size. The product of a
         small γ and a weight may fall below the normal numbers of float16, which begin at 6e-5."""
+        # Normal numbers are rounded by half an epsilon at most, so a sound product passes.
         rounded = array.astype(self.dtype).astype(np.float32)
         error, size = np.linalg.norm(rounded - array), np.linalg.norm(array)
         return bool(error <= HALF_EPSILON * size)
@@ -131,6 +135,7 @@ class _Products:
 def _bias_behind(product: ir.Node, length: int) -> tuple[ir.Node | None, np.ndarray | None]:
     """The Add of a constant [length] that alone reads the product, and the constant."""
     added = only_consumer(product, "Add")
+    # The bias may stand on either side; a residual or a position embedding is no vector.
     for value in added.inputs if added is not None else ():
         if is_vector(value, length):
             return added, array_of(value)
@@ -139,6 +144,7 @@ def _bias_behind(product: ir.Node, length: int) -> tuple[ir.Node | None, np.ndar
 
 def _module_of(node: ir.Node) -> str:
     """The path of the module that a node was traced in; its own name if the trace does not say."""
+    # The entry is a Python list in text form. Its last item is the node itself.
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else str(node.name)
 

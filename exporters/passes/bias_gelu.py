@@ -21,6 +21,7 @@ def gelu_with_bias(graph: ir.Graph) -> None:
     """Join every Gelu with the bias before it."""
     for gelu in [node for node in graph if node.op_type == "Gelu" and node.domain == ""]:
         assert gelu.inputs[0] is not None  # what a Gelu reads
+        # The bias of fc1, or of the gate of a gated MLP.
         before = product_behind(gelu.inputs[0])
         if before.bias is None:
             continue

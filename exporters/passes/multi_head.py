@@ -38,6 +38,7 @@ def name_multi_head(graph: ir.Graph) -> None:
         # Grouped heads, and values of another width, stay as they are.
         widths = {dimensions(value)[-1] for value in node.inputs if value is not None}
         if query_heads == key_heads and len(widths) == 1:
+            # Without a scale both operators would take 1 / √d; the model may have another one.
             attributes = {"num_heads": query_heads, "scale": node.attributes["scale"].as_float()}
             _replace(graph, node, OPERATOR, node.inputs, attributes)
 
@@ -51,10 +52,12 @@ def project_in_attention(graph: ir.Graph) -> None:
             "num_heads": node.attributes["num_heads"].as_int(),
             "scale": node.attributes["scale"].as_float(),
         }
+        # One product of three times the width keeps a GPU busier than three, and is one launch.
         weights = [product.weight for product in products if product.weight is not None]
         if len(weights) == len(products) and len({product.x for product in products}) == 1:
             joined = _side_by_side(graph, node, weights), _joined_bias(graph, node, products)
             _replace(graph, node, "Attention", [products[0].x, *joined], attributes)
+        # The operator adds the biases while it moves the heads: three Adds less.
         elif any(product.bias is not None for product in products):
             inputs = [product.result for product in products]
             bias = _joined_bias(graph, node, products)
@@ -78,6 +81,7 @@ def _side_by_side(graph: ir.Graph, node: ir.Node, weights: Sequence[ir.Value]) -
     # Floats are joined here; codes stay as narrow as they are until the file is loaded.
     if len(floats) == len(weights):
         return add_constant(graph, f"{node.name}.weight", np.concatenate(floats, 1))
+    # All columns of q, then of k, then of v, as the operator reads them.
     joined = ir.node("Concat", weights, attributes={"axis": 1}, name=f"{node.name}_weight")
     joined.outputs[0].name, joined.outputs[0].type = joined.name, node.outputs[0].type
     graph.insert_before(node, joined)

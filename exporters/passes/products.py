@@ -28,6 +28,7 @@ class Product:
 
 def product_behind(value: ir.Value) -> Product:
     """Take a value apart. What another node reads too is not taken apart: it has to stay."""
+    # From the value backwards: + b, then x W.
     result, bias = _without_bias(value)
     product = producer(result, "MatMul")
     if product is None or not _is_read_once(result):
@@ -41,6 +42,7 @@ def product_behind(value: ir.Value) -> Product:
 
 def _without_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     added = producer(value, "Add")
+    # If something else reads the sum, taking the bias out would compute the sum twice.
     if added is None or not _is_read_once(value):
         return value, None
     # The bias may stand on either side.
@@ -67,8 +69,10 @@ def _is_read_once(value: ir.Value) -> bool:
 def _is_constant_matrix(value: ir.Value) -> bool:
     """Whether a value is made from initializers alone. Codes are, and become constant when ONNX
     Runtime loads the file."""
+    # What a flavour makes of codes has no stated shape, and is always a matrix.
     if value.shape is not None and len(value.shape) != 2:
         return False
+    # An input of the graph has no producer either, but no tensor.
     return all(
         source.const_value is not None for source in ancestors([value]) if source.producer() is None
     )

@@ -183,22 +183,36 @@ def graphs(setup: Setup, images: Path, folder: Path) -> dict[str, Any]:
         }
         for name, file in files.items()
     }
-    plans = {"plain": setup.plan}
+    # The trace as it is need not be recordable, and is there for its plain time alone.
+    plans = {"plain": (setup.plan, list(files))}
     if setup.provider == "cuda":
-        plans["cuda_graph"] = replace(setup.plan, cuda_graph=True)
-    place = list(files).index(BASELINE)
-    for kind, plan in plans.items():
-        speeds = measure_latency(list(files.values()), settings, plan)
-        for name, speed in zip(files, speeds, strict=True):
-            rows[name][kind] = {
-                "load_ms": speed.load_ms,
-                "ms": {latency.batch: latency.p50_ms for latency in speed.latency},
-                "to_fp16": {
-                    latency.batch: latency.ratio_to(other)
-                    for latency, other in zip(speed.latency, speeds[place].latency, strict=True)
-                },
-            }
+        plans["cuda_graph"] = (replace(setup.plan, cuda_graph=True), list(files)[1:])
+    for kind, (plan, names) in plans.items():
+        try:
+            times = timed([files[name] for name in names], names.index(BASELINE), settings, plan)
+        except Exception:  # what was measured plainly must not be lost
+            times = [{"error": traceback.format_exc()} for _ in names]
+        for name, row in zip(names, times, strict=True):
+            rows[name][kind] = row
     return rows
+
+
+def timed(
+    files: list[Path], baseline: int, settings: SessionSettings, plan: Plan
+) -> list[dict[str, Any]]:
+    """Load time, time of one forward, and its ratio to that of the file in the baseline's place."""
+    speeds = measure_latency(files, settings, plan)
+    return [
+        {
+            "load_ms": speed.load_ms,
+            "ms": {latency.batch: latency.p50_ms for latency in speed.latency},
+            "to_fp16": {
+                latency.batch: latency.ratio_to(other)
+                for latency, other in zip(speed.latency, speeds[baseline].latency, strict=True)
+            },
+        }
+        for speed in speeds
+    ]
 
 
 def written(

@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,14 +165,19 @@ class Model:
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [batch, classes] of inputs [batch, channels, height, width]. Raises BenchError if
         a kernel fails."""
+        outputs = self._checked(lambda: self.session.run(None, {self.input.name: pixels}))
+        logits: NDArray[np.float32] = outputs[0]
+        return logits
+
+    def _checked(self, run: Callable[[], Any]) -> Any:
+        """What a run gives. Raises BenchError if it fails."""
         try:
-            logits: NDArray[np.float32] = self.session.run(None, {self.input.name: pixels})[0]
+            return run()
         except Exception as error:  # as in __init__
             raise BenchError(
                 f"ONNX Runtime {ONNXRUNTIME_VERSION} loads {str(self._path)!r} and fails when it "
                 f"runs: {str(error).strip().splitlines()[0]}"
             ) from error
-        return logits
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
         """A function that runs one forward of inputs [batch, channels, height, width], and returns
@@ -193,6 +199,8 @@ class Model:
         )
         self._bind_output(binding)
         binding.synchronize_inputs()
+        # The first run records a CUDA graph, and tells of a kernel that fails.
+        self._checked(lambda: self.session.run_with_iobinding(binding))
 
         def forward_on_device() -> None:
             self.session.run_with_iobinding(binding)

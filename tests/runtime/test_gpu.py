@@ -180,18 +180,30 @@ def test_a_session_for_a_cuda_graph_has_one_batch_size_and_memory_that_stays(
         Model(integer_file, SessionSettings(threads=1, graph_batch=batch)) for batch in (None, 3)
     )
     assert fixed.input.shape[0] == 3
-    pixels = fixed.random_input(3)
-    bound = []
-    monkeypatch.setattr(
-        session.ort.IOBinding,
-        "bind_ortvalue_output",
-        lambda binding, name, value: bound.append((binding, name, value)),
-    )
-    fixed.forward(pixels)
-    [(_, name, value)] = bound
-    assert name == "logits"
-    assert value.shape() == list(plain.run(pixels).shape)
-    np.testing.assert_allclose(fixed.run(pixels), plain.run(pixels), rtol=1e-4, atol=1e-5)
+    pixels, bound = fixed.random_input(3), {}
+    bind = session.ort.IOBinding.bind_ortvalue_output
+
+    def recorded(binding: object, name: str, value: session.ort.OrtValue) -> None:
+        bound[name] = value
+        bind(binding, name, value)
+
+    monkeypatch.setattr(session.ort.IOBinding, "bind_ortvalue_output", recorded)
+    forward = fixed.forward(pixels)
+    forward()
+    assert list(bound) == ["logits"]
+    np.testing.assert_allclose(bound["logits"].numpy(), plain.run(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_fails_when_it_runs_is_one_sentence(
+    integer_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = Model(integer_file, SessionSettings(threads=1))
+    wrong = np.zeros((1, 3, 5, 5), np.float32)
+    with pytest.raises(BenchError, match=r"loads '.*model.onnx' and fails when it runs: "):
+        model.run(wrong)
+    monkeypatch.setattr(model, "device", "cpu")
+    with pytest.raises(BenchError, match="fails when it runs"):
+        model.forward(wrong)
 
 
 def test_cuda_graphs_are_timed_in_a_session_for_each_batch_size():

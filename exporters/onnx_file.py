@@ -143,7 +143,7 @@ def write_baseline(
         scheme=flavor,
         method="none",
         bits_per_weight=chosen.bits,
-        lowest_onnxruntime=lowest_onnxruntime(graph),
+        lowest_onnxruntime=lowest_onnxruntime(graph, device),
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,

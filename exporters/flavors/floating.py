@@ -56,10 +56,11 @@ class Floating:
             graph.opset_imports[ONNXRUNTIME_DOMAIN] = 1
 
 
-def lowest_onnxruntime(graph: ir.Model) -> str:
-    """First ONNX Runtime that was seen to run such a float graph."""
+def lowest_onnxruntime(graph: ir.Model, device: str) -> str:
+    """First ONNX Runtime that was seen to run such a float graph, or whose CUDA provider has its
+    kernels by the documentation."""
     is_fused = graph.opset_imports[""] >= ATTENTION_OPSET
-    return FUSED_ONNXRUNTIME if is_fused else FLOAT_ONNXRUNTIME
+    return FUSED_ONNXRUNTIME if is_fused or device == "gpu" else FLOAT_ONNXRUNTIME
 
 
 FLOAT_FLAVORS = {"fp32": Floating(32), "fp16": Floating(16)}

@@ -18,7 +18,7 @@ from runtime.audit.precision import Precision, measure_precision
 from runtime.audit.rows import AuditRow, audit
 from runtime.environment import Environment, describe
 from runtime.errors import BenchError
-from runtime.gpu import Gpu, describe_gpu
+from runtime.gpu import COMMAND, Gpu, describe_gpu
 from runtime.measure.answers import (
     Answers,
     Batches,
@@ -167,14 +167,15 @@ def bench(
     )
     ran = [_what_runs(entry, session) for entry in entries]
     runnings = _run(entries, settings, progress)
+    # Now, while the clocks are still those of the last run.
     on_gpu = session.provider in DEVICES
+    gpu = describe_gpu() if on_gpu else None
     environment = BenchEnvironment(
         **described,
         rounds=plan.rounds,
         seconds=plan.seconds,
         cuda_graph=plan.cuda_graph,
-        # Now, while the clocks are still those of the last run.
-        gpu=describe_gpu() if on_gpu else None,
+        gpu=gpu,
     )
     baselines = {
         entry.flavor: running.speed
@@ -196,8 +197,18 @@ def bench(
         models=models,
         gate=None if settings.max_drop is None else hold_against_limit(models, settings.max_drop),
         recommendation=recommend(models) if settings.recommend else None,
-        warnings=(*warnings, *elsewhere),
+        warnings=(*warnings, *elsewhere, *(_about_gpu(gpu) if on_gpu else ())),
     )
+
+
+def _about_gpu(gpu: Gpu | None) -> list[str]:
+    """What is not known of the GPU, or makes its times those of a slower one."""
+    if gpu is None:
+        return [f"{COMMAND} tells of no GPU: its name, driver, clocks and memory are not known"]
+    if gpu.throttled:
+        clock = "" if gpu.sm_mhz is None else f", to {gpu.sm_mhz:.0f} MHz"
+        return [f"the clock of {gpu.name} was held down{clock}"]
+    return []
 
 
 def _check_gate(entries: Sequence[Entry], settings: BenchSettings) -> None:

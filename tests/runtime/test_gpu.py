@@ -18,7 +18,7 @@ from runtime.audit.placement import misplaced, misplacement
 from runtime.environment import describe
 from runtime.errors import BenchError
 from runtime.gpu import Gpu, describe_gpu, memory_used_mb
-from runtime.measure.bench import _what_runs
+from runtime.measure.bench import _about_gpu, _what_runs
 from runtime.measure.latency import Plan, measure_latency
 from runtime.measure.measured import Entry
 from runtime.session import ExecutedNode, Model, SessionSettings, check_provider, executed_nodes
@@ -169,6 +169,15 @@ def test_a_candidate_that_ran_elsewhere_is_an_error_and_a_baseline_a_note(
     assert _what_runs(entry, SessionSettings()).misplaced == "it ran elsewhere"
     with pytest.raises(BenchError, match="m: it ran elsewhere; export it with --device gpu"):
         _what_runs(replace(entry, role="candidate"), SessionSettings())
+
+
+def test_what_is_not_known_of_a_gpu_and_a_clock_that_was_held_down_are_warned_of():
+    gpu = Gpu("G", "1", None, "P2", 900.0, 1980.0, None, throttled=False)
+    assert _about_gpu(gpu) == []
+    assert _about_gpu(replace(gpu, throttled=True)) == ["the clock of G was held down, to 900 MHz"]
+    assert _about_gpu(None) == [
+        "nvidia-smi tells of no GPU: its name, driver, clocks and memory are not known"
+    ]
 
 
 def test_a_session_for_a_cuda_graph_has_one_batch_size_and_memory_that_stays(

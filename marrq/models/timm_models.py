@@ -131,7 +131,9 @@ def _created(config: dict[str, Any], tensors: dict[str, Tensor] | None = None) -
     """The model that a config describes. tensors: weights that timm converts and puts in."""
     # timm reads a config from a folder only, and not as transformers' wrapper writes it.
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        # Folders of old releases have no `model_args`, and timm takes none in them.
+        kept = {key: value for key, value in config.items() if key != "model_args" or value}
+        (Path(folder) / "config.json").write_text(json.dumps(kept), encoding="utf-8")
         # An empty source, so that timm takes the tensors and reads no file.
         given = {"source": "", "state_dict": tensors}
         # With another number of classes timm would leave the head random.

@@ -214,6 +214,39 @@ def test_a_config_that_does_not_say_how_images_are_prepared_is_refused(
         load_model(name)
 
 
+def test_a_folder_of_an_old_release_of_timm_is_read(
+    tiny: str, tiny_folder: Path, of_torch: Callable[[object, str], str]
+):
+    weights = timm.create_model("test_vit", num_classes=3).state_dict()
+    name = of_torch(weights, "pytorch_model.bin")
+    settings = {"input_size": [3, 160, 160], "mean": [0.4] * 3, "std": [0.3] * 3}
+    old = {"architecture": "test_vit", "num_classes": 3, "labels": ["a", "b", "c"], **settings}
+    (Path(name.removeprefix("local-dir:")) / "config.json").write_text(json.dumps(old))
+    model = load_model(name)
+    assert model.labels == ("a", "b", "c")
+    assert model.preprocessing.mean == (0.4, 0.4, 0.4)
+
+
+def test_a_checkpoint_on_the_hub_is_read_as_a_folder_is(
+    tiny: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    settings = {**config["pretrained_cfg"], "label_names": config["label_names"]}
+    weights = load_file(tiny_folder / "model.safetensors")
+    monkeypatch.setattr(
+        "marrq.models.timm_models.load_model_config_from_hf",
+        lambda place: (settings, config["architecture"], config["model_args"]),
+    )
+    monkeypatch.setattr(
+        "marrq.models.timm_models.load_state_dict_from_hf",
+        lambda place, name: {f"timm_model.{key}": value for key, value in weights.items()},
+    )
+    model, expected = load_model("hf-hub:someone/something"), load_model(tiny)
+    assert same(model, expected)
+    assert (model.labels, model.preprocessing) == (expected.labels, expected.preprocessing)
+    assert "'timm_model.'" in model.notes[0]
+
+
 def test_an_adapter_is_named_with_the_way_out(tmp_path: Path):
     about = {"peft_type": "LORA", "base_model_name_or_path": "google/vit-base-patch16-224"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))

@@ -174,6 +174,7 @@ def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
     try:
         with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             batch = torch.export.Dim("batch")
+            # What the exporter tries first, without its other attempts.
             torch.export.export(copied, (example,), dynamic_shapes=({0: batch},), strict=False)
     # Whatever a forward raises if its tensors have no values.
     except Exception as error:

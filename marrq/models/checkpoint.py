@@ -67,6 +67,7 @@ class Checkpoint:
 
 def named_classes(names: Sequence[str] | None) -> list[str] | None:
     """Class names, or None if they are transformers' placeholders or there are none."""
+    # transformers writes LABEL_0, LABEL_1, … if nobody has named the classes.
     if not names or list(names) == [f"LABEL_{index}" for index in range(len(names))]:
         return None
     return list(names)

@@ -27,6 +27,7 @@ class TransformersOutput(nn.Module):
 
         Raises MarrqError if the model returns none of `OUTPUTS`.
         """
+        # By keyword: a model of images and text has other arguments first.
         output = self.model(pixel_values=pixels)
         return cast(Tensor, output[self.chosen(output)])
 

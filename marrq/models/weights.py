@@ -34,6 +34,7 @@ def weights_file(folder: Path) -> Path:
 
     A name of `PREFERRED` wins, as in timm.
     """
+    # Training leaves more than one file: an optimizer, the arguments of a trainer.
     preferred = [folder / name for name in PREFERRED if (folder / name).is_file()]
     others = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
     if preferred or len(others) == 1:
@@ -58,6 +59,7 @@ def shared_prefix(names: Iterable[str], wanted: Iterable[str]) -> str:
     # A shared prefix stands before the name that is wanted first.
     first = min(wanted, default="")
     found = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    # Every wanted name with the prefix, and no other name: then nothing is dropped by half.
     return next(
         (prefix for prefix in sorted(found) if {prefix + name for name in wanted} == names), ""
     )
@@ -79,6 +81,7 @@ class Misfit:
     @classmethod
     def between(cls, checkpoint: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> "Misfit":
         """The difference of two dictionaries of weights."""
+        # In the order of the model, so that the first name is the first layer's.
         return cls(
             [name for name in model if name not in checkpoint],
             [name for name in checkpoint if name not in model],
@@ -117,5 +120,6 @@ class Misfit:
 
 def _some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
+    # A model has hundreds of weights; the first names tell what they have in common.
     rest = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -228,6 +228,7 @@ def test_a_gpu_gets_folded_weights_and_no_kernel_of_the_cpu(scheme: str):
     assert suitable_flavor(parsed, "gpu") == "folded"
     assert "integer" not in flavors_for(parsed, "gpu")
     assert set(flavors_for(parsed, "gpu")) <= set(variants(parsed, "gpu"))
+    assert "folded" not in variants(parsed)
     with pytest.raises(MarrqError, match="its kernels are of ONNX Runtime's CPU provider"):
         check_flavor(parsed, "integer", device="gpu")
     check_flavor(parsed, "folded", {"weights_only": True}, "gpu")

@@ -82,18 +82,31 @@ class BaselineMaker:
         if model is not None:
             return self._tried(model)
         # Exports that were carried along with what is measured.
-        places = (folder / f"{flavor}.onnx" for flavor in DEFAULTS for folder in self.beside)
-        carried = {place.stem: place for place in places if place.is_file()}
-        if carried:
-            self.say(f"baselines are {', '.join(map(str, carried.values()))}, because {reason}")
-        entries = tuple(self.given(place) for place in carried.values())
+        found = [self._carried(flavor) for flavor in DEFAULTS]
+        entries = tuple(entry for entry in found if isinstance(entry, Entry))
+        if entries:
+            self.say(f"baselines are {', '.join(entry.path for entry in entries)}, since {reason}")
+        left_out = [why for why in found if isinstance(why, str)]
         # Said now and recorded in the report: nobody should look for a ratio that is not there.
-        missing = " and ".join(flavor for flavor in DEFAULTS if flavor not in carried)
-        if not missing:
-            return Baselines(entries)
-        warning = f"measured without the baseline {missing}, which need the float model: {reason}"
-        self.say(f"warning: {warning}")
-        return Baselines(entries, (warning,))
+        warnings = [f"measured without the baseline {why}" for why in left_out]
+        if warnings:
+            warnings[-1] += f"; the float model is not at hand: {reason}"
+        for warning in warnings:
+            self.say(f"warning: {warning}")
+        return Baselines(entries, tuple(warnings))
+
+    def _carried(self, flavor: str) -> Entry | str:
+        """The baseline that lies beside what is measured; or its flavour, and why it is none."""
+        places = [folder / f"{flavor}.onnx" for folder in self.beside]
+        place = next((place for place in places if place.is_file()), None)
+        if place is None:
+            return flavor
+        # A file of this name may be anything, which is no reason to end a bench.
+        try:
+            entry = self.given(place)
+        except (MarrqError, BenchError) as error:
+            return f"{flavor}: {error}"
+        return entry if entry.flavor == flavor else f"{flavor}: {str(place)!r} is {entry.flavor}"
 
     def _tried(self, model: "VisionModel") -> Baselines:
         """The default baselines, without those that cannot be exported or run here."""

@@ -111,9 +111,13 @@ def test_a_file_is_benched_without_the_float_model_and_the_report_says_so(
     assert report is not None
     [model] = report["models"]
     assert model["accuracy"]["against"] is None
-    [warning] = report["warnings"]
-    assert warning.startswith("measured without the baseline fp16 and fp32, which need the float")
-    assert f"warning: {warning}" in " ".join(capsys.readouterr().err.split("\n"))
+    first, second = report["warnings"]
+    assert first == "measured without the baseline fp16"
+    assert second.startswith("measured without the baseline fp32; the float model is not at hand: ")
+    told = capsys.readouterr().err.splitlines()
+    assert [f"warning: {first}", f"warning: {second}"] == [
+        line for line in told if line.startswith("warning")
+    ]
     code, report = benched(Path(file), image_folder, tmp_path, "--baseline", "none")
     assert code == 0
     assert report is not None
@@ -145,9 +149,25 @@ def test_a_baseline_may_be_a_file_that_is_named_or_lies_beside_what_is_measured(
     names = [(model["name"], model["role"]) for model in report["models"]]
     assert names == [("fp32", "baseline"), ("W4A8 rtn", "candidate")]
     assert report["models"][1]["accuracy"]["against"]["baseline"] == "fp32"
-    assert [warning[:40] for warning in report["warnings"]] == (
-        [] if named else ["measured without the baseline fp16, whic"]
+    assert [warning.split(";")[0] for warning in report["warnings"]] == (
+        [] if named else ["measured without the baseline fp16"]
     )
+
+
+def test_a_file_beside_that_is_no_baseline_is_left_out_and_told(
+    without_model: Path, image_folder: Path, tmp_path: Path
+):
+    carried = without_model / "carried"
+    # A quantized model, and the float32 model under the name of the float16 one.
+    for source, name in (("model", "model"), ("model", "fp32"), ("fp32", "fp16")):
+        shutil.copy(carried / f"{source}.onnx", tmp_path / f"{name}.onnx")
+    code, report = benched(tmp_path / "model.onnx", image_folder, tmp_path)
+    assert code == 0
+    assert report is not None
+    assert [model["role"] for model in report["models"]] == ["candidate"]
+    first, second = report["warnings"]
+    assert first.endswith("fp16.onnx' is fp32")
+    assert "fp32.onnx' is no float model that marrq exported" in second
 
 
 @pytest.mark.slow

@@ -163,11 +163,3 @@ def no_picture(path: Path) -> str | None:
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     return None if any(mark in head for mark in MAKERS) else "is no page or plot of marrq's"
-
-
-def folders_read(model: str, data: str | None) -> tuple[Path, ...]:
-    """The folders that a command reads, from the names of its model and its images as a user gives
-    them. A model of a hub and the built-in images are in no folder of the user's."""
-    # A name of a hub is no path, but may be one by chance: what exists here is kept.
-    names = [model.removeprefix("local-dir:"), data or "demo"]
-    return tuple(path for path in map(Path, names) if str(path) != "demo" and path.exists())

@@ -35,10 +35,9 @@ def quantize(
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
     from marrq.methods.spec import read_pairs, with_settings
-    from marrq.outputs import folders_read
     from marrq.schemes import parse_scheme
     from marrq.workflows.checks import check_model, data_for
-    from marrq.workflows.destination import Destination
+    from marrq.workflows.destination import Destination, folders_read
     from marrq.workflows.devices import choose_device
 
     # All that can be wrong without torch is checked first, so that a mistake is told at once.

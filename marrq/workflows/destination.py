@@ -90,3 +90,11 @@ class Destination:
             return True
         check_output(self.folder, self.overwrite, no_artifact)
         return False
+
+
+def folders_read(model: str, data: str | None) -> tuple[Path, ...]:
+    """The folders that a command reads, from the names of its model and its images as a user gives
+    them. A model of a hub and the built-in images are in no folder of the user's."""
+    # A name of a hub is no path, but may be one by chance: what exists here is kept.
+    names = [model.removeprefix("local-dir:"), data or "demo"]
+    return tuple(path for path in map(Path, names) if str(path) != "demo" and path.exists())

@@ -55,6 +55,10 @@ def bench(
     common.stdout.print(*tables(report), sep="\n")
     for sentence in sentences(report):
         common.stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    for model in report.models:
+        if model.not_finite is not None:
+            # The table has no room for more than the fact.
+            common.say(f"warning: {model.name} {model.not_finite.sentence}")
     if report.gate is not None:
         for warning in report.gate.warnings:
             common.say(f"warning: {warning}")

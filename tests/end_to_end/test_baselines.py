@@ -80,7 +80,10 @@ def test_a_float16_file_that_overflows_is_told_when_written_and_is_a_row_when_be
     assert rows["fp16"]["latency"][0]["p50_ms"] > 0
     assert rows["W4A8 rtn"]["accuracy"]["images"] == 24
     assert rows["W4A8 rtn"]["accuracy"]["against"] is None, "nothing is compared with no numbers"
-    assert "fp16 gives NaN or infinite logits for 24 images: MatMul of" in capsys.readouterr().out
+    sentence = "fp16 gives NaN or infinite logits for 24 images: MatMul of 'blocks.1.mlp.fc2'"
+    printed = capsys.readouterr()
+    assert sentence in printed.out
+    assert f"warning: {sentence}" in printed.err.splitlines()[-1]
 
 
 def test_a_default_baseline_that_cannot_be_exported_or_run_is_left_out_and_told(

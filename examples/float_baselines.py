@@ -47,7 +47,7 @@ def write_graphs(name: str, folder: Path) -> dict[str, Path]:
     graphs = {"untouched": trace(module, size, OPSET)}
     for device in ("cpu", "gpu"):
         graphs[device] = graphs["untouched"].clone()
-        FLOAT_FLAVORS["fp32"].rewrite(graphs[device], device)
+        FLOAT_FLAVORS["fp32"]().rewrite(graphs[device], device)
     files = {}
     for kind, graph in graphs.items():
         graph.ir_version = IR_VERSIONS[graph.opset_imports[""]]

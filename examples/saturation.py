@@ -53,7 +53,8 @@ def write(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     model = marrq.load_model(f"local-dir:{_checkpoint(folder / 'checkpoint')}")
-    write_baseline(model, FLOAT, folder / f"{FLOAT}.onnx")
+    # The operators that other tools know.
+    write_baseline(model, FLOAT, folder / f"{FLOAT}.onnx", {"fuse": False})
     images = find_images(str(_noise(folder / "images")), "train", model.labels)
     pixels = images.pixels(model.preprocessing)[:IMAGES]
     np.save(folder / "pixels.npy", pixels.numpy())

@@ -29,8 +29,8 @@ OPTIONS = {
     "matmulnbits": ("accuracy_level", "fuse"),
     "qdq": ("symmetric",),
     "folded": ("float32", "weights_only"),
-    "fp32": (),
-    "fp16": (),
+    "fp32": ("fuse",),
+    "fp16": ("fuse",),
 }
 """The options of each flavour: the fields of its class in exporters/flavors."""
 

@@ -17,7 +17,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.choices import NO_OPTIONS, Options, check_baseline, check_device, written_scheme
+from exporters.choices import (
+    NO_OPTIONS,
+    Options,
+    check_baseline,
+    check_choice,
+    check_device,
+    written_scheme,
+)
 from exporters.external_data import external_data, put
 from exporters.flavors import FLAVORS, check_flavor
 from exporters.flavors.floating import FLOAT_FLAVORS, lowest_onnxruntime
@@ -69,7 +76,7 @@ class Export:
         # A float flavour needs no trace of the quantized model.
         if self.flavor in FLOAT_FLAVORS:
             source = load_source(self.model.source)
-            write_baseline(source, self.flavor, path, takes_images, self.device)
+            write_baseline(source, self.flavor, path, self.options, takes_images, self.device)
         else:
             traced = trace_quantized(self.model, self.artifact_hash)
             write(traced, self.flavor, path, self.options, takes_images, self.device)
@@ -124,17 +131,20 @@ def write_baseline(
     model: VisionModel,
     flavor: str,
     path: Path,
+    options: Options = NO_OPTIONS,
     takes_images: bool = False,
     device: str = "cpu",
 ) -> float:
-    """Write a float model, and return the bits of its weights. path, takes_images, device: as in
-    `write`.
+    """Write a float model, and return the bits of its weights. path, options, takes_images, device:
+    as in `write`.
 
-    Raises MarrqError for an unknown device, and if the flavour is not a key of FLOAT_FLAVORS.
+    Raises MarrqError for an unknown device, an option that the flavour does not have, and a flavour
+    that is not a key of FLOAT_FLAVORS.
     """
     check_baseline(flavor)
+    check_choice(flavor, options)
     check_device(device)
-    chosen = FLOAT_FLAVORS[flavor]
+    chosen = FLOAT_FLAVORS[flavor](**options)
     with np.errstate(over="ignore"):
         graph = chosen.lower(model, device)
     metadata = FileMetadata(
@@ -147,6 +157,7 @@ def write_baseline(
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,
+        options={"fuse": str(chosen.fuse)},
     )
     _save(graph, metadata, path, takes_images)
     return float(chosen.bits)

@@ -9,7 +9,9 @@ ONNX Runtime's CPU provider has few float16 kernels and runs that graph as a gra
 with float32 too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -30,9 +32,15 @@ from marrq.models.load import VisionModel
 
 @dataclass(frozen=True)
 class Floating:
-    """A float flavour. bits: of a weight, 32 or 16. Every tensor of the model has this type."""
+    """A float flavour.
+
+    bits: of a weight, 32 or 16. Every tensor of the model has this type.
+    fuse: attention as one operator, which is faster and needs a newer ONNX Runtime; else as two
+    products.
+    """
 
     bits: int
+    fuse: bool = True
 
     def lower(self, model: VisionModel, device: str) -> ir.Model:
         """The graph for a device. Raises MarrqError if torch cannot export the model."""
@@ -44,7 +52,7 @@ class Floating:
         """Rewrite a trace in place. device: of exporters/choices.py."""
         # The passes look for placeholders, which a float trace has none of.
         linears = take_linears(graph.graph)
-        prepare(graph, fuse=True, device=device)
+        prepare(graph, self.fuse, device)
         # Constants are multiplied in float32 and rounded once.
         if self.bits == 16:
             to_float16(graph)
@@ -63,5 +71,8 @@ def lowest_onnxruntime(graph: ir.Model, device: str) -> str:
     return FUSED_ONNXRUNTIME if is_fused or device == "gpu" else FLOAT_ONNXRUNTIME
 
 
-FLOAT_FLAVORS = {"fp32": Floating(32), "fp16": Floating(16)}
-"""The float flavours."""
+FLOAT_FLAVORS: dict[str, Callable[..., Floating]] = {
+    "fp32": partial(Floating, 32),
+    "fp16": partial(Floating, 16),
+}
+"""Flavours of a float model. An option of a flavour is an argument."""

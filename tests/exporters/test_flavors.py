@@ -177,7 +177,8 @@ REFUSALS = [
         {"fuse": False},
         "W4A8",
         "per-tensor",
-        "--no-fuse is no option of 'qdq': use it with --flavor integer or matmulnbits",
+        "--no-fuse is no option of 'qdq': use it with --flavor integer or matmulnbits or "
+        "fp32 or fp16",
     ),
     (
         "int4",

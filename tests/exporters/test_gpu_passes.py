@@ -222,7 +222,7 @@ def traced(make: Callable[[], nn.Module]) -> ir.Model:
 
 def lowered(make: Callable[[], nn.Module], flavor: str, device: str) -> ir.Model:
     graph = traced(make).clone()
-    FLOAT_FLAVORS[flavor].rewrite(graph, device)
+    FLOAT_FLAVORS[flavor]().rewrite(graph, device)
     return graph
 
 
@@ -261,6 +261,14 @@ def test_a_float_model_for_the_cpu_has_standard_operators_only_and_the_logits_of
     assert difference(vit_with_layer_scale, graph) < 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_without_fusion_a_float_model_needs_no_opset_of_attention(device: str):
+    graph = traced(vit_with_layer_scale).clone()
+    FLOAT_FLAVORS["fp32"](fuse=False).rewrite(graph, device)
+    assert (graph.opset_imports[""], operators(graph)["Softmax"]) == (OPSET, 2)
+    assert difference(vit_with_layer_scale, graph) < 1e-5
+
+
 def test_a_layer_scale_that_float16_would_round_away_stays_a_product_of_its_own():
     """1e-5 times a weight of 0.1 is below the normal numbers of float16."""
     graph = traced(vit_with_layer_scale).clone()
@@ -268,6 +276,6 @@ def test_a_layer_scale_that_float16_would_round_away_stays_a_product_of_its_own(
         if name.endswith("gamma"):
             value.const_value = ir.tensor(np.full(64, 1e-5, np.float32), name=name)
     before = operators(graph)["Mul"]
-    FLOAT_FLAVORS["fp16"].rewrite(graph, "gpu")
+    FLOAT_FLAVORS["fp16"]().rewrite(graph, "gpu")
     # The factor of the attention's scores is a Mul of the trace too, and goes.
     assert (before, operators(graph)["Mul"]) == (6, 4)

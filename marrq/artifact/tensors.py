@@ -62,7 +62,7 @@ def _sharing(tensors: Mapping[str, Tensor]) -> set[str]:
     """The names of tensors whose memory a tensor before them has."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
-        first.setdefault(tensor.untyped_storage().data_ptr(), name)
+        first.setdefault(tensor.untyped_storage()._cdata, name)
     return set(tensors) - set(first.values())
 
 

@@ -35,10 +35,10 @@ from marrq.schemes import WeightSpec
 
 
 def correction(weight: Tensor, data: SweepData) -> Tensor:
-    """Δ = G (H + λI)⁻¹ = G Uᵀ U, [m, n], for a weight [m, n], in the weight's type."""
-    # (H + λI)⁻¹ = Uᵀ U, [n, n]; from left to right, so that the large products are m × n × n.
-    upper = data.factors.target_factor.upper
-    return (data.statistics.drift.moment_of(weight) @ upper.T @ upper).to(weight)
+    """Δ = G (H + λI)⁻¹, [m, n], for a weight [m, n], in the weight's type."""
+    # The inverse serves all linears of a group and is formed once; λ is large, so that in float64
+    # it is as good as a solve.
+    return (data.statistics.drift.moment_of(weight) @ data.factors.target_inverse).to(weight)
 
 
 class ExactTarget:
@@ -49,6 +49,7 @@ class ExactTarget:
     def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None:
         self.weight, self.data, self.weight_spec = weight, data, weight_spec
         self.grid: Grid | None = None
+        self.grid_is_finite: bool | None = None
         self.delta = correction(weight, data)
 
     def round_at(self, alphas: Tensor) -> Rounding:
@@ -58,9 +59,13 @@ class ExactTarget:
         within a search."""
         # The a weights W_α, [m, n] each; stacked they are [a · m, n].
         targets = [self.weight + alpha * self.delta for alpha in alphas]
-        # An α that overflowed left a grid that is of no use to the next.
-        if self.grid is None or not self.grid.scale.isfinite().all():
+        # An α that overflowed left a grid that is of no use to the next. Asked once, the next time:
+        # each answer makes the host wait for the device.
+        if self.grid is not None and self.grid_is_finite is None:
+            self.grid_is_finite = bool(self.grid.scale.isfinite().all())
+        if self.grid is None or self.grid_is_finite is False:
             self.grid = choose_grid(targets[0], self.data, self.weight_spec)
+            self.grid_is_finite = None
         grid = stack_grids([self.grid] * len(alphas))
         return Rounding(sweep(torch.cat(targets), grid, self.data.factors.factor), grid)
 

@@ -27,6 +27,10 @@ HEADROOM = 2**8
 """Safety factor over the first batch: either channel of a product may become 16 times stronger
 (16 · 16 = 2⁸). Beyond that, float64 rounds as it always does; nothing else is lost."""
 
+GRAM_TILE = 192
+"""Columns of a block of a symmetric product on a CPU. Smaller blocks take other kernels, with other
+orders of sums."""
+
 
 @dataclass(frozen=True)
 class Units:
@@ -109,7 +113,7 @@ class BatchTokens:
 def add_products_(total: Tensor, left: BatchTokens, right: BatchTokens, units: Units) -> None:
     """Add Σ l rᵀ over the tokens of a batch to `total` [p, q] float64, rounded to units."""
     # [tokens, p]ᵀ × [tokens, q], in the type of the tokens.
-    product = left.centred.T @ right.centred
+    product = _gram(left.centred) if left is right else left.centred.T @ right.centred
     # Σ (l - a)(r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ, for any a and b: it matters not that
     # a and b are means only up to rounding.
     left_mean, right_mean = left.mean.double(), right.mean.double()
@@ -121,3 +125,18 @@ def add_products_(total: Tensor, left: BatchTokens, right: BatchTokens, units: U
         rows = slice(start, start + count)
         part = product[rows].double().addmm_(of_left[rows], of_right)
         total[rows] += units.round_outer_(part, left.sizes[rows], right.sizes)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀ x, [p, p], for [tokens, p]."""
+    size = x.shape[1]
+    # A GPU multiplies faster than it is told to.
+    if x.device.type != "cpu" or size % GRAM_TILE:
+        return x.T @ x
+    # The blocks on and above the diagonal; the others are their mirror images.
+    product = x.new_empty(size, size)
+    for start in range(0, size, GRAM_TILE):
+        rows = slice(start, start + GRAM_TILE)
+        torch.mm(x.T[rows], x[:, start:], out=product[rows, start:])
+        product[start + GRAM_TILE :, rows] = product[rows, start + GRAM_TILE :].T
+    return product

@@ -54,11 +54,8 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     damping was used. Raises MarrqError if H is not finite, or if no damping helps.
 
     hessian: H, [n, n] float64."""
-    # λ is relative to the mean of diag H, so that the scale of the inputs does not matter.
-    diagonal = hessian.diagonal()
-    alive = diagonal > 0
-    mean = torch.where(alive.any(), diagonal.mean(), 1)
     # Act order. Stable: inputs of equal strength keep their order, on every machine.
+    diagonal = hessian.diagonal()
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
@@ -66,29 +63,47 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     )
     # J H J in sweep order. H is symmetric: rows may be gathered for columns.
     backwards = order.flip(0)
-    damped = hessian.index_select(0, backwards).T.contiguous().index_select(0, backwards)
-    # H_ii = 1 for a dead input. Its row and column of H are 0, so that U couples it to no other.
-    filled = damped.diagonal() + (~alive)[backwards]
+    turned = hessian.index_select(0, backwards).T.contiguous().index_select(0, backwards)
+    lower, damping = damped_cholesky_(turned, damping)
+    with one_thread():
+        # L⁻¹, and U = J L⁻¹ J.
+        identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return Factor(order, inverse.flip(0, 1), damping)
+
+
+def damped_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """(H + λI)⁻¹, [n, n] float64, for a solve with many right-hand sides; dead inputs, damping and
+    errors as for `factorize`."""
+    lower, _ = damped_cholesky_(hessian.clone(), damping)
+    with one_thread():
+        return torch.cholesky_inverse(lower)
+
+
+def damped_cholesky_(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """L of H + λI = L Lᵀ, and the damping that was used. Changes the diagonal of H, [n, n]."""
+    # λ is relative to the mean of diag H, so that the scale of the inputs does not matter.
+    diagonal = hessian.diagonal().clone()
+    alive = diagonal > 0
+    mean = torch.where(alive.any(), diagonal.mean(), 1)
+    # H_ii = 1 for a dead input. Its row and column of H are 0, so that L couples it to no other.
+    filled = diagonal + ~alive
     # NaN or infinity anywhere in H shows in the sum of its elements.
     finite = hessian.sum().isfinite()
-    identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
     for _ in range(MAX_DAMPING_STEPS):
-        damped.diagonal().copy_(filled + damping * mean)
-        # LAPACK's sums depend on the number of threads, and every process must find the same U.
+        hessian.diagonal().copy_(filled + damping * mean)
+        # LAPACK's sums depend on the number of threads, and every process must find the same L.
         with one_thread():
-            # J (H + λI) J = L Lᵀ.
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            # One question to the device for both answers.
-            succeeded, is_finite = torch.stack([failed == 0, finite]).tolist()
-            if not is_finite:
-                raise MarrqError(
-                    "the inputs of the linear are not finite: look for NaN or infinity in the "
-                    "model's weights or the images"
-                )
-            if succeeded:
-                # L⁻¹, and U = J L⁻¹ J.
-                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-                return Factor(order, inverse.flip(0, 1), damping)
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+        # One question to the device for both answers.
+        succeeded, is_finite = torch.stack([failed == 0, finite]).tolist()
+        if not is_finite:
+            raise MarrqError(
+                "the inputs of the linear are not finite: look for NaN or infinity in the model's "
+                "weights or the images"
+            )
+        if succeeded:
+            return lower, damping
         # At least 1e-8, to get away from a damping of 0.
         damping = max(damping * 10, 1e-8)
     raise MarrqError(

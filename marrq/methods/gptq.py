@@ -123,7 +123,8 @@ def round_columns(block: ColumnBlock) -> None:
     """Round the columns of a block one after the other: the column loop, in torch."""
     # Views of single columns are made beforehand: making one takes as long as the arithmetic on it.
     w, alpha = block.columns, block.alpha
-    columns, originals, rounded = w.unbind(), block.original.unbind(), block.steps.unbind()
+    columns, rounded = w.unbind(), block.steps.unbind()
+    originals = block.original.unbind() if block.terms.shape[1] > 2 else ()
     # One tuple for each column; each term is [m], a view into block.terms: it acts on later blocks
     # too.
     terms = list(zip(*(term.unbind() for term in block.terms.unbind(1)), strict=True))

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.problem import Problem, Rounding, SearchStep, SweepData
-from marrq.methods.residual import ResidualTarget, final, with_constant
+from marrq.methods.residual import ResidualTarget, alphas_like, final, with_constant
 from marrq.methods.spec import AlphaSpec, AlphaStrategy, MethodSpec
 
 Search = Callable[[ResidualTarget, ReconstructionLoss, AlphaSpec, int | None], list[SearchStep]]
@@ -54,7 +54,7 @@ def pid_search(
     alpha, integral, previous = pid.initial, 0.0, 0.0
     while len(steps) < pid.steps:
         # Plant: sweep at α, then J and its gradient at the codes.
-        quantized = target.round_at(loss.weight.new_tensor([alpha])).quantized
+        quantized = target.round_at(alphas_like([alpha], loss.weight)).quantized
         value, gradient = loss(quantized)
         steps.append(SearchStep(half, alpha, value))
         # Error signal: how far along T the least J lies, in units of α.
@@ -81,7 +81,7 @@ def grid_search(
 ) -> list[SearchStep]:
     """A step for every α of the grid, all from one stacked sweep."""
     # [a · m, n]: one column loop for the whole grid.
-    stacked = target.round_at(loss.weight.new_tensor(spec.grid)).quantized
+    stacked = target.round_at(alphas_like(spec.grid, loss.weight)).quantized
     return [
         SearchStep(half, alpha, loss(quantized)[0])
         for alpha, quantized in zip(spec.grid, stacked.chunk(len(spec.grid)), strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from marrq.distributed import ONE_PROCESS, Processes
-from marrq.methods.factor import Factor, factorize
+from marrq.methods.factor import Factor, damped_inverse, factorize
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.spec import Clip, MethodSpec
 from marrq.methods.statistics import ResidualStatistics
@@ -75,10 +75,10 @@ class SweepFactors:
         return factorize(self._statistics.hessian, self._spec.damping, self._spec.act_order)
 
     @cached_property
-    def target_factor(self) -> Factor:
-        """U of the exact target's solve, with its own damping; the inputs stay in their order."""
+    def target_inverse(self) -> Tensor:
+        """(H + λI)⁻¹ of the exact target's solve, with its own damping: [n, n] float64."""
         # The solve has no order of columns: Δ comes out in the order of the inputs.
-        return factorize(self._statistics.hessian, self._spec.target_damping, act_order=False)
+        return damped_inverse(self._statistics.hessian, self._spec.target_damping)
 
     @cached_property
     def drift_residual(self) -> Tensor:

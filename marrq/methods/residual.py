@@ -9,6 +9,7 @@ A target belongs to one weight and one set of statistics. It knows two things:
 methods/gptaq.py, rescomp.py and exact.py have the targets; methods/marr.py searches any of them.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -39,6 +40,12 @@ class ResidualTarget(Protocol):
         ...
 
 
+def alphas_like(alphas: Sequence[float], weight: Tensor) -> Tensor:
+    """Values of α as [a], in the type and on the device of a weight."""
+    # Not blocking: the host does not wait until the device has them.
+    return torch.tensor(alphas, dtype=weight.dtype).to(weight.device, non_blocking=True)
+
+
 def final(
     target: ResidualTarget,
     weight: Tensor,
@@ -51,12 +58,12 @@ def final(
     A residual term feeds compensated columns back into themselves, and on a coarse grid they can
     grow without bound."""
     fallback = None
-    rounding = target.round_at(weight.new_tensor([alpha]))
+    rounding = target.round_at(alphas_like([alpha], weight))
     # One α for all rows: if the rows of one process overflow, every process falls back.
     if not processes.all_agree(bool(torch.isfinite(rounding.codes).all())):
         fallback = f"alpha {alpha:g} gave non-finite weights, alpha 0 was used"
         alpha = 0.0
-        rounding = target.round_at(weight.new_tensor([alpha]))
+        rounding = target.round_at(alphas_like([alpha], weight))
     return Rounding(rounding.codes, rounding.grid, alpha, trajectory, fallback)
 
 

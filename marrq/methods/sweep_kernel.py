@@ -24,12 +24,16 @@ ROWS = 32
 """Rows of a tile: with 128 columns, 16 kB on the chip."""
 KERNEL_OPTIONS = {"enable_fp_fusion": True}
 """Fused multiply-add, said explicitly: Triton's default changes with 3.10, and 3.9 warns of it."""
+LEAST_WIDTH = 128
+"""Columns of a tile, of which a narrow block fills a part. The last block of a linear, often
+narrower than the others, then runs the kernel that is compiled already: one kernel for each number
+of terms, with grids per column or shared."""
 HALFWAY = 12582912.0
 """1.5 · 2²³: a float32 of at most 2²² to which it is added loses its fraction, rounded to the
 nearest whole number, half to even."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _columns(
     w, influences, scales, lowest, highest, originals, alphas, steps, terms, rows, width,
     TERMS: tl.constexpr, PER_COLUMN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -94,7 +98,7 @@ def sweep_columns(block: ColumnBlock) -> None:
     sizes: dict[str, Any] = {
         "TERMS": block.terms.shape[1],
         "PER_COLUMN": not grids.is_shared,
-        "WIDTH": triton.next_power_of_2(width),
+        "WIDTH": max(triton.next_power_of_2(width), LEAST_WIDTH),
         "ROWS": ROWS,
     }
     # A kernel starts on the current device, wherever its tensors are.

@@ -112,10 +112,10 @@ class BlockPair:
         # First and last layers have the whole model for a module.
         return self.keeps and self.quantized.kind == "block"
 
-    @property
+    @cached_property
     def first_quantized(self) -> Tensor:
         """The tokens of the very first batch on the quantized path, on the device."""
-        return self.inputs.first_quantized.to(self.device)
+        return self.inputs.first_quantized.to(self.device, non_blocking=True)
 
     def quantized_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
         """The linear's input x [..., n] on the quantized path, for each step-th batch."""
@@ -213,8 +213,8 @@ def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor
     step-th batch: [tokens, n], the same in every process. One batch at a time is in memory."""
     # Only the shape is used: how many tokens this linear sees of an image. It differs from block to
     # block in a Swin.
-    first = pair.quantized.input_of(linear, pair.first_quantized).flatten(0, -2)  # [tokens, n]
-    tokens_per_image = len(first) // len(pair.inputs.first_quantized)
+    first = pair.quantized.input_of(linear, pair.first_quantized[:1]).flatten(0, -2)
+    tokens_per_image = len(first)  # [tokens of an image, n]
     sampled = [batch for batch in pair.inputs.batches if batch.index % step == 0]
     # Images of sampled batches before each of them: the token numbering runs over these images.
     images_before = list(accumulate(map(len, sampled), initial=0))

@@ -61,7 +61,7 @@ class GroupCalibration:
         if no scale is worth its cost. The full-precision path stays as it is."""
         block = self.pair.quantized
         # Scales that a norm takes up are free at run time.
-        norm = find_norm(block, self.linears, self.pair.first_quantized)
+        norm = find_norm(block, self.linears, self.pair.first_quantized[:1])
         # Without a norm the scale costs a multiplication at run time: not even tried unless
         # rounding the activations hurts.
         if norm is None and not self.scheme.has_coarse_activations:
@@ -192,7 +192,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
 def _clipped_share(weight: Tensor, grid: Grid) -> float:
     """The share of weights outside the range of their grid, 0 … 1."""
     # The range of the grid in the units of the weight: [m, groups, 1] for [m, groups, size].
-    grouped = weight.unflatten(1, (grid.scale.shape[1], -1))
+    grouped = weight.reshape(len(weight), grid.scale.shape[1], -1)
     lowest, highest = (end[..., None] for end in grid.ends)
     return ((grouped < lowest) | (grouped > highest)).float().mean().item()
 

@@ -18,18 +18,19 @@ factor per channel, its `smoothing` (marrq/transforms/equalization.py). All rang
 are then those of the smoothed x.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from marrq.distributed import ONE_PROCESS, Processes
-from marrq.quantizers.affine import Grid, candidate_shares, grid_from_range, symmetric_grid
-from marrq.quantizers.chunks import items_at_once
+from marrq.quantizers.affine import Grid, grid_from_range, symmetric_grid
+from marrq.quantizers.chunks import candidate_shares, items_at_once
 from marrq.schemes import ActivationSpec
 
 TOKENS_PER_BATCH = 64
 """Tokens of each calibration batch in the sample."""
+
+FIRST_TOKENS = 128
+"""Tokens of the sample by which the search tells the candidates that cannot win."""
 
 ACTIVATION_CLIP_FACTORS = tuple(0.95**i for i in range(40))
 """Values of c that calibration tries: 1, 0.95, … 0.135."""
@@ -109,22 +110,41 @@ def _grid(spec: ActivationSpec, minimum: Tensor, maximum: Tensor) -> Grid:
     return grid_from_range(minimum, maximum, spec.code_range)
 
 
-def _cost_of(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """How much errors E [candidates, tokens, n] of the input change the outputs of a weight [m, n]:
-    ‖E Wᵀ‖² of each candidate."""
+def _output_errors(sample: Tensor, grids: Grid, weight: Tensor) -> Tensor:
+    """‖(q_c(x) - x) Wᵀ‖² over a sample [tokens, n] for each candidate c: [candidates]. On a CPU it
+    is infinite for a candidate that some tokens have shown to be worse than the best.
 
-    # Two sums, so that the order of addition is fixed: over a token's channels, then over tokens.
-    def of_outputs(error: Tensor) -> Tensor:
-        return (error @ weight.T).square_().sum(-1).sum(-1)
-
-    def of_inputs(error: Tensor) -> Tensor:
-        return (error @ gram).mul_(error).sum(-1).sum(-1)
-
+    weight: [m, n].
+    """
     # ‖E Wᵀ‖² = ⟨E, E Wᵀ W⟩: the smaller product of the two.
-    if len(weight) <= weight.shape[1]:
-        return of_outputs
-    gram = weight.T @ weight
-    return of_inputs
+    gram = weight.T @ weight if len(weight) > weight.shape[1] else None
+
+    def of_tokens(tokens: slice, grid: Grid) -> Tensor:
+        """The errors of some tokens, [candidates, tokens]. Summed in two steps, so that the order
+        of addition is fixed: over a token's channels here, over tokens by the caller."""
+        x = sample[tokens]
+        error = grid.of_tokens(tokens).nearest(x).sub_(x)
+        if gram is None:
+            return (error @ weight.T).square_().sum(-1)
+        return (error @ gram).mul_(error).sum(-1)
+
+    candidates = list(grids.split(1))
+    if sample.device.type != "cpu":
+        # All at once, as many as memory allows: a GPU has tried them sooner than it answers.
+        chunks = grids.split(items_at_once(len(candidates), sample, sample.device))
+        return torch.cat([of_tokens(slice(None), chunk).sum(-1) for chunk in chunks])
+    # Every token adds to an error. The candidate that is best on the first tokens bounds the least
+    # error: whoever exceeds the bound on some of the tokens is out.
+    first, rest = slice(0, FIRST_TOKENS), slice(FIRST_TOKENS, None)
+    begun = [of_tokens(first, grid) for grid in candidates]
+    partial = torch.cat(begun).sum(-1)
+    errors = torch.full_like(partial, torch.inf)
+    for index in partial.argsort(stable=True).tolist():
+        # By a margin far above rounding.
+        if float(partial[index]) <= 1.001 * float(errors.amin()):
+            behind = of_tokens(rest, candidates[index])
+            errors[index] = torch.cat([begun[index], behind], 1).sum()
+    return errors
 
 
 class RangeObserver:
@@ -144,8 +164,9 @@ class RangeObserver:
         """Record the range of a batch and an evenly spaced sample of its tokens. x: [..., n]."""
         # [tokens, n]; only two numbers and a few tokens of each batch are kept.
         tokens = smoothed(x, self._smoothing).reshape(-1, x.shape[-1])
-        self._minimum.append(tokens.amin())
-        self._maximum.append(tokens.amax())
+        minimum, maximum = tokens.aminmax()
+        self._minimum.append(minimum)
+        self._maximum.append(maximum)
         # Evenly spaced and not random: the sample holds every part of an image and is the same in
         # every run.
         rows = torch.linspace(
@@ -166,9 +187,7 @@ class RangeObserver:
         shares = candidate_shares(ACTIVATION_CLIP_FACTORS, sample)
         # Scales [candidates, 1, 1] for a static grid, else [candidates, tokens, 1].
         grids = _grid(spec, minimum * shares, maximum * shares)
-        count = items_at_once(len(shares), sample, sample.device)
-        cost = _cost_of(weight)
-        errors = torch.cat([cost(grid.nearest(sample).sub_(sample)) for grid in grids.split(count)])
+        errors = _output_errors(sample, grids, weight)
         # argmin takes the first of equals, the widest range: nothing is clipped without a gain. An
         # index of one element and not a number: nothing waits for the device.
         best = errors.argmin()[None]

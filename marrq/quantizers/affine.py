@@ -21,12 +21,13 @@ them (quantizers/chunks.py says how many).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
-from marrq.quantizers.chunks import items_at_once
+from marrq.quantizers.chunks import candidate_shares, items_at_once
 from marrq.schemes import WeightSpec
 
 WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
@@ -34,6 +35,10 @@ WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
 
 WEIGHT_ERROR_POWER = 2.4
 """Exponent of the rounding error in that search."""
+
+CHUNKS_BETWEEN_CHECKS = 8
+"""Chunks of candidates after which the search asks whether it may end: asking takes about as long
+as trying two."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Grid:
 
     def _by_group(self, values: Tensor) -> Tensor:
         """[m, n] as [m, groups, size]."""
-        return values.unflatten(1, (self.scale.shape[1], -1))
+        return values.reshape(len(values), self.scale.shape[1], -1)
 
     def columns(self, order: Tensor) -> "ColumnGrid":
         """The grids of the columns of a weight [m, n], in the given order.
@@ -142,8 +147,15 @@ class Grid:
 
     def split(self, count: int) -> Iterator["Grid"]:
         """The candidates of a search, at most `count` at a time."""
-        parts = (part.split(count) for part in (self.scale, self.zero_point))
-        return (Grid(*both, self.low, self.high) for both in zip(*parts, strict=True))
+        both = zip(self.scale.split(count), self.zero_point.split(count), strict=True)
+        return (Grid(scale, zero_point, self.low, self.high) for scale, zero_point in both)
+
+    def of_tokens(self, tokens: slice) -> "Grid":
+        """The candidates for some tokens: scales [candidates, tokens, 1]. A static grid,
+        [candidates, 1, 1], serves all tokens."""
+        if self.scale.shape[1] == 1:
+            return self
+        return Grid(self.scale[:, tokens], self.zero_point[:, tokens], self.low, self.high)
 
     def selected(self, choice: Tensor) -> "Grid":
         """The grid whose row i is row i of candidate choice[i].
@@ -185,11 +197,12 @@ class ColumnGrid:
 
     def each(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Scale, lowest and highest step of each of `count` columns, [m] each."""
-        # Views are made at once: making one takes as long as the arithmetic on it.
-        parts = (
-            part.expand(count, -1).unbind() for part in (self.scale, self.lowest, self.highest)
+        parts = (self.scale, self.lowest, self.highest)
+        # One view serves all columns that share a grid.
+        scales, lowest, highest = (
+            repeat(part[0], count) if self.is_shared else part.unbind() for part in parts
         )
-        return zip(*parts, strict=True)
+        return zip(scales, lowest, highest, strict=True)
 
 
 def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int]) -> Grid:
@@ -265,13 +278,6 @@ def _groups(weight: Tensor, spec: WeightSpec) -> Tensor:
     return weight.reshape(-1, size)
 
 
-def candidate_shares(factors: Sequence[float], like: Tensor) -> Tensor:
-    """The factors of a search as [factors, 1, 1], on the device and in the type of a tensor."""
-    # Not blocking: a GPU that is asked for a copy at once keeps Python waiting for all its work.
-    shares = torch.tensor(factors, dtype=like.dtype).to(like.device, non_blocking=True)
-    return shares[:, None, None]
-
-
 def _clipped_grids(rows: Tensor, spec: WeightSpec, factors: Sequence[float]) -> Grid:
     """The grids of each row with its range multiplied by each factor: scales [factors, rows, 1]."""
     shares = candidate_shares(factors, rows)
@@ -286,23 +292,44 @@ def _clipped_grids(rows: Tensor, spec: WeightSpec, factors: Sequence[float]) -> 
 
 
 def _least_error(rows: Tensor, grids: Grid) -> Grid:
-    """For each row the candidate with the least Σ |q - w|^2.4; of equals the first."""
+    """For each row the candidate with the least Σ |q - w|^2.4; of equals the first.
+
+    grids: from the widest range to the narrowest.
+    """
     count = items_at_once(len(grids.scale), rows, rows.device)
     # One buffer [count, rows, size] for all chunks of candidates: it stays in the cache.
     buffer = rows.new_empty(count, *rows.shape)
-    # |d|^p is computed as exp(p · log |d|), seven times as fast on a CPU as pow. An error of 0
-    # survives: log 0 = -∞ and exp(-∞) = 0.
-    errors = [
-        grid.nearest(rows, out=buffer[: len(grid.scale)])
-        .sub_(rows)
-        .abs_()
-        .log_()
-        .mul_(WEIGHT_ERROR_POWER)
-        .exp_()
-        .sum(-1)
-        for grid in grids.split(count)
-    ]
+    errors: list[Tensor] = []
+    for tried, grid in enumerate(grids.split(count)):
+        near = grid.nearest(rows, out=buffer[: len(grid.scale)])
+        errors.append(_powers_(near.sub_(rows)).sum(-1))
+        if (tried + 1) % CHUNKS_BETWEEN_CHECKS == 0 and _is_settled(rows, grid, errors):
+            break
     return grids.selected(torch.cat(errors).argmin(0))
+
+
+def _is_settled(rows: Tensor, grid: Grid, errors: list[Tensor]) -> bool:
+    """Whether no narrower range can serve any row better.
+
+    grid: the last candidates that were tried. errors: of all candidates so far.
+    """
+    # Only on a CPU: a GPU tries all candidates sooner than it answers.
+    if rows.device.type != "cpu":
+        return False
+    # Rounding the zero point may move a range by half a step. Half a step beyond the range, what is
+    # clipped is clipped by every narrower range too: its error is a lower bound of theirs.
+    lowest, highest = (end[-1] for end in grid.ends)
+    half = grid.scale[-1] / 2
+    clipped = rows - rows.clamp(lowest - half, highest + half)
+    bound = _powers_(clipped).sum(-1)
+    return bool((bound > torch.cat(errors).amin(0)).all())
+
+
+def _powers_(errors: Tensor) -> Tensor:
+    """|d|^2.4 in place."""
+    # As exp(p · log |d|), seven times as fast on a CPU as pow. An error of 0 survives: log 0 = -∞
+    # and exp(-∞) = 0.
+    return errors.abs_().log_().mul_(WEIGHT_ERROR_POWER).exp_()
 
 
 def _mxint_grid(blocks: Tensor, code_range: tuple[int, int]) -> Grid:

@@ -1,10 +1,12 @@
-"""How much of a search is computed at once.
+"""The candidates of a search, and how many of them are computed at once.
 
 Searches of grids try many candidates on the same values. All candidates are one stacked tensor,
 cut into chunks. A GPU wants few large operations, since each one is launched from Python: chunks
 are limited by memory alone. A CPU wants chunks that stay in the cache of a core, because a search
 is a dozen passes over a chunk. No result depends on the size of a chunk.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,3 +27,10 @@ def items_at_once(count: int, item: Tensor | int, device: torch.device) -> int:
     size = item if isinstance(item, int) else item.numel() * item.element_size()
     budget = CACHE_BYTES if device.type == "cpu" else GPU_BYTES
     return max(1, min(count, budget // max(size, 1)))
+
+
+def candidate_shares(factors: Sequence[float], like: Tensor) -> Tensor:
+    """The factors of a search as [factors, 1, 1], on the device and in the type of a tensor."""
+    # Not blocking: a GPU that is asked for a copy at once keeps Python waiting for all its work.
+    shares = torch.tensor(factors, dtype=like.dtype).to(like.device, non_blocking=True)
+    return shares[:, None, None]

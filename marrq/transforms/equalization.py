@@ -42,11 +42,10 @@ from marrq.methods.factor import factorize
 from marrq.models.blocks import Block, hooked
 from marrq.quantizers.affine import (
     Grid,
-    candidate_shares,
     clipped_weight_grids,
     grid_from_range,
 )
-from marrq.quantizers.chunks import items_at_once
+from marrq.quantizers.chunks import candidate_shares, items_at_once
 from marrq.schemes import ActivationSpec, Scheme
 
 CANDIDATES = tuple(product((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)))
@@ -254,7 +253,7 @@ def sweep_noise(weight: Tensor, grid: Grid) -> Tensor:
     """e², [candidates, m, n]: Δ² / 12, and the squared distance of a weight from the range of its
     grid, for the candidates of a grid, [candidates, m, groups]."""
     # Each group of a row has one scale: [m, groups, size] beside [candidates, m, groups, 1].
-    grouped = weight.unflatten(1, (grid.scale.shape[-1], -1))
+    grouped = weight.reshape(len(weight), grid.scale.shape[-1], -1)
     lowest, highest = (end[..., None] for end in grid.ends)
     noise = (grouped - grouped.clamp(lowest, highest)).square_()
     return noise.add_((grid.scale.square() / 12)[..., None]).flatten(2)
@@ -267,10 +266,13 @@ def _rounding_noise(x: Tensor, weight: Tensor, spec: ActivationSpec) -> Tensor:
     shares = candidate_shares(ESTIMATE_CLIP_FACTORS, x)
     grids = grid_from_range(minimum * shares, maximum * shares, spec.code_range)
     # The noise of channel j reaches the outputs with ω_j = ‖W_:j‖²; one factor serves all channels.
-    count = items_at_once(len(shares), x, x.device)
-    noises = torch.cat(
-        [grid.nearest(x).sub_(x).square_().mean(1) for grid in grids.split(count)]
-    )  # [factors, n]
+    # A chunk of tokens with all candidates at a time.
+    chunk = items_at_once(len(x), len(shares) * x[:1].nbytes, x.device)
+    noises = x.new_zeros(len(shares), x.shape[1])  # [factors, n]
+    for start in range(0, len(x), chunk):
+        tokens = slice(start, start + chunk)
+        noises += grids.of_tokens(tokens).nearest(x[tokens]).sub_(x[tokens]).square_().sum(1)
+    noises /= len(x)
     return noises.index_select(0, (noises @ weight.square().sum(0)).argmin()[None])[0]
 
 

@@ -7,6 +7,7 @@ device. Where the code has to wait, `Answers` gives it a value."""
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,15 @@ from marrq.schemes import WeightSpec
 
 OUTPUTS, INPUTS = 4, 8
 CUDA = torch.device("cuda")
+CANDIDATES = {
+    name: import_module(f"marrq.{name.rpartition('.')[0]}").__dict__[name.rpartition(".")[2]]
+    for name in (
+        "quantizers.affine.WEIGHT_CLIP_FACTORS",
+        "quantizers.activations.ACTIVATION_CLIP_FACTORS",
+        "methods.gptq.OUTPUT_CLIP_FACTORS",
+    )
+}
+"""The candidates of the searches."""
 SMALL = {"embed_dim": 16, "num_heads": 2, "depth": 2, "patch_size": 16}
 
 
@@ -53,6 +63,26 @@ class Answers(TorchDispatchMode):
             kind = args[0].dtype
             return self.number if kind.is_floating_point else kind in (torch.bool, torch.int64)
         return func(*args, **(kwargs or {}))
+
+
+class Counts(Answers):
+    """Counts operators, and what makes the host wait for the device: questions for a value, and
+    copies between host and device that are not told to go on by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.questions = self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Views launch nothing, and a FakeTensor asks for its device by an operator.
+        self.operators += not func.is_view and func is not torch.ops.prim.device.default
+        self.questions += func is torch.ops.aten._local_scalar_dense.default
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            moves = source.device.type != result.device.type
+            self.copies += moves and not (kwargs or {}).get("non_blocking", False)
+        return result
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -89,11 +119,7 @@ def known_writer(block: Block, linear: str, tokens: Tensor) -> ResidualWriter | 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation without values takes as long as one on many: searches are kept short."""
-    for name in (
-        "quantizers.affine.WEIGHT_CLIP_FACTORS",
-        "quantizers.activations.ACTIVATION_CLIP_FACTORS",
-        "methods.gptq.OUTPUT_CLIP_FACTORS",
-    ):
+    for name in CANDIDATES:
         monkeypatch.setattr(f"marrq.{name}", (1.0, 0.9))
 
 
@@ -105,11 +131,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def without_values(monkeypatch: pytest.MonkeyPatch, number: float = 1.0) -> Iterator[None]:
+def without_values(
+    monkeypatch: pytest.MonkeyPatch, number: float = 1.0, answers: Answers | None = None
+) -> Iterator[None]:
     monkeypatch.setattr("marrq.models.blocks.copy", SimpleNamespace(deepcopy=copied))
     monkeypatch.setattr("marrq.pipeline.group.find_residual_writer", known_writer)
     monkeypatch.setattr(nn.Module, "_apply", converted)
-    with FakeTensorMode(), Answers(number):
+    with FakeTensorMode(), answers or Answers(number):
         yield
 
 
@@ -248,3 +276,31 @@ def test_a_model_with_windows_is_quantized_on_the_device(monkeypatch: pytest.Mon
     with without_values(monkeypatch):
         model = quantized(swin(), torch.randn(2, 3, 32, 32), "W4A8", "rtn", "cuda")
         assert {tensor.device.type for tensor in model.module.state_dict().values()} == {"cuda"}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, depth: int, method: str) -> Counts:
+    """What a model with so many blocks takes, on a GPU, with all candidates of the searches. The
+    sweep's kernel, one launch for each block of columns, does nothing here."""
+    for name, factors in CANDIDATES.items():
+        monkeypatch.setattr(f"marrq.{name}", factors)
+    monkeypatch.setattr("marrq.methods.gptq.block_rounding", lambda w: lambda block: None)
+    counts = Counts()
+    with without_values(monkeypatch, answers=counts):
+        model = vit(**{**SMALL, "depth": depth}, init_values=1e-5)
+        quantized(model, torch.randn(4, 3, 32, 32), "W4A8", method, "cuda")
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("method", "operators", "questions"), [("rtn", 3000, 50), ("marr,pid.steps=2", 6000, 200)]
+)
+def test_a_block_takes_a_bounded_number_of_launches_and_waits(
+    monkeypatch: pytest.MonkeyPatch, method: str, operators: int, questions: int
+):
+    """A search that tries one candidate at a time takes 80 times a dozen launches for each weight,
+    and then the GPU waits for Python."""
+    one, two = (counted(monkeypatch, depth, method) for depth in (1, 2))
+    assert two.operators - one.operators <= operators
+    assert two.questions - one.questions <= questions
+    # Trial forwards take their random numbers and their tokens from the host.
+    assert two.copies - one.copies <= 30

@@ -247,5 +247,5 @@ def test_the_direction_is_the_derivative_of_the_sweep_without_rounding(
 
 def test_q_k_and_v_share_what_depends_on_their_input_alone():
     factors = make_case(0).problem(MethodSpec()).whole.factors
-    for name in ("factor", "drift_residual", "error_residual", "target_factor"):
+    for name in ("factor", "drift_residual", "error_residual", "target_inverse"):
         assert getattr(factors, name) is getattr(factors, name)

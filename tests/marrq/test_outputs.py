@@ -15,6 +15,7 @@ from marrq.files import write_folder
 from marrq.methods.spec import parse_method
 from marrq.outputs import (
     ARTIFACT_FILES,
+    MAKERS,
     Strange,
     check_output,
     check_report,
@@ -24,6 +25,7 @@ from marrq.outputs import (
 )
 from marrq.schemes import parse_scheme
 from marrq.workflows.destination import Destination
+from runtime.report import plots
 
 SVG = "<?xml?><svg><metadata><dc:creator><dc:title>marrq</dc:title></dc:creator></metadata></svg>"
 PNG = b"\x89PNG\r\n\x1a\n....tEXtSoftware\0marrq...."
@@ -294,3 +296,14 @@ def test_no_command_replaces_what_it_did_not_write(
     assert "Traceback" not in errors
     assert len(errors.splitlines()) < 10
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_plots_and_pages_name_their_maker(suffix: str, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / f"plot{suffix}"
+    with plots._figure(plot, 2.0) as figure:
+        figure.add_subplot().plot([1, 2])
+    check_report(plot, no_picture)
+    template = (Path(plots.__file__).parent / "report.html.jinja").read_bytes()
+    assert any(mark in template for mark in MAKERS)

@@ -30,9 +30,8 @@ from torch.utils.hooks import RemovableHandle
 from marrq.errors import MarrqError
 from marrq.schemes import Scheme
 
-BLOCK_NAME = re.compile(
-    r"(.*\.)?(\w*(block|layer|stage|transformer|network)\w*(\.\d+)+|downsample)"
-)
+CONTAINER = r"\w*(block|layer|stage|transformer|transformer_encoder|network)s?\d*"
+BLOCK_NAME = re.compile(rf"(.*\.)?({CONTAINER}(\.\d+)+|downsample)")
 TRIAL_SEED = 0
 
 BlockKind = Literal["first", "block", "last"]

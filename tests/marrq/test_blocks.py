@@ -304,6 +304,12 @@ TWINS = {
             {"img_size": 32, "serial_depths": (1, 1, 1, 1)},
             [f"serial_blocks{stage}.0" for stage in range(1, 5)],
         ),
+        # Blocks that read class token and patches apart are no candidates: they stay as they are.
+        (
+            "cait_xxs24_224",
+            {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2},
+            ["blocks.0"],
+        ),
         # Blocks in a sequence in a list, beside one that is called by hand.
         (
             "davit_tiny",

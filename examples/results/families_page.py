@@ -26,7 +26,7 @@ def families(record: Json) -> str:
         """
         "Work" and what follows counts architectures, those that compute the same included. "Not
         built": the library itself could not make the class that small, or needs a package that was
-        not installed.""",
+        not installed. "Not tried": the walk had not come to them; it goes on where it stopped.""",
         "## timm: these work",
         table(HEADINGS, list(_working(timm))),
         "## timm: these do not",

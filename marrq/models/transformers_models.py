@@ -47,13 +47,26 @@ def read(location: str) -> Checkpoint:
     check_same_pixels(processor, preprocessing)
     # Only a forward shows whether the model returns logits: the config has `id2label` either way.
     wrapped = TransformersOutput(module)
-    with torch.no_grad():
-        output = module(pixel_values=torch.zeros(1, *preprocessing.input_size))
-    classifies = wrapped.chosen(output) == "logits"
+    classifies = wrapped.chosen(_trial_output(module, preprocessing.input_size)) == "logits"
     # The class is stored too: of a model of images and text the tower's class, not the whole's.
     architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
     class_names = _class_names(architecture["id2label"]) if classifies else None
     return Checkpoint(wrapped, architecture, preprocessing, class_names, classifies, notes)
+
+
+@torch.no_grad()
+def _trial_output(module: Any, input_size: tuple[int, int, int]) -> Any:
+    """What the model returns for an image. Raises MarrqError if an image is not enough for it."""
+    try:
+        return module(pixel_values=torch.zeros(1, *input_size))
+    # Encoders of models of images and text want grids of patches, positions or masks besides.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MarrqError(
+            f"{type(module).__name__} cannot be run on an image of {input_size} alone ({reason}): "
+            "choose a model that takes pixels and nothing else, or correct the size of its image "
+            "processor"
+        ) from error
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:

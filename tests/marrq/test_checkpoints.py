@@ -327,3 +327,16 @@ def test_an_infinite_bound_in_a_buffer_is_no_broken_weight(
         lambda file: {**load_file(file), "bound": torch.tensor(torch.inf)},
     )
     assert load_model(tiny).module.bound == torch.inf
+
+
+def test_an_encoder_that_wants_more_than_pixels_is_refused_by_name(
+    vit_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def forward(self: object, pixel_values: Tensor, grid_thw: Tensor) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(transformers.ViTForImageClassification, "forward", forward)
+    with pytest.raises(
+        MarrqError, match=r"ViTForImageClassification cannot .* 'grid_thw'\): choose"
+    ):
+        load_model(str(vit_folder))

@@ -8,7 +8,7 @@ transformers made them.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +179,9 @@ def build(kind: Kind) -> nn.Module:
 def write_checkpoint(kind: Kind, folder: Path) -> None:
     """A folder as transformers writes it."""
     model = build(kind)
-    with torch.no_grad():
-        try:
-            model(pixel_values=kind.images(1))
-        # A class that takes more than pixels is marrq's to refuse; shapes that do not meet are not.
-        except (TypeError, AttributeError):
-            pass
+    # A class that takes more than pixels is marrq's to refuse; shapes that do not meet are not.
+    with torch.no_grad(), suppress(TypeError, AttributeError):
+        model(pixel_values=kind.images(1))
     model.save_pretrained(folder)
     if "TimmWrapper" not in kind.name:
         size = {"height": kind.size, "width": kind.size}

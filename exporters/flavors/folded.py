@@ -20,7 +20,7 @@ Why float32 first. ONNX Runtime folds on its CPU provider, whose Sub and Mul hav
 kernels: in float16 nothing is folded. DequantizeLinear is not folded at all, Cast and Mul are.
 
 Codes of 2 bits are a plane of uint8, as large as INT2. INT2 would be folded too, but asks for
-opset 25, whose Reshape, Transpose and Cast no CUDA provider has kernels for
+opset 25, for whose Reshape, Transpose and Cast the CUDA provider had no kernels in early 2026
 (runtime/audit/cuda_operators.py): they would run on the CPU.
 
 Whatever multiplies the weight is folded too, and costs nothing at run time: the low-rank branch

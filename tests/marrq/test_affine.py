@@ -127,6 +127,35 @@ def test_the_grid_of_a_weight_is_that_of_the_definition(spec: WeightSpec):
     np.testing.assert_array_equal(spread.quantize(weight), expected.codes(weight.numpy()))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_grid_of_a_weight_is_the_same_however_the_search_is_cut(
+    spec: WeightSpec, monkeypatch: pytest.MonkeyPatch
+):
+    # One candidate at a time, so that the search ends early; or all of them, so that it cannot.
+    weight = (normal(40, 64, seed=2) ** 3).float()
+    grids = []
+    for size in (1, 2**12, 2**24):
+        monkeypatch.setattr("marrq.quantizers.chunks.CACHE_BYTES", size)
+        grids.append(search_weight_grid(weight, spec))
+    for grid in grids[:2]:
+        assert torch.equal(grid.scale, grids[2].scale)
+        assert torch.equal(grid.zero_point, grids[2].zero_point)
+
+
+def test_a_search_on_a_cpu_ends_before_all_candidates_are_tried(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("marrq.quantizers.chunks.CACHE_BYTES", 1)
+    tried: list[int] = []
+    nearest = Grid.nearest
+
+    def counted(grid: Grid, x: Tensor, out: Tensor | None = None) -> Tensor:
+        tried.append(len(grid.scale))
+        return nearest(grid, x, out)
+
+    monkeypatch.setattr(Grid, "nearest", counted)
+    search_weight_grid(normal(1, 256).float(), WeightSpec(4))
+    assert 16 <= sum(tried) < 80
+
+
 def test_each_group_gets_the_grid_it_would_get_alone():
     weight = normal(6, 40)
     grid = search_weight_grid(weight, WeightSpec(3, 8))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from marrq.errors import MarrqError
 from marrq.methods.registry import ALIASES
 from marrq.methods.spec import parse_method
+from marrq.models.blocks import Block
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
+from marrq.pipeline.kept_outputs import KeptOutputs
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.activations import (
@@ -277,3 +279,78 @@ def test_the_observer_sees_the_exact_range_over_all_batches_whatever_it_samples(
         for factor in ACTIVATION_CLIP_FACTORS
     ]
     assert quantizer.scale in spans
+
+
+@pytest.mark.parametrize("strategy", ["per-tensor", "per-token"])
+def test_a_clip_factor_is_the_same_however_few_tokens_rule_candidates_out(
+    strategy: ActivationStrategy, monkeypatch: pytest.MonkeyPatch
+):
+    x, found = noise(1)[0, 0].repeat(9, 1).exp() ** 2, []
+    weight = noise(2)[0, :2].reshape(-1, x.shape[1])
+    for first_tokens in (8, 32, 10**6):
+        monkeypatch.setattr("marrq.quantizers.activations.FIRST_TOKENS", first_tokens)
+        observer = RangeObserver()
+        observer.observe(x)
+        quantizer = observer.quantizer(ActivationSpec(4, strategy), weight)
+        found.append(quantizer.scale if strategy == "per-tensor" else quantizer.clip)
+    assert found[0] == found[1] == found[2]
+
+
+class Counted(nn.Module):
+    """Counts its runs; `inplace` changes what it was given."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.linear, self.runs, self.inplace = nn.Linear(4, 4), 0, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.linear(x.mul_(2) if self.inplace else x)
+
+
+def two_parts(second_inplace: bool) -> Block:
+    module = nn.Sequential(Counted(), Counted(second_inplace))
+    return Block("b", module, (("0.linear",), ("1.linear",)), True, (), {})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_finished_part_runs_once_a_batch_unless_its_output_was_changed_in_place(inplace: bool):
+    block, x = two_parts(inplace), torch.randn(3, 4)
+    expected = block(x)
+    kept, runs = KeptOutputs(block, changes=False), block.module[0].runs
+    for reading in ("0.other", "1.linear", "1.linear"):
+        # The second part is watched, so that it always runs.
+        with torch.no_grad(), kept.used(0, reading):
+            assert torch.equal(block(x), expected)
+    assert block.module[0].runs - runs == (3 if inplace else 1)
+    assert "forward" not in vars(block.module[0])
+
+
+@torch.no_grad()
+def test_what_is_kept_depends_on_batch_and_memory_and_is_given_up_at_the_last_run(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    block, batches = two_parts(False), torch.randn(2, 3, 4)
+    expected, runs = [block(x) for x in batches], block.module[0].runs
+    # Room for the outputs of one batch alone: two parts, 3 · 4 numbers each.
+    monkeypatch.setattr("marrq.pipeline.kept_outputs.KEPT_BYTES", {"cpu": 2 * 48})
+    kept = KeptOutputs(block, changes=False)
+    for reading in ("none", "none", None, None):
+        for index, x in enumerate(batches):
+            with kept.used(index, reading):
+                assert torch.equal(block(x), expected[index])
+    # Batch 0 runs first and, given up, last; batch 1 finds no room in the first two rounds.
+    assert block.module[0].runs - runs == 2 + 4
+
+
+@torch.no_grad()
+def test_a_linear_that_is_not_quantized_yet_is_never_kept():
+    block, x = two_parts(False), torch.randn(3, 4)
+    kept = KeptOutputs(block, changes=True)
+    for _ in range(2):
+        with kept.used(0, "1.linear"):
+            block(x)
+        block.linear("0.linear").weight.mul_(3)
+    expected = block(x)
+    with kept.used(0, "1.linear"):
+        assert torch.equal(block(x), expected)

@@ -73,7 +73,9 @@ def functions(file: str, tree: ast.Module) -> Iterator[Function]:
 
 
 def _is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+    # With or without arguments.
+    names = (ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list)
+    return "triton.jit" in names
 
 
 def imported(tree: ast.Module, everywhere: bool = True) -> set[str]:

@@ -56,8 +56,9 @@ TENSORS, REPORTS, CARD, CONFIG = ARTIFACT_FILES
 
 
 def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> None:
-    """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, if it is no
-    artifact, and if it cannot be written; then what was there before is still there."""
+    """Write the artifact. Raises MarrqError if the folder exists and `overwrite` is off, if the
+    folder is no artifact, and if it cannot be written; then what was there before is still there.
+    """
     folder = Path(folder)
     # Before anything is written, so that a mistake of the user costs no time.
     check_output(folder, overwrite, no_artifact)

@@ -188,7 +188,9 @@ def test_a_baseline_is_the_float_model_with_a_float32_interface(
 
 
 def transformers_model(module: nn.Module, config: dict) -> VisionModel:
-    preprocessing = Preprocessing((3, 32, 32), "bicubic", (32, 32), "center", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing(
+        (3, 32, 32), "bicubic", (32, 32), "center", (0.5,) * 3, (0.5,) * 3
+    )
     module.set_attn_implementation(ATTENTION)  # type: ignore[operator]
     return VisionModel(
         TransformersOutput(module).eval(),
@@ -253,7 +255,9 @@ def test_layer_scale_costs_nothing_and_changes_nothing(tmp_path: Path):
     for name, parameter in module.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.normal_(parameter)  # of both signs
-    preprocessing = Preprocessing((3, 32, 32), "bicubic", (32, 32), "center", (0.5,) * 3, (0.5,) * 3)
+    preprocessing = Preprocessing(
+        (3, 32, 32), "bicubic", (32, 32), "center", (0.5,) * 3, (0.5,) * 3
+    )
     model = VisionModel(module, ModelSource("test", "timm", {}, ""), preprocessing, tuple("abcde"))
     pixels = torch.randn(6, 3, 32, 32)
     quantized = quantized_model(model, pixels, "W4A8")

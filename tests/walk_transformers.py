@@ -67,7 +67,16 @@ WRAPPED: dict[str, Any] = {
     "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3},
 }
 
+TWO_STAGES: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 2,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+}
+
 CHANGED: dict[str, dict[str, Any]] = {
+    "SwinForImageClassification": TWO_STAGES,
+    "SwinModel": TWO_STAGES,
     "DonutSwinForImageClassification": {"image_size": 128},
     "DonutSwinModel": {"image_size": 128},
     "HieraForImageClassification": {"image_size": [64, 64]},

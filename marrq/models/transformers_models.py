@@ -134,8 +134,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _class_names(id2label: dict[Any, str]) -> list[str] | None:
+def _class_names(id2label: dict[Any, str] | None) -> list[str] | None:
     """Class names in the order of the logits, or None if they are transformers' placeholders."""
+    # Some configs (PVT's) keep the number of classes alone.
+    if not id2label:
+        return None
     # JSON makes text of numbers as keys: "10" would sort before "2".
     return named_classes([id2label[key] for key in sorted(id2label, key=int)])
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from families_page import families
 from layout import Json, page, table
 from preprocessing_page import preprocessing
 from saturation_page import saturation
@@ -262,6 +263,7 @@ def timed(row: Json, fp32: Json) -> str:
 PAGES: dict[str, Callable[[Json], str]] = {
     "dinov2_small": dinov2_small,
     "eight_bit_codes": eight_bit_codes,
+    "families": families,
     "other_tools": other_tools,
     "preprocessing": preprocessing,
     "saturation": saturation,

@@ -45,6 +45,10 @@ PARTS = "qkv"
 
 INPUT = "pixels"
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of a node in torch's trace: the modules around the node, outermost first, then the node
+itself, as a Python list in text form."""
+
 
 @dataclass(frozen=True)
 class TracedModel:
@@ -158,7 +162,24 @@ def trace(
         raise MarrqError(f"the model cannot be traced to ONNX: {_reason(error)}") from error
     if program is None:
         raise MarrqError("the model cannot be traced to ONNX: the exporter returned nothing")
+    _drop_notes(program.model)
     return program.model
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Drop what the exporter notes of its own work, such as stack traces, which hold paths of this
+    machine. The modules of a node stay: a message about the node names them."""
+    owners: list[ir.Model | ir.Graph | ir.Value] = [model, model.graph, *model.graph.inputs]
+    owners += model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        kept = {key: text for key, text in node.metadata_props.items() if key == SCOPES}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        node.doc_string = None
+        owners += node.outputs
+    for owner in owners:
+        owner.metadata_props.clear()
+        owner.doc_string = None
 
 
 def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:

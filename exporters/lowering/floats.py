@@ -21,12 +21,9 @@ from exporters.trace import (
     PATH,
     PLACEHOLDER,
     PLACEHOLDER_DOMAIN,
+    SCOPES,
     placeholders,
 )
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node in torch's trace: the modules around the node, outermost first, then the node
-itself."""
 
 HALF_EPSILON = float(np.finfo(np.float16).eps)
 
@@ -144,7 +141,7 @@ def _bias_behind(product: ir.Node, length: int) -> tuple[ir.Node | None, np.ndar
 
 def _module_of(node: ir.Node) -> str:
     """The path of the module that a node was traced in; its own name if the trace does not say."""
-    # The entry is a Python list in text form. Its last item is the node itself.
+    # The last item is the node itself, the one before it the innermost module.
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else str(node.name)
 

@@ -36,7 +36,8 @@ def norms_in_float32(graph: ir.Graph) -> None:
         narrowed = _cast(norm, result, HALF, "float16")
         result.replace_all_uses_with(narrowed.outputs[0])
         narrowed.replace_input_with(0, result)
-        result.dtype = FLOAT
+        # A new type: `dtype` would change the type of every value that shares it.
+        result.type = ir.TensorType(FLOAT)
         graph.insert_after(norm, narrowed)
 
 

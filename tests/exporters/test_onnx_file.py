@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import timm
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from tiny_models import noise, quantized, vit
 
@@ -18,7 +20,7 @@ import marrq
 from exporters.external_data import external_data
 from exporters.onnx_file import write
 from exporters.replacing import check_model_file
-from exporters.trace import TracedModel, trace_quantized
+from exporters.trace import SCOPES, TracedModel, trace_quantized
 from marrq.artifact.folder import artifact_hash, save
 from marrq.cli import main
 from runtime.audit.graph import size_bytes
@@ -49,6 +51,22 @@ def test_every_flavour_lowers_the_same_trace_and_leaves_it_as_it_is(
     first, again = (tmp_path / "first.onnx").read_bytes(), (tmp_path / "again.onnx").read_bytes()
     assert first == again
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 3
+
+
+def test_a_file_names_modules_and_no_path_of_the_machine_that_wrote_it(
+    traced: TracedModel, tmp_path: Path
+):
+    file = tmp_path / "m.onnx"
+    write(traced, "integer", file)
+    # The folder of the tests, that of the libraries and that of Python itself.
+    folders = {str(Path(__file__).parents[2]), str(Path(timm.__file__).parents[1]), sys.prefix}
+    written = file.read_bytes()
+    assert [folder for folder in folders if folder.encode() in written] == []
+    assert b"site-packages" not in written
+    # A message about a node names its module: these are the notes that stay.
+    graph = ir.load(file).graph
+    assert {key for node in graph for key in node.metadata_props} == {SCOPES}
+    assert any("'blocks.0.norm1'" in node.metadata_props.get(SCOPES, "") for node in graph)
 
 
 def test_the_python_function_writes_the_file_of_the_artifact_that_the_model_would_be_saved_as(

@@ -61,8 +61,8 @@ SECONDS = 120
 class Outcome:
     """What became of a kind.
 
-    result: works, refused, or failed.
-    reason: of a refusal or a failure.
+    result: works, refused, failed, or not built (the library itself cannot make the kind small).
+    reason: of all but a kind that works.
     linears: how many were quantized.
     cosine, least: of the file's outputs to the simulation's, the median and the least of all
         images.

@@ -193,7 +193,7 @@ def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) 
     error = steps.mul_(stacked.scale).sub_(columns)
     error = error.index_select(0, order.argsort()).T.contiguous()
     # diag(E H Eᵀ), the square error of each row's output: [candidates, m].
-    outputs = (error @ data.hessian(rows.dtype)).mul_(error).sum(1).view(count, -1)
+    outputs = (error @ data.factors.hessian(rows.dtype)).mul_(error).sum(1).view(count, -1)
     return grids.selected(outputs.argmin(0))
 
 

@@ -115,10 +115,6 @@ class SweepData:
         """With nothing computed yet."""
         return cls(statistics, clip, SweepFactors(statistics, spec))
 
-    def hessian(self, kind: torch.dtype) -> Tensor:
-        """H in a type, converted once."""
-        return self.factors.hessian(kind)
-
     def of_rows(self, rows: slice) -> "SweepData":
         """For some rows of the weight; what belongs to the inputs is shared."""
         return replace(self, statistics=self.statistics.of_rows(rows))

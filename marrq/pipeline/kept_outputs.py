@@ -6,8 +6,9 @@ not change any more. So the output of each such part, a direct child of the bloc
 the first time, and given the next time in place of a run of the part. Inside a part that still
 changes, the outputs of its quantized linears are kept in the same way.
 
-The linears of a block then run about once on either path. The price is memory, which is limited
-(`KEPT_BYTES`): what finds no room is computed again. The codes do not depend on it.
+A finished linear then runs once or twice a batch, however many read what follows it. The price is
+memory, which is limited (`KEPT_BYTES`): what finds no room is computed again. The codes do not
+depend on it.
 """
 
 from collections import defaultdict
@@ -121,9 +122,13 @@ class KeptOutputs:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output."""
-    outputs = output if isinstance(output, tuple | list) else [output]
-    return [tensor for tensor in outputs if isinstance(tensor, Tensor)]
+    """The tensors of an output, at any depth: each one counts for the memory."""
+    if isinstance(output, Tensor):
+        return [output]
+    # Models of transformers give dictionaries too.
+    parts = output.values() if isinstance(output, dict) else output
+    parts = parts if isinstance(output, dict | tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _versions(output: Any) -> list[int]:

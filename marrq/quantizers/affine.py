@@ -316,11 +316,12 @@ def _is_settled(rows: Tensor, grid: Grid, errors: list[Tensor]) -> bool:
     # Only on a CPU: a GPU tries all candidates sooner than it answers.
     if rows.device.type != "cpu":
         return False
-    # Rounding the zero point may move a range by half a step. Half a step beyond the range, what is
-    # clipped is clipped by every narrower range too: its error is a lower bound of theirs.
+    # Rounding the zero point moves a range by at most half a step: this one to one side, a narrower
+    # one to the other, if min / scale is a tie. A step beyond the range, what is clipped is clipped
+    # by every narrower range too: its error is a lower bound of theirs.
     lowest, highest = (end[-1] for end in grid.ends)
-    half = grid.scale[-1] / 2
-    clipped = rows - rows.clamp(lowest - half, highest + half)
+    step = grid.scale[-1]
+    clipped = rows - rows.clamp(lowest - step, highest + step)
     bound = _powers_(clipped).sum(-1)
     return bool((bound > torch.cat(errors).amin(0)).all())
 

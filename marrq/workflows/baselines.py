@@ -23,9 +23,6 @@ from runtime.session import Model, SessionSettings
 if TYPE_CHECKING:
     from marrq.models.load import VisionModel
 
-NONE = "none"
-"""As a user names no baseline at all."""
-
 DEFAULTS = ("fp16", "fp32")
 """What is measured if the user names no baseline."""
 

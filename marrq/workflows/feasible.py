@@ -10,8 +10,8 @@ from marrq.models.load import VisionModel, build
 def check_feasible(model: VisionModel) -> None:
     """Raise MarrqError if the model could be quantized, and its artifact not be loaded or exported.
 
-    The model is built again without memory for its tensors, and traced once by torch; examples/
-    families tries it on all architectures.
+    The model is built again without memory for its tensors, and traced once by torch.
+    `tests/walk_families.py` tries it on the architectures of timm and transformers.
     """
     source, size = model.source, model.preprocessing.input_size
     shapes = {name: tuple(tensor.shape) for name, tensor in model.module.state_dict().items()}

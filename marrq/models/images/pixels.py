@@ -124,11 +124,8 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    return (
-        image
-        if image.mode == mode and not image.info.get("transparency")
-        else (image.convert(mode))
-    )
+    is_plain = image.mode == mode and not image.info.get("transparency")
+    return image if is_plain else image.convert(mode)
 
 
 def _check_samples(image: Image.Image) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporters.trace import PLACEHOLDER_DOMAIN
+
 LARGEST = float(np.finfo(np.float16).max)
+EPSILON = float(np.finfo(np.float16).eps)
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 def to_float16(model: ir.Model) -> None:
-    """Turn a float32 graph into float16, placeholders and their values included."""
+    """Turn a float32 graph into float16, the values around placeholders included."""
     graph = model.graph
     # Region and scales of a Resize are float32 in every graph.
     sizes = {value for node in graph if node.op_type == "Resize" for value in node.inputs[1:3]}
@@ -27,11 +30,22 @@ def to_float16(model: ir.Model) -> None:
     for node in graph:
         if not sizes.isdisjoint(node.outputs):
             continue
-        _halve_attributes(node)
+        # γ of a placeholder multiplies weights in float32: what is rounded is the product, once.
+        if node.domain != PLACEHOLDER_DOMAIN:
+            _halve_attributes(node)
         for output in node.outputs:
             if output.dtype == FLOAT:
                 output.type = ir.TensorType(HALF)
     _cast_ends(graph)
+
+
+def holds(dtype: np.dtype[Any], array: np.ndarray) -> bool:
+    """Whether a type rounds a float32 array as it rounds numbers of ordinary size. The product of a
+    small γ and a weight may fall below the normal numbers of float16, which begin at 6e-5."""
+    # Normal numbers are rounded by half an epsilon at most, so a sound product passes.
+    rounded = array.astype(dtype).astype(np.float32)
+    error, size = np.linalg.norm(rounded - array), np.linalg.norm(array)
+    return bool(error <= EPSILON * size)
 
 
 def _halved(tensor: ir.TensorProtocol) -> ir.Tensor[Any]:

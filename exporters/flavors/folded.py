@@ -33,6 +33,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from exporters.float16 import holds
 from exporters.lowering.linear import LinearLowering, LinearSlice, LoweredModel, Target, lower
 from exporters.lowering.lowrank import plus_lowrank
 from exporters.lowering.weights import float32_codes
@@ -67,15 +68,15 @@ class Folded:
         return lower(traced, target, self._linear)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:
-        number = np.float32 if self.float32 else np.float16
+        number = np.dtype(np.float32 if self.float32 else np.float16)
         # γ of LayerScale: in the weight if float16 can hold the product, else behind it.
-        behind = None if _holds(linear.slice, number) else linear.output_scale
+        behind = None if holds(number, _weight_of(linear.slice)) else linear.output_scale
         if behind is not None:
             linear.slice = linear.unscaled
         linear.weight = self._weight(linear)
         # Later passes and the parity ask for them.
         linear.weight.shape = ir.Shape([linear.slice.in_features, len(linear.slice.codes)])
-        linear.weight.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(number)))
+        linear.weight.type = ir.TensorType(ir.DataType.from_numpy(number))
         y = linear.add("MatMul", [linear.x, linear.weight])
         for op_type, name, tensor in (
             ("Add", "bias", linear.slice.bias),
@@ -97,14 +98,12 @@ class Folded:
         return linear.add("Cast", [weight], to=int(ir.DataType.FLOAT16))
 
 
-def _holds(rows: LinearSlice, number: type[np.floating]) -> bool:
-    """Whether a type rounds the weight as it rounds numbers of ordinary size. The product of a
-    small γ and a weight may fall below the normal numbers of float16, which begin at 6e-5."""
-    steps = rows.scale[:, :, None].numpy()
+def _weight_of(rows: LinearSlice) -> np.ndarray:
+    """(codes - zero point) · scale, float32 [rows, groups, inputs of a group]."""
     codes = rows.codes.reshape(len(rows.codes), rows.groups, -1).numpy().astype(np.float32)
-    weight = (codes - rows.zero_point.numpy()[:, :, None]) * steps
-    error = np.linalg.norm(weight.astype(number).astype(np.float32) - weight)
-    return bool(error <= np.finfo(np.float16).eps * np.linalg.norm(weight))
+    zero_point, scale = (part.numpy()[:, :, None] for part in (rows.zero_point, rows.scale))
+    weight: np.ndarray = (codes - zero_point) * scale
+    return weight
 
 
 def _dequantized(linear: LinearLowering) -> ir.Value:

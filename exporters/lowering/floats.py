@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from exporters.float16 import holds
 from exporters.graph import add_constant, array_of, copy_type, only_consumer
 from exporters.passes.products import is_vector
 from exporters.trace import (
@@ -24,8 +25,6 @@ from exporters.trace import (
     SCOPES,
     placeholders,
 )
-
-HALF_EPSILON = float(np.finfo(np.float16).eps)
 
 
 @dataclass(frozen=True)
@@ -104,20 +103,12 @@ class _Products:
             attributes[OUTPUT_SCALE].as_tensor().numpy() if OUTPUT_SCALE in attributes else None
         )
         # γ ∘ (x W + b) as one product, if the type can hold its weights.
-        if factor is not None and self._holds(weight * factor):
+        if factor is not None and holds(self.dtype, weight * factor):
             weight, bias, factor = weight * factor, None if bias is None else bias * factor, None
         self._add("MatMul", self.node.inputs[0], "weight_float", weight)
         for op_type, name, array in (("Add", "bias_float", bias), ("Mul", "scale_float", factor)):
             if array is not None:
                 self._add(op_type, self.nodes[-1].outputs[0], name, array)
-
-    def _holds(self, array: np.ndarray) -> bool:
-        """Whether the type rounds an array as it rounds numbers of ordinary size. The product of a
-        small γ and a weight may fall below the normal numbers of float16, which begin at 6e-5."""
-        # Normal numbers are rounded by half an epsilon at most, so a sound product passes.
-        rounded = array.astype(self.dtype).astype(np.float32)
-        error, size = np.linalg.norm(rounded - array), np.linalg.norm(array)
-        return bool(error <= HALF_EPSILON * size)
 
     def _add(self, op_type: str, x: ir.Value | None, name: str, array: np.ndarray) -> None:
         constant = add_constant(

@@ -18,8 +18,6 @@ Codes of 2 and 3 bits are held in INT4; beside quantized activations every code 
 because TensorRT multiplies INT8 by INT8 only. Their values are the artifact's.
 """
 
-import math
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -63,12 +61,11 @@ def half(linear: LinearLowering, numbers: Tensor) -> np.ndarray:
 def _unit(scale: Tensor) -> Tensor:
     """The unit u of each output, for which no scale / u is negative, or below the normal numbers of
     float16: [rows], mostly 1. scale: [rows, groups]."""
-    sizes = scale.abs()
-    # A scale of 0 is one of γ: grids give an empty range the scale 1.
-    least = float(sizes[sizes > 0].min()) if bool((sizes > 0).any()) else 1.0
-    shift = max(0, math.ceil(math.log2(LEAST_NORMAL / least)))
+    # A scale of 0 is one of γ, which has no unit: grids give an empty range the scale 1.
+    least = scale.abs().amin(1)
+    shift = (LEAST_NORMAL / least).log2().ceil().clamp(min=0)
     # γ is one for all groups of an output, and so is its sign.
-    return scale[:, 0].sign() * 2.0**-shift
+    return scale[:, 0].sign() * 2.0 ** -torch.where(least > 0, shift, 0.0)
 
 
 def _input(linear: LinearLowering) -> ir.Value:

@@ -108,6 +108,13 @@ def test_nothing_of_the_codes_is_left_once_the_file_is_loaded(
     assert stored * 8 == pytest.approx(grid_bits(trace.model), rel=0.05)
 
 
+def test_a_low_rank_branch_under_a_layer_scale_is_in_the_float16_weight_too(tmp_path: Path):
+    trace, file = traced("vit with LayerScale", "W2A16-g16", "srr:4"), tmp_path / "m.onnx"
+    write(trace, "folded", file, device="gpu")
+    assert cosines(trace.model, file)[0] >= 0.9999
+    assert any("lowrank_left_output_scale" in name for name in initializers(file))
+
+
 def onnx_bytes(array: np.ndarray) -> float:
     """Bytes of an array as ONNX packs it."""
     return array.size / 2 if str(array.dtype) == "int4" else array.nbytes

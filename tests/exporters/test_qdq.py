@@ -9,6 +9,7 @@ import pytest
 import torch
 from flavor_files import agree, cosines, executed_operators, initializers, metadata, slow, traced
 
+from exporters.lowering.symmetric import _unit
 from exporters.onnx_file import write
 from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.packing import unpack
@@ -84,6 +85,16 @@ def test_the_qdq_flavour_holds_the_very_codes_scales_and_zero_points(bits: int, 
                 found[f"{path}.weight_{name}"], (tensor[:, 0] if transposed else tensor).numpy()
             )
         assert metadata(tmp_path / "m.onnx")["container_bits"] == str(bits)
+
+
+def test_an_output_with_a_tiny_layer_scale_costs_no_other_output_a_digit():
+    scale = torch.tensor([[0.01, 0.02], [1e-12, 3e-12], [-1e-6, -2e-6], [0.0, 0.0]])
+    unit = _unit(scale)
+    normal = scale[:3] / unit[:3, None]
+    assert bool((normal >= 2.0**-14).all() & (normal < 0.1).all())
+    # Powers of two, which cost no digit; and none where none is needed.
+    assert np.all(np.frexp(unit[:3].abs().numpy())[0] == 0.5)
+    assert (float(unit[0]), float(unit[3])) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

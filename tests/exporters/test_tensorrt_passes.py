@@ -66,8 +66,7 @@ def test_a_factor_on_the_queries_is_a_factor_on_the_scores(factor: str):
 
 def test_scores_that_somebody_else_reads_keep_their_factor():
     model = attention()
-    [scores] = [node.outputs[0] for node in model.graph if node.name == "" or node.outputs][:1]
-    other = ir.node("Neg", [scores], name="other")
+    other = ir.node("Neg", model.graph[0].outputs, name="other")
     other.outputs[0].name = "other"
     model.graph.append(other)
     before = [node.op_type for node in model.graph]
@@ -75,11 +74,23 @@ def test_scores_that_somebody_else_reads_keep_their_factor():
     assert [node.op_type for node in model.graph] == before
 
 
-def test_a_norm_in_float32_keeps_tokens_whose_squares_leave_float16():
+def norm() -> ir.Model:
     # The text format has float16 by its bits.
     one, two = (np.array(number, np.float16).view(np.uint16) for number in (1, 2))
     bits = {"ONE": ", ".join([str(one)] * 8), "TWO": ", ".join([str(two)] * 8)}
-    model = ir.from_onnx_text(NORM.replace("ONE", bits["ONE"]).replace("TWO", bits["TWO"]))
+    return ir.from_onnx_text(NORM.replace("ONE", bits["ONE"]).replace("TWO", bits["TWO"]))
+
+
+def test_a_norm_in_float32_leaves_the_types_of_the_graph_that_it_was_cloned_from():
+    model = norm()
+    before = [output.dtype for node in model.graph for output in node.outputs]
+    # A clone shares the types of its values.
+    norms_in_float32(model.clone().graph)
+    assert [output.dtype for node in model.graph for output in node.outputs] == before
+
+
+def test_a_norm_in_float32_keeps_tokens_whose_squares_leave_float16():
+    model = norm()
     norms_in_float32(model.graph)
     operators = [node.op_type for node in model.graph]
     assert operators == ["Cast", "LayerNormalization", "Cast", "Identity"]

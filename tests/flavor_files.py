@@ -105,9 +105,8 @@ def without_kernel(file: Path) -> list[str]:
     opset = {entry.domain: entry.version for entry in inferred.opset_import}[""]
     return [
         f"{node.op_type} of {opset} ({', '.join(types)})"
-        for node in graph.nodes
-        if node.name in graph.depending_on_images
-        and not has_kernel(node, opset, types := [graph.type_of(name) for name in node.input])
+        for node in graph.depending_on_images
+        if not has_kernel(node, opset, types := [graph.type_of(name) for name in node.input])
     ]
 
 

@@ -176,16 +176,16 @@ class Graph:
         return Product(node, a, b, tuple(node.input[place] for place in there if node.input[place]))
 
     @cached_property
-    def depending_on_images(self) -> set[str]:
-        """Names of the nodes that read a number which was computed from the graph's input: neither
-        constants nor arithmetic on shapes."""
+    def depending_on_images(self) -> list[NodeProto]:
+        """The nodes that read a number which was computed from the graph's input: neither constants
+        nor arithmetic on shapes."""
         # Files of old opsets list initializers among the inputs.
         values = {value.name for value in self.model.graph.input} - set(self.initializers)
-        found = set()
+        found = []
         # Nodes are in the order of execution, so one pass finds all.
         for node in self.nodes:
             if node.op_type not in SIZE_READERS and not values.isdisjoint(node.input):
-                found.add(node.name)
+                found.append(node)
                 values.update(filter(None, node.output))
         return found
 

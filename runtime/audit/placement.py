@@ -22,11 +22,12 @@ def misplaced(graph: Graph, executed: Sequence[ExecutedNode], wanted: str) -> li
     # By name, which profile and optimized graph have in common.
     elsewhere = {node.name: node for node in executed if node.provider != wanted}
     known = {node.name for node in graph.nodes}
+    fed = {node.name for node in graph.depending_on_images}
     return [
         node
         for name, node in elsewhere.items()
         # A node that the graph does not know cannot be shown to be harmless.
-        if name in graph.depending_on_images or name not in known
+        if name in fed or name not in known
     ]
 
 

@@ -17,6 +17,12 @@ from runtime.doctor.tensorrt import BrokenRule, Level, broken_rules
 from runtime.errors import BenchError
 from runtime.records import Record
 
+# What to do about nodes without a CUDA kernel, by what marrq made the file for.
+WAYS_TO_GPU: dict[str | None, str] = {
+    "cpu": "export it with --device gpu",
+    "gpu": "export it with --flavor folded",
+}
+
 # Name of the domain that files leave empty.
 STANDARD = "ai.onnx"
 
@@ -77,9 +83,10 @@ class FileFacts(Record):
         if not self.without_cuda_kernel:
             return []
         counted = ", ".join(f"{n} × {operator}" for operator, n in self.without_cuda_kernel.items())
+        way = WAYS_TO_GPU.get(self.device, "write it with a lower opset, or with other operators")
         return [
             f"{self.path!r} would run nodes on the CPU in the midst of the GPU's: ONNX Runtime's "
-            f"CUDA provider has no kernel for {counted}; export it with --device gpu"
+            f"CUDA provider has no kernel for {counted}; {way}"
         ]
 
     @property

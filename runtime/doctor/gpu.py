@@ -21,8 +21,8 @@ def without_cuda_kernel(graph: Graph) -> dict[str, int]:
     opset = next((one.version for one in graph.model.opset_import if not one.domain), 1)
     counts = Counter(
         node.op_type
-        for node in graph.nodes
-        if node.name in graph.depending_on_images and not _may_have_kernel(graph, node, opset)
+        for node in graph.depending_on_images
+        if not _may_have_kernel(graph, node, opset)
     )
     return dict(counts.most_common())
 

@@ -193,8 +193,6 @@ def _where(node: ir.Node) -> str:
     path, slash, _ = (node.name or "").rpartition("/")
     if slash:
         return path
-    scopes = node.metadata_props.get(NAME_SCOPES)
-    if scopes is None:
-        return node.name or node.op_type
     # From the whole model down to the operation itself, which is no module.
-    return str(ast.literal_eval(scopes)[-2]) or node.name or node.op_type
+    modules = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))[:-1]
+    return str(modules[-1] if modules else "") or node.name or node.op_type

@@ -15,6 +15,8 @@ from runtime import session
 from runtime.audit.graph import Graph
 from runtime.audit.linears import examine
 from runtime.audit.placement import misplaced, misplacement
+from runtime.doctor.file import examine_file
+from runtime.doctor.gpu import without_cuda_kernel
 from runtime.environment import describe
 from runtime.errors import BenchError
 from runtime.gpu import Gpu, describe_gpu, memory_used_mb
@@ -146,6 +148,24 @@ def test_arithmetic_on_shapes_may_run_on_the_cpu_and_nothing_else(tmp_path: Path
         assert found.name == name
     stranger = [ExecutedNode("fused", "FusedMatMul", CPU)]
     assert misplaced(graph, stranger, CUDA) == stranger
+
+
+def test_nodes_without_names_are_told_apart_if_a_file_is_held_against_the_cuda_provider(
+    tmp_path: Path,
+):
+    model = onnx.load(graph_of_shapes(tmp_path / "m.onnx"))
+    # No CUDA kernel, and none is needed: it reads the shape alone.
+    size = helper.make_node("ReduceProd", ["shape"], ["size"])
+    model.graph.node.insert(2, size)
+    for node in model.graph.node:
+        node.name = ""
+    assert without_cuda_kernel(Graph(model)) == {}
+    size.input[0] = "product"
+    model.graph.node[2].CopyFrom(size)
+    onnx.save(model, tmp_path / "other.onnx")
+    facts = examine_file(tmp_path / "other.onnx", device="gpu")
+    assert facts.without_cuda_kernel == {"ReduceProd": 1}
+    assert "1 × ReduceProd; write it with a lower opset" in facts.problems[0]
 
 
 def test_the_linear_that_ran_elsewhere_is_named_by_its_path(integer_file: Path, tmp_path: Path):

@@ -142,6 +142,22 @@ def test_the_grid_of_a_weight_is_the_same_however_the_search_is_cut(
         assert torch.equal(grid.zero_point, grids[2].zero_point)
 
 
+def test_a_search_does_not_end_before_a_zero_point_has_fallen_to_the_other_side(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # As long as below 0 as above: min / scale is 3.5 for every clip factor, and float32 rounds it
+    # to 3 or to 4. So a narrower range may reach further down than a wider one.
+    end = 0.0005656361463479698
+    below = [564, 564, 502, 550, 559, 518, 560, 547, 505, 562, 517, 546, 548]
+    weight = torch.tensor([[end, -end, *(-step / 1e6 for step in below)]])
+    monkeypatch.setattr("marrq.quantizers.affine.CHUNKS_BETWEEN_CHECKS", 1)
+    scales = []
+    for size in (1, 2**24):
+        monkeypatch.setattr("marrq.quantizers.chunks.CACHE_BYTES", size)
+        scales.append(search_weight_grid(weight, WeightSpec(3)).scale)
+    assert torch.equal(*scales)
+
+
 def test_a_search_on_a_cpu_ends_before_all_candidates_are_tried(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("marrq.quantizers.chunks.CACHE_BYTES", 1)
     tried: list[int] = []

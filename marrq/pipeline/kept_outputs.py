@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from marrq.models.blocks import Block
@@ -24,6 +25,10 @@ from marrq.quantizers.linear import QuantLinear
 KEPT_BYTES = {"cpu": 2**29, "cuda": 2**32}
 """Most that is kept on one path of a block: 512 MB of a host's memory, 4 GB of a GPU's. DINOv2-S
 with 256 images of 65 tokens keeps 200 MB at most, a ViT-L with 512 images of 197 tokens 3.3 GB."""
+
+GPU_SHARE = 8
+"""On a GPU with little memory a path keeps at most an eighth of it: the model, the statistics and
+the activations have to fit beside both paths."""
 
 
 class KeptOutputs:
@@ -36,8 +41,7 @@ class KeptOutputs:
 
     def __init__(self, block: Block, changes: bool) -> None:
         self._block, self._changes = block, changes
-        device = next(block.module.parameters()).device
-        self._room, self._bytes = KEPT_BYTES["cpu" if device.type == "cpu" else "cuda"], 0
+        self._room, self._bytes = room_on(next(block.module.parameters()).device), 0
         # By batch and by path of the module: the output, and the versions of its tensors when it
         # was kept.
         self._outputs: defaultdict[int, dict[str, tuple[Any, list[int]]]] = defaultdict(dict)
@@ -119,6 +123,15 @@ class KeptOutputs:
     def _take_inside(self, part: str, batch: int) -> None:
         for inner in [path for path in self._outputs[batch] if path.startswith(f"{part}.")]:
             self._take(inner, batch)
+
+
+def room_on(device: torch.device) -> int:
+    """How many bytes one path of a block may keep on a device."""
+    room = KEPT_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    # Tensors without values (FakeTensorMode) name a GPU that may not be there.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return room
+    return min(room, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """The pipeline's two streams, its activation grids and its report, on a tiny model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from marrq.methods.registry import ALIASES
 from marrq.methods.spec import parse_method
 from marrq.models.blocks import Block
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
-from marrq.pipeline.kept_outputs import KeptOutputs
+from marrq.pipeline.kept_outputs import KeptOutputs, room_on
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.activations import (
@@ -341,6 +343,31 @@ def test_what_is_kept_depends_on_batch_and_memory_and_is_given_up_at_the_last_ru
                 assert torch.equal(block(x), expected[index])
     # Batch 0 runs first and, given up, last; batch 1 finds no room in the first two rounds.
     assert block.module[0].runs - runs == 2 + 4
+
+
+@pytest.mark.parametrize(("gigabytes", "room"), [(8, 2**30), (80, 2**32)])
+def test_a_small_gpu_keeps_less(gigabytes: int, room: int, monkeypatch: pytest.MonkeyPatch):
+    memory = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
+    assert room_on(torch.device("cuda")) == room
+
+
+@torch.no_grad()
+def test_outputs_in_dictionaries_and_nested_tuples_count_for_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    block, x = two_parts(False), torch.randn(3, 4)
+    run = Counted.forward
+    monkeypatch.setattr(Counted, "forward", lambda part, x: {"a": (run(part, x), None)})
+    monkeypatch.setattr(nn.Sequential, "forward", lambda whole, x: whole[0](x)["a"][0])
+    monkeypatch.setattr("marrq.pipeline.kept_outputs.KEPT_BYTES", {"cpu": 47})
+    kept, runs = KeptOutputs(block, changes=False), block.module[0].runs
+    for _ in range(2):
+        with kept.used(0, "none"):
+            block(x)
+    # 3 · 4 numbers have no room.
+    assert block.module[0].runs - runs == 2
 
 
 @torch.no_grad()

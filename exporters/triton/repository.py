@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from exporters.onnx_file import Export
+from exporters.replacing import CONFIG
 from exporters.triton.card import card
 from exporters.triton.config import (
     LABELS,
@@ -33,7 +34,7 @@ from exporters.triton.serving import BACKEND_FILES, Serving
 from marrq.errors import MarrqError
 from marrq.files import flush, write_text
 
-CONFIG, CARD = "config.pbtxt", "README.md"
+CARD = "README.md"
 
 
 def write_repository(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import NodeProto
 
-ONNXRUNTIME_DOMAIN = "com.microsoft"
+from runtime.audit.graph import ONNXRUNTIME_DOMAIN
 
 FLOATS = ("float16", "float32")
 NUMBERS = (*FLOATS, "int32", "int64")

@@ -131,8 +131,10 @@ class _File:
         return node.input[0] in self.constants
 
     def scales(self, node: NodeProto) -> list[int]:
-        """Lengths of the axes of a scale; [] for a scalar and for one that is not known."""
-        return [] if (shape := self.graph.shape_of(node.input[1])) in (None, [1]) else shape or []
+        """Lengths of the axes of a scale; [] for a single number, and for one that is not known."""
+        shape = self.graph.shape_of(node.input[1])
+        # A single number may be written as a list of one.
+        return [] if shape is None or shape == [1] else shape
 
 
 def _opset(file: _File) -> Iterator[Found]:

@@ -125,7 +125,7 @@ def measure_latency(
 ) -> list[Speed]:
     """Latency and load time of each path.
 
-    session_done: called after each session, `plan.rounds · len(paths)` times.
+    session_done: called after each path's sessions of a round, `plan.rounds · len(paths)` times.
     open_model: opens a path; another function than `Model` measures another runtime.
     """
     measured = _interleaved([(path, settings) for path in paths], plan, session_done, open_model)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from runtime.audit.graph import ONNXRUNTIME_DOMAIN
 from runtime.records import Record
 from runtime.session import Model, SessionSettings
 
@@ -128,7 +129,7 @@ def _is_watched(node: ir.Node) -> bool:
         return False
     # A value without a type is one of an operator that only ONNX Runtime knows: those give floats.
     of_type = node.outputs[0].dtype
-    return of_type == FLOAT or (of_type is None and node.domain == "com.microsoft")
+    return of_type == FLOAT or (of_type is None and node.domain == ONNXRUNTIME_DOMAIN)
 
 
 def _watch(

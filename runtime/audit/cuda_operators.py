@@ -94,7 +94,6 @@ ONNX_KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ScatterND": ("11-12 13-15 16-17 18+", ALL),
     "Shape": ("1-12 13-14 15-18 19-20 21-22 23+", ALL),
     "Sigmoid": ("6-12 13+", FLOATS),
-    "SimplifiedLayerNormalization": ("1+", FLOATS),
     "Sin": ("7+", FLOATS),
     "Size": ("1-12 13+", ALL),
     "Slice": ("1-9 10 11-12 13+", ALL),
@@ -133,10 +132,14 @@ ONNXRUNTIME_KERNELS: dict[str, tuple[str, ...]] = {
     "QuantizeLinear": ("float16",),
     "QuickGelu": FLOATS,
     "RotaryEmbedding": FLOATS,
+    "SimplifiedLayerNormalization": FLOATS,
     "SkipLayerNormalization": FLOATS,
     "SkipSimplifiedLayerNormalization": FLOATS,
 }
-"""By operator of ONNX Runtime's own domain, all of version 1: the types of the operand."""
+"""By operator of ONNX Runtime's own, all of version 1: the types of the operand."""
+
+IN_ONNX_DOMAIN = ("SimplifiedLayerNormalization",)
+"""Operators of ONNX Runtime's own that stand in ONNX's domain, whose definitions lack them."""
 
 OPERAND = {"Where": 1}
 """The input whose type the tables state, if it is not the first."""
@@ -149,7 +152,7 @@ def has_kernel(node: NodeProto, opset: int, types: Sequence[str]) -> bool:
     onnx.defs.SchemaError for an operator that the opset does not have.
     """
     operand = types[OPERAND.get(node.op_type, 0)] if types else ""
-    if node.domain == ONNXRUNTIME_DOMAIN:
+    if node.domain == ONNXRUNTIME_DOMAIN or node.op_type in IN_ONNX_DOMAIN:
         return operand in ONNXRUNTIME_KERNELS.get(node.op_type, ())
     if node.op_type not in ONNX_KERNELS:
         return False

@@ -225,6 +225,7 @@ def test_the_cuda_provider_has_a_kernel_for_every_node_of_a_file_for_gpus(tmp_pa
         ("Where", "", 21, ["bool", "float16", "float16"], True),
         ("BitShift", "", 21, ["uint8", "uint8"], False),
         ("SkipLayerNormalization", "com.microsoft", 21, ["float16"] * 4, True),
+        ("SimplifiedLayerNormalization", "", 20, ["float16"] * 2, True),
         ("MatMulIntegerToFloat", "com.microsoft", 21, ["uint8", "int8"], False),
     ],
 )

@@ -173,6 +173,7 @@ def processors() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def transformers_row(processor: Any, channels: int) -> dict[str, Any]:
+    """The differences of a processor, or why it is refused. channels: of the images."""
     from marrq.errors import MarrqError
     from marrq.models.preprocessing import MODES, from_image_processor
     from marrq.models.processor_check import check_same_pixels
@@ -217,6 +218,7 @@ def pil_levels(processor: Any, preprocessing: Any) -> float | None:
 
 
 def row(preprocessing: Any, mine: float, files: float) -> dict[str, Any]:
+    """Terms of preprocessing, with the differences of marrq's pixels and of a file's in levels."""
     terms = ("input_size", "resized", "crop_mode", "interpolation", "resampling")
     return {key: getattr(preprocessing, key) for key in terms} | {
         "levels": mine,

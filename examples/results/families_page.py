@@ -16,12 +16,13 @@ def families(record: Json) -> str:
         record,
         "Families of models: what works, and what is refused",
         """
-        Each architecture of timm's transformers and of models beside them, and each image classifier
-        and image encoder of transformers, at tiny size with random weights: from a checkpoint folder
+        Architectures of timm's transformers and of models beside them, and image classifiers and
+        image encoders of transformers, at tiny size with random weights: from a checkpoint folder
         through `quantize` (W4A8, `rtn`), the saved artifact and its export to ONNX Runtime. A model
         works if the median cosine of the file's outputs to the simulation's, over 8 images, is at
         least 0.9999. A refusal is the sentence that `marrq quantize` says before it quantizes
-        anything. Architectures of timm that compute the same once they are small are tried once.""",
+        anything. Architectures of timm that compute the same once they are small are tried
+        once.""",
         table(("library", "tried", "work", "refused", "failed", "not built", "not tried"), rows),
         """
         "Work" and what follows counts architectures, those that compute the same included. "Not

@@ -188,7 +188,11 @@ def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
     if model.not_finite is not None:
         return f"{start} It {model.not_finite.sentence}."
     if accuracy is None:
-        return start
+        found = model.agreement
+        if found is None:
+            return start
+        share = f"{percent(found.agreement)} % of {found.images:,} images"
+        return f"{start} It gives {share} the class that fp32 gives them."
     if against is None:
         return f"{start} Its top-1 accuracy is {top1(accuracy)} %."
     # A loss is claimed only if the interval shows one.
@@ -224,8 +228,11 @@ def key_numbers(
 
 
 def _accuracy_number(model: MeasuredModel) -> tuple[str, str, str]:
-    """The drop if there is a baseline, else top-1."""
+    """The drop if there is a baseline, else top-1; without classes the agreement."""
     accuracy, against = model.accuracy, model.against
+    if model.agreement is not None:
+        same = f"{percent(model.agreement.agreement)} %"
+        return same, "with fp32's class", f"of {model.agreement.images:,} images"
     if accuracy is None:
         why = "not measured" if model.not_finite is None else "its logits are NaN or infinite"
         return "–", "top-1 accuracy", why

@@ -27,7 +27,7 @@ from sample_report import (
 from marrq.cli import main
 from runtime.errors import BenchError
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import MeasuredModel
+from runtime.measure.measured import Agreement, MeasuredModel
 from runtime.report.html import check_page, key_numbers, page, reference_of, sentence
 
 SECTIONS = [
@@ -309,6 +309,14 @@ def test_a_page_has_models_without_finite_logits_and_says_why(others: tuple[Meas
     assert ("accuracy" in parsed.text) == bool(others)
     named = rows(parsed, "accuracy")[1:] if others else []
     assert [row.startswith("W4A8") for row in named] == [False] * len(others)
+
+
+def test_without_classes_a_page_begins_with_how_alike_the_candidate_and_fp32_answer():
+    model = replace(W4A8, accuracy=None, agreement=Agreement(0.937, 0.01, 1860))
+    assert sentence(model, FP32).endswith(
+        "It gives 93.7 % of 1,860 images the class that fp32 gives them."
+    )
+    assert ("93.7 %", "with fp32's class", "of 1,860 images") in key_numbers(model, FP32)
 
 
 @pytest.mark.slow

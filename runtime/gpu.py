@@ -105,7 +105,9 @@ def _ask(queries: Sequence[str]) -> list[str | None] | None:
 
 def _first_visible() -> str:
     """Index or UUID of the GPU that CUDA counts as its first."""
-    # CUDA numbers only those that it may see; nvidia-smi always numbers all.
+    # CUDA numbers only those that it may see; nvidia-smi always numbers all. Of cards of different
+    # kinds CUDA's first is the fastest, and nvidia-smi's the first on the bus, unless
+    # CUDA_DEVICE_ORDER is PCI_BUS_ID.
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
 
 

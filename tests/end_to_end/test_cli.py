@@ -59,7 +59,8 @@ def test_the_bench_report_has_the_schema_it_names(
     arguments = [*ONE_ROUND, "--batch", "2", "--data", "demo", "--json", "b.json"]
     assert main(["bench", str(demo_artifact), *arguments]) == 0
     report = json.loads(Path("b.json").read_text())
-    assert set(report) == {"schema", "environment", "data", "models", "gate", "recommendation"}
+    shared = {"schema", "environment", "data", "models", "gate", "recommendation", "warnings"}
+    assert set(report) == shared
     assert report["gate"] is report["recommendation"] is None
     assert set(report["data"]) == {"path", "images", "hash"}
     assert [(model["flavor"], model["role"]) for model in report["models"]] == [
@@ -73,16 +74,16 @@ def test_the_bench_report_has_the_schema_it_names(
             "path",
             "role",
             "flavor",
+            "device",
             "scheme",
             "method",
             "size_bytes",
             "bits_per_weight",
         }
-        speed = {"latency", "load_ms", "peak_memory_mb", "throughput", "executed", "executed_on"}
-        assert (
-            set(model)
-            == about | {"accuracy", "audit", "precision", "parity", "quantization"} | speed
-        )
+        speed = {"latency", "load_ms", "throughput", "executed", "executed_on"}
+        memory = {"peak_memory_mb", "peak_gpu_memory_mb"}
+        quality = {"accuracy", "agreement", "not_finite", "audit", "precision", "parity"}
+        assert set(model) == about | quality | {"quantization"} | speed | memory
         shares = {
             "top1",
             "top1_low",
@@ -222,7 +223,8 @@ def test_recommend_measures_every_flavour_that_can_express_the_scheme(
     code, report = bench_tiny(tiny_artifact, image_folder, "--recommend")
     assert code == 0
     names = [model["name"] for model in report["models"] if model["role"] == "candidate"]
-    assert names == ["W4A16 rtn matmulnbits", "W4A16 rtn matmulnbits level 4", "W4A16 rtn qdq"]
+    flavors = ("folded float32", "matmulnbits", "matmulnbits level 4", "qdq")
+    assert sorted(names) == [f"W4A16 rtn {flavor}" for flavor in flavors]
     assert list(report["recommendation"]) == ["size", "latency", "accuracy"]
     printed = capsys.readouterr().out
     for choice in report["recommendation"].values():
@@ -480,7 +482,7 @@ def test_without_onnx_runtime_the_bench_says_which_extra_to_install(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "pip install 'marrq[cpu]'" in result.stderr
+    assert "pip install '.[cpu]'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

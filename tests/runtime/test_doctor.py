@@ -241,8 +241,8 @@ def test_of_a_repository_every_model_and_every_version_is_examined(
     export = ["export", str(demo_artifact), "--format", "triton", "-o", str(tmp_path / "r")]
     for options in (
         ["--name", "a"],
-        ["--name", "b", "--flavor", "fp32"],
-        ["--name", "b", "--flavor", "fp32", "--model-version", "2"],
+        ["--name", "b", "--flavor", "fp32", "--no-fuse"],
+        ["--name", "b", "--flavor", "fp32", "--no-fuse", "--model-version", "2"],
     ):
         assert main([*export, *options]) == 0
     code, report = doctored(tmp_path / "r", "--ort", "1.18", folder=tmp_path)

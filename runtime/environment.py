@@ -38,9 +38,15 @@ ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "numpy", "onnx")
 
-# The way out of a mixed or damaged ONNX Runtime.
+# The way out of a mixed or damaged ONNX Runtime. marrq is installed from a clone.
 REINSTALL = (
-    f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install 'marrq[cpu]' or 'marrq[gpu]'"
+    f"pip uninstall {' '.join(ONNXRUNTIME_PACKAGES)}, then pip install '.[cpu]' or '.[gpu]' in the "
+    "clone"
+)
+
+# The way from the ONNX Runtime of the CPU, which the one for GPUs must not be installed beside.
+FOR_CUDA = (
+    "on a machine with CUDA uninstall onnxruntime, then pip install '.[gpu]' in the clone of marrq"
 )
 
 

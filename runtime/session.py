@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.environment import FOR_CUDA
 from runtime.errors import BenchError
 from runtime.metadata import Metadata
 
@@ -29,8 +30,8 @@ try:
     import onnxruntime as ort
 except ImportError as error:
     raise BenchError(
-        "ONNX Runtime is not installed: pip install 'marrq[cpu]', or 'marrq[gpu]' on a machine "
-        "with CUDA"
+        "ONNX Runtime is not installed: pip install '.[cpu]' in the clone of marrq, or '.[gpu]' on "
+        "a machine with CUDA"
     ) from error
 
 ONNXRUNTIME_VERSION: str = ort.__version__
@@ -269,10 +270,10 @@ def _provider(settings: SessionSettings) -> str:
     provider = PROVIDERS.get(settings.provider)
     if provider is None or provider not in available_providers():
         # Both packages of ONNX Runtime bring the CPU; only one of them brings GPUs.
-        way_out = "; on a machine with CUDA install 'marrq[gpu]' in place of 'marrq[cpu]'"
+        way_out = f"; {FOR_CUDA}" if settings.provider in DEVICES else ""
         raise BenchError(
             f"provider {settings.provider!r} is not available here: this ONNX Runtime has "
-            f"{', '.join(available_providers())}{way_out if settings.provider in DEVICES else ''}"
+            f"{', '.join(available_providers())}{way_out}"
         )
     return provider
 

@@ -59,9 +59,27 @@ class Diagnosis(Record):
         return {"schema": SCHEMA, **super().to_json()}
 
     def demand_no_problem(self) -> None:
-        """Raise GateError if there is a problem."""
-        if self.problems:
-            raise GateError("; ".join(self.problems))
+        """Raise GateError if there is a problem. Its sentence counts them: the table, which stands
+        above it, has their texts."""
+        if not self.problems:
+            return
+        # A sentence for each rule; one that two files break alike is counted once.
+        of_tensorrt = {sentence for file in self.files for sentence in file.broken("problem")}
+        rules = len(of_tensorrt.intersection(self.problems))
+        others = len(self.problems) - rules
+        told = [
+            *([f"{_number(rules, 'rule')} of TensorRT {_is(rules)} broken"] if rules else []),
+            *([f"{_number(others, 'problem')} {_is(others)} found"] if others else []),
+        ]
+        raise GateError(f"{' and '.join(told)}, see above")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
+
+
+def _is(count: int) -> str:
+    return "are" if count > 1 else "is"
 
 
 def examine(
@@ -106,8 +124,9 @@ def diagnose(
     run the files, or None."""
     problems, warnings = machine.problems, machine.warnings
     if device == "gpu" and machine.lacks_cuda:
-        # A server that is asked about has its own ONNX Runtime.
-        (problems if server is None else warnings).append(WITHOUT_CUDA)
+        # A file may be made on one machine and served on another: it is judged by its own nodes.
+        about_machine = server is None and not files and not models
+        (problems if about_machine else warnings).append(WITHOUT_CUDA)
     for file in files:
         problems += file.problems
         warnings += file.warnings

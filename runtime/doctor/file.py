@@ -23,6 +23,12 @@ WAYS_TO_GPU: dict[str | None, str] = {
     "gpu": "export it with --flavor folded",
 }
 
+# What to do about broken rules of TensorRT's in a file that marrq wrote.
+WAY_TO_TENSORRT = (
+    "quantize with --scheme W8A8-sym, or a scheme like W4A16-g128-sym, then export with --flavor "
+    "qdq --symmetric"
+)
+
 # Name of the domain that files leave empty.
 STANDARD = "ai.onnx"
 
@@ -75,7 +81,7 @@ class FileFacts(Record):
                 "file is"
             ]
         own = [] if self.load_error is None else [self.load_error]
-        return [*own, *self._for_gpu, *self._for_tensorrt("problem")]
+        return [*own, *self._for_gpu, *self.broken("problem")]
 
     @property
     def _for_gpu(self) -> list[str]:
@@ -92,7 +98,7 @@ class FileFacts(Record):
     @property
     def warnings(self) -> list[str]:
         """What cannot be known of the file from its versions."""
-        about_tensorrt = self._for_tensorrt("warning")
+        about_tensorrt = self.broken("warning")
         # marrq tried the release that its files state, with their operators.
         if not self.other_domains or self.stated:
             return about_tensorrt
@@ -103,13 +109,23 @@ class FileFacts(Record):
             "try it there",
         ]
 
-    def _for_tensorrt(self, level: Level) -> list[str]:
-        """The broken rules of TensorRT's, a sentence for all nodes that break one alike."""
-        nodes: dict[str, list[str]] = {}
-        for broken in self.tensorrt or ():
-            if broken.level == level:
-                nodes.setdefault(broken.sentence, []).append(broken.node)
-        return [f"TensorRT, {_named(named)}{sentence}" for sentence, named in nodes.items()]
+    def broken(self, level: Level) -> list[str]:
+        """The broken rules of TensorRT's, a sentence for each: what the first node breaks it with,
+        and how many others do. `tensorrt` has the sentence of every node."""
+        rules: dict[str, list[BrokenRule]] = {}
+        for one in self.tensorrt or ():
+            if one.level == level:
+                rules.setdefault(one.rule, []).append(one)
+        return [
+            f"TensorRT, {_named([one.node for one in found])}{found[0].sentence}"
+            for found in rules.values()
+        ]
+
+    @property
+    def way_to_tensorrt(self) -> str | None:
+        """What mends every broken rule of a file that marrq wrote; None if nothing is to mend, and
+        for a file of another tool."""
+        return WAY_TO_TENSORRT if self.device is not None and self.broken("problem") else None
 
     def server_problem(self, server: str) -> str | None:
         """Why an ONNX Runtime of that version does not load the file, or may not; None if it

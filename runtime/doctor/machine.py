@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from runtime.environment import (
+    FOR_CUDA,
     ONNXRUNTIME_PACKAGES,
     REINSTALL,
     Machine,
@@ -26,10 +27,7 @@ PACKAGES = (*ONNXRUNTIME_PACKAGES, "torch", "onnx", "timm", "transformers", "tri
 
 CUDA = "CUDAExecutionProvider"
 
-WITHOUT_CUDA = (
-    "the ONNX Runtime here has no CUDA provider: on a machine with CUDA install 'marrq[gpu]' in "
-    "place of 'marrq[cpu]'"
-)
+WITHOUT_CUDA = f"the ONNX Runtime here has no CUDA provider: {FOR_CUDA}"
 
 SATURATES = (
     "this processor has no dot product of int8 (VNNI): ONNX Runtime adds two products of uint8 and "

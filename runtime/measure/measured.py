@@ -1,5 +1,6 @@
 """A model to measure, and what was measured of it: an entry of `models` in the bench's report."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -177,3 +178,9 @@ class MeasuredModel(Record):
     def is_candidate(self) -> bool:
         """Whether this is a model that the user asked about."""
         return self.role == "candidate"
+
+
+def reference_of(models: Iterable[MeasuredModel]) -> MeasuredModel | None:
+    """The baseline that candidates are set beside: fp32 if it was measured, else fp16."""
+    baselines = {model.flavor: model for model in models if not model.is_candidate}
+    return baselines.get("fp32") or baselines.get("fp16")

@@ -84,6 +84,7 @@ def _file_lines(file: ServedFile) -> list[Line]:
         f"{name}{'' if there else ' (missing)'}" for name, there in file.external_data.items()
     ]
     producer = file.producer or "a tool that does not say its name"
+    missing = file.without_cuda_kernel
     return [
         ("file", f"{file.path}, written by {producer}"),
         ("opsets", f"{_counted(file.opsets)}; IR version {file.ir_version}"),
@@ -92,8 +93,17 @@ def _file_lines(file: ServedFile) -> list[Line]:
         ("lowest", f"ONNX Runtime {lowest}, as {source}"),
         ("data beside it", ", ".join(beside) or "none"),
         ("loads here", "yes" if file.load_error is None else "no"),
+        *([] if missing is None else [("CUDA kernels", _kernels(missing))]),
         *([] if file.tensorrt is None else [("TensorRT", _for_tensorrt(file.tensorrt))]),
+        *([] if file.way_to_tensorrt is None else [("for TensorRT", file.way_to_tensorrt)]),
     ]
+
+
+def _kernels(missing: dict[str, int]) -> str:
+    """Nodes that have none, by operator; the way out stands below, with the problems."""
+    if not missing:
+        return "every node has one"
+    return f"none for {', '.join(f'{count} × {name}' for name, count in missing.items())}"
 
 
 def _for_tensorrt(broken: Sequence[BrokenRule]) -> str:

@@ -17,7 +17,7 @@ from runtime.audit.rows import AuditRow
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import BaselineDrop, MeasuredModel
+from runtime.measure.measured import BaselineDrop, MeasuredModel, reference_of
 from runtime.quantization import QuantizedModule
 from runtime.report.figures import (
     accuracy_figure,
@@ -92,6 +92,8 @@ def page(report: BenchReport) -> str:
     models, reference = report.models, reference_of(report.models)
     # Models with a baseline: the others cannot lose anything.
     paired = [model for model in models if model.against is not None]
+    # Times are told as multiples of the baseline that was measured, if one was.
+    ratio = "" if reference is None else f" (×\N{NO-BREAK SPACE}{reference.flavor})"
     # Without a gate no candidate has a verdict.
     verdicts = report.gate.models if report.gate is not None else ()
     document = report.to_json()
@@ -112,9 +114,7 @@ def page(report: BenchReport) -> str:
         paired=paired,
         figures=_figures(report, paired, reference),
         images=f"{report.data.images:,} images of {report.data.path}",
-        batch_headings=[
-            f"batch {row.batch} ms (×\N{NO-BREAK SPACE}fp32)" for row in models[0].latency
-        ],
+        batch_headings=[f"batch {row.batch} ms{ratio}" for row in models[0].latency],
         parities=[
             (model, _parity_figure(slot, model))
             for slot, model in enumerate(models)
@@ -167,12 +167,6 @@ def described(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "not set" if value is None else str(value)
-
-
-def reference_of(models: Models) -> MeasuredModel | None:
-    """The baseline that candidates are set beside: fp32 if it was measured, else fp16."""
-    baselines = {model.flavor: model for model in models if not model.is_candidate}
-    return baselines.get("fp32") or baselines.get("fp16")
 
 
 def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:

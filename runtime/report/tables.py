@@ -9,7 +9,7 @@ from rich.table import Table
 
 from runtime.measure.accuracy import Accuracy
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import ComparedLatency, MeasuredModel
+from runtime.measure.measured import ComparedLatency, MeasuredModel, reference_of
 from runtime.measure.parity import Parity
 from runtime.report.inspection import reasons
 
@@ -26,14 +26,21 @@ def tables(report: BenchReport) -> list[Table]:
 
 
 def models_table(report: BenchReport) -> Table:
-    """A row for each model; fits 80 columns with two batch sizes. A positive drop is a loss."""
+    """A row for each model; fits 80 columns with two batch sizes. A positive drop is a loss. What
+    needs a baseline stands in the table if there is one."""
     images = f"{report.data.images} images of {report.data.path}"
+    reference = reference_of(report.models)
+    baseline = None if reference is None else reference.flavor
+    # Whether any model can be set beside another: on the same images, and beside float32.
+    loses = any(model.against is not None for model in report.models)
+    agrees = any(model.alike is not None for model in report.models)
+    ms = "ms" if baseline is None else f"ms (× {baseline})"
     headings = (
-        "top-1 % (95 %)\ndrop (95 %)",
-        "agree\n%",
+        "top-1 % (95 %)\ndrop (95 %)" if loses else "top-1 %\n(95 %)",
+        *(["agree\n%"] if agrees else []),
         "\nMB",
         "bits/\nweight",
-        *(f"batch {row.batch}\nms (× fp32)" for row in report.models[0].latency),
+        *(f"batch {row.batch}\n{ms}" for row in report.models[0].latency),
     )
     caption = f"{images}, ONNX Runtime {report.environment.onnxruntime}"
     result = _empty_table(caption, "\nmodel", headings)
@@ -41,10 +48,10 @@ def models_table(report: BenchReport) -> Table:
         result.add_row(
             model.name,
             _top1(model),
-            "–" if model.alike is None else f"{100 * model.alike:.1f}",
+            *([_share(model.alike)] if agrees else []),
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
-            *map(_time, model.latency),
+            *(_time(row, baseline) for row in model.latency),
         )
     return result
 
@@ -194,7 +201,13 @@ def _percent(accuracy: Accuracy) -> str:
     return f"{top1:.1f} ({low:.1f}–{high:.1f})"
 
 
-def _time(latency: ComparedLatency) -> str:
-    """The median, and its ratio to fp32."""
-    ratio = "–" if latency.ratio_fp32 is None else f"{latency.ratio_fp32:.2f}"
-    return f"{latency.p50_ms:.2f} ({ratio})"
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _time(latency: ComparedLatency, baseline: str | None) -> str:
+    """The median, and its ratio to the baseline of that flavour if there is one."""
+    if baseline is None:
+        return f"{latency.p50_ms:.2f}"
+    ratio = latency.ratio(baseline)
+    return f"{latency.p50_ms:.2f} ({'–' if ratio is None else f'{ratio:.2f}'})"

@@ -4,9 +4,9 @@ cannot."""
 from dataclasses import replace
 
 from rich.console import Console
-from sample_report import BARE_REPORT, FP32, REPORT, TRANSPOSED, W4A8, without_accuracy
+from sample_report import BARE_REPORT, FP16, FP32, REPORT, TRANSPOSED, W4A8, without_accuracy
 
-from runtime.measure.measured import BaselineDrop
+from runtime.measure.measured import BaselineDrop, MeasuredModel
 from runtime.report.tables import accuracy_table, models_table, sentences, tables
 
 NAME = "W4A8-g128 marr-stream integer"
@@ -24,6 +24,29 @@ def test_a_table_with_two_batch_sizes_and_a_great_loss_fits_80_columns_uncut():
     assert "…" not in printed.get().replace("(22.6…27.9)", ""), "nothing is cut off"
     assert sum("25.1 (22.6…27.9)" in line for line in lines) == 1
     assert "41.72 (0.42)" in printed.get()
+
+
+def printed_table(*models: MeasuredModel) -> str:
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(models_table(replace(REPORT, models=models)))
+    return printed.get()
+
+
+def test_times_are_multiples_of_the_baseline_that_is_there():
+    assert "ms (× fp32)" in printed_table(FP16, FP32, W4A8)
+    only_fp16 = tuple(replace(row, ratio_fp32=None) for row in W4A8.latency)
+    table = printed_table(FP16, replace(W4A8, latency=only_fp16))
+    assert "ms (× fp16)" in table
+    assert "fp32" not in table
+    first = only_fp16[0]
+    assert f"{first.p50_ms:.2f} ({first.ratio_fp16:.2f})" in table
+
+
+def test_without_a_baseline_no_column_is_about_one():
+    table = printed_table(*BARE_REPORT.models)
+    assert f"{W4A8.latency[0].p50_ms:.2f} " in table
+    assert not any(word in table for word in ("×", "agree", "drop", "–\n"))
 
 
 def test_the_first_model_of_an_evaluation_is_not_compared_with_itself():

@@ -136,10 +136,13 @@ def test_an_opset_too_new_for_the_server_names_the_lowest_version_that_would_do(
     file = written(tmp_path / "m.onnx", opset=22)
     assert main(["doctor", str(file), "--ort", "1.18"]) == 3
     [sentence] = capsys.readouterr().err.strip().splitlines()
-    assert sentence.startswith("marrq: ONNX Runtime 1.18 is too old")
+    assert sentence == "marrq: 1 problem is found, see above"
+    _, report = doctored(file, "--ort", "1.18", folder=tmp_path)
+    [problem] = report["problems"]
+    assert problem.startswith("ONNX Runtime 1.18 is too old")
     assert (
         "1.21.0 is the first that was seen to load opset 22 with IR version 8; update the server"
-        in sentence
+        in problem
     )
     assert main(["doctor", str(file), "--ort", "1.21"]) == 0
 
@@ -314,8 +317,10 @@ def test_a_file_that_this_onnx_runtime_refuses_is_a_problem_with_its_reason(
     assert main(["doctor", str(file)]) == 3
     printed = capsys.readouterr()
     [sentence] = printed.err.strip().splitlines()
-    assert f"ONNX Runtime {ort.__version__} cannot load" in sentence
-    assert "NoSuch" in sentence
+    assert sentence == "marrq: 1 problem is found, see above"
+    told = " ".join(printed.out.split())
+    assert f"ONNX Runtime {ort.__version__} cannot load" in told
+    assert "NoSuch" in told
     assert ["loads", "here", "no"] in [line.split() for line in printed.out.splitlines()]
 
 
@@ -343,14 +348,15 @@ def test_where_onnx_runtime_was_built_does_not_stand_in_its_reason(tmp_path: Pat
 
 
 def test_a_file_whose_linears_have_no_cuda_kernel_is_a_problem_on_a_gpu(
-    integer_file: Path, tmp_path: Path
+    integer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     code, report = doctored(integer_file, "--device", "gpu", folder=tmp_path)
     [file] = report["files"]
     assert code == 3
     assert file["without_cuda_kernel"]["MatMulIntegerToFloat"] == 12  # of two blocks
     assert any("12 × MatMulIntegerToFloat" in problem for problem in report["problems"])
-    assert WITHOUT_CUDA in report["problems"]
+    assert "12 × MatMulIntegerToFloat" in capsys.readouterr().out.partition("CUDA kernels")[2]
+    assert WITHOUT_CUDA in report["warnings"]
     assert any("was made for the cpu" in warning for warning in report["warnings"])
     _, here = doctored(integer_file, "--device", "cpu", folder=tmp_path)
     assert here["files"][0]["without_cuda_kernel"] is None
@@ -369,6 +375,18 @@ def test_a_file_for_a_gpu_needs_kernels_for_what_reads_images_alone(
     )
     assert (code, report["files"][0]["without_cuda_kernel"]) == (0, {})
     assert WITHOUT_CUDA in report["warnings"]
+
+
+def test_a_machine_without_cuda_is_a_problem_itself_and_not_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """So that a machine that builds files can tell whether a GPU would run them."""
+    code, report = doctored(written(tmp_path / "m.onnx"), "--device", "gpu", folder=tmp_path)
+    assert (code, report["problems"], report["files"][0]["without_cuda_kernel"]) == (0, [], {})
+    assert WITHOUT_CUDA in report["warnings"]
+    assert re.search(r"CUDA kernels +every node has one", capsys.readouterr().out)
+    code, report = doctored("--device", "gpu", folder=tmp_path)
+    assert (code, report["problems"]) == (3, [WITHOUT_CUDA])
 
 
 def test_operators_that_are_not_standard_warn_in_files_of_other_tools(tmp_path: Path):
@@ -420,7 +438,7 @@ def test_two_packages_of_onnx_runtime_are_a_problem_that_is_reported(
     [problem] = report["problems"]
     assert problem.startswith("onnxruntime 1.30.0 and onnxruntime-gpu 1.30.0 are both installed")
     assert "pip uninstall onnxruntime onnxruntime-gpu" in problem
-    assert problem in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("marrq: 1 problem is found, see above\n")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +462,10 @@ def test_an_onnx_runtime_that_is_absent_or_damaged_is_one_problem_of_machine_and
     assert result.returncode == 3
     [sentence] = json.loads((tmp_path / "d.json").read_text())["problems"]
     assert problem in sentence
-    assert result.stderr.splitlines() == [f"wrote {tmp_path / 'd.json'}", f"marrq: {sentence}"]
+    assert result.stderr.splitlines() == [
+        f"wrote {tmp_path / 'd.json'}",
+        "marrq: 1 problem is found, see above",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from sample_report import (
 from marrq.cli import main
 from runtime.errors import BenchError
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import Agreement, MeasuredModel
-from runtime.report.html import check_page, key_numbers, page, reference_of, sentence
+from runtime.measure.measured import Agreement, MeasuredModel, reference_of
+from runtime.report.html import check_page, key_numbers, page, sentence
 
 SECTIONS = [
     "warnings",

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from marrq.cli import main
 from runtime.audit.graph import Graph
+from runtime.doctor.file import WAY_TO_TENSORRT, examine_file
 from runtime.doctor.tensorrt import RULES, broken_rules
 
 INPUTS, OUTPUTS = 32, 6
@@ -285,6 +286,18 @@ def test_numbers_in_a_file_beside_the_model_are_read(tmp_path: Path):
     assert {one.rule for one in found} == {"zero point"}
 
 
+def test_a_rule_is_one_sentence_and_a_file_of_marrqs_has_one_way_out(
+    integer_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["doctor", str(integer_file), "--tensorrt"]) == 3
+    printed = capsys.readouterr()
+    found = examine_file(integer_file, tensorrt=True)
+    rules = {one.rule for one in found.tensorrt or () if one.level == "problem"}
+    assert len(found.broken("problem")) == len(rules) > 1
+    assert printed.err == f"marrq: {len(rules)} rules of TensorRT are broken, see above\n"
+    assert WAY_TO_TENSORRT in " ".join(printed.out.split())
+
+
 def test_the_doctor_says_which_rules_are_broken_and_exits_with_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -296,8 +309,12 @@ def test_the_doctor_says_which_rules_are_broken_and_exits_with_3(
     moved_zero(built)
     onnx.save(built.graph().model, file)
     assert main(["doctor", str(file), "--tensorrt", "--json", str(report)]) == 3
-    out = capsys.readouterr().out
-    assert "problems with zero point" in out
+    printed = capsys.readouterr()
+    assert "problems with zero point" in printed.out
+    assert "for TensorRT" not in printed.out, "the way out is marrq's own"
+    assert printed.err.splitlines()[-1] == "marrq: 1 rule of TensorRT is broken, see above"
+    [problem] = json.loads(report.read_text())["problems"]
+    assert problem.startswith("TensorRT, 'quantize' and 1 other: its zero point is ")
     broken = json.loads(report.read_text())["files"][0]["tensorrt"]
     assert [(one["node"], one["rule"], one["level"]) for one in broken] == [
         ("quantize", "zero point", "problem"),

@@ -146,8 +146,28 @@ def check_artifact(folder: Path) -> None:
         raise MarrqError(
             f"{str(folder)!r} does not exist: give a folder that `marrq quantize` wrote"
         )
+    if folder.is_file():
+        raise MarrqError(
+            f"{str(folder)!r} is a file, and an artifact is a folder: give {str(folder.parent)!r}"
+        )
     if not (folder / "config.json").is_file():
         raise MarrqError(
             f"{str(folder)!r} is no artifact, it has no config.json: give a folder that `marrq "
             "quantize` wrote"
         )
+    if _is_model(folder / "config.json"):
+        raise MarrqError(
+            f"{str(folder)!r} is a model's checkpoint, not an artifact: run marrq quantize first"
+        )
+
+
+def _is_model(config: Path) -> bool:
+    """Whether a config.json is that of a checkpoint of timm or of transformers."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        # Damaged, which is told with the reason when it is loaded.
+        return False
+    # timm writes the first key, transformers the others; an artifact has none of them.
+    keys = {"architecture", "architectures", "model_type"}
+    return isinstance(found, dict) and not keys.isdisjoint(found)

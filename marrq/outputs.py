@@ -14,8 +14,9 @@ the folders that the command reads.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from marrq.errors import MarrqError
 
@@ -35,10 +36,14 @@ MAKERS = (b'name="generator" content="marrq"', b"<dc:title>marrq</dc:title>", b"
 
 HEAD_BYTES = 4096
 
+Inputs = Mapping[str, Path]
+"""Files and folders that a command reads, by the option or argument that names each."""
 
-def check_output(
-    path: Path, overwrite: bool, strange: Strange, inputs: Iterable[Path] = ()
-) -> None:
+# A default argument must not be changed by a caller, so it is read-only.
+NO_INPUTS: Inputs = MappingProxyType({})
+
+
+def check_output(path: Path, overwrite: bool, strange: Strange, inputs: Inputs = NO_INPUTS) -> None:
     """Raise MarrqError if the output can have no place, or exists and may not be replaced.
 
     strange: what keeps an output that exists from being replaced. inputs: as for `check_place`.
@@ -74,11 +79,10 @@ def check_replaceable(path: Path, strange: Strange) -> None:
         )
 
 
-def check_place(path: Path, inputs: Iterable[Path] = ()) -> None:
+def check_place(path: Path, inputs: Inputs = NO_INPUTS) -> None:
     """Raise MarrqError if a path cannot be an output, whatever is there.
 
-    inputs: files and folders that the command reads. The output may be none of them, hold none of
-    them, and lie in none of them.
+    inputs: the output may be none of them, hold none of them, and lie in none of them.
     """
     # `exists` is false below a file, and the error would come only when all is computed.
     file = next((parent for parent in path.parents if parent.is_file()), None)
@@ -88,23 +92,28 @@ def check_place(path: Path, inputs: Iterable[Path] = ()) -> None:
         )
     found = _why_no_place(path)
     if found is not None:
-        raise MarrqError(f"output {str(path)!r} {found}: choose another place")
-    for read in inputs:
+        # `.`, `..` and `/` often stand for "in there".
+        way = "give a new name in it" if path.name in ("", "..") else "choose another place"
+        raise MarrqError(f"output {str(path)!r} {found}: {way}")
+    for reader, read in inputs.items():
         # Through links, which may lead to the same folder under another name.
         ours, theirs = path.resolve(), read.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            how = "is" if ours == theirs else "lies in" if theirs in ours.parents else "holds"
-            raise MarrqError(
-                f"output {str(path)!r} {how} {str(read)!r}, which the command reads: choose "
-                "another place"
-            )
+            inside = "lies in" if theirs in ours.parents else "holds"
+            # The same name twice in a sentence would say nothing.
+            how = "is what" if ours == theirs else f"{inside} {str(read)!r}, which"
+            raise MarrqError(f"output {str(path)!r} {how} {reader} reads: choose another place")
 
 
 def _why_no_place(path: Path) -> str | None:
     """What keeps a path from being written to, whatever is there; None for a good one."""
     # `.` and `..` have no name of their own, beside which an unfinished output could lie.
     if path.name in ("", ".."):
-        return "has no name of its own"
+        place = path.resolve()
+        if place == Path.cwd():
+            return "is the folder that the command runs in"
+        is_root = place == Path(place.anchor)
+        return "is the root folder" if is_root else "has no name of its own"
     # Also one that leads nowhere: it would be gone.
     if path.is_symlink():
         return "is a link, and what is behind it may be anyone's"

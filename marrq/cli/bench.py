@@ -60,6 +60,5 @@ def bench(
             # The table has no room for more than the fact.
             common.say(f"warning: {model.name} {model.not_finite.sentence}")
     if report.gate is not None:
-        for warning in report.gate.warnings:
-            common.say(f"warning: {warning}")
+        common.warn(report.gate.warnings)
         report.gate.demand()

@@ -1,6 +1,6 @@
 """What several commands share: their options, the progress bars, lines for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -245,6 +245,12 @@ def say(text: str) -> None:
     """A line for people, on stderr, as it stands."""
     # A path may have square brackets, and must not be cut where the terminal ends.
     stderr.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """A warning for each sentence, on stderr."""
+    for sentence in sentences:
+        say(f"warning: {sentence}")
 
 
 def write_report(file: Path | None, report: object) -> None:

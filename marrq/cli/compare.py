@@ -43,10 +43,9 @@ def compare(
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
     # All that can be wrong without torch is checked first, and not told after hours.
-    methods = [parse_method(text) for text in method or METHODS]
-    schemes = [_scheme(text) for text in scheme]
+    methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
     check_model(model)
-    name = data_for(model, data)
+    name = data_for(model, data, samples, is_measured=True)
     check_comparison(output, {"schema": SCHEMA, "model": model, "samples": samples})
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
@@ -65,6 +64,7 @@ def compare(
     task = Task(model, name, samples, kind)
     with common.progress_bars(runs=len(combinations)) as [bar]:
         found = run_comparison(task, combinations, output, bar.show, distribute)
+    common.warn(found["warnings"])
     report = ComparisonReport.read(found)
     common.stdout.print(table(report))
     common.stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)

@@ -30,7 +30,7 @@ def evaluate(
     check_model(model)
     # A folder that was named is checked at once. Whether the default will do depends on the model.
     if data is not None:
-        data_for(model, data)
+        data_for(model, data, is_measured=True)
     chosen = choose_device(device)
 
     from marrq.distributed import process_group
@@ -62,7 +62,6 @@ def evaluate(
         "models": {title: accuracy.to_json() for title, accuracy in found.items()},
         "warnings": warnings,
     }
-    for warning in warnings:
-        common.say(f"warning: {warning}")
+    common.warn(warnings)
     common.write_report(json_file, report)
     common.stdout.print(accuracy_table(found, images.name))

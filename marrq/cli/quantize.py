@@ -34,7 +34,7 @@ def quantize(
     marrq quantize vit_base_patch16_224 --data IMAGES --scheme W4A8 -o artifact
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
-    from marrq.methods.spec import read_pairs, with_settings
+    from marrq.methods.spec import read_settings, with_settings
     from marrq.schemes import parse_scheme
     from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.destination import Destination, folders_read
@@ -45,11 +45,10 @@ def quantize(
     rotation = "0" if rotate else None
     named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": rotation}
     settings = {key: value for key, value in named.items() if value is not None}
-    # --set may name any setting, and wins over an option of the same name.
-    spec = with_settings(method, settings | read_pairs(setting))
+    spec = with_settings(method, read_settings(settings, setting))
     parsed_scheme = parse_scheme(scheme, cast("ActivationStrategy", activations))
     check_model(model)
-    name = data_for(model, data)
+    name = data_for(model, data, samples)
     destination = Destination(output, force, resume, work_dir, folders_read(model, data))
     destination.check(parsed_scheme, spec, samples, seed)
     chosen = choose_device(device)

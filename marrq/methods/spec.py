@@ -244,8 +244,25 @@ def read_pairs(texts: Iterable[str]) -> dict[str, str]:
         key, _, value = text.partition("=")
         if not value:
             raise MarrqError(f"setting {text!r} has no value: write KEY=VALUE")
+        if key in pairs:
+            raise MarrqError(
+                f"{key}={pairs[key]} and {key}={value} are both given: leave one of them out"
+            )
         pairs[key] = value
     return pairs
+
+
+def read_settings(named: Mapping[str, str], texts: Iterable[str]) -> dict[str, str]:
+    """Settings that have an option of their own, by key, and texts KEY=VALUE of `--set`. Raises
+    MarrqError for a text without a value, and for a setting that is given twice."""
+    pairs = read_pairs(texts)
+    # Neither wins: nobody can know which of the two was meant.
+    for key in named:
+        if key in pairs:
+            raise MarrqError(
+                f"--{key} and --set {key}={pairs[key]} are both given: leave one of them out"
+            )
+    return {**named, **pairs}
 
 
 def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:

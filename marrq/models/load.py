@@ -255,7 +255,7 @@ def _reason(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     # The message of torch and timm in this case invites the user to run the pickle.
-    if "weights_only" in lines[0]:
+    if "weights only" in lines[0].lower().replace("_", " "):
         return (
             "its weights are a pickle of more than tensors, which could run code; give it as "
             "safetensors"

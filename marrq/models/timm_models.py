@@ -1,5 +1,6 @@
 """Models of timm: read a checkpoint, or build its architecture without weights."""
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.models import (
     clean_state_dict,
     load_model_config_from_hf,
-    load_state_dict,
     load_state_dict_from_hf,
 )
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from marrq.models.weights import Misfit, shared_prefix, weights_file
 
 HUB_WEIGHTS = "pytorch_model.bin"
 """The file that timm asks the hub for; timm takes safetensors in its place if there are any."""
+
+INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Under which key training puts the weights beside an optimizer; the first that is there, as in
+timm's `load_state_dict`."""
 
 
 def is_known(name: str) -> bool:
@@ -98,12 +103,24 @@ def _class_names(config: dict[str, Any]) -> list[str] | None:
 
 
 def _tensors(scheme: str, place: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name, without the names of wrappers of torch."""
+    """The weights of a checkpoint by the names that it has."""
     if scheme == "local-dir":
-        # Files as training writes them: weights beside an optimizer, or a moving average of them.
-        return cast(dict[str, Tensor], load_state_dict(str(weights_file(Path(place)))))
+        return _file_tensors(weights_file(Path(place)))
     name = config.get("pretrained_cfg", config).get("hf_hub_filename") or HUB_WEIGHTS
-    return cast(dict[str, Tensor], clean_state_dict(load_state_dict_from_hf(place, name)))
+    return cast(dict[str, Tensor], load_state_dict_from_hf(place, name))
+
+
+def _file_tensors(file: Path) -> dict[str, Tensor]:
+    """The weights of a file. timm's `load_state_dict` reads the same, and drops prefixes of torch
+    without a word."""
+    if file.suffix == ".safetensors":
+        return cast(dict[str, Tensor], load_file(file))
+    # timm's training puts its command line beside the weights, which is a Namespace.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    # Weights beside an optimizer, or a moving average of them.
+    found = (content[key] for key in INSIDE if content.get(key) is not None)
+    return cast(dict[str, Tensor], next(found, content))
 
 
 def _with_weights(
@@ -112,7 +129,10 @@ def _with_weights(
     """The model with its weights, and sentences about how they were read."""
     module = _created(config)
     wanted = module.state_dict()
-    prefix = shared_prefix(tensors, wanted)
+    # Names may be older ones, which timm converts: prefixes of torch are known to timm by name.
+    cleaned = clean_state_dict(tensors)
+    of_torch = shared_prefix(tensors, cleaned)
+    prefix = of_torch + shared_prefix(cleaned if of_torch else tensors, wanted)
     notes = (f"{prefix!r} before all names of weights was dropped",) if prefix else ()
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     misfit = Misfit.between(tensors, wanted)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from marrq.errors import MarrqError
-from marrq.files import check_data_folder
 from marrq.workflows.baselines import BaselineMaker, check_same_model
 from marrq.workflows.bench_options import DEFAULTS, BenchOptions, check_paths
+from marrq.workflows.checks import check_data
 from marrq.workflows.parity import artifact_of, measure_parity
 from runtime.measure.answers import NO_TARGET
 from runtime.measure.bench import BenchReport, ImageData, Progress
@@ -94,7 +94,7 @@ def bench(
     check_paths(given, options)
     check_provider(options.session)
     if data is not None:
-        check_data_folder(data)
+        check_data(data, is_measured=options.counts_answers)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.
     artifacts = (
         {str(path): artifact_of(path, options.artifacts, options.session) for path in given}
@@ -247,7 +247,7 @@ def _images(path: Path, data: str | None, options: BenchOptions) -> "ImageSet":
         config = read_config(path)
         source, labels = config["model"]["name"], labels_from_json(config["labels"])
     images = find_images(data_for(source, data), "val", labels)
-    if options.max_drop is not None or options.recommend or options.parity_images is not None:
+    if options.counts_answers:
         images.labelled()
     return images
 

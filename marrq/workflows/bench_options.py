@@ -109,6 +109,11 @@ class BenchOptions:
         return () if self.baselines == (NO_BASELINE,) else self.baselines
 
     @property
+    def counts_answers(self) -> bool:
+        """Whether the images must have right answers."""
+        return self.max_drop is not None or self.recommend or self.parity_images is not None
+
+    @property
     def runs_on(self) -> tuple[str, str]:
         """Device and provider."""
         return choose_provider(self.device, self.provider)

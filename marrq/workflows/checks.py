@@ -41,10 +41,16 @@ def check_model(name: str) -> None:
         raise MarrqError(f"{path!r} does not exist: give a model's folder, or a model's name")
 
 
-def data_for(model: str, data: str | None) -> str:
+def data_for(
+    model: str, data: str | None, samples: int | None = None, is_measured: bool = False
+) -> str:
     """The name of the images for a model: `data`, or the built-in images of the model demo.
 
-    Raises MarrqError if a model other than demo has no data, and if the data folder does not exist.
+    samples: how many images to calibrate on; None for no calibration. is_measured: whether accuracy
+    is measured.
+
+    Raises MarrqError if a model other than demo has no data, and if the data folder does not exist,
+    has too few images, or has no folders of images that could be classes.
     """
     if data is None and model != "demo":
         raise MarrqError(
@@ -52,8 +58,18 @@ def data_for(model: str, data: str | None) -> str:
             "built-in images)"
         )
     name = data or "demo"
-    check_data_folder(name)
+    check_data(name, samples, is_measured)
     return name
+
+
+def check_data(name: str, samples: int | None = None, is_measured: bool = False) -> None:
+    """Raise MarrqError for images that cannot serve, as `data_for`."""
+    check_data_folder(name)
+    if name != "demo":
+        # It imports Pillow and NumPy, which `--help` has no use for.
+        from marrq.models.images.folders import check_images
+
+        check_images(name, samples, is_measured)
 
 
 def check_comparison(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:

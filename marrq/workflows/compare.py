@@ -239,8 +239,9 @@ class ReportFile:
         }
         # The machine of the command; times can be compared within one file alone.
         environment = {**describe_machine().to_json(), "torch": version("torch")}
-        found = check_comparison(file, about)
-        self.report = found or {**about, "environment": environment, "runs": []}
+        found = check_comparison(file, about) or {"environment": environment, "runs": []}
+        # Files of earlier versions have no warnings.
+        self.report = {**about, "warnings": list(runner.original.notes), **found}
 
     def missing(self) -> list[Combination]:
         """The combinations that the file does not hold."""

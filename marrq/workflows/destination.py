@@ -3,13 +3,13 @@
 Nothing here imports torch unless an unfinished run is found, so that a mistake is told at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.methods.spec import MethodSpec
-from marrq.outputs import check_output, check_place, no_artifact
+from marrq.outputs import Inputs, check_output, check_place, no_artifact
 from marrq.schemes import Scheme
 
 
@@ -21,14 +21,14 @@ class Destination:
     resume: go on with an unfinished run; do nothing if the artifact is complete.
     work_dir: folder for memory-mapped tokens and for the checkpoint; None: tokens stay in memory,
     and the checkpoint lies beside the artifact.
-    inputs: folders that the run reads, which must not meet the artifact.
+    inputs: what the run reads, which must not meet the artifact.
     """
 
     folder: Path
     overwrite: bool = False
     resume: bool = False
     work_dir: Path | None = None
-    inputs: tuple[Path, ...] = ()
+    inputs: Inputs = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
@@ -92,9 +92,13 @@ class Destination:
         return False
 
 
-def folders_read(model: str, data: str | None) -> tuple[Path, ...]:
+def folders_read(model: str, data: str | None) -> Inputs:
     """The folders that a command reads, from the names of its model and its images as a user gives
     them. A model of a hub and the built-in images are in no folder of the user's."""
     # A name of a hub is no path, but may be one by chance: what exists here is kept.
-    names = [model.removeprefix("local-dir:"), data or "demo"]
-    return tuple(path for path in map(Path, names) if str(path) != "demo" and path.exists())
+    names = {"MODEL": model.removeprefix("local-dir:"), "--data": data or "demo"}
+    return {
+        option: Path(name)
+        for option, name in names.items()
+        if name != "demo" and Path(name).exists()
+    }

@@ -37,8 +37,8 @@ AnyModel = VisionModel | QuantizedModel
 
 @dataclass(frozen=True)
 class Candidates:
-    """The models to evaluate, by title, the float model first; and a sentence if that is not at
-    hand."""
+    """The models to evaluate, by title, the float model first; and sentences about how the float
+    model was read, or that it is not at hand."""
 
     models: dict[str, AnyModel]
     warnings: tuple[str, ...] = ()
@@ -52,14 +52,15 @@ def load_candidates(name: str) -> Candidates:
     """
     # A folder may also be a transformers checkpoint; an artifact says that it is an artifact.
     if not is_artifact(Path(name)):
-        return Candidates({FLOAT: load_model(name)})
+        model = load_model(name)
+        return Candidates({FLOAT: model}, model.notes)
     quantized = load(Path(name))
     title = f"{quantized.scheme.description} {quantized.method.name}"
     # An artifact has all of its own tensors: the float model is there to be compared with.
     original, reason = find_float_model(quantized.source)
     if original is None:
         return Candidates({title: quantized}, (f"evaluated without the float model: {reason}",))
-    return Candidates({FLOAT: original, title: quantized})
+    return Candidates({FLOAT: original, title: quantized}, original.notes)
 
 
 def evaluate(

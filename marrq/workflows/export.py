@@ -82,7 +82,8 @@ def export(
     if scheme is not None:
         flavor = flavor or suitable_flavor(scheme, device)
         check_scheme(scheme, flavor, options, device)
-    say(f"exporting to {output}")
+        # Without a scheme the artifact is damaged, and nothing will be exported.
+        say(f"exporting to {output}")
 
     from exporters.onnx_file import Export
     from runtime.audit.graph import size_bytes

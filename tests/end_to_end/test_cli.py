@@ -276,6 +276,10 @@ BAD_INPUT = {
     ),
     "alpha": ([*QUANTIZE, "--alpha", "newton"], "newton"),
     "feedback": ([*QUANTIZE, "--feedback", "both"], "both"),
+    "setting given twice": (
+        [*QUANTIZE, "--set", "alpha=grid", "--alpha", "pid"],
+        "--alpha and --set alpha=grid are both given",
+    ),
     "low-rank branch": ([*QUANTIZE, "--lowrank", "svd:4"], "srr, qera, lqer"),
     "gain": ([*QUANTIZE, "--set", "pid.speed=3"], "unknown setting 'pid.speed'"),
     "setting": ([*QUANTIZE, "--set", "order=1"], "unknown setting 'order'"),
@@ -283,6 +287,28 @@ BAD_INPUT = {
     "no data": (split("quantize vit_tiny_patch16_224 -o out"), "pass --data"),
     "device": ([*QUANTIZE, "--device", "tpu"], "unknown device 'tpu'"),
     "output": (split("quantize demo -o mine"), "pass --force"),
+    "no images": (split("quantize ./flat --data empty -o out"), "no images in 'empty'"),
+    "no images to measure on": (split("evaluate demo --data empty"), "no images in 'empty'"),
+    "no classes": (split("evaluate demo --data flat"), "'flat' are in no class folders"),
+    "benched without classes": (
+        split("bench mine --data flat --max-drop 1"),
+        "'flat' are in no class folders",
+    ),
+    "compared without classes": (
+        [*COMPARE, *split("--data flat --samples 2")],
+        "'flat' are in no class folders",
+    ),
+    "few images": (
+        [*QUANTIZE, "--data", "flat"],
+        "'flat' has 2 images for calibration, fewer than the 256 samples",
+    ),
+    "output that is read": (
+        split("quantize demo --data flat --samples 2 --force -o flat"),
+        "output 'flat' is what --data reads",
+    ),
+    "exported checkpoint": (split("export model -o out"), "'model' is a model's checkpoint"),
+    "inspected checkpoint": (split("inspect model"), "'model' is a model's checkpoint"),
+    "exported config": (split("export model/config.json -o out"), "give 'model'"),
     "output below a file": (split("quantize demo -o mine/x"), "'mine' is a file"),
     "resumed below a file": (split("quantize demo --resume -o mine/x"), "'mine' is a file"),
     "demo below a file": (split("demo -o mine"), "'mine' is a file"),
@@ -345,9 +371,20 @@ for name, arguments in json.loads(sys.argv[1]).items():
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+def with_mistakes(folder: Path) -> None:
+    """What the commands of BAD_INPUT name: a file of no kind, folders of images, a checkpoint."""
+    (folder / "mine").write_text("")
+    for name in ("empty", "flat", "model"):
+        (folder / name).mkdir()
+    # Only their names are read.
+    for name in ("a.png", "b.png"):
+        (folder / "flat" / name).touch()
+    (folder / "model" / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+
+
 def test_a_mistake_is_told_before_anything_heavy_is_imported(somewhere: Path):
     """Modules are counted, not seconds: torch and timm take five of them."""
-    (somewhere / "mine").write_text("")
+    with_mistakes(somewhere)
     found, _ = answers({name: arguments for name, (arguments, _) in BAD_INPUT.items()})
     assert found == [[name, 1, []] for name in BAD_INPUT]
 
@@ -377,14 +414,14 @@ def test_what_an_artifact_cannot_become_is_told_without_torch(somewhere: Path):
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     case: str, somewhere: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (somewhere / "mine").write_text("")
+    with_mistakes(somewhere)
     arguments, expected = (BAD_INPUT | SLOWER)[case]
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert expected in error
     assert error.startswith("marrq: ")
     assert len(error.strip().splitlines()) == 1
-    assert [entry.name for entry in somewhere.iterdir()] == ["mine"]
+    assert sorted(entry.name for entry in somewhere.iterdir()) == ["empty", "flat", "mine", "model"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

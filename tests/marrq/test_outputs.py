@@ -24,7 +24,7 @@ from marrq.outputs import (
     no_report,
 )
 from marrq.schemes import parse_scheme
-from marrq.workflows.destination import Destination
+from marrq.workflows.destination import Destination, folders_read
 from runtime.report import plots
 
 SVG = "<?xml?><svg><metadata><dc:creator><dc:title>marrq</dc:title></dc:creator></metadata></svg>"
@@ -118,10 +118,10 @@ def test_anything_else_is_kept_even_with_force(what: str, tmp_path: Path):
 
 
 PLACES = {
-    ".": "has no name of its own",
-    "..": "has no name of its own",
-    "/": "has no name of its own",
-    "inner/..": "has no name of its own",
+    ".": "is the folder that the command runs in: give a new name in it",
+    "..": "has no name of its own: give a new name in it",
+    "/": "is the root folder: give a new name in it",
+    "inner/..": "is the folder that the command runs in: give a new name in it",
     "../here": "is or holds the folder that you are in",
     "/proc": "is a mount",
     "/dev/null": "is no file and no folder",
@@ -156,7 +156,12 @@ def test_places_that_are_refused_whatever_is_there(
 
 @pytest.mark.parametrize(
     ("output", "how"),
-    [("images", "is"), ("images/cat", "lies in"), ("data", "holds"), ("images/new", "lies in")],
+    [
+        ("data/images", "is what"),
+        ("images/cat", "lies in 'images', which"),
+        ("data", "holds 'images', which"),
+        ("images/new", "lies in 'images', which"),
+    ],
 )
 def test_an_artifact_meets_no_folder_that_is_read(
     output: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,9 +169,9 @@ def test_an_artifact_meets_no_folder_that_is_read(
     (tmp_path / "data" / "images" / "cat").mkdir(parents=True)
     (tmp_path / "images").symlink_to(tmp_path / "data" / "images")
     monkeypatch.chdir(tmp_path)
-    output = output.replace("images", "data/images") if how == "is" else output
-    destination = Destination(Path(output), True, inputs=(Path("images"),))
-    with pytest.raises(MarrqError, match=f"output '{output}' {how} 'images', which the command"):
+    inputs = folders_read("demo", "images")
+    destination = Destination(Path(output), True, inputs=inputs)
+    with pytest.raises(MarrqError, match=f"output '{output}' {how} --data reads: choose another"):
         destination.check(parse_scheme("W4A8"), parse_method("rtn"), 8, 0)
 
 

@@ -17,6 +17,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -93,6 +94,76 @@ def no_images(folder: Location) -> MarrqError:
     for suffix, count in Counter(name.rpartition(".")[2] for name in names).most_common(1):
         text += f"; it has {count} .{suffix} files"
     return MarrqError(text)
+
+
+def too_few(name: str, count: int, samples: int) -> MarrqError:
+    """The error for fewer images than samples."""
+    return MarrqError(
+        f"{name!r} has {count} images for calibration, fewer than the {samples} samples: lower "
+        "--samples"
+    )
+
+
+def no_classes(folder: object) -> str:
+    """Why images that lie beside each other have no classes."""
+    return (
+        f"the images in {str(folder)!r} are in no class folders: put them into one folder for each "
+        "class"
+    )
+
+
+def check_images(name: str, samples: int | None = None, is_measured: bool = False) -> None:
+    """Raise MarrqError for a folder that cannot serve, whatever the classes of the model are.
+
+    name: of an existing folder. samples: how many images to calibrate on; None for no calibration.
+    is_measured: whether accuracy is measured.
+
+    `find_images` finds the same, and more, when the model is known. No more images are listed here
+    than are needed, since a folder may hold millions.
+    """
+    if samples is not None:
+        _check_calibration(name, samples)
+    # Nobody asked for one of them: the images are measured without right answers.
+    if is_measured or samples is None:
+        _check_measurement(name, is_measured)
+
+
+def _check_calibration(name: str, samples: int) -> None:
+    folder = _folder_for(Path(name), "train")
+    if folder is None:
+        return
+    count = sum(1 for _ in islice(images_below(folder), samples))
+    if count == 0:
+        raise no_images(folder)
+    if count < samples:
+        raise too_few(name, count, samples)
+
+
+def _check_measurement(name: str, has_answers: bool) -> None:
+    folder = _folder_for(Path(name), "val")
+    if folder is None or any(map(holds_images, subfolders(folder))):
+        return
+    # No class folder holds an image: all images lie beside each other.
+    if not holds_images(folder):
+        raise no_images(folder)
+    if has_answers:
+        raise MarrqError(f"accuracy cannot be measured: {no_classes(folder)}")
+
+
+class _ClassesDecide(Exception):
+    """Which folder is meant depends on the classes of the model."""
+
+
+def _folder_for(root: Path, split: Split) -> Path | None:
+    """The folder with the images for a purpose; None if the classes of the model decide."""
+
+    def are_classes(folders: Sequence[str]) -> bool:
+        raise _ClassesDecide
+
+    try:
+        return split_folder(root, split, are_classes)
+    except _ClassesDecide:
+        return None
 
 
 def split_folder(root: Path, split: Split, are_classes: Callable[[Sequence[str]], bool]) -> Path:

@@ -20,9 +20,11 @@ from marrq.models.images.classes import Folders, classes_of
 from marrq.models.images.folders import (
     Split,
     images_below,
+    no_classes,
     no_images,
     split_folder,
     subfolders,
+    too_few,
 )
 from marrq.models.images.notes import DROPPED, ON_WHITE, Notes
 from marrq.models.images.pixels import Location, is_transparent, read_image
@@ -94,10 +96,7 @@ class ImageSet:
         Raises MarrqError if there are fewer images.
         """
         if samples > len(self):
-            raise MarrqError(
-                f"{self.name!r} has {len(self)} images for calibration, fewer than the {samples} "
-                "samples: lower --samples"
-            )
+            raise too_few(self.name, len(self), samples)
         # A generator of its own: the draw depends on the seed alone.
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.subset(order[:samples].tolist())
@@ -209,10 +208,7 @@ def _classes(folders: Folders, labels: tuple[str, ...]) -> dict[str, int]:
     if not labels:
         raise MarrqError("the model has no classes, it gives features")
     if not folders.filled:
-        raise MarrqError(
-            f"the images in {folders.root!r} are in no class folders: put them into one folder for "
-            "each class"
-        )
+        raise MarrqError(no_classes(folders.root))
     return classes_of(folders, labels)
 
 

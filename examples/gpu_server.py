@@ -1,7 +1,7 @@
 """What a GPU makes of marrq's files, and how long quantizing takes there, as JSON: graphs of a
 ViT-B/16 with random weights under ONNX Runtime, and `marrq quantize` of a ViT-L/16 and a DINOv2-S.
 
-    python examples/gpu_server.py -o gpu.json            on a machine with CUDA, below 8 minutes
+    python examples/gpu_server.py -o gpu.json            on a machine with CUDA, about 8 minutes
     python examples/gpu_server.py --tiny -o tiny.json    the same steps for tiny models on the CPU
 
 graphs      fp16 as torch's exporter writes it, the fp16 baseline, and folded files of W4, W3 and
@@ -11,8 +11,9 @@ graphs      fp16 as torch's exporter writes it, the fp16 baseline, and folded fi
 quantize    seconds of the whole command, start included, W4A8 by marr, noise for images
 
 The weights are random, so accuracy is not measured: `marrq bench artifact --data IMAGES --device
-gpu` does that. The report is written anew after each step; a step that fails is recorded in it, and
-the next one is run. Numbers of one card say nothing of another, so the report names the card.
+gpu` does that. The report is written anew after each file and each command, so a run that is ended
+leaves what it has. A step that fails is recorded in it, and the next one is run. Numbers of one
+card say nothing of another, so the report names the card.
 """
 
 import json
@@ -38,13 +39,15 @@ from exporters.float16 import to_float16
 from exporters.onnx_file import write, write_baseline
 from exporters.opsets import IR_VERSIONS, OPSET
 from exporters.trace import trace, trace_quantized
+from marrq.errors import MarrqError
 from marrq.files import write_json
 from marrq.models.images import find_images
 from marrq.models.load import VisionModel, load_model
+from marrq.outputs import check_place
 from marrq.workflows.quantize import quantize
 from runtime.audit.graph import Graph, size_bytes
 from runtime.audit.placement import misplaced
-from runtime.environment import installed_packages
+from runtime.environment import FOR_CUDA, installed_packages
 from runtime.gpu import describe_gpu
 from runtime.measure.latency import Plan, measure_latency
 from runtime.session import (
@@ -52,6 +55,7 @@ from runtime.session import (
     PROVIDERS,
     Model,
     SessionSettings,
+    available_providers,
     executed_nodes,
 )
 
@@ -103,36 +107,83 @@ TINY = Setup(
 )
 
 
+class Report:
+    """What was measured so far, written anew with each part of it, and told on stderr."""
+
+    def __init__(self, file: Path, head: dict[str, Any]) -> None:
+        self.file, self.parts, self.start = file, head, time.perf_counter()
+
+    def put(self, step: str, found: object) -> None:
+        """Set a step's result, or what there is of it."""
+        self.parts[step] = found
+        write_json(self.file, self.parts)
+
+    def say(self, text: str) -> None:
+        """A line of progress, with the seconds since the start."""
+        print(f"{time.perf_counter() - self.start:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="The report, as JSON.")],
-    tiny: Annotated[bool, typer.Option("--tiny", help="Tiny models on the CPU.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Tiny models on the CPU, to try the script.")
+    ] = False,
 ) -> None:
-    """Measure, and write the report."""
+    """Measure what a GPU makes of marrq's files. Needs a GPU with CUDA, and about 8 minutes.
+
+    Size, placement on the GPU and time of fp16 and of folded W4, W3 and W2 files of a ViT-B/16, and
+    the time of marrq quantize for a ViT-L/16 and a DINOv2-S. Weights are random: no accuracy.
+    """
     setup = TINY if tiny else LARGE
-    report: dict[str, Any] = {
+    try:
+        check(setup, output)
+    except MarrqError as error:
+        # One sentence, as marrq itself ends.
+        print(f"gpu_server.py: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    head: dict[str, Any] = {
         "gpu": None,
         "packages": {**installed_packages(), "torch": torch.__version__},
         "onnxruntime": ONNXRUNTIME_VERSION,
         "provider": setup.provider,
     }
+    report = Report(output, head)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         images = noise(folder / "images", max(size.images for size in setup.quantized.values()))
         steps: dict[str, Callable[[], object]] = {
-            "graphs": lambda: graphs(setup, images, folder),
-            "quantize": lambda: quantizations(setup, images, folder),
+            "graphs": lambda: graphs(setup, images, folder, report),
+            "quantize": lambda: quantizations(setup, images, folder, report),
         }
         for step, run in steps.items():
             start = time.perf_counter()
             try:
-                report[step] = run()
+                found = run()
             except Exception:  # what was measured before must not be lost with a later step
-                report[step] = {"error": traceback.format_exc()}
+                found = {**report.parts.get(step, {}), "error": traceback.format_exc()}
+                report.say(f"{step} failed, the report says how")
             gpu = describe_gpu()
-            report["gpu"] = None if gpu is None else asdict(gpu)
-            report[f"{step}_seconds"] = round(time.perf_counter() - start, 1)
-            write_json(output, report)
-    print(json.dumps(report, indent=2))
+            report.parts["gpu"] = None if gpu is None else asdict(gpu)
+            report.parts[f"{step}_seconds"] = round(time.perf_counter() - start, 1)
+            report.put(step, found)
+    report.say(f"wrote {output}")
+    print(json.dumps(report.parts, indent=2))
+
+
+def check(setup: Setup, output: Path) -> None:
+    """Raise MarrqError if the report has no place, or if this machine cannot run the setup."""
+    check_place(output)
+    if output.exists():
+        raise MarrqError(f"output {str(output)!r} exists: choose another place")
+    if setup.provider == "cpu":
+        return
+    lacks = []
+    if PROVIDERS[setup.provider] not in available_providers():
+        lacks.append(f"the ONNX Runtime here has no CUDA provider ({FOR_CUDA})")
+    if not torch.cuda.is_available():
+        lacks.append("torch finds no CUDA device")
+    if lacks:
+        raise MarrqError(f"{', and '.join(lacks)}; --tiny tries the script on the CPU")
 
 
 def noise(folder: Path, count: int) -> Path:
@@ -170,30 +221,37 @@ def checkpoint(size: Size, folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
-def graphs(setup: Setup, images: Path, folder: Path) -> dict[str, Any]:
+def graphs(setup: Setup, images: Path, folder: Path, report: Report) -> dict[str, Any]:
     """Size, placement and time of each file."""
+    report.say(f"load {setup.graphs.name} and write its files")
     model = load_model(checkpoint(setup.graphs, folder / "graphs"))
-    files = dict(written(setup, model, images, folder))
+    files: dict[str, Path] = {}
+    for name, file in written(setup, model, images, folder):
+        report.say(f"wrote {name}")
+        files[name] = file
     settings = SessionSettings(setup.provider)
-    rows: dict[str, Any] = {
-        name: {
+    rows: dict[str, Any] = {}
+    for name, file in files.items():
+        report.say(f"run {name}")
+        rows[name] = {
             "mb": size_bytes(file) / 1e6,
             "of_fp16": size_bytes(file) / size_bytes(files[BASELINE]),
             **ran(file, settings, folder),
         }
-        for name, file in files.items()
-    }
+        report.put("graphs", rows)
     # The trace as it is need not be recordable, and is there for its plain time alone.
     plans = {"plain": (setup.plan, list(files))}
     if setup.provider == "cuda":
         plans["cuda_graph"] = (replace(setup.plan, cuda_graph=True), list(files)[1:])
     for kind, (plan, names) in plans.items():
+        report.say(f"time all files: {kind}, {plan.rounds} rounds at batches {plan.batches}")
         try:
             times = timed([files[name] for name in names], names.index(BASELINE), settings, plan)
         except Exception:  # what was measured plainly must not be lost
             times = [{"error": traceback.format_exc()} for _ in names]
         for name, row in zip(names, times, strict=True):
             rows[name][kind] = row
+        report.put("graphs", rows)
     return rows
 
 
@@ -263,10 +321,11 @@ def ran(file: Path, settings: SessionSettings, folder: Path) -> dict[str, Any]:
     }
 
 
-def quantizations(setup: Setup, images: Path, folder: Path) -> dict[str, Any]:
+def quantizations(setup: Setup, images: Path, folder: Path, report: Report) -> dict[str, Any]:
     """Seconds of the whole command for each model."""
-    found = {}
+    found: dict[str, Any] = {}
     for number, (name, size) in enumerate(setup.quantized.items()):
+        report.say(f"quantize {name} with {size.images} images")
         model = checkpoint(size, folder / f"float-{number}")
         options = ["--data", images, "--samples", size.images, "--scheme", "W4A8"]
         command = ["quantize", model, *options, "--device", setup.torch_device]
@@ -283,6 +342,7 @@ def quantizations(setup: Setup, images: Path, folder: Path) -> dict[str, Any]:
             "exit_code": done.returncode,
             "last_line": (done.stderr.strip().splitlines() or [""])[-1],
         }
+        report.put("quantize", found)
     return found
 
 

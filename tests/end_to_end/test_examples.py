@@ -1,5 +1,6 @@
 """The scripts in examples/ run as their docstrings say."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from shlex import split
 
 import pytest
+import torch
+import typer
 
 FOLDED = ["folded W4A16", "folded W3A16", "folded W2A16"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -88,6 +91,37 @@ def test_the_scaling_model_gives_less_time_to_more_processes_but_for_what_each_d
     assert one["all"] == pytest.approx(
         sum(value for name, value in one.items() if name not in ("model", "processes", "all"))
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "tiny", "reason"),
+    [
+        ("there", True, "there' exists: choose another place"),
+        pytest.param(
+            "new.json",
+            False,
+            "torch finds no CUDA device; --tiny tries the script on the CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_the_measurements_on_a_gpu_are_refused_before_anything_is_made(
+    name: str,
+    tiny: bool,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    gpu_server = importlib.import_module("gpu_server")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(typer.Exit):
+        gpu_server.main(tmp_path / name, tiny)
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("gpu_server.py: ")
+    assert sentence.endswith(reason)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.mark.slow

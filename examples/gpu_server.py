@@ -47,8 +47,8 @@ from marrq.outputs import check_place
 from marrq.workflows.quantize import quantize
 from runtime.audit.graph import Graph, size_bytes
 from runtime.audit.placement import misplaced
-from runtime.environment import FOR_CUDA, installed_packages
-from runtime.gpu import describe_gpu
+from runtime.environment import installed_packages
+from runtime.gpu import FOR_CUDA, describe_gpu
 from runtime.measure.latency import Plan, measure_latency
 from runtime.session import (
     ONNXRUNTIME_VERSION,

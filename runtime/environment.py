@@ -44,11 +44,6 @@ REINSTALL = (
     "clone"
 )
 
-# The way from the ONNX Runtime of the CPU, which the one for GPUs must not be installed beside.
-FOR_CUDA = (
-    "on a machine with CUDA uninstall onnxruntime, then pip install '.[gpu]' in the clone of marrq"
-)
-
 
 @dataclass(frozen=True)
 class Machine(Record):

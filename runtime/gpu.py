@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 from runtime.records import Record
 
+# The way from the ONNX Runtime of the CPU, which the one for GPUs must not be installed beside.
+FOR_CUDA = (
+    "on a machine with CUDA uninstall onnxruntime, then pip install '.[gpu]' in the clone of marrq"
+)
+
 COMMAND = "nvidia-smi"
 SECONDS = 20  # a driver that has gone to sleep takes a few
 

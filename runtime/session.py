@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.environment import FOR_CUDA
 from runtime.errors import BenchError
+from runtime.gpu import FOR_CUDA
 from runtime.metadata import Metadata
 
 try:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from runtime.environment import (
-    FOR_CUDA,
     ONNXRUNTIME_PACKAGES,
     REINSTALL,
     Machine,
@@ -20,7 +19,7 @@ from runtime.environment import (
     onnxruntime_conflict,
 )
 from runtime.errors import BenchError
-from runtime.gpu import Gpu, describe_gpu
+from runtime.gpu import FOR_CUDA, Gpu, describe_gpu
 from runtime.records import Record
 
 PACKAGES = (*ONNXRUNTIME_PACKAGES, "torch", "onnx", "timm", "transformers", "tritonclient")

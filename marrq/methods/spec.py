@@ -239,7 +239,7 @@ def parse_method(text: str) -> MethodSpec:
 
 def read_pairs(texts: Iterable[str]) -> dict[str, str]:
     """Texts KEY=VALUE to a dictionary. Raises MarrqError for a text without a value."""
-    pairs = {}
+    pairs: dict[str, str] = {}
     for text in texts:
         key, _, value = text.partition("=")
         if not value:

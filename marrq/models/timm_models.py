@@ -114,7 +114,7 @@ def _file_tensors(file: Path) -> dict[str, Tensor]:
     """The weights of a file. timm's `load_state_dict` reads the same, and drops prefixes of torch
     without a word."""
     if file.suffix == ".safetensors":
-        return cast(dict[str, Tensor], load_file(file))
+        return load_file(file)
     # timm's training puts its command line beside the weights, which is a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(file, map_location="cpu", weights_only=True)

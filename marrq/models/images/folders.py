@@ -68,16 +68,16 @@ def _walk(folder: Location, above: str, parents: frozenset[str]) -> Iterator[tup
     # A link to a folder above would be followed for ever.
     if here in parents:
         return
-    for entry, is_folder in _entries(folder):
+    for name, is_folder in _entries(folder):
         if is_folder:
-            yield from _walk(entry, f"{above}{entry.name}/", parents | {here})
+            yield from _walk(folder / name, f"{above}{name}/", parents | {here})
         else:
-            yield above + entry.name, entry
+            yield above + name, folder / name
 
 
 def subfolders(folder: Location) -> list[Location]:
     """The folders that people see in a folder, sorted by name."""
-    return [entry for entry, is_folder in _entries(folder) if is_folder]
+    return [folder / name for name, is_folder in _entries(folder) if is_folder]
 
 
 def holds_images(folder: Location) -> bool:
@@ -225,21 +225,23 @@ def _named(folders: list[Location]) -> str:
     return " and ".join(f"{folder.name}/" for folder in folders)
 
 
-def _entries(folder: Location) -> list[tuple[Location, bool]]:
-    """What people see in a folder, sorted by name, with whether it is a folder."""
-    if isinstance(folder, zipfile.Path):
-        # zipfile.Path has no order of its own.
-        found = [(entry, entry.is_dir()) for entry in folder.iterdir() if _is_visible(entry.name)]
-        return sorted(found, key=lambda pair: pair[0].name)
+def _entries(folder: Location) -> list[tuple[str, bool]]:
+    """Names of what people see in a folder, sorted, with whether it is a folder.
+
+    Names and no paths: of a million files most are never asked for, and a path costs more than the
+    listing."""
     try:
-        # The listing tells folders from files; asking for each of a million files takes minutes.
-        with os.scandir(folder) as listing:
-            names = sorted((entry.name, entry.is_dir()) for entry in listing)
+        if isinstance(folder, zipfile.Path):
+            found = [(entry.name, entry.is_dir()) for entry in folder.iterdir()]
+        else:
+            # The listing tells folders from files; asking for each of a million takes minutes.
+            with os.scandir(folder) as listing:
+                found = [(entry.name, entry.is_dir()) for entry in listing]
     except OSError as error:
         raise MarrqError(
             f"folder {str(folder)!r} cannot be listed ({error.strerror}): correct its permissions"
         ) from error
-    return [(folder / name, is_folder) for name, is_folder in names if _is_visible(name)]
+    return sorted(entry for entry in found if _is_visible(entry[0]))
 
 
 def _is_image(name: str) -> bool:

@@ -1,7 +1,7 @@
 """A client of a model that `marrq export --format triton` wrote: an image folder in; top-1, latency
 and throughput out.
 
-    pip install 'marrq[serve]'
+    pip install '.[serve]'                     in the clone of marrq
     python examples/triton_client.py IMAGES --url 127.0.0.1:8000 --name vit
     python examples/triton_client.py IMAGES --url 127.0.0.1:8001 --protocol grpc --requests 2000
 

@@ -13,7 +13,7 @@ BACKEND_FILES = {"onnxruntime": None, "python": Path(__file__).with_name("python
 
 NEEDS_TRITONCLIENT = (
     "a Triton repository is written by tritonclient's protobuf, which is not installed: pip "
-    "install 'marrq[serve]'"
+    "install '.[serve]' in the clone"
 )
 
 NAME = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")

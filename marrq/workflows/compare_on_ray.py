@@ -174,7 +174,7 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise MarrqError("--ray needs Ray: pip install 'marrq[ray]'") from error
+        raise MarrqError("--ray needs Ray: pip install '.[ray]' in the clone") from error
     # The size of a cluster is its own; a local Ray gets the cores that this process may use.
     own: dict[str, Any] = {}
     if address == "local":

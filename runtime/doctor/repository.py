@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise BenchError(
         "a Triton repository is read by tritonclient's protobuf, which is not installed: pip "
-        "install 'marrq[serve]'"
+        "install '.[serve]' in the clone"
     ) from error
 
 CONFIG = "config.pbtxt"

@@ -68,7 +68,7 @@ def check_page(file: Path) -> None:
             f"a page is written as {SUFFIX}: got the suffix '{file.suffix}' in '{file}'"
         )
     if missing := [package for package in ("jinja2", "matplotlib") if find_spec(package) is None]:
-        raise BenchError(f"pages need {' and '.join(missing)}: pip install 'marrq[plots]'")
+        raise BenchError(f"pages need {' and '.join(missing)}: pip install '.[plots]' in the clone")
 
 
 def page(report: BenchReport) -> str:

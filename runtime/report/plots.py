@@ -82,7 +82,7 @@ def check_installed(*packages: str) -> None:
     """Raise BenchError if a package that draws is not installed."""
     for package in packages:
         if find_spec(package) is None:
-            raise BenchError(f"plots and pages need {package}: pip install 'marrq[plots]'")
+            raise BenchError(f"plots and pages need {package}: pip install '.[plots]' in the clone")
 
 
 def check_plot(file: Path) -> None:

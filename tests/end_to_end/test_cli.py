@@ -407,7 +407,7 @@ def test_what_an_artifact_cannot_become_is_told_without_torch(somewhere: Path):
         assert expected in line
     found, errors = answers({"": split("export a --format triton -o new")}, "tritonclient")
     assert found == [["", 1, []]]
-    assert "pip install 'marrq[serve]'" in errors
+    assert "pip install '.[serve]' in the clone" in errors
 
 
 @pytest.mark.parametrize("case", [*BAD_INPUT, *SLOWER])

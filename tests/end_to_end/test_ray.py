@@ -292,5 +292,5 @@ def test_ray_is_needed_for_its_option_alone(
     monkeypatch.setitem(sys.modules, "ray", None)
     few = command(tiny, image_folder, tmp_path / "c.json", "--seeds", "1")
     assert main([*few, "--ray", "local"]) == 1
-    assert "--ray needs Ray: pip install 'marrq[ray]'" in capsys.readouterr().err
+    assert "--ray needs Ray: pip install '.[ray]' in the clone" in capsys.readouterr().err
     assert main(few) == 0

@@ -297,5 +297,5 @@ def test_without_matplotlib_the_error_says_how_to_install_it(
     report: ComparisonReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BenchError, match=r"pip install 'marrq\[plots\]'"):
+    with pytest.raises(BenchError, match=r"pip install '.\[plots\]' in the clone"):
         plot_comparison(report, tmp_path / "plot.png")

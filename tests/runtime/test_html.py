@@ -407,7 +407,9 @@ def test_another_suffix_is_refused_before_anything_is_measured(
 
 def test_without_its_packages_the_error_says_how_to_install_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(BenchError, match=r"pages need jinja2: pip install 'marrq\[plots\]'"):
+    with pytest.raises(
+        BenchError, match=r"pages need jinja2: pip install '.\[plots\]' in the clone"
+    ):
         check_page(Path("page.html"))
 
 

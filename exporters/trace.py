@@ -30,6 +30,8 @@ from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
+RANDOM = ("rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "normal")
+"""Operators of aten that draw random numbers."""
 PLACEHOLDER = "QuantizedLinear"
 
 PATH, PART, OUTPUT_SCALE = "path", "part", "output_scale"
@@ -196,12 +198,20 @@ def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
         with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             batch = torch.export.Dim("batch")
             # What the exporter tries first, without its other attempts.
-            torch.export.export(copied, (example,), dynamic_shapes=({0: batch},), strict=False)
+            dynamic = ({0: batch},)
+            traced = torch.export.export(copied, (example,), dynamic_shapes=dynamic, strict=False)
     # Whatever a forward raises if its tensors have no values.
     except Exception as error:
         raise MarrqError(
             f"the model cannot be traced to ONNX, so it is not quantized: {_reason(error)}"
         ) from error
+    # Random numbers inside a forward, as for the masks of ViT-MAE: no two runs are alike.
+    for node in traced.graph.nodes:
+        if str(node.target).split(".")[:2] in [["aten", name] for name in RANDOM]:
+            raise MarrqError(
+                f"the model draws random numbers in its forward ({node.target}), so it is not "
+                "quantized: give a model without them"
+            )
 
 
 def _reason(error: BaseException) -> str:

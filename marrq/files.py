@@ -140,6 +140,10 @@ def check_data_folder(name: str) -> None:
     raise MarrqError(f"data folder {name!r} {state}: give a folder of images, or demo")
 
 
+CONFIG_BYTES = 16 * 2**20
+"""No config.json of a model is larger."""
+
+
 def check_artifact(folder: Path) -> None:
     """Raise MarrqError if the folder is no artifact; an artifact may still be damaged."""
     if not folder.exists():
@@ -163,10 +167,12 @@ def check_artifact(folder: Path) -> None:
 
 def _is_model(config: Path) -> bool:
     """Whether a config.json is that of a checkpoint of timm or of transformers."""
+    # Damaged or hostile, which is told with the reason when it is loaded.
+    if config.stat().st_size > CONFIG_BYTES:
+        return False
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        # Damaged, which is told with the reason when it is loaded.
+    except (ValueError, RecursionError):
         return False
     # timm writes the first key, transformers the others; an artifact has none of them.
     keys = {"architecture", "architectures", "model_type"}

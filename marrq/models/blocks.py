@@ -31,6 +31,7 @@ from marrq.errors import MarrqError
 from marrq.schemes import Scheme
 
 CONTAINER = r"\w*(block|layer|stage|transformer|transformer_encoder|network)s?\d*"
+ONLY_VITS = "only vision transformers can be quantized"
 BLOCK_NAME = re.compile(rf"(.*\.)?({CONTAINER}(\.\d+)+|downsample)")
 TRIAL_SEED = 0
 
@@ -136,10 +137,7 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
     both = _record(model, candidates, torch.cat([images[:1], other]))
     paths = _innermost(first)
     if not paths:
-        raise MarrqError(
-            "the model has no repeated blocks with linear layers: only vision transformers can be "
-            "quantized"
-        )
+        raise MarrqError(f"the model has no repeated blocks with linear layers: {ONLY_VITS}")
     # Calls are in the order of execution, and so are the blocks.
     blocks: list[Block] = []
     previous_output: Tensor | None = None
@@ -172,6 +170,9 @@ def find_blocks(model: nn.Module, images: Tensor) -> list[Block]:
             )
         blocks.append(block)
         previous_output = first_output(other_call.output)
+    # Linears on positions alone, as in CoAtNet's relative ones, multiply no tokens.
+    if not any(block.groups for block in blocks):
+        raise MarrqError(f"no linear of the model's blocks reads the image: {ONLY_VITS}")
     return blocks
 
 

@@ -324,3 +324,23 @@ def test_blocks_are_the_innermost_modules_that_run(
     blocks = find_blocks(small_timm(name, **arguments), torch.randn(2, 3, 32, 32))
     assert [block.path for block in blocks] == paths
     assert all(block.groups for block in blocks)
+
+
+class OnPositions(nn.Module):
+    """A block whose linear makes a bias of positions and reads no token, as in CoAtNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Buffer(torch.randn(4, 8))
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.mlp(self.positions)
+
+
+def test_a_model_whose_linears_read_no_token_is_refused():
+    model = nn.Module()
+    model.blocks = nn.Sequential(OnPositions(), OnPositions())
+    model.forward = lambda image: model.blocks(image.reshape(len(image), -1, 8)[:, :4])
+    with pytest.raises(MarrqError, match="no linear of the model's blocks reads the image"):
+        find_blocks(model.eval(), torch.randn(1, 3, 8, 8))

@@ -35,6 +35,14 @@ def test_a_model_that_chooses_by_what_it_sees_is_refused_in_one_sentence():
     assert "\n" not in str(it.value)
 
 
+def test_a_model_that_draws_random_numbers_is_refused_by_the_operator():
+    model = vision_model(vit())
+    forward = model.module.forward
+    model.module.forward = lambda pixels: forward(pixels + torch.rand_like(pixels))
+    with pytest.raises(MarrqError, match=r"random numbers in its forward \(aten\.rand_like"):
+        check_feasible(model)
+
+
 def test_a_model_that_is_not_the_one_that_its_source_builds_is_refused():
     source = ModelSource("tiny", "timm", {**VIT, "depth": 1}, "")
     with pytest.raises(MarrqError, match=r"could not be loaded: tensor 'blocks\.1"):

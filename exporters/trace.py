@@ -30,8 +30,6 @@ from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 
 PLACEHOLDER_DOMAIN = "marrq"
-RANDOM = ("rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "normal")
-"""Operators of aten that draw random numbers."""
 PLACEHOLDER = "QuantizedLinear"
 
 PATH, PART, OUTPUT_SCALE = "path", "part", "output_scale"
@@ -184,6 +182,10 @@ def _drop_notes(model: ir.Model) -> None:
         owner.doc_string = None
 
 
+RANDOM = ("rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "normal")
+"""Operators of aten that draw random numbers."""
+
+
 def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
     """Raise MarrqError if torch cannot trace a float model: then no flavour could be written.
 
@@ -207,7 +209,8 @@ def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
         ) from error
     # Random numbers inside a forward, as for the masks of ViT-MAE: no two runs are alike.
     for node in traced.graph.nodes:
-        if str(node.target).split(".")[:2] in [["aten", name] for name in RANDOM]:
+        # The target of an operator is written as "aten.rand.default".
+        if str(node.target).startswith(tuple(f"aten.{name}." for name in RANDOM)):
             raise MarrqError(
                 f"the model draws random numbers in its forward ({node.target}), so it is not "
                 "quantized: give a model without them"

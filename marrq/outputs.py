@@ -6,6 +6,7 @@ content:
 
     artifact    a folder of the four files of an artifact and no others
     report      JSON with a schema of marrq's; a page or a plot that names marrq as its maker
+    classes     safetensors whose metadata name the format (marrq/models/class_embeddings.py)
     ONNX file   by its metadata (exporters/replacing.py)
 
 Some places are refused whatever is there: a link, since another file or folder is behind it; a
@@ -27,6 +28,12 @@ ARTIFACT_FORMAT = "marrq.artifact"
 ARTIFACT_CONFIG = "config.json"
 ARTIFACT_FILES = ("model.safetensors", "quantization.json", "README.md", ARTIFACT_CONFIG)
 """The files of an artifact. The last one is written last, and tells that the folder is one."""
+
+CLASSES_FORMAT = "marrq.classes"
+"""What the metadata of a file of classes call its format."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors reads no longer header."""
 
 REPORT_SCHEMAS = "marrq."
 """How the schemas of marrq's reports begin."""
@@ -172,3 +179,19 @@ def no_picture(path: Path) -> str | None:
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     return None if any(mark in head for mark in MAKERS) else "is no page or plot of marrq's"
+
+
+def no_classes(path: Path) -> str | None:
+    """What keeps a path from being replaced by a file of classes; None for such a file."""
+    if not path.is_file():
+        return "is a folder"
+    # A safetensors file begins with the length of its header, which is JSON.
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
+        is_ours = header["__metadata__"]["format"] == CLASSES_FORMAT
+    # Anything else is no JSON, or has no such entries.
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_ours = False
+    return None if is_ours else "holds no classes of marrq's"

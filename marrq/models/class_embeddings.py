@@ -45,6 +45,9 @@ NORM_TOLERANCE = 1e-3
 BREAKS = ("Cc", "Zl", "Zp")
 """Unicode categories that a name cannot have: labels are files with one name a line."""
 
+PLACE = "{}"
+"""Where a template has the name of a class."""
+
 PARTS = {"embeddings": 2, "logit_scale": 1, "logit_bias": 1}
 """The tensors of a file, and the most axes that each has."""
 
@@ -106,6 +109,20 @@ def check_names(names: Sequence[str]) -> None:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise MarrqError(f"{count} classes have the name {name!r}: give each class its own")
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise MarrqError for templates that do not take a name."""
+    if not templates:
+        raise MarrqError(
+            f"there is no template: give at least one, such as 'a photo of a {PLACE}.'"
+        )
+    for template in templates:
+        if template.count(PLACE) != 1:
+            raise MarrqError(
+                f"template {template!r} has {PLACE} {template.count(PLACE)} times: write it once, "
+                "where the class's name stands"
+            )
 
 
 def _check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str]) -> None:

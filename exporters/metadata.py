@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from marrq.models.load import ModelSource
 from marrq.models.preprocessing import Preprocessing
+from marrq.quantized_model import RefinementRecord
 
 PREFIX = "marrq."
 
@@ -39,9 +40,12 @@ class FileMetadata:
     flavor, device: names of exporters/choices.py. A file of an older marrq is for the CPU.
     scheme, method: as the command line writes them; of a float model its flavour and "none".
     artifact: hash of the artifact.
+    refinement: how the model was refined; None if it was not.
+    classes: hash of the class embeddings in the file; None if the model has classes of its own or
+        none.
     bits_per_weight: all bits that the file keeps for a weight of the quantized linears.
     schemes: paths of the quantized linears by their scheme.
-    container_bits: bits that one weight code takes in the file.
+    container_bits: bits that one weight code takes in the file; None if linears differ.
     lowest_onnxruntime: first ONNX Runtime that was seen to run such a file.
     linears: by path, the parts of each quantized linear in the order of its rows.
     source: the float model, and how it is built again.
@@ -60,6 +64,8 @@ class FileMetadata:
     labels: tuple[str, ...]
     device: str = "cpu"
     artifact: str | None = None
+    refinement: RefinementRecord | None = None
+    classes: str | None = None
     schemes: Mapping[str, list[str]] | None = None
     container_bits: int | None = None
     linears: Mapping[str, tuple[LinearPart, ...]] | None = None
@@ -75,6 +81,8 @@ class FileMetadata:
             "scheme": self.scheme,
             "method": self.method,
             "artifact": self.artifact,
+            "refinement": None if self.refinement is None else json.dumps(asdict(self.refinement)),
+            "classes": self.classes,
             "bits_per_weight": f"{self.bits_per_weight:.4f}",
             "schemes": None if self.schemes is None else json.dumps(self.schemes),
             "container_bits": None if self.container_bits is None else str(self.container_bits),
@@ -99,6 +107,7 @@ class FileMetadata:
         # Entries that only quantized models have.
         bits = texts.get("container_bits")
         schemes, linears = texts.get("schemes"), texts.get("linears")
+        refined = texts.get("refinement")
         return cls(
             flavor=texts["flavor"],
             device=texts.get("device", "cpu"),
@@ -106,11 +115,13 @@ class FileMetadata:
             method=texts["method"],
             bits_per_weight=float(texts["bits_per_weight"]),
             lowest_onnxruntime=texts["lowest_onnxruntime"],
-            source=ModelSource(**json.loads(texts["source"])),
+            source=ModelSource.from_json(json.loads(texts["source"])),
             # JSON has lists where the dataclasses have tuples.
             preprocessing=Preprocessing.from_json(json.loads(texts["preprocessing"])),
             labels=tuple(json.loads(texts["labels"])),
             artifact=texts.get("artifact"),
+            refinement=None if refined is None else RefinementRecord(**json.loads(refined)),
+            classes=texts.get("classes"),
             schemes=None if schemes is None else json.loads(schemes),
             container_bits=None if bits is None else int(bits),
             linears=None if linears is None else _linears_of(linears),

@@ -39,6 +39,7 @@ from marrq.quantizers.activations import ActivationQuantizer
 from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.weights_only import weights_only
 from marrq.schemes import Scheme
+from marrq.zero_shot import with_classes
 
 INLINE_BYTES = 2_000_000_000
 """Largest size of the tensors that stay in the ONNX file itself. The graph takes the rest of the
@@ -76,6 +77,9 @@ class Export:
         # A float flavour needs no trace of the quantized model.
         if self.flavor in FLOAT_FLAVORS:
             source = load_source(self.model.source)
+            # The float model behind the same classes.
+            if self.model.classes is not None:
+                source = with_classes(source, self.model.classes)
             write_baseline(source, self.flavor, path, self.options, takes_images, self.device)
         else:
             traced = trace_quantized(self.model, self.artifact_hash)
@@ -107,19 +111,23 @@ def write(
     # What float16 cannot hold becomes infinity, which marrq/workflows/overflow.py looks for.
     with np.errstate(over="ignore"):
         lowered = chosen.lower(traced, device)
+    containers = set(map(chosen.container_bits, model.block_schemes))
     metadata = FileMetadata(
         flavor=flavor,
         device=device,
         scheme=str(model.scheme),
-        method=model.method.name,
+        method=model.method_name,
         bits_per_weight=lowered.bits_per_weight,
-        lowest_onnxruntime=chosen.lowest_onnxruntime(model.scheme),
+        # The linear that asks for the newest release decides.
+        lowest_onnxruntime=max(map(chosen.lowest_onnxruntime, model.block_schemes)),
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,
+        classes=None if model.classes is None else model.classes.sha256,
         artifact=traced.artifact_hash,
+        refinement=model.refinement,
         schemes=_paths_by_scheme(model),
-        container_bits=chosen.container_bits(model.scheme),
+        container_bits=containers.pop() if len(containers) == 1 else None,
         linears=lowered.linears,
         # All options, those with their defaults too.
         options={name: str(value) for name, value in vars(chosen).items()},
@@ -157,6 +165,7 @@ def write_baseline(
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,
+        classes=None if model.classes is None else model.classes.sha256,
         options={"fuse": str(chosen.fuse)},
     )
     _save(graph, metadata, path, takes_images)

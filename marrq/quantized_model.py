@@ -1,14 +1,17 @@
 """The quantized model and the record of how it came about: data only."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from marrq.errors import MarrqError
 from marrq.methods.problem import SearchStep
 from marrq.methods.spec import MethodSpec
-from marrq.models.load import ModelSource, output_name
+from marrq.models.class_embeddings import ClassEmbeddings
+from marrq.models.load import ModelSource
 from marrq.models.preprocessing import Preprocessing
-from marrq.schemes import Scheme
+from marrq.schemes import MIXED, WEIGHT_BITS, Scheme
 
 BATCH_SIZE = 16
 """Images of a batch. The activations of so many images of a ViT-S fit into the caches of a
@@ -34,13 +37,64 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class RefinementRecord:
+    """How a model was refined after it was quantized (marrq/refinement).
+
+    images: images that it learned from. held_out: images that judged.
+    files_sha256: a hash of all these images; none of them has calibrated.
+    steps: steps of the optimizer.
+    loss_before, loss_after: mean loss on the held-out images. If the loss did not fall, the model
+        has the numbers from before.
+    """
+
+    images: int
+    held_out: int
+    files_sha256: str
+    steps: int
+    loss_before: float
+    loss_after: float
+
+    @property
+    def helped(self) -> bool:
+        """Whether the loss on the held-out images fell, so that the refined numbers are kept."""
+        return self.loss_after < self.loss_before
+
+
+@dataclass(frozen=True)
 class QuantizationSettings:
     """What the user chooses about the codes. Codes are a function of the model, the calibration
-    images and these settings."""
+    images and these settings.
+
+    widths: for a mixed scheme the weight bits of every linear of the blocks, by path; else empty.
+    """
 
     scheme: Scheme
     method: MethodSpec
     calibration: CalibrationRecord
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scheme.mixed and not self.widths:
+            raise MarrqError(
+                f"the scheme {self.scheme} has no weight bits: give a budget of bits "
+                "(marrq quantize --budget), or a scheme such as W4A8"
+            )
+        if self.widths and not self.scheme.mixed:
+            raise MarrqError(
+                f"the scheme {self.scheme} has one width for all linears: leave out the widths, or "
+                f"choose a scheme such as W{MIXED}A8"
+            )
+        for path, num_bits in self.widths.items():
+            # True is an integer in Python, and a float may equal one.
+            if type(num_bits) is not int or num_bits not in WEIGHT_BITS:
+                raise MarrqError(
+                    f"weight bits must be one of {', '.join(map(str, WEIGHT_BITS))}: got "
+                    f"{num_bits!r} for {path!r}"
+                )
+
+    def scheme_of(self, path: str) -> Scheme:
+        """The bits and grids of the linear of the blocks at a path."""
+        return self.scheme.of_width(self.widths[path]) if path in self.widths else self.scheme
 
 
 @dataclass(frozen=True)
@@ -85,26 +139,39 @@ class QuantizedModel:
     """A model whose blocks have QuantLinear in place of every linear, and the record of how it came
     about. If the scheme says so, first and last layers are quantized too.
 
-    module, preprocessing, labels: as in VisionModel.
+    module, preprocessing, labels, outputs, classes: as in VisionModel.
     source: the float model that was quantized.
     reports: one for each quantized linear, in order of execution.
+    widths: as in QuantizationSettings.
+    refinement: how it was refined; None if it was not.
     """
 
     module: nn.Module
     source: ModelSource
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    outputs: tuple[str, ...]
     scheme: Scheme
     method: MethodSpec
     calibration: CalibrationRecord
     reports: tuple[ModuleReport, ...]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    classes: ClassEmbeddings | None = None
+    refinement: RefinementRecord | None = None
 
     @property
     def settings(self) -> QuantizationSettings:
         """What the user chose."""
-        return QuantizationSettings(self.scheme, self.method, self.calibration)
+        return QuantizationSettings(self.scheme, self.method, self.calibration, self.widths)
 
     @property
-    def output(self) -> str:
-        """What the model computes: `logits` or `features`."""
-        return output_name(self.labels)
+    def method_name(self) -> str:
+        """The method for tables and files: `marr-stream`, or `marr-stream refined`."""
+        return f"{self.method.name} refined" if self.method.refinement.on else self.method.name
+
+    @property
+    def block_schemes(self) -> tuple[Scheme, ...]:
+        """The schemes that linears of the blocks have, from the fewest bits: one, or one for each
+        width of a mixed scheme."""
+        widths = sorted(set(self.widths.values()))
+        return tuple(map(self.scheme.of_width, widths)) if widths else (self.scheme,)

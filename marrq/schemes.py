@@ -11,6 +11,8 @@ says otherwise:
                     (OCP MX specification; the grid of SRR's paper, arXiv 2602.02001)
     W4A8-e8         first and last layers (patch embedding and head) in W8A8; without the suffix
                     they stay in floating point (marrq/models/first_last.py)
+    WmixA8          each linear of the blocks has weight bits of its own, as a budget of bits gives
+                    them (marrq/pipeline/budget.py); all suffixes may follow
 
 Activations are per-tensor with a scale found in calibration (`per-tensor`, static), or per-token
 with a scale found at run time (`per-token`, dynamic).
@@ -18,7 +20,7 @@ with a scale found at run time (`per-token`, dynamic).
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from marrq.errors import MarrqError
@@ -36,8 +38,11 @@ COARSE_BITS = 4
 """Activations of 4 bits or fewer are coarse: to round them costs about as much accuracy as to round
 the weights, or more."""
 
+MIXED = "mix"
+"""What stands in place of the weight bits if linears have bits of their own."""
+
 # The five parts: W bits, A bits, -gSIZE, -sym or -mxint, -e8.
-SCHEME = re.compile(rf"W(\d+)A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{OUTER_BITS})?")
+SCHEME = re.compile(rf"W(\d+|{MIXED})A(\d+)(?:-g([1-9]\d*))?(?:-(sym|mxint))?(-e{OUTER_BITS})?")
 GRID_SUFFIXES: dict[str | None, WeightGrid] = {
     None: "asymmetric",
     "sym": "symmetric",
@@ -161,16 +166,34 @@ class Scheme:
     """Bits and grids of a model's blocks.
 
     activation: None if activations stay in floating point
-    outer_layers: whether first and last layers are quantized too, as `of_outer_layers` says"""
+    outer_layers: whether first and last layers are quantized too, as `of_outer_layers` says
+    mixed: whether each linear has weight bits of its own; `weight` then has the most bits that one
+    may have"""
 
     weight: WeightSpec
     activation: ActivationSpec | None
     outer_layers: bool = False
+    mixed: bool = False
+
+    def __post_init__(self) -> None:
+        widest = WEIGHT_BITS[-1]
+        if self.mixed and self.weight.num_bits != widest:
+            raise MarrqError(
+                f"a mixed scheme has weights of up to {widest} bits: got {self.weight.num_bits}"
+            )
 
     def __str__(self) -> str:
         bits = self.activation.num_bits if self.activation else FLOAT_BITS
         outer = f"-e{OUTER_BITS}" if self.outer_layers else ""
-        return f"W{self.weight.num_bits}A{bits}{self.weight.suffix}{outer}"
+        width = MIXED if self.mixed else self.weight.num_bits
+        return f"W{width}A{bits}{self.weight.suffix}{outer}"
+
+    def of_width(self, num_bits: int) -> "Scheme":
+        """The scheme of a linear with weights of `num_bits` bits: all else is as it is here."""
+        # As `parse_scheme` reads it: only 8-bit weights beside quantized activations can saturate.
+        reduce_range = num_bits == WEIGHT_BITS[-1] and self.activation is not None
+        weight = replace(self.weight, num_bits=num_bits, reduce_range=reduce_range)
+        return replace(self, weight=weight, mixed=False)
 
     @property
     def of_outer_layers(self) -> "Scheme":
@@ -206,14 +229,16 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
     bits, activation_bits, group, suffix, outer = (
         match.groups() if match else ("0", "0", None, None, None)
     )
+    mixed = bits == MIXED
+    width = WEIGHT_BITS[-1] if mixed else int(bits)
     if (
-        int(bits) not in WEIGHT_BITS
+        width not in WEIGHT_BITS
         or int(activation_bits) not in (*ACTIVATION_BITS, FLOAT_BITS)
         or (group and suffix == "mxint")
     ):
         raise MarrqError(
-            f"unknown scheme {text!r}: write W{{2,3,4,8}}A{{3,4,8,16}}, then -gSIZE and/or -sym, "
-            "or -mxint alone, then -e8; all suffixes may be left out"
+            f"unknown scheme {text!r}: write W{{2,3,4,8,mix}}A{{3,4,8,16}}, then -gSIZE and/or "
+            "-sym, or -mxint alone, then -e8; all suffixes may be left out"
         )
     # A16 has no activations to scale, but a strategy that is misspelt is a mistake all the same.
     _check_strategy(strategy)
@@ -226,6 +251,6 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
         else None
     )
     # Only 8-bit weights beside quantized activations could saturate a sum of two products.
-    reduce_range = int(bits) == 8 and activation is not None
-    weight = WeightSpec(int(bits), group_size, GRID_SUFFIXES[suffix], reduce_range)
-    return Scheme(weight, activation, outer is not None)
+    reduce_range = width == WEIGHT_BITS[-1] and activation is not None
+    weight = WeightSpec(width, group_size, GRID_SUFFIXES[suffix], reduce_range)
+    return Scheme(weight, activation, outer is not None, mixed)

@@ -9,13 +9,15 @@ doctor asks for has a value that says so.
 | flavor | lowering: integer, matmulnbits, qdq, folded, fp32, fp16 |
 | device | what the graph was made for: `cpu` or `gpu`; no such key in files of older exports |
 | scheme | as `W4A8-g64`; the flavour's name for a float model |
-| method | as `marr-stream`; `none` for a float model |
+| method | as `marr-stream` or `marr-stream refined`; `none` for a float model |
 | artifact | SHA-256 of the artifact; no such key in a float model |
+| refinement | JSON: images, steps and losses of the refinement; no such key without one |
 | source | JSON: where the float model comes from, with its `name` |
 | preprocessing | JSON: terms of the images' transform (runtime/preprocessing.py) |
 | labels | JSON: list of class names |
+| classes | SHA-256 of class embeddings that make logits of features; no such key without them |
 | bits_per_weight | all that the file keeps for quantized weights, over their number |
-| container_bits | bits of one weight code in the file |
+| container_bits | bits of one weight code in the file; no such key if linears differ |
 | schemes | JSON: module paths of the quantized linears, by scheme |
 | linears | JSON: by module path, where each part of a linear begins and ends in the graph |
 | lowest_onnxruntime | first release that was seen to run such a file |
@@ -23,13 +25,37 @@ doctor asks for has a value that says so.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from runtime.errors import BenchError
 
 PREFIX = "marrq."
+
+OutputKind = Literal["classes", "features", "dense"]
+
+
+def output_kind(name: str, rank: int, labels: Sequence[str]) -> OutputKind:
+    """What an output is: logits of classes, one vector an image, or numbers for each token, box or
+    pixel. rank: number of its axes, the batch among them. labels: of the file."""
+    if rank != 2:
+        return "dense"
+    return "classes" if name == "logits" and labels else "features"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a file gives for a batch of images.
+
+    dims: length of each axis behind the batch; None for a free one.
+    kind: `classes`, `features` or `dense`, by the file's own labels.
+    """
+
+    name: str
+    dims: tuple[int | None, ...]
+    kind: OutputKind
 
 
 @dataclass(frozen=True)
@@ -108,14 +134,24 @@ class Metadata:
         return digest
 
     @property
+    def source_outputs(self) -> tuple[str, ...]:
+        """Names of the float model's outputs; none in files of older exports."""
+        return tuple(json.loads(self.source).get("outputs", ()))
+
+    @property
     def preprocessing(self) -> str:
         """The terms of the images' transform, as JSON."""
         return self._required("preprocessing")
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the logits."""
+        """Names of the classes, in the order of the logits; none for a model without logits."""
         return tuple(json.loads(self._required("labels")))
+
+    @property
+    def classes(self) -> str | None:
+        """A hash of the class embeddings that the file was exported with; None without them."""
+        return self._text("classes")
 
     @property
     def bits_per_weight(self) -> float:

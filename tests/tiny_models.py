@@ -39,6 +39,17 @@ VIT = {
     "mlp_ratio": 2,
     "num_classes": 5,
 }
+WIDTHS = {
+    "blocks.0.attn.qkv": 4,
+    "blocks.0.attn.proj": 2,
+    "blocks.0.mlp.fc1": 3,
+    "blocks.0.mlp.fc2": 8,
+    "blocks.1.attn.qkv": 3,
+    "blocks.1.attn.proj": 8,
+    "blocks.1.mlp.fc1": 2,
+    "blocks.1.mlp.fc2": 4,
+}
+"""Weight bits of the linears of `vit()`, every width twice."""
 TRANSFORMERS = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -135,7 +146,8 @@ def vision_model(module: nn.Module) -> VisionModel:
     preprocessing = Preprocessing(
         (3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.5,) * 3
     )
-    return VisionModel(module, ModelSource("tiny", "timm", VIT, ""), preprocessing, tuple("abcde"))
+    source = ModelSource("tiny", "timm", VIT, "", ("logits",))
+    return VisionModel(module, source, preprocessing, tuple("abcde"))
 
 
 def quantized(
@@ -149,11 +161,12 @@ def quantized(
     **options: Any,
 ) -> QuantizedModel:
     """The module quantized in place; method as `parse_method` takes it, options as `RunOptions`
-    does."""
+    does. A mixed scheme has the WIDTHS, which are those of `vit()`."""
     settings = QuantizationSettings(
         parse_scheme(scheme, strategy),
         parse_method(method),
         CalibrationRecord("noise", len(images), 0, "", batch_size),
+        WIDTHS if scheme.startswith("Wmix") else {},
     )
     run = RunOptions(torch.device(device), **options)
     return quantize(vision_model(module), images, settings, run)

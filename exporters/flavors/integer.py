@@ -85,7 +85,7 @@ class Integer:
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph on integer kernels."""
         # Attention has a kernel only in opset 23: a scheme that needs a later opset cannot have it.
-        opset = opset_of(traced.model.scheme)
+        opset = max(map(opset_of, traced.model.block_schemes))
         fuse = self.fuse and opset <= ATTENTION_OPSET
         return lower(traced, Target(ATTENTION_OPSET if fuse else opset, device, fuse), _linear)
 

@@ -66,13 +66,14 @@ class Qdq:
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph in standard operators."""
         if self.symmetric:
-            # INT4 and blocks need a later opset than INT8.
-            opset = OPSET if self.container_bits(traced.model.scheme) == 8 else BLOCK_OPSET
+            # INT4 and blocks need a later opset than INT8. Mixed widths may have both.
+            containers = set(map(self.container_bits, traced.model.block_schemes))
+            opset = OPSET if containers == {8} else BLOCK_OPSET
             target = Target(opset, float16=True, tensorrt=True)
             return lower(traced, target, symmetric_linear)
         scheme = traced.model.scheme
         # A scale per block, even one block, needs opset 21.
-        opset = opset_of(scheme)
+        opset = max(map(opset_of, traced.model.block_schemes))
         if not _fits_integer_kernel(scheme):
             opset = max(opset, BLOCK_OPSET)
         return lower(traced, Target(opset), _standard)

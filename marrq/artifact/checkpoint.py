@@ -30,7 +30,6 @@ from marrq.errors import MarrqError
 from marrq.files import beside, remove_files, write_json
 from marrq.models.blocks import Block
 from marrq.quantized_model import ModuleReport, QuantizationSettings
-from marrq.schemes import Scheme
 
 SETTINGS = "settings.json"
 BLOCKS = "block-[0-9][0-9][0-9][0-9]*.safetensors"
@@ -41,15 +40,20 @@ class FolderCheckpoint:
     first process reads and writes the folder for all processes."""
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], scheme: Scheme, processes: Processes
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        settings: QuantizationSettings,
+        processes: Processes,
     ) -> None:
         """Begin a run, or go on with the run that the folder has.
 
-        settings: everything that the blocks are a function of, as JSON.
+        about: everything that the blocks are a function of, as JSON.
+        settings: of the run; they give the scheme of each linear.
         Raises MarrqError if the folder is damaged or has a run with other settings.
         """
-        self._folder, self._scheme, self._processes = folder, scheme, processes
-        self._settings, self._has_begun = settings, False
+        self._folder, self._settings, self._processes = folder, settings, processes
+        self._about, self._has_begun = about, False
         # One writer: the others would write the same bytes over the same files.
         if processes.is_first:
             self._begin()
@@ -64,8 +68,10 @@ class FolderCheckpoint:
         if saved is None:
             return None
         tensors, reports = saved
-        # A file has the linears of one block, so that all of them are outer linears or none is.
-        outer = set() if block.kind == "block" else set(linears_in(tensors))
+        schemes = {
+            name: block.scheme_of(self._settings.scheme_of(block.path_of(name)))
+            for name in linears_in(tensors)
+        }
         # The module of first and last layers is the whole model: what they do not own, the
         # tensors of the blocks, stays as it is.
         others = {
@@ -75,7 +81,7 @@ class FolderCheckpoint:
         }
         # Tensors come from the file on the CPU. The block stays on the device that it had.
         device = next(block.module.parameters()).device
-        restore(block.module, tensors | others, self._scheme, outer).to(device)
+        restore(block.module, tensors | others, schemes).to(device)
         return reports
 
     def keep(self, index: int, block: Block, reports: list[ModuleReport]) -> None:
@@ -94,7 +100,7 @@ class FolderCheckpoint:
                 # A folder that was removed meanwhile must not come back without its first blocks.
                 (self._folder / SETTINGS).stat()
             else:
-                write_json(self._folder / SETTINGS, self._settings)
+                write_json(self._folder / SETTINGS, self._about)
                 self._has_begun = True
             save_tensors(tensors, file, header)
 
@@ -110,13 +116,13 @@ class FolderCheckpoint:
             # A place that cannot be written is told now, not after the first block. Nothing stays:
             # a run that fails before its first block must not stand in the way of the next run.
             with _errors_of_writing(folder / SETTINGS):
-                write_json(folder / SETTINGS, self._settings)
+                write_json(folder / SETTINGS, self._about)
             remove_checkpoint(folder)
             return
         self._has_begun = True
         found = _read_settings(folder)
         # A checkpoint of other settings is never overwritten silently: hours of work may be in it.
-        differing = [key for key in self._settings if found.get(key) != self._settings[key]]
+        differing = [key for key in self._about if found.get(key) != self._about[key]]
         if differing:
             raise MarrqError(
                 f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, "

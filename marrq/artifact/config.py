@@ -14,6 +14,8 @@ from typing import Any, cast
 from marrq.artifact.scheme import SCHEME_KEYS, scheme_from_json
 from marrq.methods.lowrank_spec import LowRankSpec
 from marrq.methods.problem import SearchStep
+from marrq.methods.refinement_spec import RefinementSpec
+from marrq.methods.setting import COUNT, NUMBER
 from marrq.methods.spec import PID, AlphaSpec, MethodSpec
 from marrq.models.load import VisionModel
 from marrq.quantized_model import (
@@ -21,6 +23,7 @@ from marrq.quantized_model import (
     ModuleReport,
     QuantizationSettings,
     QuantizedModel,
+    RefinementRecord,
 )
 
 PACKAGES = ("marrq", "torch", "timm", "transformers")
@@ -40,6 +43,7 @@ def description(
         "scheme": _renamed(asdict(settings.scheme), SCHEME_KEYS),
         "method": asdict(settings.method),
         "calibration": asdict(settings.calibration),
+        "widths": dict(settings.widths),
         # Another version may build another architecture or compute other codes.
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -55,16 +59,50 @@ def settings_from_json(config: dict[str, Any]) -> QuantizationSettings:
         scheme_from_json(config["scheme"]),
         _method(config["method"]),
         CalibrationRecord(**config["calibration"]),
+        _widths(config["widths"]),
     )
+
+
+def _widths(fields: Any) -> dict[str, int]:
+    """The bits of each linear of a mixed scheme; the settings check the numbers."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"widths are no table of bits by path: {fields!r}")
+    return dict(fields)
 
 
 def _method(fields: dict[str, Any]) -> MethodSpec:
     alpha, lowrank = fields["alpha"], fields["lowrank"]
+    refinement = RefinementSpec(**fields["refinement"])
     search = {**alpha, "grid": tuple(alpha["grid"]), "pid": PID(**alpha["pid"])}
     # JSON has lists in place of tuples and tables in place of dataclasses. The dataclasses check
     # their fields, so that a hostile value ends here.
     branch = None if lowrank is None else LowRankSpec(**lowrank)
-    return MethodSpec(**{**fields, "alpha": AlphaSpec(**search), "lowrank": branch})
+    read = {"alpha": AlphaSpec(**search), "lowrank": branch, "refinement": refinement}
+    return MethodSpec(**{**fields, **read})
+
+
+def refinement_to_json(record: RefinementRecord | None) -> dict[str, Any] | None:
+    """The record of a refinement as config.json has it."""
+    return None if record is None else asdict(record)
+
+
+def refinement_from_json(fields: Any, method: MethodSpec) -> RefinementRecord | None:
+    """The inverse of `refinement_to_json`. Raises ValueError or TypeError for a damaged record, and
+    for one that does not agree with the method."""
+    if (fields is not None) != method.refinement.on:
+        raise ValueError("its method and its refinement do not agree")
+    if fields is None:
+        return None
+    record = RefinementRecord(**fields)
+    counts = (record.images, record.held_out, record.steps)
+    losses = (record.loss_before, record.loss_after)
+    if not (
+        all(map(COUNT.allows, counts))
+        and all(map(NUMBER.allows, losses))
+        and isinstance(record.files_sha256, str)
+    ):
+        raise ValueError("its refinement has other values than counts, losses and a hash")
+    return record
 
 
 def labels_from_json(labels: Any) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from marrq.artifact.config import (
     description,
     labels_from_json,
+    refinement_from_json,
+    refinement_to_json,
     report_from_json,
     report_to_json,
     settings_from_json,
@@ -38,18 +40,20 @@ from marrq.artifact.validate import (
     check_fit,
     check_linear,
     check_preprocessing,
+    check_widths,
     read_json,
     real_file,
 )
 from marrq.errors import MarrqError
 from marrq.files import check_artifact, sha256, write_folder, write_json, write_text
 from marrq.models.load import ModelSource, build
+from marrq.models.named_outputs import check_names
 from marrq.models.preprocessing import Preprocessing
 from marrq.outputs import ARTIFACT_FILES, ARTIFACT_FORMAT, check_output, no_artifact
 from marrq.quantized_model import QuantizedModel
 
 FORMAT = ARTIFACT_FORMAT
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """The only version that is read: in another version a name may mean other numbers."""
 
 TENSORS, REPORTS, CARD, CONFIG = ARTIFACT_FILES
@@ -77,6 +81,7 @@ def _write(model: QuantizedModel, place: Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **description(model, model.settings),
+        "refinement": refinement_to_json(model.refinement),
         "tensors_sha256": sha256(place / TENSORS),
     }
     write_json(place / CONFIG, config)
@@ -103,8 +108,10 @@ def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
     """The model of an artifact. Every part is checked before memory is taken for it."""
     # Small files first: a damaged report is found before any tensor is read.
     reports = tuple(report_from_json(fields) for fields in read_json(folder, REPORTS))
-    source = ModelSource(**config["model"])
+    source = ModelSource.from_json(config["model"])
     check_architecture(source.library, source.architecture)
+    # A file of an older export need not name its outputs, an artifact must.
+    check_names(source.outputs)
     settings = settings_from_json(config)
     scheme = settings.scheme
     # Which linears are outer ones is told by the reports; a wrong one leads to codes of another
@@ -115,22 +122,29 @@ def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
     # Parts of a linear against each other, then all shapes against the architecture on the meta
     # device; only after both is the architecture built for good.
     linear_shapes = {}
+    check_widths(settings.widths, linears.keys() - outer)
+    schemes = {
+        path: scheme.of_outer_layers if path in outer else settings.scheme_of(path)
+        for path in linears
+    }
     for path, parts in linears.items():
-        spec = scheme.of_outer_layers.weight if path in outer else scheme.weight
-        linear_shapes[path] = check_linear(parts, spec)
+        linear_shapes[path] = check_linear(parts, schemes[path].weight)
     shapes = {name: tuple(tensor.shape) for name, tensor in outside(tensors, linears).items()}
     preprocessing = Preprocessing.from_json(config["preprocessing"])
     check_preprocessing(preprocessing)
     check_fit(lambda: build(source), shapes, linear_shapes, preprocessing.input_size)
     return QuantizedModel(
-        module=restore(build(source), tensors, scheme, outer),
+        module=restore(build(source), tensors, schemes),
         source=source,
         preprocessing=preprocessing,
         labels=labels_from_json(config["labels"]),
+        outputs=source.outputs,
         scheme=scheme,
         method=settings.method,
         calibration=settings.calibration,
         reports=reports,
+        widths=settings.widths,
+        refinement=refinement_from_json(config["refinement"], settings.method),
     )
 
 
@@ -194,12 +208,13 @@ def _card(model: QuantizedModel) -> str:
     """The README.md of the artifact."""
     outer = sum(report.is_outer for report in model.reports)
     outer_bits = f", the {outer} first and last layers 8-bit weights" if outer else ""
-    calibration = model.calibration
+    calibration, widths = model.calibration, sorted(set(model.widths.values()))
+    bits = " and ".join(map(str, widths)) if widths else str(model.scheme.weight.num_bits)
     return f"""# {model.source.name}, {model.scheme.description}
 
-Quantized by marrq with the method `{model.method.name}`, on {calibration.samples} images of
+Quantized by marrq with the method `{model.method_name}`, on {calibration.samples} images of
 `{calibration.data}` (seed {calibration.seed}). {len(model.reports) - outer} linear layers have
-{model.scheme.weight.num_bits}-bit weights{outer_bits}. Everything else is in floating point.
+{bits}-bit weights{outer_bits}. Everything else is in floating point.
 
     marrq export DIR --format onnx -o model.onnx
     marrq bench DIR --data IMAGES

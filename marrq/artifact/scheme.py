@@ -15,9 +15,13 @@ SCHEME_KEYS = {"outer_layers": "edges"}
 def scheme_from_json(fields: dict[str, Any]) -> Scheme:
     """The scheme that a config.json has. Raises KeyError, TypeError or MarrqError for one that is
     damaged."""
+    # A text would count as true.
+    for key in ("edges", "mixed"):
+        if not isinstance(fields[key], bool):
+            raise TypeError(f"{key} is neither true nor false: {fields[key]!r}")
     activation = fields["activation"]
     spec = None if activation is None else ActivationSpec(**activation)
-    return Scheme(WeightSpec(**fields["weight"]), spec, fields["edges"])
+    return Scheme(WeightSpec(**fields["weight"]), spec, fields["edges"], fields["mixed"])
 
 
 def read_scheme(folder: Path) -> Scheme | None:

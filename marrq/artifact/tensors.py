@@ -131,13 +131,13 @@ def linears_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def restore(
-    module: nn.Module, tensors: Mapping[str, Tensor], scheme: Scheme, outer: set[str]
+    module: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]
 ) -> nn.Module:
     """Put quantized linears and floating-point tensors into an architecture, in place.
 
     module: the architecture with float linears, whatever their weights.
     tensors: as `tensors_of` returns them.
-    outer: paths of the linears of patch embedding and head.
+    schemes: bits and grids of each linear, by path.
     Raises ValueError if the tensors are not those of the architecture.
     """
     linears = linears_in(tensors)
@@ -146,8 +146,7 @@ def restore(
         parent, _, _ = path.rpartition(".")
         if isinstance(module.get_submodule(parent), nn.Conv2d):
             put_patches(module, parent)
-        linear = _restored_linear(parts, scheme.of_outer_layers if path in outer else scheme)
-        module.set_submodule(path, linear)
+        module.set_submodule(path, _restored_linear(parts, schemes[path]))
     # Not strict, since the quantized linears are missing in `tensors` here; what is missing or left
     # over otherwise is an error below.
     missing, unexpected = module.load_state_dict(outside(tensors, linears), strict=False)

@@ -18,7 +18,7 @@ who can write both files.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,16 @@ def check_linear(parts: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, 
         raise ValueError(f"{wrong[0]} does not fit its linear")
     _check_branch(parts, rows, columns)
     return rows, columns
+
+
+def check_widths(widths: Mapping[str, int], paths: Set[str]) -> None:
+    """Raise ValueError if a mixed scheme has widths for other linears than the file.
+
+    paths: of the quantized linears of the blocks."""
+    # Empty widths: one scheme for all. The numbers are checked by QuantizationSettings.
+    differing = sorted(widths.keys() ^ paths) if widths else []
+    if differing:
+        raise ValueError(f"the widths do not fit linear {differing[0]!r}")
 
 
 def _wrong_shapes(

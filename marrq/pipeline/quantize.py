@@ -20,7 +20,7 @@ README.md in this folder has the loop as a picture, and how processes share it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -106,6 +106,7 @@ def quantize(
     module = model.module.to(run.device)
     blocks = _chain(module, images[:2].to(run.device), settings)
     check_groups(blocks, settings.scheme)
+    check_widths(blocks, settings.widths)
     batches = cut(len(images), settings.calibration.batch_size)
     own = share_of(batches, run.processes)
     source = TokenSource(module, images, run.device, own, run.store)
@@ -126,7 +127,7 @@ def quantize(
             in_block = _quantize_block(pair, settings, balanced)
             if run.checkpoint is not None:
                 run.checkpoint.keep(index, block, in_block)
-        # The tokens after the last block are the logits, which nobody reads.
+        # The tokens after the last block are the outputs, which nobody reads.
         if index + 1 < len(blocks):
             inputs = paths.after(pair, blocks[index + 1], run.shared)
         reports += in_block
@@ -136,10 +137,12 @@ def quantize(
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,
+        outputs=model.outputs,
         scheme=settings.scheme,
         method=settings.method,
         calibration=settings.calibration,
         reports=tuple(reports),
+        widths=settings.widths,
     )
 
 
@@ -159,6 +162,31 @@ def check_groups(blocks: Sequence[Block], scheme: Scheme) -> None:
             raise MarrqError(
                 f"linear {path} has {count} inputs, which groups of {size} do not divide: choose "
                 + _other_groups(scheme, math.gcd(*inputs.values()))
+            )
+
+
+def check_widths(blocks: Sequence[Block], widths: Mapping[str, int]) -> None:
+    """Raise MarrqError if the widths of a mixed scheme are not those of the blocks' linears, or if
+    linears that share an input differ."""
+    if not widths:
+        return
+    # First and last layers have 8 bits, whatever the blocks have.
+    groups = [
+        tuple(map(block.path_of, group))
+        for block in blocks
+        if block.kind == "block"
+        for group in block.groups
+    ]
+    paths = {path for group in groups for path in group}
+    for path in sorted(paths ^ widths.keys()):
+        what = "has no weight bits" if path in paths else "has weight bits, but is not quantized"
+        raise MarrqError(f"linear {path} {what}: give widths that were found for this model")
+    for group in groups:
+        # One input, one grid of activations, one factorization: a group has one width.
+        if len({widths[path] for path in group}) > 1:
+            raise MarrqError(
+                f"{' and '.join(group)} share an input but not their weight bits: give them one "
+                "width"
             )
 
 
@@ -203,7 +231,9 @@ def _quantize_block(
     reports: list[ModuleReport] = []
     for group in block.groups:
         # In order of execution: a group sees the block with all earlier groups quantized.
-        calibration = GroupCalibration(pair, group, block.scheme_of(settings.scheme), method)
+        # The linears of a group have one width; first and last layers have a scheme of their own.
+        scheme = block.scheme_of(settings.scheme_of(block.path_of(group[0])))
+        calibration = GroupCalibration(pair, group, scheme, method)
         reports += quantize_group(calibration, balanced=group[0] in balanced)
     # Alone there is nobody to disagree with, and the hash takes time.
     if processes.size > 1:

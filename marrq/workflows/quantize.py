@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
 from marrq.artifact.config import description
 from marrq.artifact.folder import save
+from marrq.errors import MarrqError
 from marrq.methods.registry import RESIDUAL_STREAM
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import ImageSet
@@ -25,6 +26,8 @@ from marrq.quantized_model import (
     QuantizationSettings,
     QuantizedModel,
 )
+from marrq.refinement.refine import refine
+from marrq.refinement.teacher import StepDone, Teacher, no_steps
 from marrq.schemes import Scheme, parse_scheme
 from marrq.workflows.destination import Destination
 from marrq.workflows.devices import choose_device
@@ -50,6 +53,21 @@ class Recipe:
         # see that they are the same.
         calibration = CalibrationRecord(images.name, self.samples, self.seed, images.sha256)
         return QuantizationSettings(self.scheme, self.method, calibration)
+
+    def fresh(self, images: ImageSet) -> ImageSet:
+        """The images of the refinement: those that the draw gives after the calibration images.
+
+        Raises MarrqError if there are too few.
+        """
+        spec = self.method.refinement
+        wanted = self.samples + spec.all_images
+        if wanted > len(images):
+            raise MarrqError(
+                f"the refinement takes {spec.all_images} images beside the {self.samples} that "
+                f"calibrate, and {images.name!r} has {len(images)}: lower refine.images by "
+                f"{wanted - len(images)} or more, or add images"
+            )
+        return images.draw(wanted, self.seed).subset(slice(self.samples, None))
 
 
 def quantize(
@@ -90,12 +108,28 @@ def quantize(
 
 
 def quantize_in_place(
-    model: VisionModel, images: ImageSet, recipe: Recipe, run: RunOptions
+    model: VisionModel,
+    images: ImageSet,
+    recipe: Recipe,
+    run: RunOptions,
+    step_done: StepDone = no_steps,
 ) -> QuantizedModel:
-    """Draw the calibration images and quantize; the linears of `model` itself are replaced."""
+    """Draw the calibration images, quantize, and refine if the method says so; the linears of
+    `model` itself are replaced.
+
+    step_done: called while the model is refined. Of several processes the first one alone refines;
+        the others return the model without.
+    """
     # The draw is a list of files. The pipeline reads the images batch by batch.
     drawn = images.draw(recipe.samples, recipe.seed)
-    return run_pipeline(model, drawn.pixels(model.preprocessing), recipe.settings(drawn), run)
+    pixels, settings = drawn.pixels(model.preprocessing), recipe.settings(drawn)
+    if not (recipe.method.refinement.on and run.processes.is_first):
+        return run_pipeline(model, pixels, settings, run)
+    # The full-precision model is asked before the pipeline changes it.
+    model.module.to(run.device)
+    fresh = recipe.fresh(images)
+    teacher = Teacher.of(model, fresh.pixels(model.preprocessing), fresh.sha256, step_done)
+    return refine(run_pipeline(model, pixels, settings, run), teacher, step_done)
 
 
 def quantize_to_folder(
@@ -104,32 +138,36 @@ def quantize_to_folder(
     recipe: Recipe,
     destination: Destination,
     run: RunOptions,
+    step_done: StepDone = no_steps,
 ) -> list[str]:
     """Quantize `model` in place and save the artifact; return sentences for people.
 
-    Every process of torchrun calls this; the first one alone writes, and has sentences. The caller
-    has called `destination.check()` before it loaded the model.
+    Every process of torchrun calls this; the first one alone refines, writes, and has sentences.
+    The caller has called `destination.check()` before it loaded the model.
     """
     # The draw is repeated inside `quantize_in_place`, and gives the same files: the hash of their
     # names has to be known before the checkpoint is opened.
-    about = description(model, recipe.settings(images.draw(recipe.samples, recipe.seed)))
+    settings = recipe.settings(images.draw(recipe.samples, recipe.seed))
+    about = description(model, settings)
     if destination.is_complete(about):
         # The run was stopped between saving the artifact and removing the checkpoint.
         remove_checkpoint(destination.checkpoint)
         return [f"{destination.folder} is complete"]
     check_feasible(model)
+    # No block depends on the refinement: a run may go on with another one, or without.
+    blocks = replace(settings, method=settings.method.unrefined)
     # The device kind is no part of the artifact's description, but it may change the last bits, and
     # blocks of two kinds must not get into one artifact.
     checkpoint = FolderCheckpoint(
         destination.checkpoint,
-        about | {"device": run.device.type},
-        recipe.scheme,
+        description(model, blocks) | {"device": run.device.type},
+        blocks,
         run.processes,
     )
     # Tokens of a large model may need more memory than there is.
     store = in_memory if destination.work_dir is None else in_files(destination.work_dir)
     run = replace(run, store=store, checkpoint=checkpoint)
-    quantized = quantize_in_place(model, images, recipe, run)
+    quantized = quantize_in_place(model, images, recipe, run, step_done)
     # All processes have the same model, and have agreed on every block of it.
     if not run.processes.is_first:
         return []
@@ -144,7 +182,7 @@ def quantize_to_folder(
 
 def shortfalls(model: QuantizedModel) -> Iterator[str]:
     """Sentences about what was asked for and could not be done, from the reports of the linears."""
-    reports, method = model.reports, model.method.name
+    reports, method, refinement = model.reports, model.method.name, model.refinement
     for report in reports:
         if report.fallback:
             yield f"{report.path}: {report.fallback}"
@@ -154,6 +192,11 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
         yield (
             f"no linear writes to a residual stream: {method} did what "
             f"{method.replace('stream', 'exact')} does"
+        )
+    if refinement is not None and not refinement.helped:
+        yield (
+            f"the refinement was taken back: the loss on {refinement.held_out} held-out images "
+            f"went from {refinement.loss_before:.3f} to {refinement.loss_after:.3f}"
         )
 
 

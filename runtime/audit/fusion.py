@@ -98,10 +98,11 @@ def _form(file: Graph, linear: Linear) -> _Form:
         return _Form(file, linear, stored, dequantizer, 0, 0)
     # The blocks lie along the axis of the inputs.
     axis = attribute(dequantizer, "axis", 1)
-    shape = file.shape_of(file.origin(dequantizer.input[0])[0])
+    # From the scales, one for each block: codes of 3 bits lie in the file as planes of bytes.
+    shape = file.shape_of(file.origin(dequantizer.input[1])[0])
     assert shape is not None
     block = attribute(dequantizer, "block_size")
-    return _Form(file, linear, stored, dequantizer, block, shape[axis])
+    return _Form(file, linear, stored, dequantizer, block, shape[axis] * block)
 
 
 def _why_in_float(examined: Examined, form: _Form, kernel: Product) -> str | None:

@@ -107,7 +107,7 @@ SHAPE = ("int64", [2, 4])
 
 
 def test_the_tensors_of_a_linear_are_these_bytes():
-    """Pins format version 6: change this test only together with FORMAT_VERSION."""
+    """Pins format version 7: change this test only together with FORMAT_VERSION."""
     spec = ActivationSpec(8)
     quantizer = ActivationQuantizer(
         spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range)
@@ -127,7 +127,7 @@ def test_the_tensors_of_a_linear_are_these_bytes():
 
 
 def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_bytes():
-    """Pins format version 6."""
+    """Pins format version 7."""
     quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.95))
     scale, zero_point = (
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -144,7 +144,7 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
 
 
 def test_the_smoothing_of_a_linears_input_is_these_bytes():
-    """Pins format version 6."""
+    """Pins format version 7."""
     quantizer = ActivationQuantizer(
         ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0])
     )
@@ -160,7 +160,7 @@ def test_the_smoothing_of_a_linears_input_is_these_bytes():
 
 
 def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
-    """Pins format version 6."""
+    """Pins format version 7."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     symmetric = QuantizedWeight(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point)
     assert stored(QuantLinear(symmetric, None, None)) == {
@@ -177,7 +177,7 @@ def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
 
 
 def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
-    """Pins format version 6."""
+    """Pins format version 7."""
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0, 6.0]])
     halves = LowRank(StoredFactor(left.half()), StoredFactor(right.half()))
@@ -218,7 +218,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
-    assert config["format_version"] == 6
+    assert config["format_version"] == 7
     keys = {
         "format",
         "format_version",
@@ -228,6 +228,7 @@ def test_config_and_report_hold_what_the_format_promises(artifact: Path):
         "scheme",
         "method",
         "calibration",
+        "widths",
         "versions",
         "tensors_sha256",
     }
@@ -277,7 +278,7 @@ def test_a_config_that_is_none_is_refused(copied: Path, text: str):
         load(copied)
 
 
-@pytest.mark.parametrize("key", ["scheme", "method", "calibration", "preprocessing", "labels"])
+@pytest.mark.parametrize("key", ["scheme", "method", "calibration", "widths", "preprocessing", "labels"])
 def test_a_config_that_lacks_something_is_refused(copied: Path, key: str):
     config = json.loads((copied / "config.json").read_text())
     del config[key]
@@ -296,12 +297,12 @@ def test_a_flipped_bit_is_noticed(copied: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(5, "quantize the model again"), (7, "upgrade marrq")]
+    ("version", "advice"), [(6, "quantize the model again"), (8, "upgrade marrq")]
 )
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
     with pytest.raises(
-        MarrqError, match=f"has format version {version}, this marrq reads 6: {advice}"
+        MarrqError, match=f"has format version {version}, this marrq reads 7: {advice}"
     ):
         load(copied)
 

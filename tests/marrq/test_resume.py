@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_models import hashed, noise, quantized, randomized, swin, vit
+from tiny_models import WIDTHS, hashed, noise, quantized, randomized, swin, vit
 from torch import nn
 
 from marrq.artifact.checkpoint import FolderCheckpoint
@@ -22,7 +22,9 @@ from marrq.cli import main
 from marrq.cli.common import Bar
 from marrq.distributed import ONE_PROCESS
 from marrq.errors import MarrqError
+from marrq.methods.spec import MethodSpec
 from marrq.pipeline.block_inputs import in_files
+from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.schemes import parse_scheme
 
 SETTINGS = {"model": {"name": "tiny"}, "scheme": 4}
@@ -45,15 +47,20 @@ def stop_after(blocks: int) -> Callable[..., None]:
 
 
 def checkpoint(folder: Path, numbers: str, **settings: object) -> FolderCheckpoint:
-    return FolderCheckpoint(
-        folder, {**SETTINGS, **settings}, parse_scheme(numbers, "per-tensor"), ONE_PROCESS
+    chosen = QuantizationSettings(
+        parse_scheme(numbers, "per-tensor"),
+        MethodSpec(),
+        CalibrationRecord("noise", 10, 0, ""),
+        WIDTHS if numbers.startswith("Wmix") else {},
     )
+    return FolderCheckpoint(folder, {**SETTINGS, **settings}, chosen, ONE_PROCESS)
 
 
 CASES = [
     (vit, "W4A4", "stream"),
     (vit, "W3A8-e8", "gptq,lowrank=lqer:4:int8"),
     (vit, "W2A16-mxint", "marr-exact,rotate=0"),
+    (vit, "WmixA8-e8", "gptq"),
     pytest.param(vit, "W4A8", "marr", marks=pytest.mark.slow),
     pytest.param(swin, "W4A8", "rtn", marks=pytest.mark.slow),
     pytest.param(mobilevit, "W4A8", "exact", marks=pytest.mark.slow),

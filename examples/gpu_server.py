@@ -295,7 +295,7 @@ def written(
 
 def untouched(model: VisionModel, file: Path) -> Path:
     """The float16 graph as torch's exporter writes it, without marrq's passes."""
-    graph = trace(model.module, model.preprocessing.input_size, OPSET, model.output)
+    graph = trace(model.module, model.preprocessing.input_size, OPSET, model.outputs)
     to_float16(graph)
     graph.ir_version = IR_VERSIONS[OPSET]
     ir.save(graph, file)

@@ -8,6 +8,7 @@ Whatever does not depend on the images becomes a constant: relative positions th
 in each forward, rotary tables.
 """
 
+import ast
 import copy
 import logging
 import math
@@ -72,8 +73,16 @@ def trace_quantized(model: QuantizedModel, artifact_hash: str) -> TracedModel:
     """Trace a quantized model. Raises MarrqError if torch cannot export it."""
     # Without placeholders the trace would dequantize every weight and lose its codes.
     module = with_placeholders(model.module)
-    graph = trace(module, model.preprocessing.input_size, OPSET, model.output)
+    graph = trace(module, model.preprocessing.input_size, OPSET, model.outputs)
     return TracedModel(model, artifact_hash, graph)
+
+
+def modules_of(node: ir.Node) -> list[str]:
+    """Paths of the modules that a node was traced in, outermost first; none if the trace does not
+    say."""
+    # The last item is the node itself.
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return scopes[:-1]
 
 
 def placeholders(graph: ir.Graph) -> list[ir.Node]:
@@ -126,12 +135,12 @@ def with_placeholders(model: nn.Module) -> nn.Module:
 
 
 def trace(
-    model: nn.Module, input_size: Sequence[int], opset: int, output: str = "logits"
+    model: nn.Module, input_size: Sequence[int], opset: int, outputs: Sequence[str] = ("logits",)
 ) -> ir.Model:
-    """The graph of a model, from `pixels` to `output`.
+    """The graph of a model, from `pixels` to its outputs.
 
     pixels: float32 [batch, channels, height, width]; the batch is dynamic.
-    output: [batch, …].
+    outputs: names in order; each is [batch, …].
     input_size: channels, height, width.
     Raises MarrqError if torch cannot export the model.
     """
@@ -147,7 +156,7 @@ def trace(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[INPUT],
-                output_names=[output],
+                output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table={
                     torch.ops.aten.scaled_dot_product_attention.default: _attention

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import BenchError
 from runtime.gpu import FOR_CUDA
-from runtime.metadata import Metadata
+from runtime.metadata import Metadata, Output, output_kind
 
 try:
     import onnxruntime as ort
@@ -163,12 +163,31 @@ class Model:
                 "export it with marrq, or leave out --cuda-graph"
             )
 
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What the file gives, in its order. A file of another tool has no labels."""
+        metadata = self.metadata()
+        labels = metadata.labels if metadata.is_marrqs else ()
+        return tuple(
+            Output(
+                output.name,
+                # A free axis has a name in place of a length.
+                tuple(dim if isinstance(dim, int) else None for dim in output.shape[1:]),
+                output_kind(output.name, len(output.shape), labels),
+            )
+            for output in self.session.get_outputs()
+        )
+
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [batch, classes] of inputs [batch, channels, height, width]. Raises BenchError if
-        a kernel fails."""
-        outputs = self._checked(lambda: self.session.run(None, {self.input.name: pixels}))
-        logits: NDArray[np.float32] = outputs[0]
-        return logits
+        """The first output, such as logits [batch, classes], of inputs [batch, channels, height,
+        width]. Raises BenchError if a kernel fails."""
+        return next(iter(self.run_all(pixels).values()))
+
+    def run_all(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """All outputs [batch, …] by name, in the file's order. Raises BenchError as `run`."""
+        found = self._checked(lambda: self.session.run(None, {self.input.name: pixels}))
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, found, strict=True))
 
     def _checked(self, run: Callable[[], Any]) -> Any:
         """What a run gives. Raises BenchError if it fails."""
@@ -182,9 +201,9 @@ class Model:
 
     def forward(self, pixels: NDArray[np.float32]) -> Callable[[], None]:
         """A function that runs one forward of inputs [batch, channels, height, width], and returns
-        when the logits are there.
+        when the outputs are there.
 
-        If the provider has memory of its own, the inputs are copied there before, and the logits
+        If the provider has memory of its own, the inputs are copied there before, and the outputs
         stay there: the function times the forward alone.
         """
         if self.device is None:
@@ -193,12 +212,12 @@ class Model:
                 self.session.run(None, {self.input.name: pixels})
 
             return forward_on_host
-        # Inputs are on the device before the clock starts, and logits are not copied back.
+        # Inputs are on the device before the clock starts, and outputs are not copied back.
         binding = self.session.io_binding()
         binding.bind_ortvalue_input(
             self.input.name, ort.OrtValue.ortvalue_from_numpy(pixels, self.device, 0)
         )
-        self._bind_output(binding)
+        self._bind_outputs(binding)
         binding.synchronize_inputs()
         # The first run records a CUDA graph, and tells of a kernel that fails.
         self._checked(lambda: self.session.run_with_iobinding(binding))
@@ -210,19 +229,19 @@ class Model:
 
         return forward_on_device
 
-    def _bind_output(self, binding: ort.IOBinding) -> None:
-        """Have the logits stay on the device: in memory that ONNX Runtime takes for each run, or
+    def _bind_outputs(self, binding: ort.IOBinding) -> None:
+        """Have the outputs stay on the device: in memory that ONNX Runtime takes for each run, or
         for a CUDA graph in memory that stays."""
-        output = self.session.get_outputs()[0]
-        if self._graph_batch is None:
-            binding.bind_output(output.name, self.device, 0)
-            return
-        # A free axis has a name in place of a length, and the batch is the only one.
-        shape = [self._graph_batch if isinstance(axis, str) else axis for axis in output.shape]
-        binding.bind_ortvalue_output(
-            output.name,
-            ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.device, 0),
-        )
+        for output in self.session.get_outputs():
+            if self._graph_batch is None:
+                binding.bind_output(output.name, self.device, 0)
+                continue
+            # A free axis has a name in place of a length, and the batch is the only one.
+            shape = [self._graph_batch if isinstance(axis, str) else axis for axis in output.shape]
+            binding.bind_ortvalue_output(
+                output.name,
+                ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.device, 0),
+            )
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
         """Normal noise in the shape of the input."""

@@ -9,10 +9,11 @@ import runtime.metadata
 from exporters.choices import OPTIONS
 from exporters.metadata import KEYS, FileMetadata, LinearPart
 from marrq.models.load import ModelSource
+from marrq.models.named_outputs import output_kind
 from marrq.models.preprocessing import Preprocessing
 from runtime.metadata import Metadata
 
-SOURCE = ModelSource("demo", "timm", {"model_name": "vit"}, "abc")
+SOURCE = ModelSource("demo", "timm", {"model_name": "vit"}, "abc", ("logits",))
 PREPROCESSING = Preprocessing((3, 32, 32), "bicubic", (35, 35), "center", (0.5,) * 3, (0.25,) * 3)
 
 FLOAT = FileMetadata("fp32", "fp32", "none", 32.0, "1.17.0", SOURCE, PREPROCESSING, ("cat", "dog"))
@@ -46,6 +47,7 @@ def test_the_runtime_reads_what_the_exporters_write():
         assert getattr(read, key) == getattr(QUANTIZED, key)
     assert read.lowest_onnxruntime == QUANTIZED.lowest_onnxruntime
     assert read.source_name == SOURCE.name
+    assert read.source_outputs == SOURCE.outputs
     assert read.scheme_by_linear == {"fc1": "W4A8", "qkv": "W4A8", "head": "W8A8"}
     assert read.linears is not None
     assert QUANTIZED.linears is not None
@@ -56,6 +58,16 @@ def test_the_runtime_reads_what_the_exporters_write():
 def test_a_float_model_has_no_artifact_and_no_quantized_linears():
     read = Metadata(FLOAT.to_metadata_props())
     assert (read.artifact, read.linears, read.scheme_by_linear) == (None, None, {})
+
+
+@pytest.mark.parametrize("labels", [(), ("cat", "dog")])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["logits", "features", "pred_boxes"])
+def test_both_sides_say_the_same_of_an_output(name: str, rank: int, labels: tuple[str, ...]):
+    kind = runtime.metadata.output_kind(name, rank, labels)
+    assert kind == output_kind(name, rank, labels)
+    assert (kind == "classes") == (name == "logits" and rank == 2 and labels != ())
+    assert (kind == "dense") == (rank != 2)
 
 
 def test_both_sides_know_the_same_keys():

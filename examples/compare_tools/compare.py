@@ -142,7 +142,7 @@ def prepared(
     """
     loaded = load_model(model) if data is not None else with_random_weights(model)
     say("tracing the float model")
-    graph = trace(loaded.module, loaded.preprocessing.input_size, OPSET, loaded.output)
+    graph = trace(loaded.module, loaded.preprocessing.input_size, OPSET, loaded.outputs)
     ir.save(graph, file)
     if data is None:
         shape = (samples + images, *loaded.preprocessing.input_size)

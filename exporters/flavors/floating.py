@@ -44,7 +44,7 @@ class Floating:
 
     def lower(self, model: VisionModel, device: str) -> ir.Model:
         """The graph for a device. Raises MarrqError if torch cannot export the model."""
-        graph = trace(model.module, model.preprocessing.input_size, OPSET, model.output)
+        graph = trace(model.module, model.preprocessing.input_size, OPSET, model.outputs)
         self.rewrite(graph, device)
         return graph
 

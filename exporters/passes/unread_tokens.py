@@ -33,10 +33,11 @@ TOKENWISE = (
 
 def drop_unread_tokens(graph: ir.Graph) -> None:
     """Compute a value [b, n, c] only at the tokens that its readers take, if all readers take a
-    single token each."""
+    single token each. An output of the graph keeps all its tokens."""
+    given = set(graph.outputs)
     gathered = [node.inputs[0] for node in graph if node.op_type == "Gather"]
     for value in dict.fromkeys(gathered):
-        if value is None:
+        if value is None or value in given:
             continue
         read = {reader: _token_read(reader) for reader in value.consumers()}
         # Readers may take different tokens, as a distilled model's two heads do.
@@ -67,6 +68,8 @@ class _Narrowing:
         self.indices = add_constant(graph, f"{last.name}_tokens", np.array(tokens))
         self.made: dict[ir.Value, ir.Value] = {}
         self.whole: set[ir.Value] = set()
+        # What another output is computed from is there at every token.
+        self.whole |= _computed_without(graph, last)
         # Only operators that the value depends on can need its tokens.
         before = ancestors([last])
         for node in graph:
@@ -110,6 +113,18 @@ class _Narrowing:
         ]
         attributes = node.attributes.values()
         return ir.Node(node.domain, node.op_type, inputs, attributes, name=f"{node.name}_read")
+
+
+def _computed_without(graph: ir.Graph, last: ir.Value) -> set[ir.Value]:
+    """The values that the outputs of a graph are computed from on ways around `last`."""
+    found, waiting = set[ir.Value](), [value for value in graph.outputs if value is not last]
+    while waiting:
+        value = waiting.pop()
+        if value is not last and value not in found:
+            found.add(value)
+            node = value.producer()
+            waiting += [x for x in (node.inputs if node is not None else ()) if x is not None]
+    return found
 
 
 def _token_read(reader: ir.Node) -> int | None:

@@ -7,7 +7,7 @@ from tritonclient.grpc import model_config_pb2 as protocol
 
 from exporters.choices import BASELINES
 from exporters.onnx_file import Export
-from exporters.triton.config import LABELS
+from exporters.triton.config import LABELS, classes_of
 from exporters.triton.serving import Serving
 from marrq.models.preprocessing import MODES, Preprocessing
 
@@ -25,8 +25,8 @@ def card(export: Export, config: Any, serving: Serving) -> str:
 | | |
 |---|---|
 {_row("input", config.input[0], serving)}
-{_row("output", config.output[0], serving)}
-{_classes(model.labels)}
+{_outputs(config, serving)}
+{_classes(config, model.labels)}
 Of {image}: {_resize(model.preprocessing)} {_by(model.preprocessing)}, then \
 {_send(export, serving)}.
 The same, for programs, is in the config's parameter `preprocessing`. Serve the repository that \
@@ -40,7 +40,7 @@ def _what(export: Export) -> str:
     if export.flavor in BASELINES:
         return f"not quantized, as `{export.flavor}`"
     model = export.model
-    how = f"quantized to {export.scheme.description} by {model.method.name}, as `{export.flavor}`"
+    how = f"quantized to {export.scheme.description} by {model.method_name}, as `{export.flavor}`"
     return f"{how} for a {export.device.upper()}"
 
 
@@ -51,8 +51,12 @@ def _row(direction: str, tensor: Any, serving: Serving) -> str:
     return f"| {direction} | {shape}, up to {serving.max_batch} at once |"
 
 
-def _classes(labels: tuple[str, ...]) -> str:
-    if not labels:
+def _outputs(config: Any, serving: Serving) -> str:
+    return "\n".join(_row("output", output, serving) for output in config.output)
+
+
+def _classes(config: Any, labels: tuple[str, ...]) -> str:
+    if not classes_of(config, labels):
         return ""
     return (
         f"\nClass i is line i + 1 of `../{LABELS}`; ask for `class_count` to get classes by name.\n"

@@ -21,6 +21,7 @@ from exporters.choices import BASELINES
 from exporters.onnx_file import Export
 from exporters.triton.serving import NEEDS_TRITONCLIENT, Serving
 from marrq.errors import MarrqError
+from marrq.models.named_outputs import output_kind
 
 try:
     from google.protobuf import text_format
@@ -42,7 +43,8 @@ NEAR_BEST = 0.95
 
 
 def config_of(file: Path, export: Export, serving: Serving, preferred: Sequence[int] = ()) -> Any:
-    """The ModelConfig of an ONNX file with one input and one output, whose first axis is the batch.
+    """The ModelConfig of an ONNX file with one input, whose first axis is the batch, as that of
+    every output is.
 
     export: what the file holds, and the device that it is for.
     preferred: batch sizes that the server waits for if requests queue.
@@ -52,9 +54,9 @@ def config_of(file: Path, export: Export, serving: Serving, preferred: Sequence[
         name=serving.name, backend=serving.backend, max_batch_size=serving.max_batch
     )
     _describe_tensors(config, onnx.load(file, load_external_data=False).graph)
-    # With labels a client may ask for classes by name.
-    if model.labels:
-        config.output[0].label_filename = LABELS
+    # With labels a client may ask for classes by name. Boxes and maps have none.
+    for output in classes_of(config, model.labels):
+        output.label_filename = LABELS
     # Copies of the model, and the device that they run on.
     group = config.instance_group.add(count=serving.instances)
     group.kind = protocol.ModelInstanceGroup.Kind.Value(KINDS[export.device])
@@ -73,13 +75,23 @@ def config_of(file: Path, export: Export, serving: Serving, preferred: Sequence[
     return config
 
 
+def classes_of(config: Any, labels: Sequence[str]) -> list[Any]:
+    """The outputs of a ModelConfig that are logits of the classes `labels`."""
+    # The server adds the batch axis itself.
+    return [
+        output
+        for output in config.output
+        if output_kind(output.name, 1 + len(output.dims), labels) == "classes"
+    ]
+
+
 def _describe_tensors(config: Any, graph: onnx.GraphProto) -> None:
     for values, described in ((graph.input, config.input), (graph.output, config.output)):
         for value in values:
             tensor = value.type.tensor_type
             # The server adds the batch axis itself.
             dims = [axis.dim_value or FREE for axis in tensor.shape.dim[1:]]
-            # float32 for pixels and logits, uint8 for images.
+            # float32 for pixels and outputs, uint8 for images.
             data_type = protocol.DataType.Value(TYPES[tensor.elem_type])
             described.add(name=value.name, data_type=data_type, dims=dims)
 

@@ -53,21 +53,21 @@ class TritonPythonModel:
                 f"{provider} is not available, onnxruntime has {had}: for a GPU install "
                 "onnxruntime-gpu in its place"
             )
-        self.input, self.output = (
-            self.session.get_inputs()[0].name,
-            self.session.get_outputs()[0].name,
-        )
+        self.input = self.session.get_inputs()[0].name
+        self.outputs = [output.name for output in self.session.get_outputs()]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for each request. The server has checked shapes and types by its config."""
         inputs = [
             triton.get_input_tensor_by_name(request, self.input).as_numpy() for request in requests
         ]
-        # One run for all requests: [images of all requests, …]
-        [results] = self.session.run([self.output], {self.input: np.concatenate(inputs)})
-        # Cut the batch [images, …] into the requests' parts again.
+        # One run for all requests: of each output [images of all requests, …]
+        results = self.session.run(self.outputs, {self.input: np.concatenate(inputs)})
+        # Cut the batch [images, …] of each output into the requests' parts again.
         ends = np.cumsum([len(images) for images in inputs])
+        parts = zip(*(np.split(result, ends[:-1]) for result in results), strict=True)
         return [
-            triton.InferenceResponse([triton.Tensor(self.output, part)])
-            for part in np.split(results, ends[:-1])
+            # The server leaves out what a request does not ask for.
+            triton.InferenceResponse(list(map(triton.Tensor, self.outputs, of_request)))
+            for of_request in parts
         ]

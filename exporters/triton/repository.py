@@ -1,7 +1,7 @@
 """A model repository for Triton Inference Server: an ONNX file, and what the server must be told.
 
     REPOSITORY/NAME/config.pbtxt         the server's ModelConfig (config.py)
-    REPOSITORY/NAME/labels.txt           a class a line, for answers by name; none for features
+    REPOSITORY/NAME/labels.txt           a class a line, for answers by name; none without classes
     REPOSITORY/NAME/VERSION/model.onnx   model.onnx.data beside it above 2 GB
     REPOSITORY/NAME/VERSION/model.py     for the python backend
     REPOSITORY/NAME/VERSION/README.md    what a client has to send, and what comes back (card.py)
@@ -24,6 +24,7 @@ from exporters.triton.card import card
 from exporters.triton.config import (
     LABELS,
     MODEL,
+    classes_of,
     config_of,
     preferred_batches,
     read_bench,
@@ -102,7 +103,7 @@ def _write_folder(made: Path, export: Export, serving: Serving, preferred: tuple
     config = config_of(place / MODEL, export, serving, preferred)
     write_text(made / CONFIG, text_of(config))
     write_text(place / CARD, card(export, config, serving))
-    if labels:
+    if classes_of(config, labels):
         write_text(made / LABELS, "".join(f"{label}\n" for label in labels))
 
 

@@ -11,7 +11,8 @@ quantized output too; the linear does not.
 
 The pipeline runs a chain of blocks, and first and last layers are two more links: `FirstLayers`
 takes pixels and gives the tokens that enter the first block, `LastLayers` takes the output of the
-last block and gives the logits. A trial forward must show that nothing else enters them.
+last block and gives the outputs: the logits, or several. A trial forward must show that nothing
+else enters them.
 """
 
 import copy
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from marrq.errors import MarrqError
 from marrq.models.blocks import Block, BlockKind, first_output, group_by_input, hooked, stop_at
+from marrq.models.named_outputs import as_tuple
 from marrq.schemes import Scheme
 
 
@@ -123,7 +125,7 @@ class FirstLayers(OuterLayers):
 
 @dataclass(frozen=True)
 class LastLayers(OuterLayers):
-    """The model after its last block: tokens in, logits out.
+    """The model after its last block: tokens in, the model's outputs out.
 
     example: pixels [1, channels, height, width]; the model runs on them up to its last block, whose
         output is then replaced by the tokens.
@@ -134,7 +136,11 @@ class LastLayers(OuterLayers):
     example: Tensor
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The logits. tokens: the output of the last block."""
+        """The model's first output. tokens: the output of the last block."""
+        return self.outputs_of(tokens)[0]
+
+    def outputs_of(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """All outputs of the model. tokens: the output of the last block."""
 
         # The hook replaces the last block's output. What comes before is computed on the example
         # and thrown away: one image through the blocks for each batch of tokens.
@@ -142,7 +148,7 @@ class LastLayers(OuterLayers):
             return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
         with hooked([self.blocks[-1].register_forward_hook(leave)]):
-            return cast(Tensor, self.module(self.example))
+            return as_tuple(self.module(self.example))
 
 
 @torch.no_grad()
@@ -151,8 +157,8 @@ def with_outer_layers(model: nn.Module, blocks: list[Block], images: Tensor) -> 
     The model's patch embedding is replaced by `Patches`.
 
     images: two or more, for the trial forward.
-    Raises MarrqError if the patch embedding is no linear on patches, or if the logits do not follow
-        from the last block's output alone.
+    Raises MarrqError if the patch embedding is no linear on patches, or if the outputs do not
+        follow from the last block's output alone.
     """
     # Between the first and the last layers there must be a chain: each block's input is the
     # previous block's output.
@@ -175,10 +181,14 @@ def with_outer_layers(model: nn.Module, blocks: list[Block], images: Tensor) -> 
     # A distilled model has two heads on two tokens: two groups.
     groups = group_by_input(trial.after)
     last = LastLayers("", model, groups, True, (), {}, modules, images[:1])
-    # The last layers saw the first image alone, the logits are of all images: if the two agree,
+    # The last layers saw the first image alone, the outputs are of all images: if the two agree,
     # nothing but the tokens of the last block enters the head.
-    if not torch.allclose(last(trial.tokens), trial.logits, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise _refusal("its logits do not follow from the tokens behind its last block alone")
+    for found, output in zip(last.outputs_of(trial.tokens), trial.outputs, strict=True):
+        if not (
+            found.shape == output.shape
+            and torch.allclose(found, output, rtol=1e-4, atol=1e-5, equal_nan=True)
+        ):
+            raise _refusal("its outputs do not follow from the tokens behind its last block alone")
     return [first, *blocks, last]
 
 
@@ -192,13 +202,13 @@ class _Trial:
 
     before, after: the layers that were called before the first block and after the last block.
     tokens: the last block's output.
-    logits: the model's output.
+    outputs: of the model.
     """
 
     before: Calls
     after: Calls
     tokens: Tensor
-    logits: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> _Trial:
@@ -224,9 +234,9 @@ def _trial(model: nn.Module, blocks: list[Block], images: Tensor) -> _Trial:
         ),
     ]
     with hooked(handles):
-        logits = model(images)
+        outputs = as_tuple(model(images))
     [(count, tokens)] = end
-    return _Trial(calls[: start[0]], calls[count:], tokens, logits)
+    return _Trial(calls[: start[0]], calls[count:], tokens, outputs)
 
 
 def _patch_embedding(model: nn.Module, before: Calls) -> str:

@@ -8,21 +8,25 @@ preprocessing, its labels.
     FOLDER or ORG/NAME                the same folder; a transformers checkpoint on the hub
 
 A name is checked before transformers is imported and before anything is read but config.json.
-A model without a classifier gives features.
+A model is a function from pixels to named tensors (marrq/models/named_outputs.py). A user may
+choose other outputs than the default ones.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import nn
 
 from marrq.errors import MarrqError
 from marrq.models import timm_models
 from marrq.models.checkpoint import Checkpoint
+from marrq.models.class_embeddings import ClassEmbeddings
+from marrq.models.named_outputs import LOGITS, check_names
 from marrq.models.preprocessing import Preprocessing
 from marrq.models.weights import SUFFIXES
 
@@ -44,23 +48,35 @@ class ModelSource:
     name: what `load_model` takes; paths are absolute.
     architecture: what `build` needs, as JSON.
     weights_sha256: hash over the names and values of all tensors of the model.
+    outputs: their names in order; empty in files of older exports, which have the default ones.
     """
 
     name: str
     library: Library
     architecture: dict[str, Any]
     weights_sha256: str
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `asdict`, through JSON. Raises TypeError for other fields, and MarrqError
+        for outputs that are no names."""
+        # JSON has lists in place of tuples. Files of older exports do not name their outputs.
+        names = fields.get("outputs")
+        return cls(**{**fields, "outputs": check_names(names) if names else ()})
 
 
 @dataclass(frozen=True)
 class VisionModel:
     """A float model with what belongs to it.
 
-    module: in evaluation mode; maps float32 [batch, channels, height, width] to logits
-        [batch, classes], or to features [batch, …].
+    module: in evaluation mode; maps float32 [batch, channels, height, width] to one Tensor
+        [batch, …] if there is one output, else to a tuple of them.
     labels: class names in the order of the logits; "0", "1", … if the checkpoint has no names;
-        empty for a model that gives features.
+        empty for a model without logits.
     notes: sentences about how the weights were read, such as a prefix that was dropped.
+    outputs: names of what the module returns, in order.
+    classes: what made logits of features (marrq/zero_shot.py); None for the model's own outputs.
     """
 
     module: nn.Module
@@ -68,28 +84,26 @@ class VisionModel:
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
-
-    @property
-    def output(self) -> str:
-        """The name of the output: `logits` or `features`."""
-        return output_name(self.labels)
+    outputs: tuple[str, ...] = (LOGITS,)
+    classes: ClassEmbeddings | None = None
 
 
-def output_name(labels: tuple[str, ...]) -> str:
-    """The name of the output of a model with these classes: `logits` or `features`."""
-    return "logits" if labels else "features"
-
-
-def load_model(name: str) -> VisionModel:
+def load_model(name: str, outputs: Sequence[str] = ()) -> VisionModel:
     """The float model of that name (see the top of this file), on the CPU.
 
-    Raises MarrqError if the name is unknown, the model cannot be loaded, or a weight is NaN or
-    infinite.
+    outputs: names of what it shall give, in order; none for the default ones, which are the logits
+    (and boxes) of a model that has some, and else its features. A timm model may give `logits`,
+    `features` and `tokens`, a transformers model every tensor that its forward returns.
+
+    Raises MarrqError if the name is unknown, the model cannot be loaded or does not give these
+    outputs, or a weight is NaN or infinite.
     """
+    if outputs:
+        check_names(tuple(outputs))
     # A name that can be no model is refused before anything else is imported or read.
     try:
         origin = _resolve(name)
-        model = _load(origin)
+        model = _load(origin, tuple(outputs))
     except MarrqError:
         raise
     except Exception as error:
@@ -105,7 +119,7 @@ def load_source(source: ModelSource) -> VisionModel:
     Raises MarrqError if it cannot be loaded, or if its weights are other ones now.
     """
     # The name may mean other weights today: a folder was changed, or a checkpoint on the hub.
-    model = load_model(source.name)
+    model = load_model(source.name, source.outputs)
     if model.source.weights_sha256 != source.weights_sha256:
         raise MarrqError(
             f"model {source.name!r} has other weights now than when the artifact was made: "
@@ -118,10 +132,10 @@ def build(source: ModelSource) -> nn.Module:
     """The architecture of the source, in evaluation mode, without the weights of the source."""
     # An artifact brings its own tensors, so nothing is downloaded.
     if source.library == "timm":
-        return timm_models.build(source.architecture)
+        return timm_models.build(source.architecture, source.outputs)
     from marrq.models import transformers_models
 
-    return transformers_models.build(source.architecture)
+    return transformers_models.build(source.architecture, source.outputs)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -214,25 +228,30 @@ def _adapter_error(folder: Path) -> MarrqError:
     )
 
 
-def _load(origin: _Origin) -> VisionModel:
-    checkpoint = _read(origin)
+def _load(origin: _Origin, outputs: tuple[str, ...]) -> VisionModel:
+    checkpoint = _read(origin, outputs)
     labels = checkpoint.labels()
     # A config of transformers holds values that JSON cannot express, such as dtypes.
     architecture = json.loads(json.dumps(checkpoint.architecture, default=str))
     digest = weights_sha256(checkpoint.module)
-    source = ModelSource(origin.name, origin.library, architecture, digest)
+    source = ModelSource(origin.name, origin.library, architecture, digest, checkpoint.outputs)
     return VisionModel(
-        checkpoint.module, source, checkpoint.preprocessing, labels, checkpoint.notes
+        checkpoint.module,
+        source,
+        checkpoint.preprocessing,
+        labels,
+        checkpoint.notes,
+        checkpoint.outputs,
     )
 
 
-def _read(origin: _Origin) -> Checkpoint:
+def _read(origin: _Origin, outputs: tuple[str, ...]) -> Checkpoint:
     if origin.library == "timm":
-        return timm_models.read(origin.location)
+        return timm_models.read(origin.location, outputs)
     # transformers takes seconds to import, and a model of timm does not need it.
     from marrq.models import transformers_models
 
-    return transformers_models.read(origin.location)
+    return transformers_models.read(origin.location, outputs)
 
 
 def _check_finite(model: VisionModel) -> None:

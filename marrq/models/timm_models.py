@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint, named_classes
 from marrq.models.preprocessing import Preprocessing
+from marrq.models.timm_output import default_output, with_outputs
 from marrq.models.weights import Misfit, shared_prefix, weights_file
 
 HUB_WEIGHTS = "pytorch_model.bin"
@@ -35,11 +37,13 @@ def is_known(name: str) -> bool:
     return bool(timm.is_model(name.partition(".")[0]))
 
 
-def read(location: str) -> Checkpoint:
+def read(location: str, outputs: tuple[str, ...] = ()) -> Checkpoint:
     """The checkpoint at a location.
 
     location: a timm name, `hf-hub:ORG/NAME`, or `local-dir:FOLDER`.
-    Raises ValueError if the weights do not fit the architecture.
+    outputs: names of marrq/models/timm_output.py; none for what the model's own forward gives.
+    Raises ValueError if the weights do not fit the architecture, and MarrqError for an output that
+        the model does not give.
     """
     scheme, _, place = location.partition(":")
     if scheme in ("local-dir", "hf-hub"):
@@ -57,20 +61,23 @@ def read(location: str) -> Checkpoint:
     preprocessing = Preprocessing.from_timm(resolve_model_data_config(module))
     # Models that only encode have no number of classes.
     classes = {"num_classes": module.num_classes} if hasattr(module, "num_classes") else {}
+    outputs = outputs or (default_output(module),)
     return Checkpoint(
-        module,
+        with_outputs(module, outputs),
         # `arguments` come last: the checkpoint's own number of classes wins.
         {"model_name": architecture, **classes, **arguments},
         preprocessing,
         class_names,
-        classifies=bool(classes.get("num_classes")),
+        outputs=outputs,
         notes=notes,
     )
 
 
-def build(architecture: dict[str, Any]) -> nn.Module:
-    """A model in evaluation mode without the checkpoint's weights. architecture: see Checkpoint."""
-    return with_joined_biases(timm.create_model(**architecture, pretrained=False)).eval()
+def build(architecture: dict[str, Any], outputs: Sequence[str]) -> nn.Module:
+    """A model in evaluation mode without the checkpoint's weights. architecture, outputs: see
+    Checkpoint."""
+    model = with_joined_biases(timm.create_model(**architecture, pretrained=False)).eval()
+    return with_outputs(model, outputs)
 
 
 def _config(scheme: str, place: str) -> dict[str, Any]:

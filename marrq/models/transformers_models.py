@@ -5,7 +5,7 @@ images and text the vision tower is taken. No code of a checkpoint is run.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,14 @@ from transformers.utils import logging
 
 from marrq.errors import MarrqError
 from marrq.models.checkpoint import Checkpoint, named_classes
+from marrq.models.named_outputs import LOGITS, check_offered
 from marrq.models.preprocessing import from_image_processor
 from marrq.models.processor_check import check_same_pixels
-from marrq.models.transformers_output import TransformersOutput
+from marrq.models.transformers_output import (
+    TransformersOutput,
+    default_outputs,
+    offered_outputs,
+)
 from marrq.models.weights import Misfit, shared_prefix
 
 NO_CODE = {"trust_remote_code": False}
@@ -27,31 +32,46 @@ NO_CODE = {"trust_remote_code": False}
 ATTENTION = "eager"
 """How attention is computed: as plain matrix products, which every family can be traced with."""
 
+Options = Mapping[str, Any]
+"""Arguments of transformers' `from_pretrained`."""
+
 POOLING = "add_pooling_layer"
 """Argument of transformers' models that leaves their pooling layer out."""
 
 
-def read(location: str) -> Checkpoint:
+def read(location: str, outputs: tuple[str, ...] = ()) -> Checkpoint:
     """The checkpoint at a location: a folder, or `ORG/NAME` on the hub.
 
-    Raises MarrqError if weights are missing, if the model does not take images, or if the image
-    processor has a step that Preprocessing cannot express.
+    outputs: names of tensors that the model returns; none for those of `default_outputs`.
+    Raises MarrqError if weights are missing, if the model does not take images or does not give
+    these outputs, or if the image processor has a step that Preprocessing cannot express.
     """
-    with _quiet():
+    with quiet():
         config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
         kind = _model_class(config)
-        module, notes = _with_weights(kind, location)
+        module, notes = with_weights(kind, location, _tower_config(config, kind))
         processor = transformers.AutoImageProcessor.from_pretrained(location, **NO_CODE)
     channels = int(getattr(module.config, "num_channels", 3))
     preprocessing = from_image_processor(processor.to_dict(), channels)
     check_same_pixels(processor, preprocessing)
-    # Only a forward shows whether the model returns logits: the config has `id2label` either way.
-    wrapped = TransformersOutput(module)
-    classifies = wrapped.chosen(_trial_output(module, preprocessing.input_size)) == "logits"
+    # Only a forward shows what the model returns: the config has `id2label` either way.
+    returned = _trial_output(module, preprocessing.input_size)
+    outputs = outputs or default_outputs(returned, kind.__name__)
+    check_offered(outputs, offered_outputs(returned), kind.__name__)
     # The class is stored too: of a model of images and text the tower's class, not the whole's.
     architecture = module.config.to_dict() | {"architectures": [kind.__name__]}
-    class_names = _class_names(architecture["id2label"]) if classifies else None
-    return Checkpoint(wrapped, architecture, preprocessing, class_names, classifies, notes)
+    names = _class_names(architecture["id2label"]) if LOGITS in outputs else None
+    # Which axis of a segmenter's or a detector's logits is that of the classes, their number tells.
+    if names is None and LOGITS in outputs and returned[LOGITS].dim() != 2:
+        names = [str(index) for index in range(len(architecture["id2label"] or ()))]
+    return Checkpoint(
+        TransformersOutput(module, outputs),
+        architecture,
+        preprocessing,
+        names,
+        outputs,
+        notes,
+    )
 
 
 @torch.no_grad()
@@ -69,29 +89,31 @@ def _trial_output(module: Any, input_size: tuple[int, int, int]) -> Any:
         ) from error
 
 
-def build(architecture: dict[str, Any]) -> nn.Module:
-    """A model in evaluation mode without the checkpoint's weights. architecture: see Checkpoint."""
+def build(architecture: dict[str, Any], outputs: Sequence[str]) -> nn.Module:
+    """A model in evaluation mode without the checkpoint's weights. architecture, outputs: see
+    Checkpoint."""
     config = transformers.AutoConfig.for_model(**architecture, attn_implementation=ATTENTION)
     # The config alone does not make transformers leave the pooling layer out.
     without_pooling = getattr(config, POOLING, True) is False
     arguments = {POOLING: False} if without_pooling else {}
-    return TransformersOutput(_model_class(config)(config, **arguments)).eval()
+    return TransformersOutput(_model_class(config)(config, **arguments), outputs).eval()
 
 
-def _with_weights(kind: Any, location: str) -> tuple[Any, tuple[str, ...]]:
+def with_weights(kind: Any, location: str, options: Options) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, in evaluation mode and float32, and sentences about how they
-    were read."""
-    module, misfit = _loaded(kind, location, {})
+    were read. options: arguments of `from_pretrained`."""
+    module, misfit = _loaded(kind, location, options)
     # Checkpoints such as DINO's ViT have no pooling layer. transformers would fill the layer with
     # random weights and return its output, so the model is loaded without the layer.
     if misfit.missing and all(name.startswith("pooler.") for name in misfit.missing):
-        module, misfit = _loaded(kind, location, {POOLING: False})
+        module, misfit = _loaded(kind, location, {**options, POOLING: False})
         setattr(module.config, POOLING, False)
     notes: tuple[str, ...] = ()
     # Weights under the name of a wrapper are unknown, and the same weights are missing.
     prefix = shared_prefix(misfit.unknown, misfit.missing) if misfit.missing else ""
     if prefix:
-        module, misfit = _loaded(kind, location, {"key_mapping": {f"^{re.escape(prefix)}": ""}})
+        mapping = {"key_mapping": {f"^{re.escape(prefix)}": ""}}
+        module, misfit = _loaded(kind, location, {**options, **mapping})
         notes = (f"{prefix!r} before all names of weights was dropped",)
     # Unknown weights alone do no harm: those of a text tower, of a head that the class lacks.
     if misfit.missing or misfit.differing:
@@ -99,7 +121,20 @@ def _with_weights(kind: Any, location: str) -> tuple[Any, tuple[str, ...]]:
     return module.float().eval(), notes
 
 
-def _loaded(kind: Any, location: str, options: dict[str, Any]) -> tuple[Any, Misfit]:
+def _tower_config(config: Any, kind: Any) -> dict[str, Any]:
+    """The config of the tower of images as an argument, if `kind` is a tower of the model that the
+    config describes; else nothing."""
+    tower = getattr(config, "vision_config", None)
+    if type(tower) is not kind.config_class:
+        return {}
+    # Checkpoints such as laion's ViT-H have another length in the tower's config, which the model
+    # of images and text does not read.
+    if hasattr(config, "projection_dim") and hasattr(tower, "projection_dim"):
+        tower.projection_dim = config.projection_dim
+    return {"config": tower}
+
+
+def _loaded(kind: Any, location: str, options: Options) -> tuple[Any, Misfit]:
     """The model, and how the weights of its checkpoint differ from its own."""
     module, loaded = kind.from_pretrained(
         location,
@@ -119,7 +154,7 @@ def _loaded(kind: Any, location: str, options: dict[str, Any]) -> tuple[Any, Mis
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what transformers prints while it loads: weights of towers that are not used,
     progress bars. What matters of it is raised."""
     # Both are global to the process, so they are restored.

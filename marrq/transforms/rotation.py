@@ -36,12 +36,12 @@ import torch
 from torch import Tensor, nn
 
 from marrq.distributed import one_thread
-from marrq.models.transformers_output import TransformersOutput
+from marrq.models.named_outputs import NamedOutputs, as_tuple
 from marrq.transforms.residual_stream import ResidualStream, refusal, residual_stream
 
 TOLERANCE = 1e-4
-"""Largest accepted change of a logit, relative to the largest logit. Rounding in float32 gives some
-1e-6."""
+"""Largest accepted change of an output, relative to its largest number. Rounding in float32 gives
+some 1e-6."""
 
 
 @torch.no_grad()
@@ -55,18 +55,22 @@ def rotate(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     MarrqError too if the logits of `images` change; then the model is rotated, and wrong.
     """
     # Everything that can refuse the model comes before the first change.
-    inner = model.model if isinstance(model, TransformersOutput) else model
+    inner = model.model if isinstance(model, NamedOutputs) else model
     stream = residual_stream(inner)
     _check_norms(inner, stream)
-    before = model(images)
+    before = as_tuple(model(images))
     rotation = random_rotation(stream.width, torch.Generator().manual_seed(seed))
     _rotate_stream(inner, stream, rotation.to(images.device))
-    difference = float((model(images) - before).abs().max() / before.abs().max())
+    # The largest over the outputs, each relative to its own largest number.
+    difference = max(
+        float((after - output).abs().max() / output.abs().max())
+        for after, output in zip(as_tuple(model(images)), before, strict=True)
+    )
     # `not <=` and not `>`: NaN must count as a difference.
     if not difference <= TOLERANCE:
         raise refusal(
             inner,
-            f"its logits changed by {difference:.1e} of the largest, more than {TOLERANCE:.0e}",
+            f"its outputs changed by {difference:.1e} of the largest, more than {TOLERANCE:.0e}",
         )
 
 

@@ -142,7 +142,7 @@ class BaselineMaker:
     def _float_model(self) -> "tuple[VisionModel | None, str]":
         from marrq.models.load import ModelSource
 
-        return find_float_model(ModelSource(**json.loads(self.metadata.source)))
+        return find_float_model(ModelSource.from_json(json.loads(self.metadata.source)))
 
     def _export(self, model: "VisionModel", flavor: str) -> Entry:
         from exporters.onnx_file import write_baseline
@@ -161,6 +161,13 @@ def check_same_model(name: str, metadata: Metadata, shared: Metadata) -> None:
         raise MarrqError(
             f"{name!r} comes from another model, {metadata.source_name!r}, than the others, from "
             f"{shared.source_name!r}: bench them apart"
+        )
+    # Of one checkpoint different outputs may be taken. Old files do not tell theirs.
+    outputs, wanted = metadata.source_outputs, shared.source_outputs
+    if outputs and wanted and outputs != wanted:
+        raise MarrqError(
+            f"{name!r} gives {', '.join(outputs)}, the others give {', '.join(wanted)}: bench them "
+            "apart"
         )
     # All files of a run are fed with the same pixels.
     if json.loads(metadata.preprocessing) != json.loads(shared.preprocessing):

@@ -292,6 +292,6 @@ def test_a_rotation_that_changes_the_logits_is_an_error(images: Tensor):
     )
     with pytest.raises(
         MarrqError,
-        match=r"cannot rotate VisionTransformer: its logits changed by \d\.\de[+-]\d\d of the",
+        match=r"cannot rotate VisionTransformer: its outputs changed by \d\.\de[+-]\d\d of the",
     ):
         rotate(model, images)

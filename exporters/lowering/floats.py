@@ -6,7 +6,6 @@
 A baseline and the low-bit graphs of a model then differ in their linears alone.
 """
 
-import ast
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ from exporters.trace import (
     PATH,
     PLACEHOLDER,
     PLACEHOLDER_DOMAIN,
-    SCOPES,
+    modules_of,
     placeholders,
 )
 
@@ -132,9 +131,9 @@ def _bias_behind(product: ir.Node, length: int) -> tuple[ir.Node | None, np.ndar
 
 def _module_of(node: ir.Node) -> str:
     """The path of the module that a node was traced in; its own name if the trace does not say."""
-    # The last item is the node itself, the one before it the innermost module.
-    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-    return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else str(node.name)
+    # The last one is the innermost; the model itself has no path.
+    modules = modules_of(node)
+    return modules[-1] if modules and modules[-1] else str(node.name)
 
 
 def _unused(path: str, linears: dict[str, FloatLinear]) -> str:

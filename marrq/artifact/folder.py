@@ -64,6 +64,11 @@ def save(model: QuantizedModel, folder: Path | str, overwrite: bool = False) -> 
     folder is no artifact, and if it cannot be written; then what was there before is still there.
     """
     folder = Path(folder)
+    if model.classes is not None:
+        raise MarrqError(
+            "classes are no part of an artifact: save the model that they were given to, and give "
+            "the classes when it is exported or measured"
+        )
     # Before anything is written, so that a mistake of the user costs no time.
     check_output(folder, overwrite, no_artifact)
     with errors_of_writing(f"artifact {str(folder)!r}", "make room, or choose another place"):

@@ -21,6 +21,7 @@ from runtime.metadata import Metadata
 from runtime.session import Model, SessionSettings
 
 if TYPE_CHECKING:
+    from marrq.models.class_embeddings import ClassEmbeddings
     from marrq.models.load import VisionModel
 
 DEFAULTS = ("fp16", "fp32")
@@ -39,12 +40,13 @@ class Baselines:
 class BaselineMaker:
     """Finds and makes the baselines of one float model.
 
-    metadata: of a file that comes from it.
+    metadata: of a file that comes from it. classes: that the file was exported with, if any.
     beside: the folders of what is measured, in which files of baselines may lie.
     device: what baselines are exported for.
     """
 
     metadata: Metadata
+    classes: "ClassEmbeddings | None"
     beside: tuple[Path, ...]
     device: str
     session: SessionSettings
@@ -141,8 +143,13 @@ class BaselineMaker:
 
     def _float_model(self) -> "tuple[VisionModel | None, str]":
         from marrq.models.load import ModelSource
+        from marrq.zero_shot import with_classes
 
-        return find_float_model(ModelSource.from_json(json.loads(self.metadata.source)))
+        found, reason = find_float_model(ModelSource.from_json(json.loads(self.metadata.source)))
+        # The float model has to tell the same classes.
+        if found is not None and self.classes is not None:
+            found = with_classes(found, self.classes)
+        return found, reason
 
     def _export(self, model: "VisionModel", flavor: str) -> Entry:
         from exporters.onnx_file import write_baseline
@@ -167,6 +174,11 @@ def check_same_model(name: str, metadata: Metadata, shared: Metadata) -> None:
     if outputs and wanted and outputs != wanted:
         raise MarrqError(
             f"{name!r} gives {', '.join(outputs)}, the others give {', '.join(wanted)}: bench them "
+            "apart"
+        )
+    if metadata.classes != shared.classes:
+        raise MarrqError(
+            f"{name!r} was exported with other classes than the others, or without: bench them "
             "apart"
         )
     # All files of a run are fed with the same pixels.

@@ -27,7 +27,16 @@ from marrq.schemes import Scheme
 
 if TYPE_CHECKING:
     from exporters.onnx_file import Export
+    from marrq.models.class_embeddings import ClassEmbeddings
     from marrq.quantized_model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class ArtifactWithClasses:
+    """The folder of an artifact that gives features, and the classes that its files give."""
+
+    folder: Path
+    classes: "ClassEmbeddings"
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Exported:
 
 
 def export(
-    quantized: "QuantizedModel | Path | str",
+    quantized: "QuantizedModel | ArtifactWithClasses | Path | str",
     output: Path | str,
     flavor: str | None = None,
     options: Options = NO_OPTIONS,
@@ -60,7 +69,7 @@ def export(
 ) -> Exported:
     """Export a quantized model.
 
-    quantized: a quantized model, or the folder of an artifact.
+    quantized: a quantized model, with classes or without; or the folder of an artifact.
     output: the ONNX file; with `serving` a repository, which is made or added to.
     flavor: integer, matmulnbits, qdq, folded, fp32 or fp16; None for the flavour that suits scheme
     and device best under ONNX Runtime.
@@ -127,21 +136,30 @@ def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
     check_model_file(output, force)
 
 
-def _scheme_of(quantized: "QuantizedModel | Path | str") -> Scheme | None:
+def _scheme_of(quantized: "QuantizedModel | ArtifactWithClasses | Path | str") -> Scheme | None:
     """The scheme, without torch; None if the artifact is damaged."""
-    if not isinstance(quantized, Path | str):
-        return quantized.scheme
-    check_artifact(Path(quantized))
-    return read_scheme(Path(quantized))
+    folder = quantized.folder if isinstance(quantized, ArtifactWithClasses) else quantized
+    if not isinstance(folder, Path | str):
+        return folder.scheme
+    check_artifact(Path(folder))
+    return read_scheme(Path(folder))
 
 
-def _loaded(quantized: "QuantizedModel | Path | str") -> "tuple[QuantizedModel, str]":
+def _loaded(
+    quantized: "QuantizedModel | ArtifactWithClasses | Path | str",
+) -> "tuple[QuantizedModel, str]":
     """The model, and the hash of the artifact that holds it."""
     from marrq.artifact.folder import artifact_hash, load, save
+    from marrq.zero_shot import with_classes, without_classes
 
+    if isinstance(quantized, ArtifactWithClasses):
+        model, artifact = load(quantized.folder), artifact_hash(quantized.folder)
+        return with_classes(model, quantized.classes), artifact
     if isinstance(quantized, Path | str):
         return load(Path(quantized)), artifact_hash(Path(quantized))
-    # The hash is that of a folder, so the model is saved for it, as `marrq.save` would.
+    # The hash is that of a folder, so the model is saved for it, as `marrq.save` would. Classes are
+    # no part of an artifact.
+    saved = quantized if quantized.classes is None else without_classes(quantized)
     with tempfile.TemporaryDirectory() as place:
-        save(quantized, Path(place) / "artifact")
+        save(saved, Path(place) / "artifact")
         return quantized, artifact_hash(Path(place) / "artifact")

@@ -13,6 +13,11 @@ def check_feasible(model: VisionModel) -> None:
     The model is built again without memory for its tensors, and traced once by torch.
     `tests/walk_families.py` tries it on the architectures of timm and transformers.
     """
+    if model.classes is not None:
+        raise MarrqError(
+            "classes are no part of an artifact: quantize the model without them, and give the "
+            "classes when it is exported or measured"
+        )
     source, size = model.source, model.preprocessing.input_size
     shapes = {name: tuple(tensor.shape) for name, tensor in model.module.state_dict().items()}
     try:

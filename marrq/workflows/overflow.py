@@ -44,7 +44,9 @@ def _calibration_images(model: QuantizedModel) -> NDArray[np.float32] | None:
     None if they are gone, or are other ones now."""
     record = model.calibration
     try:
-        drawn = find_images(record.data, "train", model.labels).draw(record.samples, record.seed)
+        # Without the classes of an export, as the artifact was calibrated.
+        labels = () if model.classes is not None else model.labels
+        drawn = find_images(record.data, "train", labels).draw(record.samples, record.seed)
         # The same name may mean other images by now.
         if drawn.sha256 != record.files_sha256:
             return None

@@ -7,11 +7,15 @@ from typing import Any
 from runtime.audit.precision import FloatPart, Precision
 from runtime.audit.rows import AuditRow
 from runtime.gpu import Gpu
-from runtime.measure.bench import BenchEnvironment, BenchReport, ImageData
+from runtime.measure.accuracy import BaselineDrop
+from runtime.measure.bench import BenchEnvironment, BenchReport
+from runtime.measure.dense import OutputError
+from runtime.measure.embedded import Embedding
+from runtime.measure.embeddings import Likeness
 from runtime.measure.gate import Gate, Verdict
+from runtime.measure.images import ImageData
 from runtime.measure.latency import Throughput
 from runtime.measure.measured import (
-    BaselineDrop,
     ComparedAccuracy,
     ComparedLatency,
     MeasuredModel,
@@ -20,6 +24,7 @@ from runtime.measure.measured import (
 from runtime.measure.overflow import Overflow
 from runtime.measure.parity import Closeness, LinearError, Parity, Stage
 from runtime.measure.recommend import Recommendation
+from runtime.measure.retrieval import MeanDrop, MeanPrecision, QueryShare, Retrieval
 from runtime.quantization import QuantizedModule
 
 
@@ -125,6 +130,8 @@ FP32 = MeasuredModel(
     parity=None,
     accuracy=accuracy((0.5323, 0.555, 0.5774), (0.7698, 0.789, 0.807), 1.0, 0.001, None),
     agreement=None,
+    embedding=None,
+    outputs=(),
     not_finite=None,
     latency=(
         latency(1, 15.9, 16.8, 19.1, 62.9, 0.9, 1.0),
@@ -191,6 +198,8 @@ W4A8 = MeasuredModel(
         BaselineDrop(0.013, 0.0021, 0.0239, 87, 63, 0.0602, "fp32"),
     ),
     agreement=None,
+    embedding=None,
+    outputs=(),
     not_finite=None,
     latency=(
         latency(1, 7.34, 7.92, 9.45, 136.2, 0.41, 0.46),
@@ -248,8 +257,14 @@ REPORT = BenchReport(
         gpu=Gpu("Sample GPU", "580.1", 85521.0, "P0", 1980.0, 1980.0, 2619.0, False),
     ),
     data=ImageData("photos", 1860, "a1ec9625ac6d"),
+    gallery=None,
     models=(FP16, FP32, W4A8),
-    gate=Gate(2.0, "fp32", (Verdict("W4A8 marr-stream", "undecided", UNDECIDED, 4700),)),
+    gate=Gate(
+        2.0,
+        None,
+        "fp32",
+        (Verdict("W4A8 marr-stream", "max_drop", "undecided", UNDECIDED, 4700),),
+    ),
     recommendation={
         criterion: Recommendation("W4A8 marr-stream", "integer", value, sentence)
         for criterion, value, sentence in (
@@ -274,6 +289,51 @@ BARE_MODEL = replace(
 )
 BARE_REPORT = replace(REPORT, models=(BARE_MODEL,), gate=None, recommendation=None, warnings=())
 """Nothing that has to be asked for, and no baseline to compare with."""
+
+
+def query_share(low: float, share: float, high: float, lost: float | None) -> QueryShare:
+    """lost: against fp32; None of fp32 itself."""
+    against = None
+    if lost is not None:
+        ends = (lost - 0.011, lost + 0.011)
+        against = BaselineDrop(lost, *ends, 87, 63, 0.0602, "fp32")
+    return QueryShare(share, low, high, 1860, against, "80" * 233)
+
+
+def embedding(cosine: float, share: float, lost: float | None) -> Embedding:
+    """cosine: mean with fp32. share: of all that is found. lost: against fp32."""
+    found = query_share(share - 0.02, share, share + 0.02, lost)
+    drop = None if lost is None else MeanDrop("fp32", lost, lost - 0.004, lost + 0.004)
+    ends = (cosine - 0.0004, min(1.0, cosine + 0.0004), cosine - 0.1, 1860)
+    return Embedding(
+        Likeness(cosine, *ends, cosine - 0.02, 0.83, 0.82, 0.84, 0.0371),
+        Retrieval(
+            3720, False, 99, found, found, found,
+            MeanPrecision(share, share - 0.01, share + 0.01, 1850, drop),
+        ),
+    )  # fmt: skip
+
+
+EMBEDDER = replace(
+    W4A8, accuracy=None, embedding=embedding(0.9876, 0.542, 0.013), parity=None, quantization=None
+)
+"""A model that gives embeddings."""
+
+FP32_EMBEDDER = replace(FP32, accuracy=None, embedding=embedding(1.0, 0.555, None))
+EMBEDDER_REPORT = replace(
+    REPORT,
+    models=(FP32_EMBEDDER, EMBEDDER),
+    gallery=ImageData("photos", 3720, "4f2c"),
+    gate=None,
+    recommendation=None,
+    warnings=(),
+)
+"""A bench of embeddings of images with classes."""
+
+TOKENS = OutputError(0.9912, 0.9908, 0.9916, 0.9571, 1860, "tokens", 0.1312, None)
+MASKS = OutputError(0.9712, 0.9701, 0.9723, 0.9113, 1860, "masks", 0.2312, 0.934)
+DENSE = replace(W4A8, accuracy=None, outputs=(TOKENS, MASKS), parity=None, quantization=None)
+"""A model with two dense outputs."""
 
 BROKEN = NotFinite(17, Overflow("blocks.0.mlp.fc2", "MatMul", 9.1e7, 65504.0))
 """Logits that are not finite, and why."""

@@ -2,11 +2,14 @@
 
 from marrq.cli import bench_options, common, device_options
 from marrq.files import write_text
+from marrq.models.images.folders import GALLERY_IMAGES
 
 
 def bench(
     paths: bench_options.Paths,
     data: common.DataOption = None,
+    gallery: common.GalleryOption = GALLERY_IMAGES,
+    classes: common.ClassesOption = None,
     flavor: bench_options.Flavor = None,
     weights_only: device_options.WeightsOnly = False,
     baseline: bench_options.Baselines = [],
@@ -22,6 +25,7 @@ def bench(
     parity_images: bench_options.ParityImages = 256,
     throughput: bench_options.Throughput = False,
     max_drop: bench_options.MaxDrop = None,
+    min_cosine: bench_options.MinCosine = None,
     recommend: bench_options.Recommend = False,
     json_file: common.JsonOption = None,
     page_file: bench_options.Page = None,
@@ -30,9 +34,11 @@ def bench(
 
     marrq bench artifact --data IMAGES --json bench.json
     marrq bench model.onnx --max-drop 1.0 --batch 16
+    marrq bench embedder.onnx --data IMAGES --min-cosine 0.99
     marrq bench artifact --recommend --report bench.html
     marrq bench artifact --device gpu --weights-only --cuda-graph
     """
+    from marrq.models.class_embeddings import load_classes
     from marrq.workflows.bench import bench as run
     from marrq.workflows.bench_options import BenchOptions
     from runtime.report.html import check_page, page
@@ -44,8 +50,10 @@ def bench(
         flavor=flavor, weights_only=weights_only, baselines=tuple(baseline) or None,
         batches=tuple(batch), rounds=rounds, seconds=seconds, device=device, provider=provider,
         cuda_graph=cuda_graph, threads=threads, throughput=throughput, max_drop=max_drop,
-        recommend=recommend, artifacts=tuple(artifact),
+        min_cosine=min_cosine, gallery_images=gallery, recommend=recommend,
+        artifacts=tuple(artifact),
         parity_images=parity_images if parity else None,
+        classes=None if classes is None else load_classes(classes),
     )  # fmt: skip
     report = run(paths, data, options, common.say, common.progress_bars)
     common.write_report(json_file, report.to_json())

@@ -66,6 +66,23 @@ DataOption = Annotated[
         "train/ and val/ if these exist. Or demo; the model demo needs none.",
     ),
 ]
+GalleryOption = Annotated[
+    int,
+    input_option(
+        metavar="N",
+        help="For embeddings: images of train/ that k-NN looks among, drawn at random if there are "
+        "more.",
+        min=1,
+    ),
+]
+ClassesOption = Annotated[
+    Path | None,
+    input_option(
+        "--classes",
+        metavar="FILE",
+        help="For a model that gives features: classes that marrq classes wrote.",
+    ),
+]
 SamplesOption = Annotated[
     int, input_option(metavar="N", help="Number of calibration images, drawn at random.", min=2)
 ]
@@ -74,7 +91,7 @@ SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random 
 # Names come from where they are defined, so that the help knows a new one at once.
 LOWRANK_KINDS = ", ".join(get_args(LowRankKind))
 # Settings that have an option of their own are left out.
-NAMED_SETTINGS = ("alpha", "feedback", "lowrank", "rotate")
+NAMED_SETTINGS = ("alpha", "feedback", "lowrank", "rotate", "refine")
 OTHER_SETTINGS = [key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS]
 
 # What the codes become: bits and grids, then the method and its settings.
@@ -141,6 +158,13 @@ LowrankOption = Annotated[
 ]
 RotateOption = Annotated[
     bool, quantization_option("--rotate", help="Rotate the residual stream first.")
+]
+RefineOption = Annotated[
+    bool,
+    quantization_option(
+        "--refine",
+        help="Refine the finished model by back-propagation, on further images of the folder.",
+    ),
 ]
 SettingOption = Annotated[
     list[str],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from marrq.cli import common
+from marrq.models.images.folders import GALLERY_IMAGES
 
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme
@@ -22,6 +23,7 @@ def compare(
     model: common.ModelArgument,
     *,
     data: common.DataOption = None,
+    gallery: common.GalleryOption = GALLERY_IMAGES,
     samples: common.SamplesOption = 256,
     seeds: Seeds = 3,
     scheme: common.SchemesOption = ["W4A8"],
@@ -38,14 +40,15 @@ def compare(
     """
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
-    from marrq.workflows.checks import check_comparison, check_model, data_for
+    from marrq.workflows.checks import check_comparison, check_data, check_model, data_for
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
     # All that can be wrong without torch is checked first, and not told after hours.
     methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
     check_model(model)
-    name = data_for(model, data, samples, is_measured=True)
+    name = data_for(model, data, samples)
+    check_data(name)
     check_comparison(output, {"schema": SCHEMA, "model": model, "samples": samples})
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
@@ -61,7 +64,7 @@ def compare(
     # Seeds vary slowest: runs of one seed share the full-precision tokens.
     combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
-    task = Task(model, name, samples, kind)
+    task = Task(model, name, samples, kind, gallery)
     with common.progress_bars(runs=len(combinations)) as [bar]:
         found = run_comparison(task, combinations, output, bar.show, distribute)
     common.warn(found["warnings"])

@@ -1,10 +1,11 @@
-"""`marrq evaluate`: top-1 and top-5 of a model or an artifact in torch."""
+"""`marrq evaluate`: how right a model or an artifact answers in torch."""
 
 from typing import Annotated
 
 import typer
 
 from marrq.cli import common
+from marrq.models.images.folders import GALLERY_IMAGES
 
 SCHEMA = "marrq.evaluate/1"
 
@@ -17,51 +18,63 @@ Evaluated = Annotated[
 def evaluate(
     model: Evaluated,
     data: common.DataOption = None,
+    gallery: common.GalleryOption = GALLERY_IMAGES,
+    classes: common.ClassesOption = None,
     device: common.DeviceOption = "auto",
     json_file: common.JsonOption = None,
 ) -> None:
-    """Measure top-1 and top-5 in torch, of an artifact beside its float model.
+    """Measure accuracy, or embeddings, in torch, of an artifact beside its float model.
 
     marrq evaluate artifact --data IMAGES
+    marrq evaluate clip-artifact --classes classes.safetensors --data IMAGES
     """
+    from marrq.models.class_embeddings import load_classes
     from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.devices import choose_device
 
     check_model(model)
     # A folder that was named is checked at once. Whether the default will do depends on the model.
     if data is not None:
-        data_for(model, data, is_measured=True)
+        data_for(model, data)
+    given = None if classes is None else load_classes(classes)
     chosen = choose_device(device)
 
     from marrq.distributed import process_group
-    from marrq.models.images import find_images
+    from marrq.models.images.gallery import find_measured
+    from marrq.workflows.evaluate import Evaluating, load_candidates
     from marrq.workflows.evaluate import evaluate as measure
-    from marrq.workflows.evaluate import load_candidates
-    from runtime.report.tables import accuracy_table
+    from runtime.report.answers import evaluation_tables
 
     candidates = load_candidates(model)
+    if given is not None:
+        candidates = candidates.classified(given)
     models = candidates.models
     # An artifact of the demo has the demo's images, whatever its folder is called.
     first = next(iter(models.values()))
     source, labels = first.source.name, first.labels
-    images = find_images(data_for(source, data), "val", labels)
+    images = find_measured(data_for(source, data), labels, gallery)
+    looked_at = len(images.measured) + (0 if images.gallery is None else len(images.gallery))
     with (
         process_group(chosen) as processes,
-        common.progress_bars(processes.is_first, images=len(images) * len(models)) as [bar],
+        common.progress_bars(processes.is_first, images=looked_at * len(models)) as [bar],
     ):
-        found = measure(models, images, chosen, bar.advance, processes)
+        found = measure(models, images, Evaluating(chosen, bar.advance, processes))
     # Every process has all logits; one report is enough.
     if not processes.is_first:
         return
     # What is noted of the images is known when they have been read.
-    warnings = [*candidates.warnings, *images.noted()]
+    measured = images.measured
+    unlabelled = [f"classes are not known: {measured.why_unlabelled}"]
+    notes = images.notes if measured.targets else unlabelled
+    warnings = [*candidates.warnings, *notes, *measured.noted()]
     report = {
         "schema": SCHEMA,
         "model": source,
-        "data": images.description(),
-        "models": {title: accuracy.to_json() for title, accuracy in found.items()},
+        "data": measured.description(),
+        "gallery": None if images.gallery is None else images.gallery.description(),
+        "models": {title: one.to_json() for title, one in found.items()},
         "warnings": warnings,
     }
     common.warn(warnings)
     common.write_report(json_file, report)
-    common.stdout.print(accuracy_table(found, images.name))
+    common.stdout.print(*evaluation_tables(found, measured.name), sep="\n")

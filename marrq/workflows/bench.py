@@ -13,25 +13,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-
 from marrq.errors import MarrqError
-from marrq.workflows.baselines import BaselineMaker, check_same_model
-from marrq.workflows.bench_options import DEFAULTS, BenchOptions, check_paths
+from marrq.workflows.baselines import BaselineMaker, Baselines, check_same_model
+from marrq.workflows.bench_images import checked_metadata, describe, images_for, unmeasured
+from marrq.workflows.bench_options import (
+    DEFAULTS,
+    BenchOptions,
+    check_limits,
+    check_paths,
+)
 from marrq.workflows.checks import check_data
 from marrq.workflows.parity import artifact_of, measure_parity
-from runtime.measure.answers import NO_TARGET
-from runtime.measure.bench import BenchReport, ImageData, Progress
+from runtime.measure.answers import judged_output
+from runtime.measure.bench import BenchReport, Progress
 from runtime.measure.bench import bench as measure
+from runtime.measure.gate import Limits
 from runtime.measure.measured import Entry
-from runtime.metadata import Metadata
+from runtime.metadata import Metadata, OutputKind
 from runtime.quantization import read_quantization
 from runtime.session import Model, SessionSettings, check_provider
 
 if TYPE_CHECKING:
     from marrq.models.images import ImageSet
-
-IMAGES_AT_ONCE = 8
+    from marrq.models.images.gallery import MeasuredSets
 
 
 class Bar(Protocol):
@@ -57,6 +61,14 @@ def hidden_bars(**totals: int) -> Iterator[list[Bar]]:
     yield [_HiddenBar() for _ in totals]
 
 
+class Shared(NamedTuple):
+    """What all files of a run have in common: source, preprocessing and labels in the metadata of
+    the first, and the kind of the output that is judged."""
+
+    metadata: Metadata
+    kind: OutputKind
+
+
 class BenchedFile(NamedTuple):
     """An ONNX file to measure.
 
@@ -80,8 +92,9 @@ def bench(
     """Measure accuracy, size and latency of files and artifacts beside their float baselines.
 
     paths: artifacts, or ONNX files that `marrq export` wrote, all of one model.
-    data: folder of images; None for the demo's own. Without class folders that are classes of the
-        model only size and speed are measured.
+    data: folder of images; None for the demo's own. Accuracy of a classifier is measured if its
+        class folders are classes of the model, k-NN and retrieval of a model that gives embeddings
+        if there are class folders.
     options: what is measured, and how.
     say: called with a line for people before each export.
     bars: shows how far the measuring is.
@@ -94,34 +107,46 @@ def bench(
     check_paths(given, options)
     check_provider(options.session)
     if data is not None:
-        check_data(data, is_measured=options.counts_answers)
+        check_data(data)
     # Artifacts are looked for first: a missing one must not show after minutes of measuring.
     artifacts = (
         {str(path): artifact_of(path, options.artifacts, options.session) for path in given}
         if options.parity_images is not None
         else {}
     )
-    images = _images(given[0], data, options)
+    from exporters.classes import classes_in
+
+    images = images_for(given[0], data, options)
     # Exports are measured, and gone when the report is there.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = [item for path in given for item in _onnx_files(path, options, folder, say)]
-        candidates, metadata = _candidates(files, options)
+        candidates, shared = _candidates(files, options)
+        check_limits(options.limits, shared.kind)
         beside = tuple(dict.fromkeys(path.resolve().parent for path in given))
         device, _ = options.runs_on
-        maker = BaselineMaker(metadata, beside, device, options.session, folder, say)
+        classes, session = classes_in(files[0].file), options.session
+        maker = BaselineMaker(shared.metadata, classes, beside, device, session, folder, say)
         baselines = maker.make(options.wanted_baselines)
-        if options.max_drop is not None and not baselines.entries:
-            raise MarrqError(
-                f"--max-drop compares with a baseline, and there is none: {baselines.warnings[0]}"
-            )
+        _check_baselines(baselines, options.limits)
         entries = [*baselines.entries, *candidates]
         # Parity compares images drawn at random, accuracy all of them.
         if options.parity_images is not None:
-            drawn = images.draw(min(options.parity_images, len(images)), 0)
+            measured = images.measured
+            drawn = measured.draw(min(options.parity_images, len(measured)), 0)
             entries = _with_parity(entries, artifacts, drawn, options.session, bars)
         warnings = (*baselines.warnings, *_other_devices(entries, device))
-        return _measured(entries, metadata, images, options, bars, warnings)
+        return _measured(entries, shared, images, options, bars, warnings)
+
+
+def _check_baselines(baselines: Baselines, limits: Limits) -> None:
+    """Raise MarrqError if there is nothing that candidates could be held to."""
+    found = {entry.flavor for entry in baselines.entries}
+    why = next(iter(baselines.warnings), "it was left out by --baseline")
+    if limits.max_drop is not None and not found:
+        raise MarrqError(f"--max-drop compares with a baseline, and there is none: {why}")
+    if limits.min_cosine is not None and "fp32" not in found:
+        raise MarrqError(f"--min-cosine compares with fp32, which is not measured: {why}")
 
 
 def _other_devices(entries: Sequence[Entry], device: str) -> list[str]:
@@ -144,11 +169,14 @@ def _onnx_files(
     from exporters.onnx_file import Export, write
     from exporters.trace import trace_quantized
     from marrq.artifact.folder import artifact_hash, load
+    from marrq.zero_shot import with_classes
 
     if path.is_file():
         return [BenchedFile(path, path)]
     # The hash keeps exports of two artifacts apart that have the same folder name.
     model, artifact = load(path), artifact_hash(path)
+    if options.classes is not None:
+        model = with_classes(model, options.classes)
     (device, _), given = options.runs_on, options.flavor_options
     if not options.recommend:
         flavor = options.flavor or suitable_flavor(model.scheme, device)
@@ -169,41 +197,24 @@ def _onnx_files(
     return files
 
 
-def _candidates(
-    files: Sequence[BenchedFile], options: BenchOptions
-) -> tuple[list[Entry], Metadata]:
-    """The files as entries of the bench, and the metadata of the first: source,
-    preprocessing and labels are the same in all."""
+def _candidates(files: Sequence[BenchedFile], options: BenchOptions) -> tuple[list[Entry], Shared]:
+    """The files as entries of the bench, and what they have in common."""
     from exporters.choices import check_flavor_on
 
     entries: list[Entry] = []
     (device, _), session = options.runs_on, options.session
-    shared = _checked_metadata(files[0], session)
+    first = Model(files[0].file, session)
+    judged = judged_output(first.outputs)
+    shared = Shared(
+        checked_metadata(files[0].path, first), "dense" if judged is None else judged.kind
+    )
     for given in files:
-        metadata = _checked_metadata(given, session)
+        metadata = checked_metadata(given.path, Model(given.file, session))
         check_flavor_on(metadata.flavor, device)
         # Baselines, images and rounds are shared, so all files must come from one float model.
-        check_same_model(str(given.path), metadata, shared)
+        check_same_model(str(given.path), metadata, shared.metadata)
         entries.append(_candidate(given, metadata, {entry.name for entry in entries}))
     return entries, shared
-
-
-def _checked_metadata(given: BenchedFile, session: SessionSettings) -> Metadata:
-    """The metadata of a file. Raises MarrqError for a file that the bench cannot feed."""
-    opened = Model(given.file, session)
-    metadata = opened.metadata()
-    if not metadata.is_marrqs:
-        raise MarrqError(
-            f"{str(given.path)!r} was not written by `marrq export`: it does not say how its "
-            "images are preprocessed"
-        )
-    # A graph that normalizes images itself takes uint8, and the bench feeds normalized pixels.
-    if opened.input.type != "tensor(float)":
-        raise MarrqError(
-            f"{str(given.path)!r} takes {opened.input.type}, not normalized pixels: bench it as "
-            "exported without --preprocess"
-        )
-    return metadata
 
 
 def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry:
@@ -225,31 +236,7 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
         method=metadata.method,
         bits_per_weight=metadata.bits_per_weight,
         quantization=read_quantization(given.path / REPORTS) if is_artifact else None,
-        has_classes=bool(metadata.labels),
     )
-
-
-def _images(path: Path, data: str | None, options: BenchOptions) -> "ImageSet":
-    """The images to measure on. path: an artifact or an ONNX file, which knows the name of the
-    float model and the classes before anything is exported.
-
-    Raises MarrqError if the images have no targets and an option counts right answers.
-    """
-    from marrq.artifact.config import labels_from_json
-    from marrq.artifact.folder import read_config
-    from marrq.models.images import find_images
-    from marrq.workflows.checks import data_for
-
-    if path.is_file():
-        metadata = _checked_metadata(BenchedFile(path, path), options.session)
-        source, labels = metadata.source_name, metadata.labels
-    else:
-        config = read_config(path)
-        source, labels = config["model"]["name"], labels_from_json(config["labels"])
-    images = find_images(data_for(source, data), "val", labels)
-    if options.counts_answers:
-        images.labelled()
-    return images
 
 
 def _with_parity(
@@ -277,8 +264,8 @@ def _with_parity(
 
 def _measured(
     entries: Sequence[Entry],
-    metadata: Metadata,
-    images: "ImageSet",
+    shared: Shared,
+    images: "MeasuredSets",
     options: BenchOptions,
     bars: Bars,
     warnings: Sequence[str],
@@ -286,20 +273,22 @@ def _measured(
     """Accuracy on all images, and speed."""
     from marrq.models.preprocessing import Preprocessing
 
-    preprocessing = Preprocessing.from_json(json.loads(metadata.preprocessing))
-    # Read when the bench asks for them: all images together may not fit into memory.
-    targets = np.array(images.targets or [NO_TARGET] * len(images))
-    batches = (
-        (pixels.numpy(), targets[number * IMAGES_AT_ONCE :][: len(pixels)])
-        for number, pixels in enumerate(images.batches(preprocessing, IMAGES_AT_ONCE))
-    )
-    settings = options.settings
+    preprocessing = Preprocessing.from_json(json.loads(shared.metadata.preprocessing))
+    are_embedded, settings = shared.kind == "features", options.settings
+    # Nobody looks for neighbours of other answers than embeddings.
+    images = images if are_embedded else replace(images, gallery=None)
+    measured, count = images.measured, len(images.measured)
     # Latency opens every model once a round; throughput opens it once for each number of threads.
     sessions = options.rounds * len(entries) * (1 + len(settings.throughput_threads))
-    with bars(accuracy=len(images), speed=sessions) as [looking, timing]:
-        progress = Progress(looking.advance, timing.advance)
-        described = ImageData(images.name, len(images), images.sha256)
-        report = measure(entries, batches, described, settings, progress, warnings)
-    unmeasured = [] if images.targets else [f"accuracy is not measured: {images.why_unlabelled}"]
+    # Each embedding is compared with float32's and, if it has a class, with all others.
+    rows = len(entries) * count * (2 if measured.targets else 1) if are_embedded else 0
+    looked_at = count + (0 if images.gallery is None else len(images.gallery))
+    totals = {"accuracy": looked_at, "neighbours": rows, "speed": sessions}
+    with bars(**{name: total for name, total in totals.items() if total}) as shown:
+        # The second bar is the last one without neighbours, which are not advanced then.
+        progress = Progress(shown[0].advance, shown[1].advance, shown[-1].advance)
+        described = describe(images, preprocessing)
+        report = measure(entries, described, settings, progress, warnings)
     # What is noted of the images is known when they have been read.
-    return replace(report, warnings=(*report.warnings, *unmeasured, *images.noted()))
+    notes = (*unmeasured(images, shared.kind), *measured.noted())
+    return replace(report, warnings=(*report.warnings, *notes))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporters.choices import (
     BASELINES,
@@ -16,11 +17,18 @@ from exporters.choices import (
 from marrq.artifact.scheme import read_scheme
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
+from marrq.models.class_embeddings import ClassEmbeddings
+from marrq.models.images.folders import GALLERY_IMAGES
 from marrq.workflows.provider import choose_provider
 from runtime.environment import usable_cores
 from runtime.measure.bench import BenchSettings
+from runtime.measure.gate import Limits
 from runtime.measure.latency import Plan, thread_counts
+from runtime.metadata import OutputKind
 from runtime.session import SessionSettings
+
+if TYPE_CHECKING:
+    from marrq.models.images import ImageSet
 
 NO_BASELINE = "none"
 """What a user names to measure no baseline at all."""
@@ -44,9 +52,13 @@ class BenchOptions:
         tensorrt, what runs them. Of a None the other one decides; if both are, it is the CPU.
     cuda_graph: time each batch size as a recorded CUDA graph.
     weights_only: export artifacts with quantized activations without them (`folded`).
+    classes: export artifacts that give features with these classes.
     threads: of one operator; None for ONNX Runtime's choice.
     throughput: also measure images per second with 1, 2, 4 … threads.
-    max_drop: points of top-1 that a file may lose against the baseline; None for no gate.
+    max_drop: points of top-1, of k-NN for embeddings, that a file may lose against the baseline;
+        None for no gate.
+    min_cosine: least mean cosine of embeddings and dense outputs with fp32; None for no gate.
+    gallery_images: of train/ that k-NN looks among, at most.
     recommend: measure every flavour of an artifact, and name the best.
     parity_images: images on which files are compared with torch; None for no comparison.
     artifacts: what ONNX files were exported from; needed for parity.
@@ -64,9 +76,12 @@ class BenchOptions:
     threads: int | None = None
     throughput: bool = False
     max_drop: float | None = None
+    min_cosine: float | None = None
+    gallery_images: int = GALLERY_IMAGES
     recommend: bool = False
     parity_images: int | None = None
     artifacts: tuple[Path, ...] = ()
+    classes: ClassEmbeddings | None = None
 
     def __post_init__(self) -> None:
         # The device is a part of what follows, so a contradiction is told first.
@@ -100,6 +115,8 @@ class BenchOptions:
             raise MarrqError("--baseline none leaves out all baselines: name it alone")
         if self.max_drop is not None and self.wanted_baselines == ():
             raise MarrqError("--max-drop compares with a baseline: leave out --baseline none")
+        if self.min_cosine is not None and self.wanted_baselines == ():
+            raise MarrqError("--min-cosine compares with fp32: leave out --baseline none")
 
     @property
     def wanted_baselines(self) -> tuple[str, ...] | None:
@@ -109,9 +126,9 @@ class BenchOptions:
         return () if self.baselines == (NO_BASELINE,) else self.baselines
 
     @property
-    def counts_answers(self) -> bool:
-        """Whether the images must have right answers."""
-        return self.max_drop is not None or self.recommend or self.parity_images is not None
+    def limits(self) -> Limits:
+        """What candidates are held to."""
+        return Limits(self.max_drop, self.min_cosine)
 
     @property
     def runs_on(self) -> tuple[str, str]:
@@ -135,10 +152,34 @@ class BenchOptions:
         # Up to the threads asked for, or to the cores that this process may use.
         counts = thread_counts(self.threads or usable_cores()) if self.throughput else ()
         plan = Plan(self.batches, self.rounds, self.seconds, self.cuda_graph)
-        return BenchSettings(self.session, plan, counts, self.max_drop, self.recommend)
+        return BenchSettings(self.session, plan, counts, self.limits, self.recommend)
 
 
 DEFAULTS = BenchOptions()
+
+
+def check_drop(images: "ImageSet", labels: tuple[str, ...]) -> None:
+    """Raise MarrqError if right answers on the images cannot be counted. labels: of the model."""
+    if labels:
+        images.labelled()
+    elif not images.targets:
+        raise MarrqError(
+            f"--max-drop counts right answers, and {images.why_unlabelled}, or pass --min-cosine"
+        )
+
+
+def check_limits(limits: Limits, kind: OutputKind) -> None:
+    """Raise MarrqError for a limit of what a model does not give. kind: of its judged output."""
+    if limits.max_drop is not None and kind == "dense":
+        raise MarrqError(
+            "--max-drop counts right answers, and the model gives dense outputs alone: pass "
+            "--min-cosine"
+        )
+    if limits.min_cosine is not None and kind == "classes":
+        raise MarrqError(
+            "--min-cosine is for embeddings and dense outputs, and the model gives logits of "
+            "classes: pass --max-drop"
+        )
 
 
 def check_paths(paths: Sequence[Path], options: BenchOptions) -> None:
@@ -159,6 +200,7 @@ def check_paths(paths: Sequence[Path], options: BenchOptions) -> None:
         "--recommend": options.recommend,
         f"--flavor {options.flavor}": options.flavor is not None,
         "--weights-only": options.weights_only,
+        "--classes": options.classes is not None,
     }
     option = next((name for name, given in about_exports.items() if given), None)
     if option is not None and all(path.is_file() for path in paths):

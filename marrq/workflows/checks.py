@@ -41,16 +41,13 @@ def check_model(name: str) -> None:
         raise MarrqError(f"{path!r} does not exist: give a model's folder, or a model's name")
 
 
-def data_for(
-    model: str, data: str | None, samples: int | None = None, is_measured: bool = False
-) -> str:
+def data_for(model: str, data: str | None, samples: int | None = None) -> str:
     """The name of the images for a model: `data`, or the built-in images of the model demo.
 
-    samples: how many images to calibrate on; None for no calibration. is_measured: whether accuracy
-    is measured.
+    samples: how many images to calibrate on; None for images to measure on.
 
-    Raises MarrqError if a model other than demo has no data, and if the data folder does not exist,
-    has too few images, or has no folders of images that could be classes.
+    Raises MarrqError if a model other than demo has no data, and if the data folder does not exist
+    or has too few images.
     """
     if data is None and model != "demo":
         raise MarrqError(
@@ -58,18 +55,18 @@ def data_for(
             "built-in images)"
         )
     name = data or "demo"
-    check_data(name, samples, is_measured)
+    check_data(name, samples)
     return name
 
 
-def check_data(name: str, samples: int | None = None, is_measured: bool = False) -> None:
+def check_data(name: str, samples: int | None = None) -> None:
     """Raise MarrqError for images that cannot serve, as `data_for`."""
     check_data_folder(name)
     if name != "demo":
         # It imports Pillow and NumPy, which `--help` has no use for.
         from marrq.models.images.folders import check_images
 
-        check_images(name, samples, is_measured)
+        check_images(name, samples)
 
 
 def check_comparison(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:

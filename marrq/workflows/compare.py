@@ -15,15 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import find_blocks
 from marrq.models.images import find_images
-from marrq.models.load import VisionModel, load_model
+from marrq.models.images.folders import GALLERY_IMAGES
+from marrq.models.images.gallery import find_measured
+from marrq.models.load import load_model
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
 from marrq.pipeline.quantize import RunOptions, check_groups
 from marrq.quantized_model import QuantizedModel
@@ -31,12 +31,24 @@ from marrq.quantizers.linear import bits_per_weight
 from marrq.schemes import Scheme
 from marrq.workflows.checks import check_comparison
 from marrq.workflows.devices import peak_memory
-from marrq.workflows.evaluate import predict
+from marrq.workflows.evaluate import (
+    FLOAT,
+    AnyModel,
+    Evaluating,
+    Evaluation,
+    answers,
+    judge,
+    judged,
+)
 from marrq.workflows.quantize import Recipe, quantize_in_place
 from runtime.environment import describe_machine
 from runtime.errors import BenchError
-from runtime.measure.accuracy import measure_accuracy
+from runtime.measure.accuracy import Accuracy
+from runtime.measure.embedded import Embedded, Embedding
 from runtime.report.comparison import SCHEMA
+
+RUN = "run"
+"""The title of a run's model beside the float model."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,14 @@ class Task:
     """What all runs have in common.
 
     model: as `load_model` takes it. data: as `find_images` takes it. samples: calibration images of
-    a run. device: cpu or cuda.
+    a run. device: cpu or cuda. gallery_images: of train/ that k-NN looks among, at most.
     """
 
     model: str
     data: str
     samples: int
     device: str
+    gallery_images: int = GALLERY_IMAGES
 
 
 @dataclass(frozen=True)
@@ -124,8 +137,8 @@ def compare(
 class Runner:
     """Does runs one after the other, in this process.
 
-    They share the float model, its logits and the images. Runs that follow each other with the same
-    seed, rotation, first and last layers and balance share the full-precision tokens too.
+    They share the float model, its answers and the images. Runs that follow each other with the
+    same seed, rotation, first and last layers and balance share the full-precision tokens too.
     """
 
     def __init__(self, task: Task) -> None:
@@ -133,9 +146,8 @@ class Runner:
         # Loaded once: every run quantizes a copy.
         self.original = load_model(task.model)
         self.train = find_images(task.data, "train", self.original.labels)
-        self.held_out = find_images(task.data, "val", self.original.labels)
-        # Told before the first run: every run is judged by its right answers.
-        self.held_out.labelled()
+        self.images = find_measured(task.data, self.original.labels, task.gallery_images)
+        _, self.kind = judged(self.original)
         self.shared: FullPrecisionInputs | None = None
 
     def check_groups(self, schemes: list[Scheme]) -> None:
@@ -152,15 +164,15 @@ class Runner:
     def run(self, combination: Combination) -> dict[str, Any]:
         """Quantize and measure: the run as the report has it, and under `float` the accuracy of the
         float model."""
-        # The logits of the float model are computed once, and not on the time of the first run.
-        reference = self.reference
+        # The float model answers once, and not on the time of the first run.
+        float_model = self.float_model
         # Time and memory are those of quantizing alone, without measuring.
         start = time.perf_counter()
         with peak_memory() as peak:
             model = self._quantized(combination)
         seconds = time.perf_counter() - start
         try:
-            measured = self._measured(model, reference)
+            measured = self._measured(model)
         except BenchError as error:
             # The other combinations have no part in it, so the user has to know which one to drop.
             named = f"{combination.scheme.description} {combination.method.name}"
@@ -170,24 +182,33 @@ class Runner:
             **measured,
             "seconds": seconds,
             "peak_memory_mb": peak(),
-            "float": self.accuracy,
+            "float": float_model,
         }
 
-    @cached_property
-    def targets(self) -> NDArray[np.int64]:
-        """Classes of the held-out images, [images]."""
-        return np.array(self.held_out.labelled())
+    @property
+    def notes(self) -> list[str]:
+        """How the weights were read, and what cannot be measured on the images."""
+        why = self.images.measured.why_unlabelled
+        unlabelled = [f"classes are not known: {why}"] if why else []
+        return [*self.original.notes, *unlabelled, *self.images.notes]
 
     @cached_property
-    def reference(self) -> NDArray[np.float32]:
-        """Logits of the float model on the held-out images, [images, classes]."""
-        return self._logits(self.original)
+    def reference(self) -> Embedded:
+        """What the float model answers: logits or embeddings of the held-out images, and for
+        embeddings of the gallery's."""
+        return self._answers(self.original)
 
     @cached_property
-    def accuracy(self) -> dict[str, Any]:
-        """Accuracy of the float model as the report has it."""
-        accuracy = measure_accuracy(self.reference, self.targets)
-        return {"top1": accuracy.top1, "images": accuracy.images}
+    def float_model(self) -> dict[str, Any]:
+        """The float model as the report has it: the number of images, and top-1 or what embeddings
+        find, if the classes of the images are known."""
+        found, images = self._judged(self.reference), {"images": len(self.images.measured)}
+        if isinstance(found, Accuracy):
+            return {"top1": found.top1, **images}
+        if isinstance(found, Embedding) and found.retrieval is not None:
+            seen = found.retrieval
+            return {"knn20": seen.knn20.share, "retrieval": seen.to_json(), **images}
+        return images
 
     def _quantized(self, combination: Combination) -> QuantizedModel:
         scheme, method = combination.scheme, combination.method
@@ -203,12 +224,12 @@ class Runner:
         run = RunOptions(self.device, shared=self.shared)
         return quantize_in_place(copied, self.train, recipe, run)
 
-    def _measured(self, model: QuantizedModel, reference: NDArray[np.float32]) -> dict[str, Any]:
+    def _measured(self, model: QuantizedModel) -> dict[str, Any]:
         # Errors J of layers differ by orders of magnitude, so their sum is about the largest. The
         # mean of the relative errors counts every layer alike.
-        reports = model.reports
+        reports, found = model.reports, self._judged(self._answers(model))
         return {
-            **measure_accuracy(self._logits(model), self.targets, reference).to_json(),
+            **({"embedding": found.to_json()} if isinstance(found, Embedding) else found.to_json()),
             "error": sum(report.error for report in reports),
             "relative_error": sum(report.relative_error for report in reports) / len(reports),
             "bits_per_weight": bits_per_weight(model.module),
@@ -216,11 +237,13 @@ class Runner:
             "fallbacks": {report.path: report.fallback for report in reports if report.fallback},
         }
 
-    def _logits(self, model: VisionModel | QuantizedModel) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = predict(
-            model.module, self.held_out, self.original.preprocessing, self.device
-        ).numpy()
-        return logits
+    def _answers(self, model: AnyModel) -> Embedded:
+        return answers(model, self.images, self.original.preprocessing, Evaluating(self.device))
+
+    def _judged(self, found: Embedded) -> Evaluation:
+        # The float model beside itself has lost nothing.
+        both = {FLOAT: self.reference, RUN: found}
+        return judge(both, self.images, self.kind)[RUN]
 
 
 class ReportFile:
@@ -230,18 +253,22 @@ class ReportFile:
         """Read the file if it exists. Raises MarrqError if it holds something else."""
         self.file, self.combinations = file, combinations
         self.added: list[dict[str, Any]] = []
-        about = {
+        measured, gallery = runner.images.measured, runner.images.gallery
+        about: dict[str, Any] = {
             "schema": SCHEMA,
             "model": runner.task.model,
             "weights": runner.original.source.weights_sha256,
-            "data": runner.held_out.description(),
+            "data": measured.description(),
             "samples": runner.task.samples,
         }
+        # Neighbours among other images cannot stand in one table either.
+        if gallery is not None:
+            about["gallery"] = gallery.description()
         # The machine of the command; times can be compared within one file alone.
         environment = {**describe_machine().to_json(), "torch": version("torch")}
         found = check_comparison(file, about) or {"environment": environment, "runs": []}
         # Files of earlier versions have no warnings.
-        self.report = {**about, "warnings": list(runner.original.notes), **found}
+        self.report = {**about, "warnings": runner.notes, **found}
 
     def missing(self) -> list[Combination]:
         """The combinations that the file does not hold."""

@@ -1,12 +1,12 @@
-"""Logits of a model in torch over an image set, and what they say about accuracy.
+"""What models answer in torch over an image set, and how right that is.
 
-Accuracy itself is computed in one place, runtime/measure/accuracy.py, for torch and ONNX Runtime
-alike. `watch_linears` and `nudged` serve the comparison of torch with an export
+Accuracy and the worth of embeddings are computed in one place, runtime/measure, for torch and ONNX
+Runtime alike. `watch_linears` and `nudged` serve the comparison of torch with an export
 (marrq/workflows/parity.py).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ from marrq.artifact.folder import is_artifact, load
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.blocks import hooked
+from marrq.models.class_embeddings import ClassEmbeddings
 from marrq.models.images import ImageSet
+from marrq.models.images.gallery import MeasuredSets
 from marrq.models.load import VisionModel, load_model
+from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.workflows.float_model import find_float_model
+from marrq.zero_shot import with_classes
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy, measure_accuracy
+from runtime.measure.embedded import Embedded, Embedding, KnownClasses, compare_embeddings
+from runtime.measure.judge import agreement
+from runtime.measure.measured import Agreement
 
 BATCH_SIZE = 16
 
@@ -33,6 +40,10 @@ FLOAT = "float"
 """The title of the float model."""
 
 AnyModel = VisionModel | QuantizedModel
+Evaluation = Accuracy | Agreement | Embedding
+
+CLASSES: OutputKind = "classes"
+FEATURES: OutputKind = "features"
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class Candidates:
 
     models: dict[str, AnyModel]
     warnings: tuple[str, ...] = ()
+
+    def classified(self, classes: ClassEmbeddings) -> "Candidates":
+        """The same models, each with these classes. Raises MarrqError as `with_classes`."""
+        models = {title: with_classes(model, classes) for title, model in self.models.items()}
+        return replace(self, models=models)
 
 
 def load_candidates(name: str) -> Candidates:
@@ -63,68 +79,147 @@ def load_candidates(name: str) -> Candidates:
     return Candidates({FLOAT: original, title: quantized}, original.notes)
 
 
-def evaluate(
-    models: Mapping[str, AnyModel],
-    images: ImageSet,
-    device: torch.device,
-    images_done: Callable[[int], None] = lambda count: None,
-    processes: Processes = ONE_PROCESS,
-) -> dict[str, Accuracy]:
-    """Top-1, top-5, and agreement with the float model, of each model by its title.
+@torch.no_grad()
+def judged(model: AnyModel) -> tuple[nn.Module, OutputKind]:
+    """The model as a module that returns its logits or else its first embedding, and which of the
+    two that is. Raises MarrqError if all of its outputs are dense."""
+    device = next(model.module.parameters()).device
+    trial = torch.zeros(1, *model.preprocessing.input_size, device=device)
+    kinds = [
+        output_kind(name, output.dim(), model.labels)
+        for name, output in zip(model.outputs, as_tuple(model.module(trial)), strict=True)
+    ]
+    for kind in (CLASSES, FEATURES):
+        if kind in kinds:
+            return _OneOutput(model.module, kinds.index(kind)), kind
+    raise MarrqError(
+        f"{model.source.name!r} gives dense outputs alone, {', '.join(model.outputs)}, which are "
+        "measured on exported files: export it, and run marrq bench"
+    )
 
-    images_done: called with the number of images of each batch. Raises MarrqError if there are more
-    processes than batches, and if the images have no targets; and BenchError for logits that are
-    not finite.
+
+class _OneOutput(nn.Module):
+    """A model of which one output is asked."""
+
+    def __init__(self, model: nn.Module, place: int) -> None:
+        super().__init__()
+        self.model, self.place = model, place
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return as_tuple(self.model(pixels))[self.place]
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """How models are evaluated.
+
+    images_done: called with the number of images of each batch, of all processes together.
+    processes: each computes some of the batches.
     """
-    targets = np.array(images.labelled())
-    found: dict[str, Accuracy] = {}
-    reference = None
+
+    device: torch.device
+    images_done: Callable[[int], None] = lambda count: None
+    processes: Processes = ONE_PROCESS
+
+
+def evaluate(
+    models: Mapping[str, AnyModel], images: MeasuredSets, how: Evaluating
+) -> dict[str, Evaluation]:
+    """What is known of each model's answers, by its title.
+
+    Of a classifier that is top-1, top-5 and agreement with the float model; if the classes of the
+    images are not known, the agreement alone, of all models but the float one. Of a model that
+    gives embeddings it is how like they are to the float model's, and what they find.
+
+    Raises MarrqError if nothing can be measured, and if there are more processes than batches; and
+    BenchError for outputs that are not finite.
+    """
+    if set(models) == {FLOAT}:
+        # There is nothing that it could be compared with, so its right answers are counted.
+        images.measured.labelled()
     # An artifact stores its preprocessing; its float model must see the same pixels.
     preprocessing = list(models.values())[-1].preprocessing
+    _, kind = judged(next(iter(models.values())))
+    found = {}
     for title, model in models.items():
-        logits = predict(
-            model.module, images, preprocessing, device, images_done, processes
-        ).numpy()
-        # Agreement and divergence of every model are taken against the float model, the first one.
-        reference = logits if title == FLOAT else reference
         try:
-            found[title] = measure_accuracy(logits, targets, reference)
+            found[title] = answers(model, images, preprocessing, how)
         except BenchError as error:
             raise BenchError(f"{title}: {error}") from error
-    return found
+    return judge(found, images, kind)
+
+
+def answers(
+    model: AnyModel, images: MeasuredSets, preprocessing: Preprocessing, how: Evaluating
+) -> Embedded:
+    """Logits, or embeddings, of all images. Raises BenchError if they are not finite."""
+    module, kind = judged(model)
+    # Nobody looks for neighbours of a classifier's answers.
+    among = images.gallery if kind == FEATURES else None
+    found = [
+        predict(module, chosen, preprocessing, how).numpy()
+        for chosen in (images.measured, among)
+        if chosen is not None
+    ]
+    if not all(np.isfinite(part).all() for part in found):
+        raise BenchError(
+            "the model gives NaN or infinite outputs: its numbers overflow, so they mean nothing"
+        )
+    return Embedded(*found)
+
+
+def judge(
+    found: Mapping[str, Embedded], images: MeasuredSets, kind: OutputKind
+) -> dict[str, Evaluation]:
+    """What is known of each model's answers, by its title.
+
+    kind: of the answers. Raises MarrqError for logits if neither classes nor a float model tell
+    what is right, and BenchError for logits that are not finite.
+    """
+    float_model, measured = found.get(FLOAT), images.measured
+    if kind == FEATURES:
+        reference = FLOAT if FLOAT in found else None
+        return {**compare_embeddings(found, known_classes(images), reference, reference)}
+    logits = None if float_model is None else float_model.measured
+    if logits is None or measured.targets:
+        targets = np.array(measured.labelled())
+        return {title: measure_accuracy(x.measured, targets, logits) for title, x in found.items()}
+    others = {title: x for title, x in found.items() if title != FLOAT}
+    return {title: agreement(logits, x.measured) for title, x in others.items()}
+
+
+def known_classes(images: MeasuredSets) -> KnownClasses | None:
+    """The classes of the images, for `compare_embeddings`; None if they are not known."""
+    if not images.measured.targets:
+        return None
+    among = None if images.gallery is None else np.array(images.gallery.targets)
+    return KnownClasses(np.array(images.measured.targets), among)
 
 
 @torch.no_grad()
 def predict(
-    module: nn.Module,
-    images: ImageSet,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    images_done: Callable[[int], None] = lambda count: None,
-    processes: Processes = ONE_PROCESS,
+    module: nn.Module, images: ImageSet, preprocessing: Preprocessing, how: Evaluating
 ) -> Tensor:
-    """Logits float32 [images, classes] on the CPU, the same in every process.
+    """Logits, or embeddings, float32 [images, …] on the CPU, the same in every process.
 
-    images_done: called with the number of images of each batch, of all processes together.
-    processes: each computes some of the batches. Raises MarrqError if there are more processes than
-    batches.
+    Raises MarrqError if there are more processes than batches.
     """
-    module = module.to(device)
+    module, processes = module.to(how.device), how.processes
     starts = range(0, len(images), BATCH_SIZE)
     if processes.size > len(starts):
         raise MarrqError(
             f"{processes.size} processes for {len(starts)} batches of images: start fewer"
         )
-    # Consecutive batches for each process: gathered by rank, the logits are in order.
+    # Consecutive batches for each process: gathered by rank, the outputs are in order.
     mine = processes.share(starts)
     # The last batch may be shorter; a slice stops at the end by itself.
     rows = slice(mine[0], mine[-1] + BATCH_SIZE)
-    logits = []
+    found = []
     for pixels in images.subset(rows).batches(preprocessing, BATCH_SIZE):
-        logits.append(module(pixels.to(device)).float().cpu())
+        found.append(module(pixels.to(how.device)).float().cpu())
         # The other processes are about as far, so the bar of the first one counts for all.
-        images_done(len(pixels) * processes.size)
-    return processes.all_gather(torch.cat(logits))
+        how.images_done(len(pixels) * processes.size)
+    return processes.all_gather(torch.cat(found))
 
 
 @torch.no_grad()

@@ -80,16 +80,22 @@ def measure_parity(
     folder: the artifact. file: the ONNX file.
     images_done: called with the number of images of each batch.
     """
+    from exporters.classes import classes_in
     from marrq.artifact.folder import load
     from marrq.models.images import read_image
     from marrq.quantizers.weights_only import weights_only
     from marrq.workflows.float_model import find_float_model
+    from marrq.zero_shot import with_classes
 
     model, session = load(folder), Model(file, settings)
     # What a file leaves out of the artifact, the simulation leaves out too.
     if session.metadata().weights_only:
         model = weights_only(model)
-    original, _ = find_float_model(model.source)
+    # What a file was given, and the artifact has not, all stages are given.
+    classes = classes_in(file)
+    if classes is not None:
+        model = with_classes(model, classes)
+    original, _ = find_float_model(model.source, classes)
     sides = _Sides(None if original is None else original.module, model.module, session)
     preprocess = ServedPreprocessing.read(session.metadata().preprocessing)
     batches: list[StageLogits] = []
@@ -109,13 +115,16 @@ def measure_parity(
         nudged=np.concatenate([batch.nudged for batch in batches]),
         exported=np.concatenate([batch.exported for batch in batches]),
         served=np.concatenate([batch.served for batch in batches]),
+        are_classes=bool(model.labels),
     )
+    # Targets of images for embeddings are no indices of outputs.
+    targets = np.array(images.targets) if model.labels and images.targets else None
     # Linears are compared on few images: each of their channels has hundreds of tokens.
     first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
     errors = linear_errors(model, file, first, settings)
     return compare_stages(
         logits,
-        np.array(images.labelled()),
+        targets,
         errors,
         pixel_difference,
         _saturating(file, settings),

@@ -8,7 +8,7 @@ for people (runtime/report/) are made from it; nothing is measured there.
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.audit.graph import size_bytes
@@ -19,15 +19,10 @@ from runtime.audit.rows import AuditRow, audit
 from runtime.environment import Environment, describe
 from runtime.errors import BenchError
 from runtime.gpu import COMMAND, Gpu, describe_gpu
-from runtime.measure.answers import (
-    Answers,
-    Batches,
-    accuracies,
-    agreements,
-    not_finite,
-    predict,
-)
-from runtime.measure.gate import Gate, hold_against_limit
+from runtime.measure.answers import Answers, not_finite, predict
+from runtime.measure.gate import Gate, Limits, hold_against_limits
+from runtime.measure.images import ImageData, MeasuredImages
+from runtime.measure.judge import Judgement, judge
 from runtime.measure.latency import (
     Latency,
     Plan,
@@ -36,13 +31,7 @@ from runtime.measure.latency import (
     measure_latency,
     measure_throughput,
 )
-from runtime.measure.measured import (
-    Agreement,
-    ComparedAccuracy,
-    ComparedLatency,
-    Entry,
-    MeasuredModel,
-)
+from runtime.measure.measured import ComparedLatency, Entry, MeasuredModel
 from runtime.measure.memory import PeakMemory, measure_peak_memory
 from runtime.measure.recommend import Recommendation, recommend
 from runtime.records import Json, Record
@@ -65,17 +54,19 @@ class BenchSettings:
     plan: Plan
     # Numbers of threads to measure throughput with; empty for no throughput.
     throughput_threads: tuple[int, ...] = ()
-    # Points of top-1 that a candidate may lose against the baseline; None for no gate.
-    max_drop: float | None = None
+    # What candidates are held to.
+    limits: Limits = field(default_factory=Limits)
     # Whether the best candidates are named.
     recommend: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Called after each batch of images with its size, and after each session that was timed."""
+    """Called after each batch of images with its size, after each chunk of embeddings that was
+    compared with its size, and after each session that was timed."""
 
     images: Callable[[int], None] = lambda count: None
+    embeddings: Callable[[int], None] = lambda count: None
     session: Callable[[], None] = lambda: None
 
 
@@ -91,25 +82,19 @@ class BenchEnvironment(Environment):
 
 
 @dataclass(frozen=True)
-class ImageData(Record):
-    """The images that accuracy was measured on. hash: over the list of their names."""
-
-    path: str
-    images: int
-    hash: str
-
-
-@dataclass(frozen=True)
 class BenchReport(Record):
     """Everything that a run of the bench found."""
 
     environment: BenchEnvironment
+    # The images that answers were measured on, and those that k-NN looked among; None if there are
+    # none of their own.
     data: ImageData
+    gallery: ImageData | None
     # Baselines first, then candidates.
     models: tuple[MeasuredModel, ...]
-    # None if no drop was demanded.
+    # None if nothing was demanded.
     gate: Gate | None
-    # By criterion; None if it was not asked for, empty if no candidate gives finite logits.
+    # By criterion; None if it was not asked for, empty if no candidate could be judged.
     recommendation: dict[str, Recommendation] | None
     # What was left out of the measuring or may falsify it.
     warnings: tuple[str, ...]
@@ -140,15 +125,14 @@ class _Running:
 
 def bench(
     entries: Sequence[Entry],
-    batches: Batches,
-    data: ImageData,
+    images: MeasuredImages,
     settings: BenchSettings,
     progress: Progress,
     warnings: Sequence[str] = (),
 ) -> BenchReport:
     """Measure all entries on the same images and in the same rounds.
 
-    data: describes the images. warnings: for the report, of what the caller left out.
+    warnings: for the report, of what the caller left out.
 
     Raises BenchError if a gate has no baseline, and for a candidate that the provider cannot run
     whole (runtime/audit/placement.py).
@@ -157,14 +141,8 @@ def bench(
     plan, session = settings.plan, settings.session
     described = vars(describe(session))
     # What cannot run fails before minutes of timing.
-    answers, targets = predict(entries, batches, session, progress.images)
-    judged = list(
-        zip(
-            accuracies(entries, answers, targets),
-            agreements(entries, answers, targets),
-            strict=True,
-        )
-    )
+    answered = predict(entries, images, session, progress.images)
+    judged = judge(entries, answered, progress.embeddings)
     ran = [_what_runs(entry, session) for entry in entries]
     runnings = _run(entries, settings, progress)
     # Now, while the clocks are still those of the last run.
@@ -183,8 +161,8 @@ def bench(
         if entry.role == "baseline"
     }
     models = tuple(
-        _measured(entry, right, answers[entry.file], nodes, running, baselines)
-        for entry, right, nodes, running in zip(entries, judged, ran, runnings, strict=True)
+        _measured(entry, judgement, answered.answers[entry.file], nodes, running, baselines)
+        for entry, judgement, nodes, running in zip(entries, judged, ran, runnings, strict=True)
     )
     elsewhere = [
         f"{entry.name}: {nodes.misplaced}"
@@ -193,9 +171,10 @@ def bench(
     ]
     return BenchReport(
         environment=environment,
-        data=data,
+        data=images.data,
+        gallery=images.gallery,
         models=models,
-        gate=None if settings.max_drop is None else hold_against_limit(models, settings.max_drop),
+        gate=hold_against_limits(models, settings.limits) if settings.limits.any else None,
         recommendation=recommend(models) if settings.recommend else None,
         warnings=(*warnings, *elsewhere, *(_about_gpu(gpu) if on_gpu else ())),
     )
@@ -212,9 +191,12 @@ def _about_gpu(gpu: Gpu | None) -> list[str]:
 
 
 def _check_gate(entries: Sequence[Entry], settings: BenchSettings) -> None:
-    has_baseline = any(entry.role == "baseline" for entry in entries)
-    if settings.max_drop is not None and not has_baseline:
+    baselines = [entry for entry in entries if entry.role == "baseline"]
+    if settings.limits.max_drop is not None and not baselines:
         raise BenchError("an accuracy gate needs a baseline: pass --baseline fp32, or a file")
+    is_there = any(entry.flavor == "fp32" for entry in baselines)
+    if settings.limits.min_cosine is not None and not is_there:
+        raise BenchError("--min-cosine compares with fp32, and fp32 is not measured: add it")
 
 
 def _what_runs(entry: Entry, settings: SessionSettings) -> _Ran:
@@ -251,15 +233,13 @@ def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) 
 
 def _measured(
     entry: Entry,
-    right: tuple[ComparedAccuracy | None, Agreement | None],
+    judgement: Judgement,
     answers: Answers,
     ran: _Ran,
     running: _Running,
     baselines: dict[str, Speed],
 ) -> MeasuredModel:
-    """All that was found of one model. right: its accuracy, or how alike the float32 model answers.
-    baselines: speeds of the baselines, by flavour."""
-    accuracy, agreement = right
+    """All that was found of one model. baselines: speeds of the baselines, by flavour."""
     return MeasuredModel(
         name=entry.name,
         path=entry.path,
@@ -272,8 +252,7 @@ def _measured(
         bits_per_weight=entry.bits_per_weight,
         quantization=entry.quantization,
         parity=entry.parity,
-        accuracy=accuracy,
-        agreement=agreement,
+        **vars(judgement),
         not_finite=not_finite(entry.file, answers),
         latency=tuple(
             _with_ratios(latency, slot, baselines)

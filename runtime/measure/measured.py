@@ -10,15 +10,23 @@ from numpy.typing import NDArray
 
 from runtime.audit.precision import Precision
 from runtime.audit.rows import AuditRow
-from runtime.measure.accuracy import Accuracy, PairedDrop
+from runtime.measure.accuracy import Accuracy, BaselineDrop, bits_of, wilson_interval
+from runtime.measure.cosines import Cosines
+from runtime.measure.dense import OutputError
+from runtime.measure.embedded import Embedding
 from runtime.measure.latency import Latency, Throughput
 from runtime.measure.overflow import Overflow
 from runtime.measure.parity import Parity
+from runtime.measure.retrieval import Retrieval
 from runtime.quantization import QuantizedModule
-from runtime.records import Json, Record
+from runtime.records import Record
 
 # A candidate is what the user asked about; a baseline is the float model that it came from.
 Role = Literal["candidate", "baseline"]
+
+TOP1 = "top-1"
+KNN_TOP1 = "k-NN top-1"
+"""What a drop is counted in: of a classifier, and of embeddings of images with classes (k = 20)."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,6 @@ class Entry:
     quantization: tuple[QuantizedModule, ...] | None = None
     # How the file compares with its artifact; None if that was not asked for.
     parity: Parity | None = None
-    # Whether its outputs are logits of classes.
-    has_classes: bool = True
-
-
-@dataclass(frozen=True)
-class BaselineDrop(PairedDrop):
-    """What a model loses in top-1 against a baseline. baseline: its name."""
-
-    baseline: str
-
-    def to_json(self) -> Json:
-        """The baseline first."""
-        return {"baseline": self.baseline, **super().to_json()}
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,7 @@ class ComparedAccuracy(Accuracy):
     @property
     def right(self) -> NDArray[np.bool_]:
         """Whether the top-1 of each image is right, [images]."""
-        # The last byte is filled up with zeros, which `count` cuts off.
-        packed = np.frombuffer(bytes.fromhex(self.hits), np.uint8)
-        return np.unpackbits(packed, count=self.images).astype(bool)
+        return bits_of(self.hits, self.images)
 
 
 @dataclass(frozen=True)
@@ -83,18 +76,51 @@ class Agreement(Record):
     agreement: share of images with the same top-1, 0 … 1.
     divergence: from the float32 model, in nats (runtime/measure/accuracy.py).
     images: how many there are.
+    same: a bit for each image, set if its top-1 is the float32 model's, as `hits` of an accuracy.
     """
 
     agreement: float
     divergence: float
     images: int
+    same: str
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Whether the top-1 of each image is that of the float32 model, [images]."""
+        return bits_of(self.same, self.images)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number by which a model's answers are ranked, with its 95 % interval.
+
+    measure: what it is, in words. images: how many it was found on. right: of each image, if it is
+    a share of images.
+    """
+
+    measure: str
+    value: float
+    low: float
+    high: float
+    images: int
+    right: NDArray[np.bool_] | None = None
+
+    @property
+    def figure(self) -> str:
+        """The number with its interval: a share in percent, a cosine as it is."""
+        ends = (self.low, self.value, self.high)
+        if self.right is None:
+            low, value, high = (f"{end:.4f}" for end in ends)
+            return f"{self.measure} {value} ({low}–{high})"
+        low, value, high = (f"{100 * end:.1f}" for end in ends)
+        return f"{self.measure} {value} % ({low}–{high})"
 
 
 @dataclass(frozen=True)
 class NotFinite(Record):
-    """Logits that are NaN or infinite. They answer nothing, so the model has no accuracy.
+    """Outputs that are NaN or infinite. They answer nothing, so the model has no accuracy.
 
-    images: how many have such logits.
+    images: how many have such outputs.
     first: the operator that overflows; None if the file in float32 shows none.
     """
 
@@ -105,7 +131,7 @@ class NotFinite(Record):
     def sentence(self) -> str:
         """How many images, and why."""
         cause = "" if self.first is None else f": {self.first.sentence}"
-        return f"gives NaN or infinite logits for {self.images:,} images{cause}"
+        return f"gives NaN or infinite outputs for {self.images:,} images{cause}"
 
 
 @dataclass(frozen=True)
@@ -141,10 +167,16 @@ class MeasuredModel(Record):
     quantization: tuple[QuantizedModule, ...] | None
     # None if it was not asked for.
     parity: Parity | None
-    # None if the classes of the images are not known, and if logits are not finite.
+    # None if the classes of the images are not known, for a model without classes, and if its
+    # outputs are not finite.
     accuracy: ComparedAccuracy | None
-    # In place of the accuracy, if the classes of the images are not known; None for features.
+    # In place of the accuracy, if the classes of the images are not known.
     agreement: Agreement | None
+    # In place of both, for a model that gives embeddings.
+    embedding: Embedding | None
+    # How far other outputs than the logits or the embedding are from those of float32; empty
+    # without the float32 model, and for the float32 model itself.
+    outputs: tuple[OutputError, ...]
     not_finite: NotFinite | None
     # One for each batch size, in the order of the plan.
     latency: tuple[ComparedLatency, ...]
@@ -171,8 +203,43 @@ class MeasuredModel(Record):
 
     @property
     def against(self) -> BaselineDrop | None:
-        """What the model loses against the baseline; None if that is not known."""
-        return None if self.accuracy is None else self.accuracy.against
+        """What the model loses against the baseline, in top-1 or in that of k-NN; None if that is
+        not known."""
+        if self.accuracy is not None:
+            return self.accuracy.against
+        return None if self._retrieval is None else self._retrieval.knn20.against
+
+    @property
+    def score(self) -> Score | None:
+        """The number by which the model is ranked: the strongest that is known of its answers."""
+        if self.accuracy is not None:
+            top1 = self.accuracy
+            ends = (top1.top1_low, top1.top1_high)
+            return Score(TOP1, top1.top1, *ends, top1.images, top1.right)
+        if self._retrieval is not None:
+            knn = self._retrieval.knn20
+            return Score(KNN_TOP1, knn.share, knn.low, knn.high, knn.queries, knn.right)
+        if self.agreement is not None:
+            same = self.agreement
+            ends = wilson_interval(int(same.right.sum()), same.images)
+            return Score("same class as fp32", same.agreement, *ends, same.images, same.right)
+        if not self.cosines:
+            return None
+        # A chain is as strong as its weakest link.
+        least = min(self.cosines.values(), key=lambda found: found.cosine)
+        ends = (least.cosine_low, least.cosine_high)
+        return Score("cosine with fp32", least.cosine, *ends, least.images)
+
+    @property
+    def cosines(self) -> dict[str, Cosines]:
+        """How near each output that is no logits is to that of float32, by what it is called."""
+        alike = None if self.embedding is None else self.embedding.likeness
+        embedding = {} if alike is None else {"embedding": alike}
+        return {**embedding, **{row.output: row for row in self.outputs}}
+
+    @property
+    def _retrieval(self) -> Retrieval | None:
+        return None if self.embedding is None else self.embedding.retrieval
 
     @property
     def is_candidate(self) -> bool:

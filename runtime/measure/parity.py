@@ -11,7 +11,7 @@ another thing to the logits, so each has a rule of its own by which it *loses*. 
 loses is named. Without the float model the first stage is left out.
 
 **Quantization** may change the logits. It loses if it gets fewer images right than chance explains:
-by McNemar's exact test at 5 %.
+by McNemar's exact test at 5 %. Without classes it is not judged, only measured.
 
 **Export** may change the logits by the rounding of float sums. In a quantized model that is not
 always little: an activation that falls to the other side between two codes is carried on through
@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import BenchError
 from runtime.measure.accuracy import hits, paired_drop
+from runtime.measure.cosines import cosines
 from runtime.metadata import LinearPart, Metadata
 from runtime.records import Record
 from runtime.session import Model, SessionSettings
@@ -59,7 +60,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StageLogits:
-    """Logits of the same images, [images, classes]."""
+    """Logits of the same images, [images, classes], or embeddings [images, channels]."""
 
     # Of the float model in torch; None if it is not at hand.
     original: Array | None
@@ -71,16 +72,18 @@ class StageLogits:
     exported: Array
     # Of the file, on the pixels of its own preprocessing.
     served: Array
+    # Whether they are logits of classes.
+    are_classes: bool = True
 
 
 @dataclass(frozen=True)
 class Closeness(Record):
     """How near two sets of logits are: cosine of each image's logits, and share of images with the
-    same top-1."""
+    same top-1; None for embeddings, whose largest number names no class."""
 
     least_cosine: float
     median_cosine: float
-    agreement: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,11 @@ class Stage(Record):
     # Over the images: cosine of an image's logits before and after the stage.
     least_cosine: float
     median_cosine: float
-    # Share of images with the same top-1.
-    agreement: float
-    # Accuracy before and after the stage.
-    top1_source: float
-    top1_target: float
+    # Share of images with the same top-1; None for outputs that are no logits of classes.
+    agreement: float | None
+    # Accuracy before and after the stage; None if the classes of the images are not known.
+    top1_source: float | None
+    top1_target: float | None
     # A sentence; None if the stage loses nothing.
     loss: str | None
 
@@ -129,7 +132,7 @@ class Parity(Record):
 
 def compare_stages(
     logits: StageLogits,
-    targets: NDArray[np.int64],
+    targets: NDArray[np.int64] | None,
     linears: Mapping[str, float],
     pixel_difference: float,
     saturating: Collection[str] = (),
@@ -137,7 +140,8 @@ def compare_stages(
 ) -> Parity:
     """Find the stages that lose.
 
-    targets: [images], indices of classes.
+    targets: [images], indices of classes; None if they are not known, or there are no classes.
+        Then nobody can say what quantization loses, only how far it moves the outputs.
     linears: relative error of each linear, by module path.
     pixel_difference: largest difference between the pixels of the two preprocessings.
     saturating: linears whose sums can saturate on this processor (runtime/audit/saturation.py).
@@ -166,27 +170,18 @@ def compare_stages(
         )
         losses.insert(0, _quantization_loss(logits.original, logits.simulated, targets))
     stages = tuple(
-        Stage(name, source, target, **vars(_closeness(before, after)),
+        Stage(name, source, target, **vars(_closeness(before, after, logits.are_classes)),
               top1_source=_top1(before, targets), top1_target=_top1(after, targets), loss=loss)
         for (name, source, target, before, after), loss in zip(compared, losses, strict=True)
     )  # fmt: skip
     return Parity(
-        images=len(targets),
+        images=len(logits.simulated),
         stages=stages,
         first_loss=next((stage.stage for stage in stages if stage.loss), None),
-        nudged=_closeness(logits.simulated, logits.nudged),
+        nudged=_closeness(logits.simulated, logits.nudged, logits.are_classes),
         pixel_difference=pixel_difference,
         linears=tuple(LinearError(path, error) for path, error in linears.items()),
     )
-
-
-def cosines(a: Array, b: Array) -> NDArray[np.float64]:
-    """Cosine of each row of a [n, c] with that of b [n, c]: [n]. 0 if a row is 0 or not finite."""
-    # In float64: cosines near 1 differ in digits that float32 does not have.
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-    return np.where(np.isfinite(found), found, 0.0)
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -277,17 +272,21 @@ class LinearsAlone:
         return graph
 
 
-def _top1(logits: Array, targets: NDArray[np.int64]) -> float:
-    return float(hits(logits, targets).mean())
+def _top1(logits: Array, targets: NDArray[np.int64] | None) -> float | None:
+    return None if targets is None else float(hits(logits, targets).mean())
 
 
-def _closeness(before: Array, after: Array) -> Closeness:
+def _closeness(before: Array, after: Array, are_classes: bool) -> Closeness:
     found = cosines(before, after)
-    same = before.argmax(1) == after.argmax(1)
-    return Closeness(float(found.min()), float(np.median(found)), float(same.mean()))
+    same = float((before.argmax(1) == after.argmax(1)).mean()) if are_classes else None
+    return Closeness(float(found.min()), float(np.median(found)), same)
 
 
-def _quantization_loss(original: Array, simulated: Array, targets: NDArray[np.int64]) -> str | None:
+def _quantization_loss(
+    original: Array, simulated: Array, targets: NDArray[np.int64] | None
+) -> str | None:
+    if targets is None:
+        return None
     # Chance explains a gain as well as a loss: only a drop can be a loss.
     found = paired_drop(hits(original, targets), hits(simulated, targets))
     if found.drop <= 0 or found.p_value >= SIGNIFICANT:

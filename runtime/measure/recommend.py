@@ -8,7 +8,9 @@ Level are
 - latencies at the first batch size, if the other was at least as fast in one round or more: if the
   two were equally fast, five rounds would all fall to one side once in sixteen runs,
 - accuracies, if the 95 % interval of the paired drop from the best includes 0
-  (runtime/measure/accuracy.py).
+  (runtime/measure/accuracy.py). What counts as accuracy is `MeasuredModel.score`: top-1, the top-1
+  of k-NN, the agreement with fp32, or a cosine. Cosines are level if their intervals meet, which
+  takes more to tell them apart than pairs would.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.measure.accuracy import paired_drop
-from runtime.measure.measured import ComparedAccuracy, MeasuredModel
+from runtime.measure.measured import MeasuredModel, Score
 from runtime.records import Record
 
 SIZE_TOLERANCE = 0.01
@@ -63,9 +65,9 @@ class Criterion:
 
 
 def recommend(models: Sequence[MeasuredModel]) -> dict[str, Recommendation]:
-    """For each criterion the candidate to take; empty if no candidate gives finite logits."""
+    """For each criterion the candidate to take; empty if no candidate's answers could be judged."""
     # A model that answers nothing is recommended for nothing, however small and fast it is.
-    candidates = [model for model in models if model.is_candidate and model.accuracy is not None]
+    candidates = [model for model in models if model.is_candidate and model.score is not None]
     return {name: _recommended(name, candidates) for name in CRITERIA} if candidates else {}
 
 
@@ -125,16 +127,16 @@ def _latency_figure(model: MeasuredModel) -> str:
     return f"{first.p50_ms:.2f} ms at batch {first.batch}{ratio}"
 
 
-def _accuracy_of(model: MeasuredModel) -> ComparedAccuracy:
-    # Models without an accuracy are no candidates of a recommendation.
-    assert model.accuracy is not None
-    return model.accuracy
+def _score_of(model: MeasuredModel) -> Score:
+    # Models without a score are no candidates of a recommendation.
+    assert model.score is not None
+    return model.score
 
 
-def _accuracy_figure(model: MeasuredModel) -> str:
-    found = _accuracy_of(model)
-    low, top1, high = (100 * x for x in (found.top1_low, found.top1, found.top1_high))
-    return f"top-1 {top1:.1f} % ({low:.1f}–{high:.1f})"
+def _equally_right(best: Score, score: Score) -> bool:
+    if best.right is None or score.right is None:
+        return score.high >= best.low
+    return paired_drop(best.right, score.right).drop_low <= 0
 
 
 # In the order in which they decide.
@@ -155,11 +157,9 @@ CRITERIA = {
     ),
     "accuracy": Criterion(
         "most accurate",
-        value=lambda model: _accuracy_of(model).top1,
+        value=lambda model: _score_of(model).value,
         sign=-1,
-        level=lambda best, model: (
-            paired_drop(_accuracy_of(best).right, _accuracy_of(model).right).drop_low <= 0
-        ),
-        figure=_accuracy_figure,
+        level=lambda best, model: _equally_right(_score_of(best), _score_of(model)),
+        figure=lambda model: _score_of(model).figure,
     ),
 }

@@ -21,8 +21,6 @@ from runtime.records import Json
 SCHEMA = "marrq.compare/2"
 
 HEADINGS = (
-    "\ntop-1 %",
-    "agree\n%",
     "\nKL",
     "\nΣJ",
     "relative\nerror",
@@ -31,6 +29,31 @@ HEADINGS = (
     "memory\nMB",
     "\nseeds",
 )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the answers of a comparison are judged by. Both are shares, or cosines times 100.
+
+    score, alike: headings of the number that methods are ranked by, and of how like answers are to
+    those of the float model. digits: behind the point.
+    """
+
+    score: str
+    alike: str
+    digits: int = 1
+
+
+MEASURES = {
+    "top1": Measure("top-1 %", "agree\n%"),
+    "agreement": Measure("agree %", "agree\n%"),
+    "knn20": Measure("k-NN %", "neighb.\n%"),
+    "cosine": Measure("cosine %", "neighb.\n%", digits=2),
+}
+"""Top-1 of classifiers, or their agreement with the float model if the classes of the images are
+not known; of embeddings the top-1 of k-NN (k = 20), or the mean cosine without classes. Embeddings
+are alike by the neighbours that they share."""
+
 LEGEND = (
     "±: half the spread over the seeds; KL: divergence from full precision, nats; ΣJ: summed over "
     "the linears; memory: the peak"
@@ -43,9 +66,9 @@ class ComparedRun:
 
     scheme: str
     method: str
-    # Shares of images.
-    top1: float
-    agreement: float
+    # By the measure of the report, 0 … 1.
+    score: float
+    alike: float
     # From the float model, in nats.
     divergence: float
     # J summed over the linears.
@@ -58,41 +81,69 @@ class ComparedRun:
     # None if the system does not tell.
     peak_memory_mb: float | None
 
+    @classmethod
+    def read(cls, run: Json, measure: str) -> "ComparedRun":
+        """From the JSON of a run."""
+        # A run has more keys than people are shown.
+        judged = dict(zip(("score", "alike", "divergence"), _answers(run, measure), strict=True))
+        plain = {key: run[key] for key in cls.__dataclass_fields__ if key not in judged}
+        return cls(**{**plain, **judged})
+
+
+def _measure_of(run: Json) -> str:
+    """A key of MEASURES."""
+    embedding = run.get("embedding")
+    if embedding is not None:
+        return "cosine" if embedding["retrieval"] is None else "knn20"
+    return "top1" if "top1" in run else "agreement"
+
+
+def _answers(run: Json, measure: str) -> tuple[float, float, float]:
+    """Score, how alike answers are, and the divergence."""
+    if measure in ("top1", "agreement"):
+        return run[measure], run["agreement"], run["divergence"]
+    seen, alike = run["embedding"]["retrieval"], run["embedding"]["likeness"]
+    score = alike["cosine"] if measure == "cosine" else seen[measure]["share"]
+    return score, alike["overlap"], alike["divergence"]
+
 
 @dataclass(frozen=True)
 class ComparisonReport:
     """A comparison, as far as people are shown of it.
 
-    data: where the images are. samples: calibration images of a run.
-    float_top1, float_images: accuracy of the float model, and the number of images.
+    data: where the images are. samples: calibration images of a run. measure: key of MEASURES.
+    float_score, float_images: of the float model by that measure, and the number of images.
     """
 
     model: str
     data: str
     samples: int
-    float_top1: float
+    measure: str
+    float_score: float
     float_images: int
     runs: tuple[ComparedRun, ...]
 
     @classmethod
     def read(cls, report: Json) -> "ComparisonReport":
         """From the JSON of schema marrq.compare/2."""
-        # A run has more keys than people are shown.
-        keys = tuple(ComparedRun.__dataclass_fields__)
+        # All runs are of one model and on the same images, so they have one measure.
+        measure = _measure_of(report["runs"][0])
         return cls(
             model=report["model"],
             data=report["data"]["path"],
             samples=report["samples"],
-            float_top1=report["float"]["top1"],
+            measure=measure,
+            # The float model agrees with itself in everything.
+            float_score=report["float"].get(measure, 1.0),
             float_images=report["float"]["images"],
-            runs=tuple(ComparedRun(**{key: run[key] for key in keys}) for run in report["runs"]),
+            runs=tuple(ComparedRun.read(run, measure) for run in report["runs"]),
         )
 
     @property
     def conditions(self) -> str:
         """What the numbers are to be read against."""
-        images = f"{self.float_images} images of {self.data}"
-        full = f"full precision {100 * self.float_top1:.1f} % on {images}"
+        shown, images = MEASURES[self.measure], f"{self.float_images} images of {self.data}"
+        full = f"full precision {100 * self.float_score:.{shown.digits}f} % on {images}"
         return f"{full}, {self.samples} calibration images"
 
 
@@ -106,10 +157,10 @@ class ComparisonRow:
 
     scheme: str
     method: str
-    top1: float
-    top1_worst: float
-    top1_best: float
-    agreement: float
+    score: float
+    score_worst: float
+    score_best: float
+    alike: float
     divergence: float
     divergence_worst: float
     divergence_best: float
@@ -120,11 +171,11 @@ class ComparisonRow:
     peak_memory_mb: float | None
     seeds: int
 
-    @property
-    def top1_percent(self) -> str:
+    def score_percent(self, digits: int) -> str:
         """Mean ± spread; a single seed has no spread."""
-        spread = f" ± {50 * (self.top1_best - self.top1_worst):.1f}" if self.seeds > 1 else ""
-        return f"{100 * self.top1:.1f}{spread}"
+        half = 50 * (self.score_best - self.score_worst)
+        spread = f" ± {half:.{digits}f}" if self.seeds > 1 else ""
+        return f"{100 * self.score:.{digits}f}{spread}"
 
     @property
     def divergence_nats(self) -> str:
@@ -144,17 +195,17 @@ def summarize(report: ComparisonReport) -> list[ComparisonRow]:
 
 def _row(runs: list[ComparedRun]) -> ComparisonRow:
     """The runs of one scheme and method as a row."""
-    top1 = [run.top1 for run in runs]
+    scores = [run.score for run in runs]
     divergences = [run.divergence for run in runs]
     # A run on a system that does not tell its memory has none.
     memories = [run.peak_memory_mb for run in runs if run.peak_memory_mb is not None]
     return ComparisonRow(
         scheme=runs[0].scheme,
         method=runs[0].method,
-        top1=fmean(top1),
-        top1_worst=min(top1),
-        top1_best=max(top1),
-        agreement=fmean(run.agreement for run in runs),
+        score=fmean(scores),
+        score_worst=min(scores),
+        score_best=max(scores),
+        alike=fmean(run.alike for run in runs),
         divergence=fmean(divergences),
         # Of a divergence the largest is the worst.
         divergence_worst=max(divergences),
@@ -177,8 +228,9 @@ def by_scheme(rows: Iterable[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
 
 
 def table(report: ComparisonReport) -> Table:
-    """The report for people: a section for each scheme, its best top-1 in bold. Fits 100
+    """The report for people: a section for each scheme, its best score in bold. Fits 100
     columns."""
+    shown = MEASURES[report.measure]
     result = Table(
         title=escape(report.model),
         caption=escape(f"{report.conditions}\n{LEGEND}"),
@@ -187,24 +239,25 @@ def table(report: ComparisonReport) -> Table:
         pad_edge=False,
     )
     result.add_column("scheme\n  method", overflow="fold")
-    for heading in HEADINGS:
+    for heading in (f"\n{shown.score}", shown.alike, *HEADINGS):
         result.add_column(heading, justify="right", no_wrap=True)
     for scheme, rows in by_scheme(summarize(report)).items():
         result.add_section()
         result.add_row(scheme)
         # Of its scheme: methods are compared at the same bits.
-        best = max(row.top1 for row in rows)
+        best = max(row.score for row in rows)
         for row in rows:
-            result.add_row(*_cells(row, bold=row.top1 == best))
+            score = row.score_percent(shown.digits)
+            result.add_row(*_cells(row, Text(score, style="bold" if row.score == best else "")))
     return result
 
 
-def _cells(row: ComparisonRow, bold: bool) -> list[str | Text]:
+def _cells(row: ComparisonRow, score: Text) -> list[str | Text]:
     """The row in words, under its scheme."""
     return [
         f"  {row.method}",
-        Text(row.top1_percent, style="bold" if bold else ""),
-        f"{100 * row.agreement:.1f}",
+        score,
+        f"{100 * row.alike:.1f}",
         f"{row.divergence:.3f}",
         f"{row.error:.3g}",
         f"{row.relative_error:.3g}",
@@ -216,12 +269,12 @@ def _cells(row: ComparisonRow, bold: bool) -> list[str | Text]:
 
 
 def markdown(report: ComparisonReport) -> str:
-    """A table of top-1 and a table of the divergence: a row a method, a column a scheme, mean ±
+    """A table of scores and a table of the divergence: a row a method, a column a scheme, mean ±
     spread; – if there is no run."""
-    rows = summarize(report)
-    top1 = {(row.scheme, row.method): row.top1_percent for row in rows}
+    rows, shown = summarize(report), MEASURES[report.measure]
+    scores = {(row.scheme, row.method): row.score_percent(shown.digits) for row in rows}
     divergences = {(row.scheme, row.method): row.divergence_nats for row in rows}
-    tables = (_crossed("top-1 %", top1), _crossed("KL, nats", divergences))
+    tables = (_crossed(shown.score, scores), _crossed("KL, nats", divergences))
     return "\n\n".join((*tables, report.conditions))
 
 

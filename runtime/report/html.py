@@ -15,9 +15,9 @@ from pathlib import Path
 
 from runtime.audit.rows import AuditRow
 from runtime.errors import BenchError
-from runtime.measure.accuracy import Accuracy
+from runtime.measure.accuracy import Accuracy, BaselineDrop
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import BaselineDrop, MeasuredModel, reference_of
+from runtime.measure.measured import MeasuredModel, reference_of
 from runtime.quantization import QuantizedModule
 from runtime.report.figures import (
     accuracy_figure,

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import BenchError
 from runtime.quantization import QuantizedModule, SearchStep
-from runtime.report.comparison import ComparisonReport, ComparisonRow, by_scheme, summarize
+from runtime.report.comparison import (
+    MEASURES,
+    ComparisonReport,
+    ComparisonRow,
+    by_scheme,
+    summarize,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +156,7 @@ def inline_svg(name: str, height: float, alt: str, draw: Callable[["Figure"], No
 
 
 def plot_comparison(report: ComparisonReport, file: Path) -> None:
-    """Top-1 and divergence of each method, a pair of panels a scheme: dots at the means over the
+    """Score and divergence of each method, a pair of panels a scheme: dots at the means over the
     seeds, bars from the worst to the best seed."""
     schemes = by_scheme(summarize(report))
     methods = list(dict.fromkeys(run.method for run in report.runs))
@@ -162,13 +168,13 @@ def plot_comparison(report: ComparisonReport, file: Path) -> None:
     with _figure(file, height) as figure:
         panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
         for (left, right), (scheme, rows) in zip(panels, schemes.items(), strict=True):
-            _draw_top1(left, methods, rows, 100 * report.float_top1)
+            _draw_scores(left, methods, rows, report)
             _draw_methods(
                 right,
                 methods,
                 {r.method: (r.divergence_worst, r.divergence, r.divergence_best) for r in rows},
             )
-            left.set(title=scheme, xlabel="top-1 accuracy (%)")
+            left.set(title=scheme, xlabel=MEASURES[report.measure].score)
             # The panels share this axis, so that the methods are named at the left only.
             left.set_yticks(range(len(labels)), labels)
             right.set(title=scheme, xlabel="divergence (nats)")
@@ -184,19 +190,20 @@ def _broken(method: str) -> str:
     return "\n".join(wrap(method.replace(",", ", "), NAME_WIDTH)).replace(", ", ",")
 
 
-def _draw_top1(
-    panel: "Axes", methods: list[str], rows: Sequence[ComparisonRow], reference: float
+def _draw_scores(
+    panel: "Axes", methods: list[str], rows: Sequence[ComparisonRow], report: ComparisonReport
 ) -> None:
-    """A left panel. reference: top-1 of the float model, in percent."""
-    shares = {row.method: (row.top1_worst, row.top1, row.top1_best) for row in rows}
+    """A left panel, with the score of the float model."""
+    shares = {row.method: (row.score_worst, row.score, row.score_best) for row in rows}
     percents = {method: tuple(100 * share for share in found) for method, found in shares.items()}
     _draw_methods(panel, methods, percents)
+    reference, digits = 100 * report.float_score, MEASURES[report.measure].digits
     panel.axvline(
         reference,
         color="black",
         linestyle="--",
         linewidth=1,
-        label=f"full precision, {reference:.1f} %",
+        label=f"full precision, {reference:.{digits}f} %",
     )
 
 

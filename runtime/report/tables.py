@@ -2,22 +2,28 @@
 is measured or computed here."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from runtime.measure.accuracy import Accuracy
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import ComparedLatency, MeasuredModel, reference_of
+from runtime.measure.measured import KNN_TOP1, TOP1, ComparedLatency, MeasuredModel, reference_of
 from runtime.measure.parity import Parity
+from runtime.report.answers import (
+    embedding_tables,
+    empty_table,
+    interval,
+    lost,
+    output_table,
+    share,
+)
 from runtime.report.inspection import reasons
 
 
 def tables(report: BenchReport) -> list[Table]:
-    """All tables of a report: models, throughput if it was measured, and parity of each model that
-    has it."""
-    found = [models_table(report)]
+    """All tables of a report: models, embeddings and other outputs if there are any, throughput if
+    it was measured, and parity of each model that has it."""
+    found = [models_table(report), *answer_tables(report)]
     if any(model.throughput for model in report.models):
         found.append(throughput_table(report))
     return found + [
@@ -28,27 +34,33 @@ def tables(report: BenchReport) -> list[Table]:
 def models_table(report: BenchReport) -> Table:
     """A row for each model; fits 80 columns with two batch sizes. A positive drop is a loss. What
     needs a baseline stands in the table if there is one."""
-    images = f"{report.data.images} images of {report.data.path}"
+    images = _images(report)
     reference = reference_of(report.models)
     baseline = None if reference is None else reference.flavor
     # Whether any model can be set beside another: on the same images, and beside float32.
     loses = any(model.against is not None for model in report.models)
     agrees = any(model.alike is not None for model in report.models)
     ms = "ms" if baseline is None else f"ms (× {baseline})"
+    # One model gives embeddings, so all do; top-1 is that of k-NN then.
+    embedded = any(model.embedding is not None for model in report.models)
+    measure = "k-NN %" if embedded else "top-1 %"
+    has_cosines = any(model.cosines for model in report.models)
     headings = (
-        "top-1 % (95 %)\ndrop (95 %)" if loses else "top-1 %\n(95 %)",
+        f"{measure} (95 %)\ndrop (95 %)" if loses else f"{measure}\n(95 %)",
+        *(["\ncosine"] if has_cosines else []),
         *(["agree\n%"] if agrees else []),
         "\nMB",
         "bits/\nweight",
         *(f"batch {row.batch}\n{ms}" for row in report.models[0].latency),
     )
     caption = f"{images}, ONNX Runtime {report.environment.onnxruntime}"
-    result = _empty_table(caption, "\nmodel", headings)
+    result = empty_table(caption, "\nmodel", headings)
     for model in report.models:
         result.add_row(
             model.name,
             _top1(model),
-            *([_share(model.alike)] if agrees else []),
+            *([_cosine(model)] if has_cosines else []),
+            *([share(model.alike)] if agrees else []),
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
             *(_time(row, baseline) for row in model.latency),
@@ -56,25 +68,14 @@ def models_table(report: BenchReport) -> Table:
     return result
 
 
-def accuracy_table(accuracies: Mapping[str, Accuracy], images: str) -> Table:
-    """A row for each model by its name; the first one is what the others are compared with.
-
-    images: name of the image set.
-    """
-    headings = ("\ntop-1 % (95 %)", "\ntop-5 %", "agree\n%", "\ndivergence")
-    count = next(iter(accuracies.values())).images
-    result = _empty_table(f"{count} images of {images}", "\nmodel", headings)
-    for place, (name, accuracy) in enumerate(accuracies.items()):
-        # The agreement of the first model with itself would say nothing.
-        own = place == 0 or accuracy.agreement is None or accuracy.divergence is None
-        result.add_row(
-            name,
-            _percent(accuracy),
-            f"{100 * accuracy.top5:.1f}",
-            "–" if own else f"{100 * (accuracy.agreement or 0):.1f}",
-            "–" if own else f"{accuracy.divergence:.4f}",
-        )
-    return result
+def answer_tables(report: BenchReport) -> list[Table]:
+    """What the table of models has no room for: embeddings, and outputs beside them."""
+    images, found = _images(report), list[Table]()
+    embeddings = {one.name: one.embedding for one in report.models if one.embedding is not None}
+    if embeddings:
+        found += embedding_tables(embeddings, images)
+    outputs = {one.name: one.outputs for one in report.models if one.outputs}
+    return [*found, output_table(outputs, images)] if outputs else found
 
 
 def throughput_table(report: BenchReport) -> Table:
@@ -83,7 +84,7 @@ def throughput_table(report: BenchReport) -> Table:
     # All models were measured with the same numbers of threads.
     threads = list(dict.fromkeys(row.threads for row in report.models[0].throughput))
     headings = ("\nbatch", *(f"threads\n{number}" for number in threads))
-    result = _empty_table("images per second", "\nmodel", headings)
+    result = empty_table("images per second", "\nmodel", headings)
     for model in report.models:
         # Rows come in the order of threads, then batches; the table has batches as rows.
         by_batch: dict[int, list[str]] = {}
@@ -98,14 +99,14 @@ def parity_table(name: str, parity: Parity) -> Table:
     """What each stage does to a model's logits on the way to a served file."""
     headings = ("cosine\nleast", "\nmedian", "same\ntop-1 %", "top-1 %\nbefore, after")
     caption = f"parity of {name}, {parity.images} images"
-    result = _empty_table(caption, "\nstage", headings)
+    result = empty_table(caption, "\nstage", headings)
     for stage in parity.stages:
         result.add_row(
             stage.stage,
             f"{stage.least_cosine:.5f}",
             f"{stage.median_cosine:.5f}",
-            f"{100 * stage.agreement:.1f}",
-            f"{100 * stage.top1_source:.1f}, {100 * stage.top1_target:.1f}",
+            share(stage.agreement),
+            f"{share(stage.top1_source)}, {share(stage.top1_target)}",
         )
     return result
 
@@ -162,8 +163,11 @@ def _parity_sentences(name: str, parity: Parity) -> list[str]:
         parity.linears, key=lambda row: (math.isnan(row.relative_error), row.relative_error)
     )
     losses = [f"{stage.stage} loses: {stage.loss}" for stage in parity.stages if stage.loss]
+    first = f"{name}: the first stage that loses is {parity.first_loss or 'none'}"
+    if any(stage.stage == "quantization" and stage.top1_target is None for stage in parity.stages):
+        first += "; what quantization loses cannot be told without classes"
     return [
-        f"{name}: the first stage that loses is {parity.first_loss or 'none'}",
+        first,
         *losses,
         "the largest relative error of a linear on torch's input is "
         f"{worst.relative_error:.1e}, at {worst.linear}",
@@ -172,37 +176,26 @@ def _parity_sentences(name: str, parity: Parity) -> list[str]:
     ]
 
 
-def _empty_table(caption: str, first: str, headings: tuple[str, ...]) -> Table:
-    """A first column that folds, and a column to the right for each heading that does not."""
-    result = Table(
-        caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
-    )
-    result.add_column(first, min_width=11, overflow="fold")
-    for heading in headings:
-        result.add_column(heading, justify="right", no_wrap=True)
-    return result
+def _images(report: BenchReport) -> str:
+    return f"{report.data.images} images of {report.data.path}"
 
 
 def _top1(model: MeasuredModel) -> str:
-    """Top-1, and on a second line what it loses against the baseline, in points."""
-    if model.accuracy is None:
-        return "–" if model.not_finite is None else "NaN or infinite"
-    top1 = _percent(model.accuracy)
-    against = model.against
-    if against is None:
-        return top1
-    low, drop, high = (100 * x for x in (against.drop_low, against.drop, against.drop_high))
-    return f"{top1}\n{drop:.1f} ({low:.1f}…{high:.1f})"
+    """Top-1, of k-NN for embeddings, and on a second line what is lost of it, in points."""
+    score = model.score
+    if model.not_finite is not None:
+        return "NaN or infinite"
+    # Other scores have columns of their own.
+    if score is None or score.measure not in (TOP1, KNN_TOP1):
+        return "–"
+    top1 = interval(score.low, score.value, score.high)
+    return top1 if model.against is None else f"{top1}\n{lost(model.against)}"
 
 
-def _percent(accuracy: Accuracy) -> str:
-    """Top-1 with its 95 % interval, in percent."""
-    low, top1, high = (100 * x for x in (accuracy.top1_low, accuracy.top1, accuracy.top1_high))
-    return f"{top1:.1f} ({low:.1f}–{high:.1f})"
-
-
-def _share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+def _cosine(model: MeasuredModel) -> str:
+    """Of the output that is furthest from float32's."""
+    least = min((found.cosine for found in model.cosines.values()), default=None)
+    return "–" if least is None else f"{least:.4f}"
 
 
 def _time(latency: ComparedLatency, baseline: str | None) -> str:

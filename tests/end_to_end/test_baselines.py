@@ -80,7 +80,7 @@ def test_a_float16_file_that_overflows_is_told_when_written_and_is_a_row_when_be
     assert rows["fp16"]["latency"][0]["p50_ms"] > 0
     assert rows["W4A8 rtn"]["accuracy"]["images"] == 24
     assert rows["W4A8 rtn"]["accuracy"]["against"] is None, "nothing is compared with no numbers"
-    sentence = "fp16 gives NaN or infinite logits for 24 images: MatMul of 'blocks.1.mlp.fc2'"
+    sentence = "fp16 gives NaN or infinite outputs for 24 images: MatMul of 'blocks.1.mlp.fc2'"
     printed = capsys.readouterr()
     assert sentence in printed.out
     assert f"warning: {sentence}" in printed.err.splitlines()[-1]

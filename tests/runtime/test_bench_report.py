@@ -6,8 +6,10 @@ from dataclasses import replace
 from rich.console import Console
 from sample_report import BARE_REPORT, FP16, FP32, REPORT, TRANSPOSED, W4A8, without_accuracy
 
-from runtime.measure.measured import BaselineDrop, MeasuredModel
-from runtime.report.tables import accuracy_table, models_table, sentences, tables
+from runtime.measure.accuracy import BaselineDrop
+from runtime.measure.measured import MeasuredModel
+from runtime.report.answers import accuracy_table
+from runtime.report.tables import models_table, sentences, tables
 
 NAME = "W4A8-g128 marr-stream integer"
 LOSS = BaselineDrop(0.251, 0.226, 0.279, 500, 20, 1e-9, "fp32")

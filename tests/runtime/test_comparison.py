@@ -140,10 +140,10 @@ def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_larg
     assert rows[2] == ComparisonRow(
         scheme="W4A4 per-token",
         method="marr-exact",
-        top1=0.625,
-        top1_worst=0.5,
-        top1_best=0.75,
-        agreement=0.5,
+        score=0.625,
+        score_worst=0.5,
+        score_best=0.75,
+        alike=0.5,
         divergence=0.5,
         divergence_worst=0.75,
         divergence_best=0.25,
@@ -157,7 +157,7 @@ def test_a_row_is_the_mean_over_its_seeds_with_the_extremes_of_top1_and_the_larg
 
 
 def test_a_single_seed_has_no_spread(report: ComparisonReport):
-    assert [row.top1_percent for row in summarize(report)] == ["50.0", "12.5", "62.5 ± 12.5"]
+    assert [row.score_percent(1) for row in summarize(report)] == ["50.0", "12.5", "62.5 ± 12.5"]
 
 
 def test_the_table_has_a_section_for_each_scheme_with_its_best_top1_in_bold(

@@ -8,8 +8,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.errors import BenchError
-from runtime.measure.answers import accuracies, not_finite, predict
-from runtime.measure.bench import BenchSettings, ImageData, Progress, bench
+from runtime.measure.answers import not_finite, predict
+from runtime.measure.bench import BenchSettings, Progress, bench
+from runtime.measure.gate import Limits
+from runtime.measure.images import ImageData, MeasuredImages
+from runtime.measure.judge import accuracies
 from runtime.measure.latency import Plan
 from runtime.measure.measured import Entry, NotFinite
 from runtime.measure.overflow import Overflow, first_overflow
@@ -105,11 +108,12 @@ def test_a_bench_goes_on_without_the_models_that_overflow(tmp_path: Path):
         entry(graph_file(tmp_path / "c.onnx", [small]), "qdq", role="candidate"),
     ]
     batches = [(np.eye(SIZE, dtype=np.float32)[[0, 3]] + 1, np.array([0, 3]))]
-    answers, targets = predict(entries, batches, SessionSettings(), lambda count: None)
-    broken = not_finite(entries[0].file, answers[entries[0].file])
+    looked_at = MeasuredImages(ImageData("", 2, ""), batches)
+    answered = predict(entries, looked_at, SessionSettings(), lambda count: None)
+    broken = not_finite(entries[0].file, answered.answers[entries[0].file])
     assert broken is not None
     assert broken == NotFinite(2, Overflow("blocks.1", "MatMul", None, 65504.0))
-    first, second, third = accuracies(entries, answers, targets)
+    first, second, third = accuracies(entries, answered)
     assert first is None
     assert second is not None
     assert second.against is None
@@ -120,7 +124,7 @@ def test_a_bench_goes_on_without_the_models_that_overflow(tmp_path: Path):
 
 
 def test_a_gate_without_any_baseline_is_refused_before_anything_runs(tmp_path: Path):
-    settings = BenchSettings(SessionSettings(), Plan(), max_drop=1.0)
+    settings = BenchSettings(SessionSettings(), Plan(), limits=Limits(max_drop=1.0))
     candidate = entry(tmp_path / "missing.onnx", "qdq", role="candidate")
     with pytest.raises(BenchError, match="needs a baseline: pass --baseline fp32"):
-        bench([candidate], [], ImageData("", 0, ""), settings, Progress())
+        bench([candidate], MeasuredImages(ImageData("", 0, ""), []), settings, Progress())

@@ -1,6 +1,7 @@
 """Paired statistics against slow, direct references, and the gate that rests on them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -13,14 +14,15 @@ from sample_report import FP32, W4A8, without_accuracy
 from runtime.errors import GateError
 from runtime.measure.accuracy import (
     NORMAL_95,
+    BaselineDrop,
     drop_interval,
     drop_score,
     hits,
     mcnemar,
     paired_drop,
 )
-from runtime.measure.gate import hold_against_limit
-from runtime.measure.measured import BaselineDrop, MeasuredModel, Role
+from runtime.measure.gate import Gate, Limits, hold_against_limits
+from runtime.measure.measured import MeasuredModel, Role
 
 
 @st.composite
@@ -143,12 +145,16 @@ def measured(
     return replace(W4A8, name="W4A8 marr", role=role, accuracy=accuracy)
 
 
+def held_to(models: Sequence[MeasuredModel], max_drop: float) -> Gate:
+    return hold_against_limits(models, Limits(max_drop))
+
+
 @pytest.mark.parametrize(
     ("table", "verdict"),
     [((100, 100, 50_000), "held"), ((900, 100, 10_000), "failed"), ((20, 5, 1_000), "undecided")],
 )
 def test_the_verdict_is_that_of_the_interval(table: tuple[int, int, int], verdict: str):
-    gate = hold_against_limit([measured(*table), measured(900, 0, 1000, role="baseline")], 1.0)
+    gate = held_to([measured(*table), measured(900, 0, 1000, role="baseline")], 1.0)
     assert (gate.max_drop, gate.baseline) == (1.0, "fp32")
     [found] = gate.models
     assert found.verdict == verdict
@@ -162,22 +168,18 @@ def test_as_many_images_as_the_gate_asks_for_decide_it_and_fewer_do_not(
 ):
     images = 100
     limit = 2.0
-    needed = (
-        hold_against_limit([measured(only_baseline, only_model, images)], limit)
-        .models[0]
-        .images_needed
-    )
+    needed = held_to([measured(only_baseline, only_model, images)], limit).models[0].images_needed
 
     def verdict(count: float) -> str:
         scaled = [round(number * count / images) for number in (only_baseline, only_model)]
-        return hold_against_limit([measured(*scaled, round(count))], limit).models[0].verdict
+        return held_to([measured(*scaled, round(count))], limit).models[0].verdict
 
     assert verdict(1.1 * needed) != "undecided"
     assert verdict(0.9 * needed) == "undecided"
 
 
 def test_a_drop_that_is_the_limit_itself_is_not_told_by_any_number_of_images():
-    [found] = hold_against_limit([measured(2, 1, 100)], 1.0).models
+    [found] = held_to([measured(2, 1, 100)], 1.0).models
     assert (found.verdict, found.images_needed) == ("undecided", None)
     assert "no number of images would tell" in found.sentence
 
@@ -185,7 +187,7 @@ def test_a_drop_that_is_the_limit_itself_is_not_told_by_any_number_of_images():
 def test_a_gate_is_undecided_if_no_baseline_gives_numbers_and_says_so():
     model = measured(1, 1, 10)
     model = replace(model, accuracy=replace(model.accuracy, against=None))
-    gate = hold_against_limit([without_accuracy(FP32), model], 1.0)
+    gate = held_to([without_accuracy(FP32), model], 1.0)
     assert [verdict.verdict for verdict in gate.models] == ["undecided"]
     assert gate.warnings == [
         "the gate of 1 points is undecided for W4A8 marr: no baseline gives numbers"
@@ -194,9 +196,9 @@ def test_a_gate_is_undecided_if_no_baseline_gives_numbers_and_says_so():
 
 
 def test_a_candidate_that_answers_no_numbers_fails_the_gate():
-    gate = hold_against_limit([FP32, without_accuracy(measured(0, 0, 10))], 99.0)
+    gate = held_to([FP32, without_accuracy(measured(0, 0, 10))], 99.0)
     assert gate.models[0].sentence == (
-        "failed: W4A8 marr gives NaN or infinite logits for 17 images: MatMul of "
+        "failed: W4A8 marr gives NaN or infinite outputs for 17 images: MatMul of "
         "'blocks.0.mlp.fc2' reaches 9.1e+07, where float16 ends at 65504"
     )
     with pytest.raises(GateError, match="W4A8 marr lost more than 99 points"):
@@ -204,10 +206,10 @@ def test_a_candidate_that_answers_no_numbers_fails_the_gate():
 
 
 def test_a_candidate_that_failed_is_demanded_and_an_undecided_one_is_warned_of():
-    failed = hold_against_limit([measured(900, 100, 10_000)], 1.0)
+    failed = held_to([measured(900, 100, 10_000)], 1.0)
     assert failed.warnings == []
     with pytest.raises(GateError, match=r"^W4A8 marr lost more than 1 points against fp32$"):
         failed.demand()
-    undecided = hold_against_limit([measured(20, 5, 1_000)], 1.0)
+    undecided = held_to([measured(20, 5, 1_000)], 1.0)
     assert undecided.warnings == ["the gate of 1 points is undecided for W4A8 marr: too few images"]
     undecided.demand()

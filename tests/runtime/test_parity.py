@@ -25,13 +25,13 @@ from marrq.quantizers.linear import quantized_linears
 from marrq.workflows.evaluate import watch_linears
 from marrq.workflows.parity import linear_errors, measure_parity
 from runtime.errors import BenchError
+from runtime.measure.cosines import cosines
 from runtime.measure.parity import (
     LINEAR_TOLERANCE,
     LinearsAlone,
     Parity,
     StageLogits,
     compare_stages,
-    cosines,
     relative_error,
 )
 from runtime.session import SessionSettings

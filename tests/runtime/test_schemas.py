@@ -5,7 +5,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from sample_report import BARE_REPORT, QUANTIZATION, REPORT, W4A8, without_accuracy
+from sample_report import (
+    BARE_REPORT,
+    DENSE,
+    EMBEDDER_REPORT,
+    QUANTIZATION,
+    REPORT,
+    W4A8,
+    without_accuracy,
+)
 
 from runtime.audit.inspect import Inspection
 from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
@@ -17,15 +25,15 @@ ACCURACY = (
     "top1 top1_low top1_high top5 top5_low top5_high agreement divergence images against hits"
 )
 BENCH = {
-    "": "schema environment data models gate recommendation warnings",
+    "": "schema environment data gallery models gate recommendation warnings",
     "environment": f"{MACHINE} onnxruntime packages provider providers_available threads "
     "allow_spinning graph_optimization rounds seconds cuda_graph gpu",
     "environment.gpu": "name driver memory_mb performance_state sm_mhz max_sm_mhz memory_mhz "
     "throttled",
     "data": "path images hash",
     "models": "name path role flavor device scheme method size_bytes bits_per_weight quantization "
-    "parity accuracy agreement not_finite latency load_ms peak_memory_mb peak_gpu_memory_mb "
-    "throughput executed executed_on audit precision",
+    "parity accuracy agreement embedding outputs not_finite latency load_ms peak_memory_mb "
+    "peak_gpu_memory_mb throughput executed executed_on audit precision",
     "models.accuracy": ACCURACY,
     "models.accuracy.against": "baseline drop drop_low drop_high only_baseline only_model p_value",
     "models.latency": "batch p50_ms p90_ms p99_ms images_per_s rounds_ms ratio_fp16 ratio_fp32",
@@ -39,11 +47,24 @@ BENCH = {
     "top1_target loss",
     "models.parity.nudged": "least_cosine median_cosine agreement",
     "models.parity.linears": "linear relative_error",
-    "gate": "max_drop baseline models",
-    "gate.models": "name verdict sentence images_needed",
+    "gate": "max_drop min_cosine baseline models",
+    "gate.models": "name demand verdict sentence images_needed",
     "recommendation": "size latency accuracy",
     "recommendation.size": "name flavor value sentence",
 }
+COSINES = "cosine cosine_low cosine_high least_cosine images"
+EMBEDDINGS = {
+    "models.embedding": "likeness retrieval",
+    "models.embedding.likeness": f"{COSINES} cosine_p1 overlap overlap_low overlap_high divergence",
+    "models.embedding.retrieval": "gallery leave_one_out classes knn1 knn20 recall1 "
+    "mean_average_precision",
+    "models.embedding.retrieval.knn20": "share low high queries against hits",
+    "models.embedding.retrieval.knn20.against": BENCH["models.accuracy.against"],
+    "models.embedding.retrieval.mean_average_precision": "mean low high queries against",
+    "models.embedding.retrieval.mean_average_precision.against": "baseline drop drop_low drop_high",
+    "gallery": "path images hash",
+}
+OUTPUTS = {"models.outputs": f"{COSINES} output relative_error agreement"}
 INSPECT = {
     "": "schema path size_bytes onnxruntime provider graph_optimization audit precision",
     "audit": BENCH["models.audit"],
@@ -90,6 +111,8 @@ def at(document: Json, place: str) -> Json:
     ("report", "schema", "keys"),
     [
         (REPORT, "marrq.bench/2", BENCH),
+        (EMBEDDER_REPORT, "marrq.bench/2", EMBEDDINGS),
+        (replace(REPORT, models=(DENSE,)), "marrq.bench/2", OUTPUTS),
         (inspection(), "marrq.inspect/1", INSPECT),
         (diagnosis(), "marrq.doctor/1", DOCTOR),
     ],
@@ -102,7 +125,9 @@ def test_a_report_has_the_keys_of_its_schema_in_their_order(
     assert {place: " ".join(at(document, place)) for place in keys} == keys
 
 
-@pytest.mark.parametrize("report", [REPORT, BARE_REPORT, inspection(), diagnosis()])
+@pytest.mark.parametrize(
+    "report", [REPORT, BARE_REPORT, EMBEDDER_REPORT, inspection(), diagnosis()]
+)
 def test_json_gives_back_what_it_was_given(report: Record):
     """Tuples are lists, so that a report read from a file equals the report that was written."""
     assert json.loads(json.dumps(report.to_json())) == report.to_json()

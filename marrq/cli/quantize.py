@@ -21,6 +21,7 @@ def quantize(
     feedback: common.FeedbackOption = None,
     lowrank: common.LowrankOption = None,
     rotate: common.RotateOption = False,
+    refine: common.RefineOption = False,
     setting: common.SettingOption = [],
     device: common.DeviceOption = "auto",
     work_dir: common.WorkDirOption = None,
@@ -41,11 +42,10 @@ def quantize(
     from marrq.workflows.devices import choose_device
 
     # All that can be wrong without torch is checked first, so that a mistake is told at once.
-    # The value of the setting is the seed of the rotation.
-    rotation = "0" if rotate else None
-    named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, "rotate": rotation}
-    settings = {key: value for key, value in named.items() if value is not None}
-    spec = with_settings(method, read_settings(settings, setting))
+    # What a setting is if it is asked for; that of the rotation is a seed.
+    flags = {"rotate": "0" if rotate else None, "refine": "on" if refine else None}
+    named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, **flags}
+    spec = with_settings(method, read_settings(named, setting))
     parsed_scheme = parse_scheme(scheme, cast("ActivationStrategy", activations))
     check_model(model)
     name = data_for(model, data, samples)
@@ -64,16 +64,17 @@ def quantize(
     # The model's class names say which folders there may be.
     images = find_images(name, "train", loaded.labels)
     recipe = Recipe(parsed_scheme, spec, samples, seed)
+    stages = ("quantizing", "refining") if spec.refinement.on else ("quantizing",)
     with (
         process_group(chosen) as processes,
         # Of the processes of torchrun the first one alone draws.
-        common.progress_bars(processes.is_first, quantizing=None) as [bar],
+        common.progress_bars(processes.is_first, **dict.fromkeys(stages)) as bars,
     ):
         run = RunOptions(
             chosen,
             processes,
-            block_done=lambda done, count, new: bar.show(done, count, note_of(new)),
+            block_done=lambda done, count, new: bars[0].show(done, count, note_of(new)),
         )
-        sentences = quantize_to_folder(loaded, images, recipe, destination, run)
+        sentences = quantize_to_folder(loaded, images, recipe, destination, run, bars[-1].show)
     for sentence in sentences:
         common.say(sentence)

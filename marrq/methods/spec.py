@@ -11,11 +11,12 @@ settings before it loads a model.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from marrq.errors import MarrqError
 from marrq.methods.lowrank_spec import BRANCH, LowRankSpec
+from marrq.methods.refinement_spec import RefinementSpec
 from marrq.methods.registry import METHODS, Wants, method_named
 from marrq.methods.setting import (
     COUNT,
@@ -179,7 +180,10 @@ class MethodSpec:
     lowrank: LowRankSpec | None = field(
         default=None,
         metadata=setting(
-            "lowrank", "a low-rank branch in floating point beside the codes", none_or(BRANCH)
+            "lowrank",
+            "a low-rank branch in floating point, or a second code for the weights of salient "
+            "columns (serq)",
+            none_or(BRANCH),
         ),
     )
     # The last three change the model before its weights are quantized (marrq/transforms).
@@ -203,8 +207,16 @@ class MethodSpec:
         ),
     )
 
+    # After the last block, and apart from it: no code depends on it (marrq/refinement).
+    refinement: RefinementSpec = field(default_factory=RefinementSpec)
+
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def unrefined(self) -> "MethodSpec":
+        """The same method without the refinement: it finds the same codes."""
+        return replace(self, refinement=RefinementSpec())
 
     @property
     def wants(self) -> Wants:
@@ -223,6 +235,7 @@ METHOD_SETTINGS: dict[str, Setting] = {
     **settings_of(AlphaSpec, ("alpha",)),
     **settings_of(MethodSpec),
     **settings_of(PID, ("alpha", "pid"), "pid."),
+    **settings_of(RefinementSpec, ("refinement",)),
 }
 """Every setting by key, in the order in which a text has them."""
 
@@ -252,17 +265,20 @@ def read_pairs(texts: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
-def read_settings(named: Mapping[str, str], texts: Iterable[str]) -> dict[str, str]:
+def read_settings(named: Mapping[str, str | None], texts: Iterable[str]) -> dict[str, str]:
     """Settings that have an option of their own, by key, and texts KEY=VALUE of `--set`. Raises
-    MarrqError for a text without a value, and for a setting that is given twice."""
+    MarrqError for a text without a value, and for a setting that is given twice.
+
+    named: None for an option that was not given."""
     pairs = read_pairs(texts)
+    given = {key: value for key, value in named.items() if value is not None}
     # Neither wins: nobody can know which of the two was meant.
-    for key in named:
+    for key in given:
         if key in pairs:
             raise MarrqError(
                 f"--{key} and --set {key}={pairs[key]} are both given: leave one of them out"
             )
-    return {**named, **pairs}
+    return {**given, **pairs}
 
 
 def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
@@ -286,6 +302,7 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     for owner, values in changes.items():
         spec = changed(spec, owner, values)
     _check_alpha(spec, [key for key in settings if METHOD_SETTINGS[key].owner[:1] == ("alpha",)])
+    spec.refinement.check_used(settings)
     return spec
 
 

@@ -64,7 +64,7 @@ class Destination:
                 return
             found = settings_in(self.checkpoint)
             record = found.calibration
-            chosen = (scheme, method, samples, seed)
+            chosen = (scheme, method.unrefined, samples, seed)
             if (found.scheme, found.method, record.samples, record.seed) == chosen:
                 raise MarrqError(
                     f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "

@@ -1,0 +1,80 @@
+"""What the user chooses about the refinement: `refine=on`, `refine.images=1200`.
+
+marrq/refinement does the work. Nothing here imports torch, see methods/spec.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from marrq.errors import MarrqError
+from marrq.methods.setting import COUNT, ON_OFF, check_settings, number, setting
+
+KEY = "refine"
+
+
+@dataclass(frozen=True)
+class RefinementSpec:
+    """Whether the finished model is refined end to end by back-propagation, and how.
+
+    on: off by default; the only use of back-propagation
+    images: unlabelled images to learn from, which calibration has not used
+    epochs: how often each of them is seen
+    batch: images of a step
+    rate: multiplies the learning rates of marrq/refinement/learned.py
+    held_out: further images, which only judge whether the refinement helps"""
+
+    on: bool = field(
+        default=False,
+        metadata=setting(KEY, "refine the finished model end to end by back-propagation", ON_OFF),
+    )
+    images: int = field(
+        default=1200,
+        metadata=setting(
+            f"{KEY}.images", "images to learn from, which calibration has not used", COUNT
+        ),
+    )
+    epochs: int = field(
+        default=1, metadata=setting(f"{KEY}.epochs", "how often each image is seen", COUNT)
+    )
+    batch: int = field(default=12, metadata=setting(f"{KEY}.batch", "images of a step", COUNT))
+    rate: float = field(
+        default=0.5,
+        metadata=setting(
+            f"{KEY}.rate", "multiplies all learning rates", number("a number from 0 to 100", 0, 100)
+        ),
+    )
+    held_out: int = field(
+        default=120,
+        metadata=setting(
+            f"{KEY}.held-out", "further images, which judge whether the refinement helps", COUNT
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.batch > self.images:
+            raise MarrqError(
+                f"a step of the refinement takes {self.batch} images and there are {self.images}: "
+                f"lower {KEY}.batch, or raise {KEY}.images"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer; what is left of the images after the last whole batch of an epoch
+        waits for the next epoch's order."""
+        return self.epochs * (self.images // self.batch)
+
+    @property
+    def all_images(self) -> int:
+        """Images that are drawn after those of calibration."""
+        return self.images + self.held_out if self.on else 0
+
+    def check_used(self, keys: Iterable[str]) -> None:
+        """Raise MarrqError if the user has set something about a refinement that is off.
+
+        keys: of the settings that the user wrote."""
+        unused = [key for key in keys if key.startswith(f"{KEY}.")]
+        if unused and not self.on:
+            raise MarrqError(
+                f"setting {unused[0]!r} is given and the refinement is off: add {KEY}=on"
+            )

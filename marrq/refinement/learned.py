@@ -1,0 +1,206 @@
+"""What the refinement learns, and what it leaves: codes and zero points are integers and stay.
+
+    weight scales       s_i · exp(g_i), one g for each output channel, shared by the channel's
+                        groups; not if scales are powers of two (mxint)
+    clip factors        c · exp(δ) of dynamic activations
+    activation scales   s · exp(δ) of static activations; the zero point stays
+    smoothing           one factor for each channel, · exp(δ)
+    vectors             biases, and every floating-point vector of the model: the weights and biases
+                        of norms, LayerScale, the bias of a head
+
+A positive number is learned as its logarithm, so that it stays positive; a bias or a vector is
+learned as it is, in units of its root mean square. So one learning rate means about the same
+relative change everywhere.
+
+While a model is refined, `LearnedLinear` stands in place of QuantLinear. It multiplies by the
+dequantized weight, which is computed once and is a constant to autograd: the gain is applied to the
+outputs, so neither memory nor time is spent on a gradient of the weight.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marrq.quantizers.activations import ActivationQuantizer, smoothed
+from marrq.quantizers.affine import Grid
+from marrq.quantizers.linear import QuantLinear, quantized_linears
+from marrq.refinement.straight_through import nearest
+
+GAIN_RATE = 2e-3
+"""Of weight scales, and of biases and vectors in units of their root mean square."""
+RANGE_RATE = 1e-2
+"""Of clip factors and static activation scales."""
+SMOOTHING_RATE = 5e-3
+
+
+class LearnedInput(nn.Module):
+    """An input's quantizer with what is learned of it. Linears that read one input share it."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.start = quantizer
+        device, smoothing = next(quantizer.buffers()).device, quantizer.smoothing
+        # Logarithms of factors: 0 is the quantizer as calibration found it, to the last bit.
+        self.range = nn.Parameter(torch.zeros((), device=device))
+        self.channels = None if smoothing is None else nn.Parameter(torch.zeros_like(smoothing))
+
+    def quantizer(self) -> ActivationQuantizer:
+        """The quantizer as learned so far."""
+        start, factor = self.start, self.range.exp()
+        grid: Grid | Tensor
+        if start.spec.is_static:
+            grid = Grid(start.scale * factor, start.zero_point, *start.spec.code_range)
+        else:
+            grid = start.clip * factor
+        smoothing = start.smoothing
+        if smoothing is not None and self.channels is not None:
+            smoothing = smoothing * self.channels.exp()
+        return ActivationQuantizer(start.spec, grid, smoothing)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized x, differentiable. x: [..., n]."""
+        quantizer = self.quantizer()
+        x = smoothed(x, quantizer.smoothing)
+        # The range of a token is a constant: no gradient flows through its least and largest value.
+        return nearest(quantizer.grid(x.detach()), x)
+
+
+class LearnedLinear(nn.Module):
+    """A QuantLinear with what is learned of it.
+
+    linear: the quantized linear, which stays as it is until `store`.
+    input: shared with the linears that read the same input; None if the input is not quantized.
+    """
+
+    weight: Tensor
+
+    def __init__(self, linear: QuantLinear, input: LearnedInput | None) -> None:
+        super().__init__()
+        self.linear, self.input = linear, input
+        self.register_buffer("weight", linear.weight)  # [out, in]
+        rows = linear.scale.new_zeros(len(linear.scale))
+        # A power of two times a gain is no power of two, and mxint stores nothing else.
+        self.gain = None if linear.spec.grid == "mxint" else nn.Parameter(rows)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., out] of inputs x [..., in]."""
+        x = x if self.input is None else self.input(x)
+        y = F.linear(x, self.weight)
+        if self.gain is not None:
+            y = y * self.gain.exp()
+        if self.bias is not None:
+            y = y + self.bias
+        branch = self.linear.lowrank
+        if branch is None:
+            return y
+        return y + F.linear(F.linear(x, branch.right.values), branch.left.values)
+
+    @torch.no_grad()
+    def store(self) -> QuantLinear:
+        """The quantized linear with the numbers that were learned."""
+        linear = self.linear
+        if self.gain is not None:
+            # [out, groups]: all groups of a channel get the channel's gain.
+            linear.scale = linear.scale * self.gain.exp()[:, None]
+        if self.bias is not None:
+            linear.bias = self.bias.detach()
+        if self.input is not None:
+            linear.input = self.input.quantizer()
+        return linear
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is learned of a model.
+
+    module: the model, with a LearnedLinear in place of every QuantLinear.
+    linears: these linears, by path.
+    vectors: the floating-point vectors of the rest of the model.
+    """
+
+    module: nn.Module
+    linears: dict[str, LearnedLinear]
+    vectors: tuple[nn.Parameter, ...]
+
+    @property
+    def inputs(self) -> list[LearnedInput]:
+        """The inputs of all linears, each once."""
+        found = (linear.input for linear in self.linears.values() if linear.input is not None)
+        return list(dict.fromkeys(found))
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameters and learning rates, as an optimizer takes them. rate: multiplies all rates."""
+        gains = [linear.gain for linear in self.linears.values() if linear.gain is not None]
+        channels = [one.channels for one in self.inputs if one.channels is not None]
+        groups = [
+            {"params": gains, "lr": rate * GAIN_RATE},
+            {"params": [one.range for one in self.inputs], "lr": rate * RANGE_RATE},
+            {"params": channels, "lr": rate * SMOOTHING_RATE},
+        ]
+        biases = [linear.bias for linear in self.linears.values() if linear.bias is not None]
+        for vector in (*biases, *self.vectors):
+            # A step of Adam has the size of its rate, so this one is relative to the vector.
+            size = float(vector.detach().square().mean().sqrt())
+            groups.append({"params": [vector], "lr": rate * GAIN_RATE * size})
+        return [group for group in groups if group["params"]]
+
+    def store(self) -> None:
+        """Put the quantized linears back in their places, with the numbers that were learned."""
+        for path, linear in self.linears.items():
+            self.module.set_submodule(path, linear.store())
+        for vector in self.vectors:
+            vector.requires_grad_(False)
+
+
+def learn(module: nn.Module, image: Tensor) -> Learned:
+    """Put a LearnedLinear in place of every QuantLinear of a model.
+
+    image: [1, channels, height, width], for a trial forward that shows who reads which input.
+    """
+    linears = quantized_linears(module)
+    module.requires_grad_(False)
+    inputs: dict[str, LearnedInput] = {}
+    for paths in _readers(module, linears, image):
+        quantizer = linears[paths[0]].input
+        if isinstance(quantizer, ActivationQuantizer):
+            inputs |= dict.fromkeys(paths, LearnedInput(quantizer))
+    learned = {path: LearnedLinear(linear, inputs.get(path)) for path, linear in linears.items()}
+    for path, linear in learned.items():
+        module.set_submodule(path, linear)
+    inside = tuple(f"{path}." for path in learned)
+    vectors = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 1 and not name.startswith(inside)
+    ]
+    return Learned(module, learned, tuple(vector.requires_grad_() for vector in vectors))
+
+
+def _readers(
+    module: nn.Module, linears: dict[str, QuantLinear], image: Tensor
+) -> Iterator[Sequence[str]]:
+    """The paths of the linears, those that read the same tensor together."""
+    # One tensor, not equal ones: after a resumed run, linears that share an input have a quantizer
+    # each, and equal clip factors occur by chance too.
+    readers: dict[int, list[str]] = {}
+    kept: list[Tensor] = []
+
+    def note(path: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            # Kept, so that no later tensor gets the same id.
+            kept.append(arguments[0])
+            readers.setdefault(id(arguments[0]), []).append(path)
+
+        return hook
+
+    handles = [linears[path].register_forward_pre_hook(note(path)) for path in linears]
+    with torch.no_grad():
+        module(image)
+    for handle in handles:
+        handle.remove()
+    yield from readers.values()

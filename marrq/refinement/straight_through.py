@@ -1,0 +1,53 @@
+"""Rounding to a grid, with a gradient.
+
+    q(x) = (clamp(round(x / s) + z, low, high) - z) · s = c · s
+
+The derivative of rounding is 0 almost everywhere, so nothing could be learned behind it. The
+straight-through estimator takes round(u) for u (arXiv 1308.3432); inside the grid then q(x) = x,
+and at its ends q(x) = c · s with a fixed c. So
+
+    ∂q/∂x = 1            inside the grid, else 0
+    ∂q/∂s = c - x / s    inside the grid, else c
+
+The second line is that of learned step sizes (LSQ, arXiv 1902.08153): inside, the rounding error in
+steps. The zero point z is an integer and gets no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marrq.quantizers.affine import Grid
+
+
+class _Nearest(torch.autograd.Function):
+    """Grid.nearest with the gradients above. scale: [] or [..., 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, ends: Any) -> Tensor:
+        # The codes are those of the simulation, of the artifact and of the ONNX graph.
+        codes = Grid(scale, zero_point, *ends).quantize(x).sub_(zero_point)
+        ctx.save_for_backward(x, scale, codes)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scale, codes = ctx.saved_tensors
+        steps = x / scale
+        # Clamping moves x by half a step or more, rounding by half a step at most.
+        inside = (steps - codes).abs() <= 0.5
+        by_scale = gradient * torch.where(inside, codes - steps, codes)
+        # Summed over what shares a scale: a token's channels, or everything.
+        summed = by_scale.sum(-1, keepdim=True) if scale.dim() else by_scale.sum()
+        return gradient * inside, summed, None, None
+
+
+def nearest(grid: Grid, x: Tensor) -> Tensor:
+    """`grid.nearest(x)`, differentiable in x and in the scale of the grid.
+
+    x: [..., n]. The scale of the grid is [] or [..., 1].
+    """
+    found: Tensor = _Nearest.apply(x, grid.scale, grid.zero_point, (grid.low, grid.high))
+    return found

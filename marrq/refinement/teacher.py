@@ -1,0 +1,71 @@
+"""The full-precision model as the teacher: what it gives for the images of the refinement, and how
+far a quantized model is from it.
+
+Its outputs are computed once, before the pipeline changes the model, and are kept: a step then
+costs one forward and one backward pass of the quantized model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from marrq.models.load import VisionModel
+from marrq.models.named_outputs import as_tuple, output_kind
+from marrq.pipeline.collect import Images
+from marrq.quantized_model import BATCH_SIZE
+from marrq.refinement.loss import loss_of
+
+StepDone = Callable[[int, int, str], None]
+"""Called after each step with the number of steps done, the number of all, and a note."""
+
+
+def no_steps(done: int, count: int, note: str) -> None:
+    """A StepDone for a caller who shows nothing."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Images, and what the full-precision model gives for them.
+
+    images: first those to learn from, then those that judge.
+    files_sha256: a hash of them.
+    outputs: each output for all images, on the CPU: [images, …].
+    are_classes: for each output whether it has the logits of classes.
+    """
+
+    images: Images
+    files_sha256: str
+    outputs: Sequence[Tensor]
+    are_classes: Sequence[bool]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: VisionModel,
+        images: Images,
+        files_sha256: str,
+        step_done: StepDone = no_steps,
+    ) -> "Teacher":
+        """Run the full-precision model, on the device that it is on."""
+        device = next(model.module.parameters()).device
+        starts = range(0, len(images), BATCH_SIZE)
+        parts: list[tuple[Tensor, ...]] = []
+        for start in starts:
+            batch = images[start : start + BATCH_SIZE].to(device)
+            parts.append(tuple(output.cpu() for output in as_tuple(model.module(batch))))
+            step_done(len(parts), len(starts), "full precision")
+        # From batches of all outputs to one tensor for each output.
+        outputs = [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+        named = zip(model.outputs, outputs, strict=True)
+        kinds = [output_kind(name, output.dim(), model.labels) for name, output in named]
+        return cls(images, files_sha256, outputs, [kind == "classes" for kind in kinds])
+
+    def loss(self, module: nn.Module, rows: slice) -> Tensor:
+        """The loss of a model on some of the images: their mean, a scalar."""
+        device = next(module.parameters()).device
+        found = as_tuple(module(self.images[rows].to(device)))
+        wanted = [output[rows].to(device) for output in self.outputs]
+        return loss_of(found, wanted, self.are_classes)

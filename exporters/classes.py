@@ -4,7 +4,7 @@ model again.
 A model with classes (marrq/zero_shot.py) keeps its head's tensors in the graph as initializers of
 their own names, in float32 in every flavour:
 
-    zero_shot.embeddings [classes, dim]     zero_shot.scale [1]     zero_shot.bias [classes]
+    zero_shot.weight [classes, dim]     zero_shot.scale [1]     zero_shot.bias [classes]
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def classes_in(file: Path) -> ClassEmbeddings | None:
     # The exporter drops a factor of 1 and a bias of 0.
     neutral = {"scale": 1.0, "bias": 0.0}
     try:
-        embeddings = _tensor(values[f"{HEAD}.embeddings"])
+        embeddings = _tensor(values[f"{HEAD}.weight"])
         # The bias is one number, written for each class.
         scale, bias = (
             float(_tensor(values[f"{HEAD}.{part}"])[0]) if f"{HEAD}.{part}" in values else default

@@ -35,14 +35,14 @@ AnyModel = TypeVar("AnyModel", VisionModel, QuantizedModel)
 class ClassHead(nn.Module):
     """Features [batch, dim] to logits [batch, classes]."""
 
-    embeddings: Tensor
+    weight: Tensor
     scale: Tensor
     bias: Tensor
 
     def __init__(self, classes: ClassEmbeddings) -> None:
         super().__init__()
         # Not a Linear: this product is no linear of the model, and stays in float.
-        self.register_buffer("embeddings", torch.tensor(classes.embeddings))
+        self.register_buffer("weight", torch.tensor(classes.embeddings))
         self.register_buffer("scale", torch.tensor([classes.logit_scale]))
         self.register_buffer("bias", torch.full((len(classes.names),), classes.logit_bias))
 
@@ -51,7 +51,7 @@ class ClassHead(nn.Module):
         # f / ‖f‖, [batch, dim]; without an ε, as transformers does.
         unit = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         # s before the product: [batch, dim] has fewer numbers than [batch, classes] as a rule.
-        return linear(unit * self.scale, self.embeddings, self.bias)
+        return linear(unit * self.scale, self.weight, self.bias)
 
 
 def with_classes(model: AnyModel, classes: ClassEmbeddings) -> AnyModel:

@@ -7,6 +7,7 @@ behind the checks that need none of them, so that a mistake does too.
 import typer
 
 from marrq.cli.bench import bench
+from marrq.cli.classes import classes
 from marrq.cli.common import VersionOption
 from marrq.cli.compare import compare
 from marrq.cli.demo import demo
@@ -32,5 +33,5 @@ def _spelled(name: str) -> str:
 
 
 # In the order of the help: from a model to a file, then what looks at models and files.
-for command in (quantize, export, bench, evaluate, inspect, doctor, compare, demo):
+for command in (quantize, classes, export, bench, evaluate, inspect, doctor, compare, demo):
     app.command(context_settings={"token_normalize_func": _spelled})(command)

@@ -17,6 +17,7 @@ def export(
         Path, typer.Argument(metavar="ARTIFACT", help="Folder that marrq quantize wrote.")
     ],
     *,
+    classes: common.ClassesOption = None,
     flavor: export_options.Flavor = None,
     device: export_options.Device = "cpu",
     symmetric: export_options.Symmetric = None,
@@ -42,11 +43,14 @@ def export(
     marrq export artifact -o model.onnx
     marrq export artifact --device gpu --weights-only -o model.onnx
     marrq export artifact --format triton --name digits -o repository
+    marrq export clip-artifact --classes classes.safetensors -o model.onnx
     """
     from dataclasses import fields
 
     from exporters.choices import FLAGS
     from exporters.triton.serving import Serving
+    from marrq.models.class_embeddings import load_classes
+    from marrq.workflows.export import ArtifactWithClasses
     from marrq.workflows.export import export as run
 
     if format not in FORMATS:
@@ -63,7 +67,8 @@ def export(
     options = {option: value for option, value in given.items() if value is not None}
     server = Serving(**{option: context.params[option] for option in about_server})
     serving = server if format == "triton" else None
-    done = run(artifact, output, flavor, options, device, serving, force, common.say)
+    given = artifact if classes is None else ArtifactWithClasses(artifact, load_classes(classes))
+    done = run(given, output, flavor, options, device, serving, force, common.say)
     form = f"{done.scheme} {done.flavor}" if done.scheme else done.flavor
     common.say(f"wrote {done.path} as {form}: {done.size_bytes / 1e6:.2f} MB")
     if done.warning is not None:

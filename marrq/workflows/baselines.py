@@ -143,13 +143,9 @@ class BaselineMaker:
 
     def _float_model(self) -> "tuple[VisionModel | None, str]":
         from marrq.models.load import ModelSource
-        from marrq.zero_shot import with_classes
 
-        found, reason = find_float_model(ModelSource.from_json(json.loads(self.metadata.source)))
-        # The float model has to tell the same classes.
-        if found is not None and self.classes is not None:
-            found = with_classes(found, self.classes)
-        return found, reason
+        source = ModelSource.from_json(json.loads(self.metadata.source))
+        return find_float_model(source, self.classes)
 
     def _export(self, model: "VisionModel", flavor: str) -> Entry:
         from exporters.onnx_file import write_baseline

@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING
 from marrq.errors import MarrqError
 
 if TYPE_CHECKING:
+    from marrq.models.class_embeddings import ClassEmbeddings
     from marrq.models.load import ModelSource, VisionModel
 
 
-def find_float_model(source: "ModelSource") -> "tuple[VisionModel | None, str]":
+def find_float_model(
+    source: "ModelSource", classes: "ClassEmbeddings | None" = None
+) -> "tuple[VisionModel | None, str]":
     """The float model, or None and the reason: it is gone, it cannot be loaded, or it has other
-    weights now."""
+    weights now.
+
+    classes: that the model is given, as what it is compared with has been; None for no classes.
+    """
     from marrq.models.load import load_source
+    from marrq.zero_shot import with_classes
 
     # Whatever keeps the model from being loaded, the caller can do without it: a folder that was
     # moved, a hub that cannot be reached, weights that were trained further.
     try:
-        return load_source(source), ""
+        found = load_source(source)
+        return found if classes is None else with_classes(found, classes), ""
     except MarrqError as error:
         return None, str(error)

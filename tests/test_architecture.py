@@ -15,7 +15,8 @@ FORBIDDEN = {
     "marrq/quantizers/": {"marrq.models", "marrq.pipeline", "marrq.artifact", "marrq.methods"},
     "marrq/models/": {"marrq.pipeline", "marrq.artifact", "marrq.methods", "marrq.transforms"},
     "marrq/transforms/": {"marrq.pipeline", "marrq.artifact"},
-    "marrq/pipeline/": {"marrq.artifact"},
+    "marrq/pipeline/": {"marrq.artifact", "marrq.refinement"},
+    "marrq/refinement/": {"marrq.artifact", "marrq.transforms", "exporters", "runtime"},
     "exporters/": {"runtime", "marrq.workflows", "marrq.cli", "marrq.pipeline"},
     "runtime/": {"marrq", "exporters", *LIBRARIES},
 }

@@ -11,6 +11,7 @@ from exporters.metadata import KEYS, FileMetadata, LinearPart
 from marrq.models.load import ModelSource
 from marrq.models.named_outputs import output_kind
 from marrq.models.preprocessing import Preprocessing
+from marrq.quantized_model import RefinementRecord
 from runtime.metadata import Metadata
 
 SOURCE = ModelSource("demo", "timm", {"model_name": "vit"}, "abc", ("logits",))
@@ -22,9 +23,11 @@ QUANTIZED = dataclasses.replace(
     flavor="integer",
     device="gpu",
     scheme="W4A8-e8",
-    method="marr-stream",
+    method="marr-stream refined",
     bits_per_weight=4.1875,
     artifact="0123",
+    classes="4567",
+    refinement=RefinementRecord(1200, 120, "abc", 100, 1.0625, 0.9921875),
     schemes={"W4A8": ["fc1", "qkv"], "W8A8": ["head"]},
     container_bits=4,
     linears={
@@ -43,7 +46,7 @@ def test_what_is_written_is_read_again(metadata: FileMetadata):
 def test_the_runtime_reads_what_the_exporters_write():
     read = Metadata(QUANTIZED.to_metadata_props())
     assert read.is_marrqs
-    for key in ("flavor", "device", "scheme", "method", "artifact", "labels", "bits_per_weight"):
+    for key in ("flavor", "device", "scheme", "method", "artifact", "labels", "classes", "bits_per_weight"):
         assert getattr(read, key) == getattr(QUANTIZED, key)
     assert read.lowest_onnxruntime == QUANTIZED.lowest_onnxruntime
     assert read.source_name == SOURCE.name

@@ -29,7 +29,7 @@ HEAD = "zero_shot"
 """Name of the head among the children of a model's module; its tensors are initializers of that
 name in a graph."""
 
-AnyModel = TypeVar("AnyModel", VisionModel, QuantizedModel)
+AnyModel = TypeVar("AnyModel", bound=VisionModel | QuantizedModel)
 
 
 class ClassHead(nn.Module):

@@ -67,8 +67,8 @@ def export(
     options = {option: value for option, value in given.items() if value is not None}
     server = Serving(**{option: context.params[option] for option in about_server})
     serving = server if format == "triton" else None
-    given = artifact if classes is None else ArtifactWithClasses(artifact, load_classes(classes))
-    done = run(given, output, flavor, options, device, serving, force, common.say)
+    what = artifact if classes is None else ArtifactWithClasses(artifact, load_classes(classes))
+    done = run(what, output, flavor, options, device, serving, force, common.say)
     form = f"{done.scheme} {done.flavor}" if done.scheme else done.flavor
     common.say(f"wrote {done.path} as {form}: {done.size_bytes / 1e6:.2f} MB")
     if done.warning is not None:

@@ -124,7 +124,7 @@ def with_weights(kind: Any, location: str, options: Options) -> tuple[Any, tuple
 def _tower_config(config: Any, kind: Any) -> dict[str, Any]:
     """The config of the tower of images as an argument, if `kind` is a tower of the model that the
     config describes; else nothing."""
-    tower = getattr(config, "vision_config", None)
+    tower: Any = getattr(config, "vision_config", None)
     if type(tower) is not kind.config_class:
         return {}
     # Checkpoints such as laion's ViT-H have another length in the tower's config, which the model

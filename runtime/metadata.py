@@ -31,6 +31,7 @@ from functools import cached_property
 from typing import Literal
 
 from runtime.errors import BenchError
+from runtime.quantization import Refinement
 
 PREFIX = "marrq."
 
@@ -115,6 +116,12 @@ class Metadata:
     def artifact(self) -> str | None:
         """The hash of the artifact; None for a float model."""
         return self._text("artifact")
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How the model was refined; None if it was not."""
+        found = self._text("refinement")
+        return None if found is None else Refinement(**json.loads(found))
 
     @property
     def source(self) -> str:

@@ -1,4 +1,5 @@
-"""How an artifact was quantized, linear by linear: the reading side of its quantization.json.
+"""How an artifact was quantized, linear by linear, and how it was refined: the reading side of its
+quantization.json, and of the refinement in its config.json.
 
 The bench's report repeats the entries whole, so a record keeps the JSON that it was read from.
 """
@@ -58,6 +59,32 @@ class QuantizedModule(Record):
     def to_json(self) -> Json:
         """The entry as it was read."""
         return self.source
+
+
+@dataclass(frozen=True)
+class Refinement(Record):
+    """How a model was refined after it was quantized, by back-propagation.
+
+    images: it learned from. held_out: images that judged it. files_sha256: a hash of all of them.
+    loss_before, loss_after: on the images that judged.
+    """
+
+    images: int
+    held_out: int
+    files_sha256: str
+    steps: int
+    loss_before: float
+    loss_after: float
+
+    @property
+    def sentence(self) -> str:
+        """What was done, and what came of it."""
+        taken_back = "" if self.loss_after < self.loss_before else ", and was taken back"
+        return (
+            f"on {self.images:,} further images in {self.steps:,} steps: the loss on "
+            f"{self.held_out:,} held-out images went from {self.loss_before:.3f} to "
+            f"{self.loss_after:.3f}{taken_back}"
+        )
 
 
 def read_quantization(file: Path) -> tuple[QuantizedModule, ...]:

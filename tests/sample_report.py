@@ -127,6 +127,7 @@ FP32 = MeasuredModel(
     size_bytes=87_020_000,
     bits_per_weight=32.0,
     quantization=None,
+    refinement=None,
     parity=None,
     accuracy=accuracy((0.5323, 0.555, 0.5774), (0.7698, 0.789, 0.807), 1.0, 0.001, None),
     agreement=None,
@@ -180,6 +181,7 @@ W4A8 = MeasuredModel(
     size_bytes=12_580_000,
     bits_per_weight=4.08,
     quantization=QUANTIZATION,
+    refinement=None,
     parity=Parity(
         images=300,
         stages=STAGES,
@@ -283,6 +285,7 @@ BARE_MODEL = replace(
     W4A8,
     parity=None,
     quantization=None,
+    refinement=None,
     throughput=(),
     accuracy=replace(W4A8.accuracy, against=None, agreement=None, divergence=None),
     latency=tuple(replace(row, ratio_fp16=None, ratio_fp32=None) for row in W4A8.latency),

@@ -58,11 +58,13 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
         check_plot(plot)
     # From here on torch is imported, which takes seconds.
     from marrq.artifact.folder import REPORTS, read_config
-    from runtime.quantization import read_quantization
+    from runtime.quantization import Refinement, read_quantization
     from runtime.report.inspection import quantization_table
 
-    read_config(artifact)
+    refinement = read_config(artifact)["refinement"]
     modules = read_quantization(artifact / REPORTS)
     if plot is not None:
         plot_alphas(modules, plot)
     common.stdout.print(quantization_table(modules))
+    if refinement is not None:
+        common.stdout.print(f"refined {Refinement(**refinement).sentence}", soft_wrap=True)

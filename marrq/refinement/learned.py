@@ -178,7 +178,9 @@ def learn(module: nn.Module, image: Tensor) -> Learned:
         for name, parameter in module.named_parameters()
         if parameter.dim() == 1 and not name.startswith(inside)
     ]
-    return Learned(module, learned, tuple(vector.requires_grad_() for vector in vectors))
+    for vector in vectors:
+        vector.requires_grad_()
+    return Learned(module, learned, tuple(vectors))
 
 
 def _readers(

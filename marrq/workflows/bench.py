@@ -236,6 +236,7 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
         method=metadata.method,
         bits_per_weight=metadata.bits_per_weight,
         quantization=read_quantization(given.path / REPORTS) if is_artifact else None,
+        refinement=metadata.refinement,
     )
 
 

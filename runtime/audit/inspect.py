@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.audit.linears import examine
 from runtime.audit.precision import Precision, measure_precision
 from runtime.audit.rows import AuditRow, audit
+from runtime.quantization import Refinement
 from runtime.records import Json, Record
 from runtime.session import ONNXRUNTIME_VERSION, SessionSettings
 
@@ -16,13 +17,14 @@ SCHEMA = "marrq.inspect/1"
 @dataclass(frozen=True)
 class Inspection(Record):
     """What really runs a file. onnxruntime: the version that ran it; provider, graph_optimization:
-    of the session."""
+    of the session. refinement: as the file's metadata say; None without one."""
 
     path: str
     size_bytes: int
     onnxruntime: str
     provider: str
     graph_optimization: str
+    refinement: Refinement | None
     audit: tuple[AuditRow, ...]
     precision: Precision
 
@@ -40,6 +42,7 @@ def inspect_file(file: Path, settings: SessionSettings) -> Inspection:
         onnxruntime=ONNXRUNTIME_VERSION,
         provider=settings.provider,
         graph_optimization=settings.optimization,
+        refinement=examined.file.metadata.refinement,
         audit=tuple(audit(examined)),
         precision=measure_precision(examined),
     )

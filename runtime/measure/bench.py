@@ -251,6 +251,7 @@ def _measured(
         size_bytes=size_bytes(entry.file),
         bits_per_weight=entry.bits_per_weight,
         quantization=entry.quantization,
+        refinement=entry.refinement,
         parity=entry.parity,
         **vars(judgement),
         not_finite=not_finite(entry.file, answers),

@@ -18,7 +18,7 @@ from runtime.measure.latency import Latency, Throughput
 from runtime.measure.overflow import Overflow
 from runtime.measure.parity import Parity
 from runtime.measure.retrieval import Retrieval
-from runtime.quantization import QuantizedModule
+from runtime.quantization import QuantizedModule, Refinement
 from runtime.records import Record
 
 # A candidate is what the user asked about; a baseline is the float model that it came from.
@@ -47,6 +47,8 @@ class Entry:
     bits_per_weight: float
     # How each linear was quantized; None without the artifact.
     quantization: tuple[QuantizedModule, ...] | None = None
+    # As the file's metadata say; None without a refinement.
+    refinement: Refinement | None = None
     # How the file compares with its artifact; None if that was not asked for.
     parity: Parity | None = None
 
@@ -165,6 +167,8 @@ class MeasuredModel(Record):
     bits_per_weight: float
     # How each linear was quantized; None if a file was given without its artifact.
     quantization: tuple[QuantizedModule, ...] | None
+    # As the file's metadata say; None without a refinement.
+    refinement: Refinement | None
     # None if it was not asked for.
     parity: Parity | None
     # None if the classes of the images are not known, for a model without classes, and if its

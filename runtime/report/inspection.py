@@ -93,6 +93,8 @@ def inspection_table(report: Inspection) -> Table:
         result.add_row("why not" if place == 0 else "", escape(reason))
     for text in _saturation(report.audit):
         result.add_row("saturation", escape(text))
+    if report.refinement is not None:
+        result.add_row("refined", report.refinement.sentence)
     for heading, text in _precision_lines(report.precision, report.size_bytes):
         result.add_row(heading, escape(text))
     return result

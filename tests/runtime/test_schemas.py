@@ -32,8 +32,8 @@ BENCH = {
     "throttled",
     "data": "path images hash",
     "models": "name path role flavor device scheme method size_bytes bits_per_weight quantization "
-    "parity accuracy agreement embedding outputs not_finite latency load_ms peak_memory_mb "
-    "peak_gpu_memory_mb throughput executed executed_on audit precision",
+    "refinement parity accuracy agreement embedding outputs not_finite latency load_ms "
+    "peak_memory_mb peak_gpu_memory_mb throughput executed executed_on audit precision",
     "models.accuracy": ACCURACY,
     "models.accuracy.against": "baseline drop drop_low drop_high only_baseline only_model p_value",
     "models.latency": "batch p50_ms p90_ms p99_ms images_per_s rounds_ms ratio_fp16 ratio_fp32",
@@ -66,7 +66,7 @@ EMBEDDINGS = {
 }
 OUTPUTS = {"models.outputs": f"{COSINES} output relative_error agreement"}
 INSPECT = {
-    "": "schema path size_bytes onnxruntime provider graph_optimization audit precision",
+    "": "schema path size_bytes onnxruntime provider graph_optimization refinement audit precision",
     "audit": BENCH["models.audit"],
     "precision": BENCH["models.precision"],
 }
@@ -83,7 +83,7 @@ DOCTOR = {
 
 def inspection() -> Inspection:
     assert W4A8.precision is not None
-    return Inspection("m.onnx", 1, "1.32.0", "cpu", "all", W4A8.audit, W4A8.precision)
+    return Inspection("m.onnx", 1, "1.32.0", "cpu", "all", None, W4A8.audit, W4A8.precision)
 
 
 def diagnosis() -> Diagnosis:

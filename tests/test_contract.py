@@ -46,7 +46,8 @@ def test_what_is_written_is_read_again(metadata: FileMetadata):
 def test_the_runtime_reads_what_the_exporters_write():
     read = Metadata(QUANTIZED.to_metadata_props())
     assert read.is_marrqs
-    for key in ("flavor", "device", "scheme", "method", "artifact", "labels", "classes", "bits_per_weight"):
+    keys = ("flavor", "device", "scheme", "method", "artifact", "labels", "classes")
+    for key in (*keys, "bits_per_weight"):
         assert getattr(read, key) == getattr(QUANTIZED, key)
     assert read.lowest_onnxruntime == QUANTIZED.lowest_onnxruntime
     assert read.source_name == SOURCE.name

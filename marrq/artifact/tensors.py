@@ -27,6 +27,7 @@ from marrq.quantizers.linear import (
     quantized_linears,
 )
 from marrq.quantizers.packing import pack, unpack
+from marrq.quantizers.salient import join_codes, split_codes
 from marrq.schemes import ActivationSpec, Scheme
 
 PACKED = ".weight_packed"
@@ -37,6 +38,7 @@ OPTIONAL_PARTS = (
     "lowrank_right",
     "lowrank_left_scale",
     "lowrank_right_scale",
+    "salient_columns",
 )
 """Buffers of QuantLinear that are stored under their own names unless they are None."""
 
@@ -77,8 +79,15 @@ def _parts(linear: QuantLinear) -> dict[str, Tensor]:
     weight, quantizer = linear.quantized_weight, linear.input
     # A scale of mxint is a power of two, and its exponent takes one byte.
     is_mxint = weight.spec.grid == "mxint"
+    codes, num_bits, salient = weight.codes, weight.spec.num_bits, weight.salient_columns
+    second = {}
+    # The two codes of a salient column are packed like all codes, each in its own set.
+    if salient is not None:
+        codes, more = split_codes(codes, salient, num_bits)
+        second["salient_packed"] = pack(more, num_bits)
     parts = {
-        "weight_packed": pack(weight.codes, weight.spec.num_bits),
+        "weight_packed": pack(codes, num_bits),
+        **second,
         "weight_scale": weight.scale.to(torch.float8_e8m0fnu) if is_mxint else weight.scale,
         "weight_shape": torch.tensor(weight.codes.shape),
     }
@@ -166,7 +175,11 @@ def _restored_linear(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantLinear
     codes = unpack(parts["weight_packed"], scheme.weight.num_bits, (rows, columns))
     # A symmetric grid stores no zero points: all of them are 0.
     zero_point = parts.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-    weight = QuantizedWeight(scheme.weight, codes, scale, zero_point)
+    salient, num_bits = parts.get("salient_columns"), scheme.weight.num_bits
+    if salient is not None:
+        second = unpack(parts["salient_packed"], num_bits, (rows, len(salient)))
+        codes = join_codes(codes, second, salient, num_bits)
+    weight = QuantizedWeight(scheme.weight, codes, scale, zero_point, salient)
     quantizer = None
     if scheme.activation is not None:
         quantizer = _restored_quantizer(parts, scheme.activation)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from marrq.artifact.validate_lowrank import check_branch, check_salient
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantizers.packing import packed_size
 from marrq.schemes import WeightSpec
@@ -49,9 +50,11 @@ PART_TYPES = {
     "weight_shape": torch.int64,
     "weight_zero_point": torch.int8,
     "input_zero_point": torch.uint8,
+    "salient_columns": torch.int32,
+    "salient_packed": torch.uint8,
 }
 """Types of the parts of a quantized linear. All other parts are float32, but for the low-rank
-branch (`_check_branch`) and the scales of mxint."""
+branch (`check_branch`) and the scales of mxint."""
 
 REFUSED_KEY = re.compile(
     r"pretrained|pretrained_(cfg|cfg_overlay|strict|filter_fn)|checkpoint_path|cache_dir|"
@@ -265,7 +268,8 @@ def check_linear(parts: Mapping[str, Tensor], weight: WeightSpec) -> tuple[int, 
     wrong += [name for name in needed if name not in parts]
     if wrong:
         raise ValueError(f"{wrong[0]} does not fit its linear")
-    _check_branch(parts, rows, columns)
+    check_branch(parts, rows, columns)
+    check_salient(parts, weight.num_bits, rows, columns)
     return rows, columns
 
 
@@ -320,21 +324,3 @@ def _wrong_types(parts: Mapping[str, Tensor], weight: WeightSpec) -> Iterator[st
         is_factor = name in ("lowrank_left", "lowrank_right")
         if not is_factor and tensor.dtype != types.get(name, torch.float32):
             yield name
-
-
-def _check_branch(parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
-    """Raise ValueError if L [rows, rank], R [rank, columns] or their scales do not fit."""
-    if "lowrank_left" not in parts and "lowrank_right" not in parts:
-        return
-    # A half of a branch raises KeyError here: L without R is no branch.
-    left, right = parts["lowrank_left"], parts["lowrank_right"]
-    # L decides on the rank; R and the scales must agree.
-    rank = left.shape[-1]
-    expected = {"lowrank_left": (rows, rank), "lowrank_right": (rank, columns)}
-    if left.dtype == torch.int8:
-        expected |= {"lowrank_left_scale": (1, rank), "lowrank_right_scale": (rank, 1)}
-    if right.dtype != left.dtype or left.dtype not in (torch.int8, torch.float16):
-        raise ValueError("lowrank_right is of another type than its linear wants")
-    for name, wanted in expected.items():
-        if tuple(parts[name].shape) != wanted or math.prod(wanted) == 0:
-            raise ValueError(f"{name} does not fit its linear")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from marrq.quantizers.affine import ColumnGrid
+from marrq.quantizers.column_grid import ColumnGrid
 
 
 @dataclass(frozen=True)

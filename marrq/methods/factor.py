@@ -46,8 +46,13 @@ class Factor:
         return self._compensation[kind]
 
 
-def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
+def factorize(
+    hessian: Tensor, damping: float, act_order: bool, last: Tensor | None = None
+) -> Factor:
     """Factor H + λI, in descending order of diag H (`act_order`) or in the order of the inputs.
+
+    last: inputs [r] to which the sweep comes after all others, or None. Columns with finer steps
+    belong there: they take up the errors of all columns before them.
 
     A dead input (H_ii = 0) gets H_ii = 1, so that its weights are simply rounded. If the
     factorization fails, the damping is raised tenfold until it succeeds; the Factor says which
@@ -61,6 +66,9 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
         if act_order
         else torch.arange(len(diagonal), device=hessian.device)
     )
+    if last is not None:
+        # Stable again: both parts keep their order.
+        order = order[torch.isin(order, last).byte().argsort(stable=True)]
     # J H J in sweep order. H is symmetric: rows may be gathered for columns.
     backwards = order.flip(0)
     turned = hessian.index_select(0, backwards).T.contiguous().index_select(0, backwards)

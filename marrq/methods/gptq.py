@@ -39,12 +39,12 @@ from marrq.methods.factor import Factor
 from marrq.methods.problem import Problem, Rounding, SweepData
 from marrq.methods.spec import MethodSpec
 from marrq.quantizers.affine import (
-    ColumnGrid,
     Grid,
     clipped_weight_grids,
     search_weight_grid,
     stack_grids,
 )
+from marrq.quantizers.column_grid import ColumnGrid
 from marrq.schemes import WeightSpec
 
 BLOCK_SIZE = 128
@@ -165,7 +165,7 @@ def choose_grid(weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> Gri
     sweep, as `data.clip` says."""
     # An mxint scale is given by the largest magnitude: there is nothing to search.
     if data.clip == "weights" or weight_spec.grid == "mxint":
-        return search_weight_grid(weight, weight_spec)
+        return search_weight_grid(weight, weight_spec).with_salient(data.salient)
     # Rows in whole tiles: the products of a row then come out the same to the last bit, whichever
     # rows are beside it (marrq/distributed.py).
     candidates = len(OUTPUT_CLIP_FACTORS) + 1
@@ -187,6 +187,7 @@ def _least_output_error(rows: Tensor, data: SweepData, weight_spec: WeightSpec) 
     # All candidates in one column loop: the rows stacked once for each grid, [n, candidates · m].
     count, order = len(grids.scale), data.factors.factor.order
     columns = rows.T.contiguous().index_select(0, order).repeat(1, count)
+    grids = grids.with_salient(data.salient)
     stacked = grids.reshaped(count * len(rows), -1).columns(order)
     steps = sweep_steps(columns.clone(), stacked, data.factors.factor)
     # E = Q - W, back in the order of the inputs: [candidates · m, n].

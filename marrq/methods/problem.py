@@ -14,6 +14,7 @@ from torch import Tensor
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.methods.factor import Factor, damped_inverse, factorize
 from marrq.methods.objective import ReconstructionLoss
+from marrq.methods.serq import salient_columns
 from marrq.methods.spec import Clip, MethodSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantizers.affine import Grid
@@ -59,8 +60,10 @@ class SweepFactors:
 
     Each is computed when it is first asked for, so that gptq does not pay for P1 and P2."""
 
-    def __init__(self, statistics: ResidualStatistics, spec: MethodSpec) -> None:
-        self._statistics, self._spec = statistics, spec
+    def __init__(
+        self, statistics: ResidualStatistics, spec: MethodSpec, salient: Tensor | None = None
+    ) -> None:
+        self._statistics, self._spec, self._salient = statistics, spec, salient
         self._hessians: dict[torch.dtype, Tensor] = {}
 
     def hessian(self, kind: torch.dtype) -> Tensor:
@@ -72,7 +75,8 @@ class SweepFactors:
     @cached_property
     def factor(self) -> Factor:
         """U of the sweep's damped inverse Hessian."""
-        return factorize(self._statistics.hessian, self._spec.damping, self._spec.act_order)
+        spec = self._spec
+        return factorize(self._statistics.hessian, spec.damping, spec.act_order, self._salient)
 
     @cached_property
     def target_inverse(self) -> Tensor:
@@ -104,16 +108,24 @@ class SweepFactors:
 class SweepData:
     """The statistics that a sweep compensates by, with what is computed from them.
 
-    clip: how the grid of a row is clipped, see MethodSpec."""
+    clip: how the grid of a row is clipped, see MethodSpec
+    salient: [r], the columns that get two codes for each weight, or None (methods/serq.py)."""
 
     statistics: ResidualStatistics
     clip: Clip
     factors: SweepFactors
+    salient: Tensor | None
 
     @classmethod
-    def of(cls, statistics: ResidualStatistics, spec: MethodSpec, clip: Clip) -> "SweepData":
+    def of(
+        cls,
+        statistics: ResidualStatistics,
+        spec: MethodSpec,
+        clip: Clip,
+        salient: Tensor | None = None,
+    ) -> "SweepData":
         """With nothing computed yet."""
-        return cls(statistics, clip, SweepFactors(statistics, spec))
+        return cls(statistics, clip, SweepFactors(statistics, spec, salient), salient)
 
     def of_rows(self, rows: slice) -> "SweepData":
         """For some rows of the weight; what belongs to the inputs is shared."""
@@ -154,12 +166,15 @@ class Problem:
         if spec.correct_bias:
             for sums in (whole, first, second):
                 sums.centre_()
+        # All the data choose the columns: a search and the final sweep have the same ones.
+        salient = salient_columns(whole.hessian, spec.lowrank)
         # A search compares α with α on one grid: for that the quick search of the grid will do.
         half_data = (
-            SweepData.of(first, spec, "weights"),
-            SweepData.of(second, spec, "weights"),
+            SweepData.of(first, spec, "weights", salient),
+            SweepData.of(second, spec, "weights", salient),
         )
-        return cls(SweepData.of(whole, spec, spec.clip), half_data, weight_spec, processes)
+        whole_data = SweepData.of(whole, spec, spec.clip, salient)
+        return cls(whole_data, half_data, weight_spec, processes)
 
     def of_rows(self, rows: slice, total_rows: int) -> "Problem":
         """The problem of the rows that this process has, of a weight with `total_rows` rows."""

@@ -15,5 +15,5 @@ from marrq.quantizers.affine import search_weight_grid
 def rtn(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:
     """Codes [m, n] on the grid that is searched by the weight alone."""
     # Not by the outputs after a sweep: this method looks at no data.
-    grid = search_weight_grid(weight, problem.weight_spec)
+    grid = search_weight_grid(weight, problem.weight_spec).with_salient(problem.whole.salient)
     return Rounding(grid.codes(weight), grid)

@@ -75,7 +75,9 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
         raise MarrqError("the weight has NaN or infinite values: load other weights")
     # The branch's scaling belongs to the inputs; codes and branch both need it.
     statistics = problem.whole.statistics
-    scaling = None if spec.lowrank is None else input_scaling(statistics, spec.lowrank.kind)
+    # Salient columns (methods/serq.py) are no branch: they are a matter of the grid and the sweep.
+    branched = spec.lowrank if spec.lowrank is not None and spec.lowrank.is_branch else None
+    scaling = None if branched is None else input_scaling(statistics, branched.kind)
     rounding, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
     # J of the whole linear: codes and branch.

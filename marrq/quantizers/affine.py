@@ -20,14 +20,15 @@ them (quantizers/chunks.py says how many).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.quantizers.chunks import candidate_shares, items_at_once
+from marrq.quantizers.column_grid import ColumnGrid
+from marrq.quantizers.salient import joint_range, stride, strides
 from marrq.schemes import WeightSpec
 
 WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
@@ -50,12 +51,16 @@ class Grid:
         With groups they are [m, groups]; `spread` them before use. Candidates of a search are
         [candidates, m, groups]. A zero point is an integer in `low` … `high`, held in floating
         point.
+    salient: [r], columns of a weight that have two codes for each weight, or None
+        (quantizers/salient.py). Then `scale`, `zero_point`, `low` and `high` are those of the other
+        columns, and codes [m, n] are the joint codes c.
     """
 
     scale: Tensor
     zero_point: Tensor
     low: int
     high: int
+    salient: Tensor | None = None
 
     def quantize(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Codes of x, in the floating-point type of x. NaN stays NaN.
@@ -105,16 +110,45 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """The weights [m, n] that codes [m, n] stand for; scales are [m, groups]."""
-        return self._grouped.dequantize(self._by_group(codes)).flatten(1)
+        joint = self.joint
+        return joint._grouped.dequantize(joint._by_group(codes)).flatten(1)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes [m, n] of a weight [m, n], in its type; scales are [m, groups]."""
-        return self._grouped.quantize(self._by_group(weight)).flatten(1)
+        if self.salient is None:
+            return self._grouped.quantize(self._by_group(weight)).flatten(1)
+        # Each column on its own grid: [n, m].
+        grids = self.columns(torch.arange(weight.shape[1], device=weight.device))
+        steps = weight.T.div(grids.scale).round_().clamp_(grids.lowest, grids.highest)
+        return self.codes_of_steps_(steps.T.contiguous())
 
     def codes_of_steps_(self, steps: Tensor) -> Tensor:
         """From steps [m, n] (see ColumnGrid) to codes, in place."""
-        self._by_group(steps).add_(self.zero_point[..., None])
+        # A step of a column counts 1 code, or several codes c.
+        if self.salient is not None:
+            steps.mul_(strides(self.salient, self._num_bits, steps.shape[1]))
+        self._by_group(steps).add_(self.joint.zero_point[..., None])
         return steps
+
+    def with_salient(self, salient: Tensor | None) -> "Grid":
+        """The same grid with two codes for each weight of some columns [r]; None for none. Raises
+        MarrqError if two codes do not fit a byte."""
+        if salient is not None:
+            joint_range(self._num_bits)
+        return replace(self, salient=salient)
+
+    @property
+    def joint(self) -> "Grid":
+        """The grid of the joint codes; this grid if no column is salient."""
+        if self.salient is None:
+            return self
+        steps = stride(self._num_bits)
+        return Grid(self.scale / steps, self.zero_point * steps, *joint_range(self._num_bits))
+
+    @property
+    def _num_bits(self) -> int:
+        """Bits of a code of a weight. The largest is 2^(b-1) - 1, of an mxint grid too."""
+        return self.high.bit_length() + 1
 
     @property
     def _grouped(self) -> "Grid":
@@ -135,15 +169,20 @@ class Grid:
         parts = (self.scale, lowest, highest)
         groups = self.scale.shape[1]
         # One group: all columns share it, so nothing is copied n times.
-        if groups == 1:
+        if groups == 1 and self.salient is None:
             return ColumnGrid(*(part.T.contiguous() for part in parts))
         # [n, m]: row j holds the grid of column order[j], contiguous for the sweep.
         group = order.div(len(order) // groups, rounding_mode="floor")
-        return ColumnGrid(*(part.T.index_select(0, group) for part in parts))
+        columns = ColumnGrid(*(part.T.index_select(0, group) for part in parts))
+        if self.salient is None:
+            return columns
+        return columns.widened(torch.isin(order, self.salient), self.low, self._num_bits)
 
     def reshaped(self, *shape: int) -> "Grid":
         """The same grid with scales of another shape."""
-        return Grid(self.scale.reshape(shape), self.zero_point.reshape(shape), self.low, self.high)
+        return replace(
+            self, scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape)
+        )
 
     def split(self, count: int) -> Iterator["Grid"]:
         """The candidates of a search, at most `count` at a time."""
@@ -165,44 +204,7 @@ class Grid:
         # Of [candidates, m, groups] one candidate for each row: [1, m, groups], then [m, groups].
         index = choice[None, :, None].expand(1, *self.scale.shape[1:])
         scale, zero_point = (part.gather(0, index)[0] for part in (self.scale, self.zero_point))
-        return Grid(scale, zero_point, self.low, self.high)
-
-
-@dataclass(frozen=True)
-class ColumnGrid:
-    """The grids of columns of a weight, counted in steps from their zeros.
-
-        steps = code - zero_point,  value = steps · scale
-
-    Steps need half as many operations as codes and give the same integers.
-
-    scale, lowest, highest: [columns, m], or [1, m] if all columns share one grid; `lowest` and
-        `highest` are `low` and `high` minus the zero point.
-    """
-
-    scale: Tensor
-    lowest: Tensor
-    highest: Tensor
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all columns have one grid."""
-        return len(self.scale) == 1
-
-    def __getitem__(self, columns: slice) -> "ColumnGrid":
-        """The grids of some columns."""
-        if self.is_shared:
-            return self
-        return ColumnGrid(self.scale[columns], self.lowest[columns], self.highest[columns])
-
-    def each(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scale, lowest and highest step of each of `count` columns, [m] each."""
-        parts = (self.scale, self.lowest, self.highest)
-        # One view serves all columns that share a grid.
-        scales, lowest, highest = (
-            repeat(part[0], count) if self.is_shared else part.unbind() for part in parts
-        )
-        return zip(scales, lowest, highest, strict=True)
+        return replace(self, scale=scale, zero_point=zero_point)
 
 
 def grid_from_range(minimum: Tensor, maximum: Tensor, code_range: tuple[int, int]) -> Grid:
@@ -258,12 +260,12 @@ def clipped_weight_grids(weight: Tensor, spec: WeightSpec, factors: Sequence[flo
 
 
 def stack_grids(grids: Sequence[Grid]) -> Grid:
-    """The grid of several weights stacked on each other: scales [Σ m, groups]."""
-    return Grid(
-        torch.cat([grid.scale for grid in grids]),
-        torch.cat([grid.zero_point for grid in grids]),
-        grids[0].low,
-        grids[0].high,
+    """The grid of several weights stacked on each other: scales [Σ m, groups]. They have the same
+    salient columns."""
+    return replace(
+        grids[0],
+        scale=torch.cat([grid.scale for grid in grids]),
+        zero_point=torch.cat([grid.zero_point for grid in grids]),
     )
 
 

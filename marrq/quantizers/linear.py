@@ -4,7 +4,8 @@
 
 It holds the integers that the artifact stores and the exported graph contains. Only the order of
 floating-point sums differs from an integer kernel's. L R is an optional low-rank branch
-(marrq/methods/lowrank.py).
+(marrq/methods/lowrank.py). Some columns may have two codes for each weight
+(marrq/quantizers/salient.py).
 """
 
 from dataclasses import dataclass
@@ -27,21 +28,26 @@ SCALE_BITS = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}
 class QuantizedWeight:
     """A weight as integers.
 
-    codes: int8 [out, in].
+    codes: int8 [out, in]. If there are salient columns, the joint codes of quantizers/salient.py.
     scale: float32 [out, groups].
     zero_point: int8 [out, groups].
+    salient_columns: int32 [r], ascending, or None.
     """
 
     spec: WeightSpec
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    salient_columns: Tensor | None = None
 
     @classmethod
     def on_grid(cls, spec: WeightSpec, codes: Tensor, grid: Grid) -> "QuantizedWeight":
         """A weight from codes and a grid in floating point. codes: [out, in], integers."""
         # A zero point is a code too: both fit int8.
-        return cls(spec, codes.to(torch.int8), grid.scale, grid.zero_point.to(torch.int8))
+        joint, salient = grid.joint, grid.salient
+        columns = None if salient is None else salient.int()
+        zero_point = joint.zero_point.to(torch.int8)
+        return cls(spec, codes.to(torch.int8), joint.scale, zero_point, columns)
 
     @property
     def values(self) -> Tensor:
@@ -52,11 +58,15 @@ class QuantizedWeight:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the packed codes, the scales, and the zero points unless all of them are 0."""
-        return (
-            8 * packed_size(self.codes.numel(), self.spec.num_bits)
-            + SCALE_BITS[self.spec.grid] * self.scale.numel()
-        )
+        """Bits of the packed codes, the scales, and the zero points unless all of them are 0; of
+        salient columns their second codes and their indices too."""
+        bits = SCALE_BITS[self.spec.grid] * self.scale.numel()
+        bits += 8 * packed_size(self.codes.numel(), self.spec.num_bits)
+        if self.salient_columns is None:
+            return bits
+        count = len(self.salient_columns)
+        # Indices are int32.
+        return bits + 8 * packed_size(len(self.codes) * count, self.spec.num_bits) + 32 * count
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class LowRank:
 class QuantLinear(nn.Module):
     """A linear with integer weight codes.
 
-    weight: codes, scales and zero points.
+    weight: codes, scales and zero points, and which columns have two codes for each weight.
     bias: float32 [out], or None.
     input: quantizes x, or smooths it only; None if it stays as it is.
     lowrank: branch beside the codes, or None.
@@ -119,6 +129,7 @@ class QuantLinear(nn.Module):
     lowrank_right: Tensor | None
     lowrank_left_scale: Tensor | None
     lowrank_right_scale: Tensor | None
+    salient_columns: Tensor | None
 
     def __init__(
         self,
@@ -138,13 +149,16 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
+        self.register_buffer("salient_columns", weight.salient_columns)
         self.register_buffer("bias", bias)
         self.input = input
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, scales and zero points, as they are on the module's device now."""
-        return QuantizedWeight(self.spec, self.codes, self.scale, self.zero_point)
+        return QuantizedWeight(
+            self.spec, self.codes, self.scale, self.zero_point, self.salient_columns
+        )
 
     @property
     def weight(self) -> Tensor:

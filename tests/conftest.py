@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from kept_registry import keep_registry
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from marrq.cli import main
 
@@ -67,6 +67,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> str:
     """The tiny model's name."""
     return f"local-dir:{tiny_folder}"
+
+
+@pytest.fixture(scope="session")
+def embedder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of the tiny model without its head: it gives embeddings."""
+    folder = tmp_path_factory.mktemp("embedder")
+    config = json.loads((tiny_folder / "config.json").read_text())
+    del config["label_names"]
+    config |= {"num_classes": 0, "pretrained_cfg": config["pretrained_cfg"] | {"num_classes": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tiny_folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    save_file(kept, folder / "model.safetensors")
+    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="session")

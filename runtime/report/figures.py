@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.measure.measured import ComparedLatency, MeasuredModel
+from runtime.measure.measured import KNN_TOP1, TOP1, ComparedLatency, MeasuredModel
 from runtime.quantization import QuantizedModule
 from runtime.report.plots import (
     COLORS,
@@ -35,32 +35,36 @@ Interval = tuple[float, float, float]
 
 
 def accuracy_figure(models: Models) -> str:
-    """Top-1 of each model that has an accuracy: a dot with its 95 % interval."""
-    shown = [
-        (model.name, model.accuracy, style)
-        for model, style in _styled(models)
-        if model.accuracy is not None
-    ]
-    labels = [(name, f"{100 * found.top1:.1f} %") for name, found, _ in shown]
+    """The score of each model that has one: a dot with its 95 % interval."""
+    shown = [(model, model.score, style) for model, style in _styled(models) if model.score]
+    # All models of a report have scores of one kind.
+    are_shares, measure = shown[0][1].right is not None, shown[0][1].measure
+    unit, digits = (" %", 1) if are_shares else ("", 4)
+    factor = 100 if are_shares else 1
+    labels = [(model.name, f"{factor * score.value:.{digits}f}{unit}") for model, score, _ in shown]
 
     def draw(figure: "Figure") -> None:
         panel = _rows(figure, labels)
-        for place, (_, found, style) in enumerate(shown):
-            _dot(panel, place, (found.top1_low, found.top1, found.top1_high), style)
-        panel.set_xlabel("top-1 accuracy (%)")
+        for place, (_, score, style) in enumerate(shown):
+            ends = (score.low, score.value, score.high)
+            _dot(panel, place, ends, style, factor)
+        panel.set_xlabel(f"{measure} accuracy (%)" if measure == TOP1 else f"{measure}{unit}")
 
-    return inline_svg("accuracy", _height(labels), f"Top-1 accuracy: {_said(labels)}", draw)
+    title = _titled(measure) + (" accuracy" if measure == TOP1 else "")
+    return inline_svg("accuracy", _height(labels), f"{title}: {_said(labels)}", draw)
 
 
 def drop_figure(models: Models, max_drop: float | None) -> str:
-    """What each candidate loses of top-1 against its baseline: a dot with its 95 % interval.
-    max_drop: the gate's limit, in points; None without a gate."""
+    """What each candidate loses of top-1, of k-NN for embeddings, against its baseline: a dot with
+    its 95 % interval. max_drop: the gate's limit, in points; None without a gate."""
     # The baseline loses nothing against itself, and has no dot.
     losses = [
         (model.name, model.against, style)
         for model, style in _styled(models)
         if model.is_candidate and model.against is not None
     ]
+    embedded = any(model.embedding is not None for model in models)
+    measure = KNN_TOP1 if embedded else TOP1
     labels = [(name, f"{100 * against.drop:.1f} points") for name, against, _ in losses]
 
     def draw(figure: "Figure") -> None:
@@ -73,11 +77,11 @@ def drop_figure(models: Models, max_drop: float | None) -> str:
             limit: Style = {"color": COLORS[4], "linestyle": "--", "linewidth": 1.5}
             panel.axvline(max_drop, label=f"limit of the gate, {max_drop:g} points", **limit)
             figure.legend(loc="outside lower left")
-        panel.set_xlabel("top-1 lost (points)")
+        panel.set_xlabel(f"{measure} lost (points)")
 
     # A legend takes a line below the panel.
     height = _height(labels) + (0.3 if max_drop is not None else 0)
-    return inline_svg("drop", height, f"Top-1 lost: {_said(labels)}", draw)
+    return inline_svg("drop", height, f"{_titled(measure)} lost: {_said(labels)}", draw)
 
 
 def size_figure(models: Models) -> str:
@@ -215,9 +219,15 @@ def _said(labels: Sequence[tuple[str, str]]) -> str:
     return ", ".join(map(" ".join, labels))
 
 
-def _dot(panel: "Axes", place: int, found: Interval, style: Style) -> None:
-    """A share at its place in percent, with a line from the low to the high end of its interval."""
-    low, value, high = (100 * share for share in found)
+def _titled(measure: str) -> str:
+    """With a capital, as a title begins."""
+    return f"{measure[0].upper()}{measure[1:]}"
+
+
+def _dot(panel: "Axes", place: int, found: Interval, style: Style, factor: float = 100) -> None:
+    """A number at its place, with a line from the low to the high end of its interval. factor:
+    what it is drawn in; 100 for a share in percent."""
+    low, value, high = (factor * share for share in found)
     panel.hlines(place, low, high, color=style["color"], linewidth=2)
     panel.plot(value, place, markersize=8, **style)
 

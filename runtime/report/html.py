@@ -15,10 +15,10 @@ from pathlib import Path
 
 from runtime.audit.rows import AuditRow
 from runtime.errors import BenchError
-from runtime.measure.accuracy import Accuracy, BaselineDrop
 from runtime.measure.bench import BenchReport
 from runtime.measure.measured import MeasuredModel, reference_of
 from runtime.quantization import QuantizedModule
+from runtime.report.answers import lost
 from runtime.report.figures import (
     accuracy_figure,
     alpha_figure,
@@ -28,6 +28,17 @@ from runtime.report.figures import (
     ratio_figure,
     search_figure,
     size_figure,
+)
+from runtime.report.headline import (
+    key_numbers,
+    meaning_of,
+    measure_of,
+    number,
+    percent,
+    scored,
+    sentence,
+    top1,
+    top5,
 )
 
 SUFFIX = ".html"
@@ -84,12 +95,15 @@ def page(report: BenchReport) -> str:
     )
     environment.filters |= {
         "number": number,
+        "lost": lost,
         "percent": percent,
         "scientific": scientific,
+        "scored": scored,
         "top1": top1,
         "top5": top5,
     }
     models, reference = report.models, reference_of(report.models)
+    images = f"{report.data.images:,} images of {report.data.path}"
     # Models with a baseline: the others cannot lose anything.
     paired = [model for model in models if model.against is not None]
     # Times are told as multiples of the baseline that was measured, if one was.
@@ -110,10 +124,15 @@ def page(report: BenchReport) -> str:
             for model in models
             if model.is_candidate
         ],
-        gates={verdict.name: verdict for verdict in verdicts},
+        gates={
+            model.name: [verdict for verdict in verdicts if verdict.name == model.name]
+            for model in models
+        },
+        measure=measure_of(models),
+        meaning=meaning_of(models, images),
         paired=paired,
         figures=_figures(report, paired, reference),
-        images=f"{report.data.images:,} images of {report.data.path}",
+        images=images,
         batch_headings=[f"batch {row.batch} ms{ratio}" for row in models[0].latency],
         parities=[
             (model, _parity_figure(slot, model))
@@ -126,38 +145,9 @@ def page(report: BenchReport) -> str:
     )
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """With so many digits after the point, a true minus sign and no negative zero; – for None."""
-    if value is None:
-        return "–"
-    # Adding 0.0 makes -0.0 positive.
-    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
-
-
 def scientific(value: float) -> str:
     """Three digits and a power of ten."""
     return f"{value:.2e}"
-
-
-def percent(share: float | None) -> str:
-    """A share 0 … 1, or a difference of two, in percent."""
-    return number(None if share is None else 100 * share, 1)
-
-
-def top1(accuracy: Accuracy | None) -> str:
-    """Top-1 in percent with its 95 % interval; – without an accuracy."""
-    return (
-        "–" if accuracy is None else _interval(accuracy.top1_low, accuracy.top1, accuracy.top1_high)
-    )
-
-
-def top5(accuracy: Accuracy) -> str:
-    """Top-5 in percent with its 95 % interval."""
-    return _interval(accuracy.top5_low, accuracy.top5, accuracy.top5_high)
-
-
-def _interval(low: float, share: float, high: float) -> str:
-    return f"{percent(share)} ({percent(low)}–{percent(high)})"
 
 
 def described(value: object) -> str:
@@ -167,82 +157,6 @@ def described(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "not set" if value is None else str(value)
-
-
-def sentence(model: MeasuredModel, reference: MeasuredModel | None) -> str:
-    """What a candidate gains and what it costs."""
-    first, accuracy, against = model.latency[0], model.accuracy, model.against
-    # Without a baseline there is nothing to be smaller or faster than.
-    gain = f"takes {number(model.size_bytes / 1e6)} MB, and {number(first.p50_ms)} ms"
-    if reference is not None:
-        smaller, faster = _gains(model, reference)
-        gain = f"is {smaller} smaller than {reference.name}, and {faster} as fast"
-    start = f"{model.name} {gain} at batch {first.batch}."
-    # What it gains means nothing if it answers nothing.
-    if model.not_finite is not None:
-        return f"{start} It {model.not_finite.sentence}."
-    if accuracy is None:
-        found = model.agreement
-        if found is None:
-            return start
-        share = f"{percent(found.agreement)} % of {found.images:,} images"
-        return f"{start} It gives {share} the class that fp32 gives them."
-    if against is None:
-        return f"{start} Its top-1 accuracy is {top1(accuracy)} %."
-    # A loss is claimed only if the interval shows one.
-    if against.drop_low <= 0 <= against.drop_high:
-        return (
-            f"{start} Its top-1 accuracy is {percent(accuracy.top1)} %, which "
-            f"{accuracy.images:,} images cannot tell from that of {against.baseline}."
-        )
-    # A gain is told as one, and not as a negative loss.
-    change = "loses" if against.drop > 0 else "gains"
-    points = f"{percent(abs(against.drop))} points of top-1 accuracy"
-    return f"{start} It {change} {points} against {against.baseline}."
-
-
-def key_numbers(
-    model: MeasuredModel, reference: MeasuredModel | None
-) -> list[tuple[str, str, str]]:
-    """The numbers that decide, each with what it counts and what it rests on."""
-    first = model.latency[0]
-    size, time = f"{number(model.size_bytes / 1e6)} MB", f"{number(first.p50_ms)} ms"
-    batch = f"at batch {first.batch}"
-    gains = [(size, "file", model.flavor), (time, f"one forward {batch}", "median")]
-    if reference is not None:
-        smaller, faster = _gains(model, reference)
-        other_size = f"{reference.name} {number(reference.size_bytes / 1e6)} MB"
-        other_time = f"{reference.name} {number(reference.latency[0].p50_ms)} ms"
-        gains = [
-            (smaller, "smaller", f"{size}, {other_size}"),
-            (faster, f"as fast {batch}", f"{time}, {other_time}"),
-        ]
-    bits = (number(model.bits_per_weight), "bits a weight", "with scales and zero points")
-    return [*gains, _accuracy_number(model), bits]
-
-
-def _accuracy_number(model: MeasuredModel) -> tuple[str, str, str]:
-    """The drop if there is a baseline, else top-1; without classes the agreement."""
-    accuracy, against = model.accuracy, model.against
-    if model.agreement is not None:
-        same = f"{percent(model.agreement.agreement)} %"
-        return same, "with fp32's class", f"of {model.agreement.images:,} images"
-    if accuracy is None:
-        why = "not measured" if model.not_finite is None else "its logits are NaN or infinite"
-        return "–", "top-1 accuracy", why
-    if against is not None:
-        return _drop_number(against)
-    basis = _bounds(accuracy.top1_low, accuracy.top1_high)
-    return f"{percent(accuracy.top1)} %", "top-1 accuracy", basis
-
-
-def _drop_number(against: BaselineDrop) -> tuple[str, str, str]:
-    basis = _bounds(against.drop_low, against.drop_high)
-    return percent(against.drop), "points of top-1 lost", basis
-
-
-def _bounds(low: float, high: float) -> str:
-    return f"95 % interval {percent(low)} to {percent(high)}"
 
 
 def grouped(models: Models) -> list[AuditGroup]:
@@ -262,25 +176,15 @@ def grouped(models: Models) -> list[AuditGroup]:
     return sorted(found, key=lambda group: group.row.reason is None)
 
 
-def _gains(model: MeasuredModel, reference: MeasuredModel) -> tuple[str, str]:
-    """How many times smaller than the reference, and as fast at the first batch size."""
-    ratio = model.latency[0].ratio(reference.flavor)
-    assert ratio is not None  # the reference was measured
-    gains = (reference.size_bytes / model.size_bytes, 1 / ratio)
-    # A factor below one needs a digit more to say as much.
-    smaller, faster = (f"{number(gain, 1 if gain >= 1 else 2)} ×" for gain in gains)
-    return smaller, faster
-
-
 def _figures(
     report: BenchReport, paired: list[MeasuredModel], reference: MeasuredModel | None
 ) -> dict[str, str | None]:
     """The figures of the page, by name. paired: models with a baseline to be compared with."""
     # The limit is drawn into the figure of the drops.
     max_drop = None if report.gate is None else report.gate.max_drop
-    any_accuracy = any(model.accuracy is not None for model in report.models)
+    any_score = any(model.score is not None for model in report.models)
     return {
-        "accuracy": accuracy_figure(report.models) if any_accuracy else None,
+        "accuracy": accuracy_figure(report.models) if any_score else None,
         "drop": drop_figure(paired, max_drop) if paired else None,
         "latency": latency_figure(report.models),
         "ratio": ratio_figure(report.models, reference.flavor) if reference else None,

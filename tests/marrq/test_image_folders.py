@@ -1,14 +1,12 @@
 """Every layout of images calibrates; where there are classes, each image has its target."""
 
 import hashlib
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from marrq.cli import main
 from marrq.errors import MarrqError
@@ -100,20 +98,6 @@ def test_images_for_calibration_need_no_classes(
         images.labelled()
 
 
-@pytest.fixture(scope="module")
-def features(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model without its head."""
-    folder = tmp_path_factory.mktemp("features")
-    config = json.loads((tiny_folder / "config.json").read_text())
-    del config["label_names"]
-    config |= {"num_classes": 0, "pretrained_cfg": config["pretrained_cfg"] | {"num_classes": 0}}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(tiny_folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    save_file(kept, folder / "model.safetensors")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("has_classes", "layout"),
     [
@@ -122,11 +106,11 @@ def features(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     ],
 )
 def test_quantize_takes_images_without_classes_for_every_model(
-    tmp_path: Path, tiny: str, features: Path, has_classes: bool, layout: tuple[str, ...]
+    tmp_path: Path, tiny: str, embedder: str, has_classes: bool, layout: tuple[str, ...]
 ):
     images = put(tmp_path / "images", *layout)
     options = ["--data", str(images), "--samples", "3", "--method", "rtn", "--scheme", "W8A16"]
-    name = tiny if has_classes else str(features)
+    name = tiny if has_classes else embedder
     assert main(["quantize", name, *options, "-o", str(tmp_path / "artifact")]) == 0
 
 

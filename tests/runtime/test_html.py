@@ -28,7 +28,8 @@ from marrq.cli import main
 from runtime.errors import BenchError
 from runtime.measure.bench import BenchReport
 from runtime.measure.measured import Agreement, MeasuredModel, reference_of
-from runtime.report.html import check_page, key_numbers, page, sentence
+from runtime.report.headline import key_numbers, sentence
+from runtime.report.html import check_page, page
 
 SECTIONS = [
     "warnings",
@@ -312,7 +313,7 @@ def test_a_page_has_models_without_finite_logits_and_says_why(others: tuple[Meas
 
 
 def test_without_classes_a_page_begins_with_how_alike_the_candidate_and_fp32_answer():
-    model = replace(W4A8, accuracy=None, agreement=Agreement(0.937, 0.01, 1860))
+    model = replace(W4A8, accuracy=None, agreement=Agreement(0.937, 0.01, 1860, "80" * 233))
     assert sentence(model, FP32).endswith(
         "It gives 93.7 % of 1,860 images the class that fp32 gives them."
     )

@@ -8,8 +8,9 @@ import reference
 import torch
 from torch import Tensor
 
+from marrq.methods.alpha_spec import AlphaSpec
 from marrq.methods.problem import Problem
-from marrq.methods.spec import AlphaSpec, MethodSpec
+from marrq.methods.spec import MethodSpec
 from marrq.methods.statistics import ResidualStatistics
 from marrq.schemes import WeightSpec
 

@@ -12,11 +12,12 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from marrq.artifact.scheme import SCHEME_KEYS, scheme_from_json
+from marrq.methods.alpha_spec import PID, AlphaSpec
 from marrq.methods.lowrank_spec import LowRankSpec
 from marrq.methods.problem import SearchStep
 from marrq.methods.refinement_spec import RefinementSpec
 from marrq.methods.setting import COUNT, NUMBER
-from marrq.methods.spec import PID, AlphaSpec, MethodSpec
+from marrq.methods.spec import MethodSpec
 from marrq.models.load import VisionModel
 from marrq.quantized_model import (
     CalibrationRecord,

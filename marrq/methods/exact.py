@@ -30,7 +30,7 @@ from torch import Tensor
 
 from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Rounding, SweepData
-from marrq.quantizers.affine import Grid, stack_grids
+from marrq.quantizers.affine import stack_grids
 from marrq.schemes import WeightSpec
 
 
@@ -48,24 +48,16 @@ class ExactTarget:
 
     def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None:
         self.weight, self.data, self.weight_spec = weight, data, weight_spec
-        self.grid: Grid | None = None
-        self.grid_is_finite: bool | None = None
         self.delta = correction(weight, data)
 
-    def round_at(self, alphas: Tensor) -> Rounding:
-        """The sweep on W_α for each α of [a]: codes [a · m, n].
+    def fit_grid(self, alpha: float) -> None:
+        """Find the grid on W_α, for every α that follows: J moves with α alone within a search."""
+        self.grid = choose_grid(self.weight + alpha * self.delta, self.data, self.weight_spec)
 
-        All are rounded on the grid of the first α that is asked for, so that J moves with α alone
-        within a search."""
+    def round_at(self, alphas: Tensor) -> Rounding:
+        """The sweep on W_α for each α of [a]: codes [a · m, n]."""
         # The a weights W_α, [m, n] each; stacked they are [a · m, n].
         targets = [self.weight + alpha * self.delta for alpha in alphas]
-        # An α that overflowed left a grid that is of no use to the next. Asked once, the next time:
-        # each answer makes the host wait for the device.
-        if self.grid is not None and self.grid_is_finite is None:
-            self.grid_is_finite = bool(self.grid.scale.isfinite().all())
-        if self.grid is None or self.grid_is_finite is False:
-            self.grid = choose_grid(targets[0], self.data, self.weight_spec)
-            self.grid_is_finite = None
         grid = stack_grids([self.grid] * len(alphas))
         return Rounding(sweep(torch.cat(targets), grid, self.data.factors.factor), grid)
 

@@ -10,6 +10,9 @@ neither the order of batches nor the number of processes leaves a trace.
 their means; the share of the means is put back in float64. If the mean of an input is a thousand
 times its deviation, a float32 product would lose the deviation, which is all that centred sums
 keep.
+
+**Weighted sums.** Tokens may have weights w, so that Σ w l rᵀ is summed. A product then gets rows
+multiplied by √w, after the means are taken off.
 """
 
 from dataclasses import dataclass
@@ -50,13 +53,16 @@ class Units:
     tokens: int
 
     @classmethod
-    def of(cls, x: Tensor, drift: Tensor, tokens: int) -> "Units":
+    def of(
+        cls, x: Tensor, drift: Tensor, tokens: int, weights: "TokenWeights | None" = None
+    ) -> "Units":
         """The units by a first batch.
 
         x: [batch tokens, n]; drift: dx or e, [batch tokens, n or m]; tokens: how many there will
-        be in all batches together."""
+        be in all batches together, or the sum of their weights; weights: of the batch's tokens."""
         # A power of two of tokens keeps R, like u, free of rounding.
-        return cls(_sizes(x), _sizes(drift), 1 << (tokens - 1).bit_length())
+        inputs, drifts = (_sizes(scaled(values, weights)) for values in (x, drift))
+        return cls(inputs, drifts, 1 << (tokens - 1).bit_length())
 
     @property
     def shift(self) -> float:
@@ -84,15 +90,48 @@ def _sizes(tokens: Tensor) -> Tensor:
     return torch.where((rms > 0) & rms.isfinite(), torch.ldexp(torch.ones_like(rms), exponent), 1)
 
 
+class TokenWeights:
+    """The weights w of the tokens of a batch.
+
+    values: [tokens, 1] float64, multiples of a power of two, so that their sum is exact.
+    roots: √w, [tokens, 1] in the type of the tokens.
+    total: Σ w."""
+
+    def __init__(self, values: Tensor, total: float, kind: torch.dtype) -> None:
+        """values: [tokens] float64; total: their sum; kind: the type of the tokens."""
+        self.values, self.total = values[:, None], total
+        self.roots = self.values.sqrt().to(kind)
+
+    @classmethod
+    def of_images(cls, weights: Tensor, images: int, x: Tensor) -> "TokenWeights":
+        """Of the tokens x [tokens, n] of some images, one image after the other.
+
+        weights: of the tokens of an image, float64 on the CPU."""
+        # The sum is taken before the weights go to the device, which nobody waits for.
+        total = images * float(weights.sum())
+        return cls(weights.repeat(images).to(x.device, non_blocking=True), total, x.dtype)
+
+
+def scaled(values: Tensor, weights: TokenWeights | None) -> Tensor:
+    """Rows of tokens [tokens, p] times √w; the tokens themselves without weights."""
+    return values if weights is None else values * weights.roots
+
+
 class BatchTokens:
     """One factor of the products of a batch, with what each product asks of it.
 
     values: [tokens, p].
     sizes: the units of its channels, [p] float64.
+    weights: of the tokens; None: all are 1.
     """
 
-    def __init__(self, values: Tensor, sizes: Tensor) -> None:
-        self.values, self.sizes = values, sizes
+    def __init__(self, values: Tensor, sizes: Tensor, weights: TokenWeights | None = None) -> None:
+        self.values, self.sizes, self.weights = values, sizes, weights
+
+    @property
+    def count(self) -> float:
+        """The number of tokens, or Σ w."""
+        return len(self.values) if self.weights is None else self.weights.total
 
     @cached_property
     def mean(self) -> Tensor:
@@ -101,24 +140,32 @@ class BatchTokens:
 
     @cached_property
     def centred(self) -> Tensor:
-        """The tokens without the mean, [tokens, p]."""
-        return self.values - self.mean
+        """The tokens without the mean, times √w: [tokens, p]."""
+        return scaled(self.values - self.mean, self.weights)
 
     @cached_property
     def sum(self) -> Tensor:
-        """Of each channel, [p] in float64."""
-        return self.values.sum(0, dtype=torch.float64)
+        """Σ w x of each channel, [p] in float64."""
+        if self.weights is None:
+            return self.values.sum(0, dtype=torch.float64)
+        return (self.values * self.weights.values).sum(0)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Σ w x² of each channel, [p] in float64."""
+        squares = self.values.double().square()
+        return (squares if self.weights is None else squares * self.weights.values).sum(0)
 
 
 def add_products_(total: Tensor, left: BatchTokens, right: BatchTokens, units: Units) -> None:
-    """Add Σ l rᵀ over the tokens of a batch to `total` [p, q] float64, rounded to units."""
+    """Add Σ w l rᵀ over the tokens of a batch to `total` [p, q] float64, rounded to units."""
     # [tokens, p]ᵀ × [tokens, q], in the type of the tokens.
     product = _gram(left.centred) if left is right else left.centred.T @ right.centred
-    # Σ (l - a)(r - b)ᵀ = Σ l rᵀ - a (Σ r - k b)ᵀ - (Σ l) bᵀ, for any a and b: it matters not that
-    # a and b are means only up to rounding.
+    # Σ w (l - a)(r - b)ᵀ = Σ w l rᵀ - a (Σ w r - k b)ᵀ - (Σ w l) bᵀ with k = Σ w, for any a and b:
+    # it matters not that a and b are means only up to rounding, and of tokens without weights.
     left_mean, right_mean = left.mean.double(), right.mean.double()
     of_left = torch.stack([left_mean, left.sum], 1)
-    of_right = torch.stack([right.sum - len(right.values) * right_mean, right_mean])
+    of_right = torch.stack([right.sum - right.count * right_mean, right_mean])
     # Five passes over [p, q]: on a CPU some rows at a time, which stay in the cache.
     count = items_at_once(len(total), total[:1], total.device)
     for start in range(0, len(total), count):

@@ -32,10 +32,12 @@ class GptaqTarget:
     constant: ClassVar[float] = 0.25
 
     def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None:
-        self.weight, self.factor = weight, data.factors.factor
-        # The grid is found on W, once: it does not depend on α.
-        self.grid = choose_grid(weight, data, weight_spec)
-        self.residuals = self._residuals(data)
+        self.weight, self.data, self.weight_spec = weight, data, weight_spec
+        self.factor, self.residuals = data.factors.factor, self._residuals(data)
+
+    def fit_grid(self, alpha: float) -> None:
+        """Find the grid on W, as the papers do: it does not depend on α."""
+        self.grid = choose_grid(self.weight, self.data, self.weight_spec)
 
     def _residuals(self, data: SweepData) -> tuple[Tensor, ...]:
         """The residual matrices of the sweep, [n, n] float64."""

@@ -35,10 +35,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from marrq.methods.alpha_spec import AlphaSpec, AlphaStrategy
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.problem import Problem, Rounding, SearchStep, SweepData
 from marrq.methods.residual import ResidualTarget, alphas_like, final, with_constant
-from marrq.methods.spec import AlphaSpec, AlphaStrategy, MethodSpec
+from marrq.methods.spec import MethodSpec
 
 Search = Callable[[ResidualTarget, ReconstructionLoss, AlphaSpec, int | None], list[SearchStep]]
 """(target, loss of the half that judges, settings, number of that half) to the steps taken."""
@@ -49,6 +50,7 @@ def pid_search(
 ) -> list[SearchStep]:
     """The steps of one PID run; the caller picks from them."""
     pid = spec.pid
+    _fit_grid(target, loss, spec)
     steps: list[SearchStep] = []
     # previous: ε_{t-1}; before the first step there is no error, and no sum of errors.
     alpha, integral, previous = pid.initial, 0.0, 0.0
@@ -80,6 +82,7 @@ def grid_search(
     target: ResidualTarget, loss: ReconstructionLoss, spec: AlphaSpec, half: int | None
 ) -> list[SearchStep]:
     """A step for every α of the grid, all from one stacked sweep."""
+    _fit_grid(target, loss, spec)
     # [a · m, n]: one column loop for the whole grid.
     stacked = target.round_at(alphas_like(spec.grid, loss.weight)).quantized
     return [
@@ -88,7 +91,27 @@ def grid_search(
     ]
 
 
-SEARCHES: dict[AlphaStrategy, Search] = {"pid": pid_search, "grid": grid_search}
+def closed_form(
+    target: ResidualTarget, loss: ReconstructionLoss, spec: AlphaSpec, half: int | None
+) -> list[SearchStep]:
+    """One step: the α with the least J of W + α T without rounding, and this J. T is the direction
+    at α = 0, for the exact target at every α."""
+    alpha, error = loss.least_along(target.direction(0.0), spec.pid.lower, spec.pid.upper)
+    return [SearchStep(half, alpha, error)]
+
+
+def _fit_grid(target: ResidualTarget, loss: ReconstructionLoss, spec: AlphaSpec) -> None:
+    """Find the grid for a search at the α in closed form: at the first α of the search it would
+    favour that α."""
+    [near] = closed_form(target, loss, spec, None)
+    target.fit_grid(near.alpha)
+
+
+SEARCHES: dict[AlphaStrategy, Search] = {
+    "pid": pid_search,
+    "grid": grid_search,
+    "closed": closed_form,
+}
 """How α is searched, by strategy; `global` searches nothing."""
 
 

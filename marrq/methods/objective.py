@@ -65,6 +65,17 @@ class ReconstructionLoss:
         slope = self._total((gradient * direction).sum(1))
         return -slope / curvature if curvature > 0 else 0.0
 
+    def least_along(self, direction: Tensor, lower: float, upper: float) -> tuple[float, float]:
+        """The α from `lower` to `upper` with the least J(W + α T), and this J: nothing is rounded.
+
+        direction: T, [m, n]. 0 if T changes no output."""
+        # J(W + α T) = c - 2 α ⟨G, T⟩ + α² ⟨T H, T⟩. A parabola: its least is clipped to the bounds.
+        direction, curvature = self._curved(direction)
+        rows = (self._wanted.moment * direction).mul_(self._importance).sum(1)
+        slope = self._total(rows)
+        alpha = min(max(slope / curvature if curvature > 0 else 0.0, lower), upper)
+        return alpha, self._constant - 2 * alpha * slope + alpha**2 * curvature
+
     def _curved(self, direction: Tensor) -> tuple[Tensor, float]:
         """T in float64, and ⟨T H, T⟩."""
         # The exact target goes along one straight line: the product is formed once for a search.

@@ -1,8 +1,9 @@
 """The residual methods as MARR sees them: a target that moves with the residual strength α.
 
-A target belongs to one weight and one set of statistics. It knows two things:
+A target belongs to one weight and one set of statistics. It knows three things:
 
-    round_at(α)     the sweep at any α, for one α or for many at once
+    fit_grid(α)     the grid of the weights for sweeps near α; it stays while α moves
+    round_at(α)     the sweep at any α on that grid, for one α or for many at once
     direction(α)    T = dw̃/dα, in which direction the compensated weights w̃(α) move if rounding is
                     left out
 
@@ -31,6 +32,10 @@ class ResidualTarget(Protocol):
 
     def __init__(self, weight: Tensor, data: SweepData, weight_spec: WeightSpec) -> None: ...
 
+    def fit_grid(self, alpha: float) -> None:
+        """Find the grid on which `round_at` rounds from now on, for sweeps near α."""
+        ...
+
     def round_at(self, alphas: Tensor) -> Rounding:
         """The sweep at each α of [a], the weight stacked upon itself: codes [a · m, n]."""
         ...
@@ -58,11 +63,13 @@ def final(
     A residual term feeds compensated columns back into themselves, and on a coarse grid they can
     grow without bound."""
     fallback = None
+    target.fit_grid(alpha)
     rounding = target.round_at(alphas_like([alpha], weight))
     # One α for all rows: if the rows of one process overflow, every process falls back.
     if not processes.all_agree(bool(torch.isfinite(rounding.codes).all())):
         fallback = f"alpha {alpha:g} gave non-finite weights, alpha 0 was used"
         alpha = 0.0
+        target.fit_grid(alpha)
         rounding = target.round_at(alphas_like([alpha], weight))
     return Rounding(rounding.codes, rounding.grid, alpha, trajectory, fallback)
 

@@ -17,6 +17,10 @@ the method aims at that stream, e is another vector (`OutputDrift`, methods/exac
 
 Sums add exactly over batches, halves and processes (methods/exact_sums.py).
 
+**Weighted sums.** Tokens may have weights w (marrq/pipeline/token_weights.py). Then every sum above
+is Σ w …, the number of tokens k is Σ w, and J is the weighted square error: all that follows from
+the sums, the means, the bias and the α that J judges, is weighted too.
+
 **Centred sums.** If the bias takes up the mean error of the outputs (`output_shift`), the error of
 centred tokens is left: the same sums without the means, H - k x̄ x̄ᵀ and so on (`centre_`). Then a
 method spends no codes on an error that the bias corrects for nothing.
@@ -31,7 +35,7 @@ from torch import Tensor
 
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
-from marrq.methods.exact_sums import BatchTokens, Units, add_products_
+from marrq.methods.exact_sums import BatchTokens, TokenWeights, Units, add_products_
 
 VARIATION = 1e-12
 """An input is a constant if its variance is below this share of its mean square: float32 tokens
@@ -66,7 +70,7 @@ class Drift(ABC):
         self._add_power(drift, units)
         self.sum += units.round(drift.sum, units.drift)
 
-    def centre_(self, input_sum: Tensor, tokens: int, varies: Tensor) -> None:
+    def centre_(self, input_sum: Tensor, tokens: float, varies: Tensor) -> None:
         """Take the means out of `moment` and `power`, in place; see ResidualStatistics.centre_.
 
         input_sum: Σ x, [n]; varies: [n], 1 for an input that varies, 0 for a constant."""
@@ -79,7 +83,7 @@ class Drift(ABC):
         """Take a batch [tokens, n or m] into `power`."""
 
     @abstractmethod
-    def _centre_power(self, tokens: int) -> None:
+    def _centre_power(self, tokens: float) -> None:
         """Take the mean out of `power`, in place."""
 
     @property
@@ -119,7 +123,7 @@ class InputDrift(Drift):
         # S = Σ dx dxᵀ: all of it, since J of any weight W asks for W S Wᵀ.
         add_products_(self.power, drift, drift, units)
 
-    def _centre_power(self, tokens: int) -> None:
+    def _centre_power(self, tokens: float) -> None:
         # Σ (dx - d̄)(dx - d̄)ᵀ = S - (Σ dx)(Σ dx)ᵀ / k
         self.power.addr_(self.sum, self.sum, alpha=-1 / tokens)
 
@@ -167,9 +171,9 @@ class OutputDrift(Drift):
 
     def _add_power(self, drift: BatchTokens, units: Units) -> None:
         # e belongs to one linear, so that Σ e² of each output is all that J asks for.
-        self.power += units.round(drift.values.double().square().sum(0), units.drift.square())
+        self.power += units.round(drift.squares, units.drift.square())
 
-    def _centre_power(self, tokens: int) -> None:
+    def _centre_power(self, tokens: float) -> None:
         # Σ (e - ē)² = Σ e² - (Σ e)² / k
         self.power.sub_(self.sum.square() / tokens)
 
@@ -202,7 +206,7 @@ class OutputDrift(Drift):
 
 @dataclass
 class ResidualStatistics:
-    """H [n, n] and Σ x [n] in float64, the number of tokens, and the sums of the drift.
+    """H [n, n] and Σ x [n] in float64, the number of tokens or Σ w, and the sums of the drift.
 
     units: the multiples to which sums are rounded; None takes the units of the first batch. Sums
     with the same units add exactly."""
@@ -210,7 +214,7 @@ class ResidualStatistics:
     hessian: Tensor
     input_sum: Tensor
     drift: Drift
-    tokens: int = 0
+    tokens: float = 0
     units: Units | None = None
 
     @classmethod
@@ -241,19 +245,20 @@ class ResidualStatistics:
             self.units,
         )
 
-    def add(self, x: Tensor, drift: Tensor) -> None:
+    def add(self, x: Tensor, drift: Tensor, weights: TokenWeights | None = None) -> None:
         """Take in a batch.
 
-        x: [tokens, n]; drift: dx = x̃ - x, [tokens, n], or e, [tokens, m]. The caller forms the
-        difference before any product: it is a small difference of large numbers."""
+        x: [tokens, n]; drift: dx = x̃ - x, [tokens, n], or e, [tokens, m]; weights: of the tokens.
+        The caller forms the difference before any product: it is a small difference of large
+        numbers."""
         # Processes and halves must round alike: the pipeline hands out the units of one batch.
         if self.units is None:
-            self.units = Units.of(x, drift, len(x))
-        inputs = BatchTokens(x, self.units.inputs)
+            self.units = Units.of(x, drift, len(x), weights)
+        inputs = BatchTokens(x, self.units.inputs, weights)
         add_products_(self.hessian, inputs, inputs, self.units)
         self.input_sum += self.units.round(inputs.sum, inputs.sizes)
-        self.drift.add(inputs, BatchTokens(drift, self.units.drift), self.units)
-        self.tokens += len(x)
+        self.drift.add(inputs, BatchTokens(drift, self.units.drift, weights), self.units)
+        self.tokens += inputs.count
 
     def pooled_(self, processes: Processes) -> "ResidualStatistics":
         """The sums of all processes, in place. Returns itself."""
@@ -261,10 +266,10 @@ class ResidualStatistics:
         # One process has them all, and need not wait for the device.
         if processes.size == 1:
             return self
-        drift, tokens = self.drift, torch.tensor(self.tokens)
+        drift, tokens = self.drift, torch.tensor(self.tokens, dtype=torch.float64)
         sums = (self.hessian, self.input_sum, drift.moment, drift.power, drift.sum)
         processes.all_reduce(*sums, tokens)
-        self.tokens = int(tokens)
+        self.tokens = float(tokens)
         return self
 
     def of_rows(self, rows: slice) -> "ResidualStatistics":
@@ -290,6 +295,6 @@ class ResidualStatistics:
     def output_shift(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """The change of the bias that makes the outputs of Q right in the mean: (Σ e - E Σ x) / k,
         [m]. weight, quantized: W and Q, [m, n]."""
-        # The mean over tokens of W x + e - Q x.
+        # The (weighted) mean over tokens of W x + e - Q x.
         error = quantized.double() - weight.double()
         return (self.drift.sum_of(weight) - error @ self.input_sum) / self.tokens

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from marrq.distributed import Processes
-from marrq.methods.exact_sums import Units
+from marrq.methods.exact_sums import TokenWeights, Units
 from marrq.methods.statistics import ResidualStatistics
 from marrq.models.blocks import Block
 from marrq.pipeline.block_inputs import Batch, BlockInputs, Store, TokenBatches
@@ -244,13 +244,18 @@ x [..., n] and the drift: dx [..., n], or e [..., m] (marrq/methods/statistics.p
 
 
 def sum_statistics(
-    pair: BlockPair, linear: str, drift_of: BatchDrift, importance: Tensor | None
+    pair: BlockPair,
+    linear: str,
+    drift_of: BatchDrift,
+    importance: Tensor | None,
+    weights: Tensor | None = None,
 ) -> tuple[ResidualStatistics, ResidualStatistics]:
     """The sums over all batches of all processes, for each half of the calibration set.
 
     linear: path of the linear whose inputs are summed.
     drift_of: computes x and the drift of a batch.
     importance: [m] if the drift is e; None if it is dx.
+    weights: [tokens of an image] float64 on the CPU; None if all tokens count alike.
     """
     in_features = pair.quantized.linear(linear).in_features
     halves: list[ResidualStatistics] = []
@@ -259,15 +264,16 @@ def sum_statistics(
             x, drift = drift_of(quantized, original)
         # Tokens of all images in a row: sums over them know no images.
         x, drift = x.reshape(-1, in_features), drift.reshape(-1, drift.shape[-1])  # [tokens, ·]
+        of_batch = None if weights is None else TokenWeights.of_images(weights, len(batch), x)
         # The first batch gives the units, so both halves are made here.
         if not halves:
-            units = _common_units(pair, x, drift, tokens_per_image=len(x) // len(batch))
+            units = _common_units(pair, x, drift, len(x) // len(batch), of_batch)
             halves = [
                 ResidualStatistics.zeros(in_features, pair.device, importance, units)
                 for _ in range(2)
             ]
         # The two halves judge each other: α is found on one half by the error on the other.
-        halves[batch.half].add(x, drift)
+        halves[batch.half].add(x, drift, of_batch)
     # Before this line a process has the sums of its own batches, after it those of all.
     first, second = (half.pooled_(pair.processes) for half in halves)
     return first, second
@@ -283,15 +289,18 @@ def _used(kept: KeptOutputs | None, batch: Batch, reading: str | None) -> Iterat
         yield
 
 
-def _common_units(pair: BlockPair, x: Tensor, drift: Tensor, tokens_per_image: int) -> Units:
+def _common_units(
+    pair: BlockPair, x: Tensor, drift: Tensor, tokens_per_image: int, weights: TokenWeights | None
+) -> Units:
     """The units that the very first batch gives, in every process: sums add exactly if their units
     are the same.
 
-    x, drift: of this process's first batch, [tokens, n] and [tokens, n or m].
+    x, drift, weights: of this process's first batch, [tokens, n] and [tokens, n or m].
     """
     images = sum(map(len, pair.inputs.batches))
-    # The number of tokens in all bounds how large the sums can become.
-    own = Units.of(x, drift, tokens_per_image * images)
+    # The number of tokens in all, about the sum of their weights, bounds how large the sums can
+    # become.
+    own = Units.of(x, drift, tokens_per_image * images, weights)
     return replace(
         own,
         inputs=pair.processes.broadcast(own.inputs),

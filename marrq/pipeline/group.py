@@ -49,12 +49,14 @@ class GroupCalibration:
     pair: the block on both paths.
     linears: paths of the group's linears within the block.
     scheme: bits and grids of these linears.
+    weights: of the tokens of an image, [tokens of an image]; None if all tokens count alike.
     """
 
     pair: BlockPair
     linears: tuple[str, ...]
     scheme: Scheme
     method: MethodSpec
+    weights: Tensor | None = None
 
     def channel_scales(self) -> Equalized | None:
         """Scale the channels of the input and of the weights, in place, on the quantized path. None
@@ -111,7 +113,7 @@ class GroupCalibration:
             drift = partial(self._stream_drift, rounding, writer)
             # An error of the writer's output enters the stream multiplied by γ.
             importance = writer.gain.square()
-        return sum_statistics(self.pair, self.linears[0], drift, importance)
+        return sum_statistics(self.pair, self.linears[0], drift, importance, self.weights)
 
     def _writer(self) -> ResidualWriter | None:
         """How the group's only linear writes to the residual stream, if the method asks for it."""
@@ -191,10 +193,10 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
 
 def _clipped_share(weight: Tensor, grid: Grid) -> float:
     """The share of weights outside the range of their grid, 0 … 1."""
-    # The range of the grid in the units of the weight: [m, groups, 1] for [m, groups, size].
-    grouped = weight.reshape(len(weight), grid.scale.shape[1], -1)
-    lowest, highest = (end[..., None] for end in grid.ends)
-    return ((grouped < lowest) | (grouped > highest)).float().mean().item()
+    # The ends of each column in the units of the weight: [n, m] or [1, m] beside [n, m].
+    columns = grid.columns(torch.arange(weight.shape[1], device=weight.device))
+    lowest, highest = columns.lowest * columns.scale, columns.highest * columns.scale
+    return ((weight.T < lowest) | (weight.T > highest)).float().mean().item()
 
 
 def _quant_linear(

@@ -38,6 +38,7 @@ from marrq.pipeline.block_inputs import Store, cut, in_memory, share_of
 from marrq.pipeline.collect import BlockPair, Images, Paths, TokenSource
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
 from marrq.pipeline.group import GroupCalibration, quantize_group
+from marrq.pipeline.token_weights import token_weights
 from marrq.quantized_model import ModuleReport, QuantizationSettings, QuantizedModel
 from marrq.schemes import Scheme
 from marrq.transforms.rotation import rotate
@@ -104,13 +105,18 @@ def quantize(
         settings, method=replace(settings.method, name=method_named(settings.method.name))
     )
     module = model.module.to(run.device)
-    blocks = _chain(module, images[:2].to(run.device), settings)
+    blocks = chain_of(module, images[:2].to(run.device), settings)
     check_groups(blocks, settings.scheme)
     check_widths(blocks, settings.widths)
     batches = cut(len(images), settings.calibration.batch_size)
     own = share_of(batches, run.processes)
     source = TokenSource(module, images, run.device, own, run.store)
-    # Made before the first block is quantized: from here on the model changes.
+    # Before the first block is quantized: from here on the model changes.
+    weights = (
+        token_weights(source, blocks, len(model.labels), settings.method, run.processes)
+        if settings.method.token_weights
+        else {}
+    )
     paths = Paths.of(source, blocks, batches, run.processes)
     inputs = paths.start(blocks[0])
     reports: list[ModuleReport] = []
@@ -124,7 +130,7 @@ def quantize(
         balanced = balance(pair, settings)
         in_block = None if run.checkpoint is None else run.checkpoint.restore(index, block)
         if in_block is None:
-            in_block = _quantize_block(pair, settings, balanced)
+            in_block = _quantize_block(pair, settings, balanced, weights)
             if run.checkpoint is not None:
                 run.checkpoint.keep(index, block, in_block)
         # The tokens after the last block are the outputs, which nobody reads.
@@ -203,7 +209,7 @@ def _other_groups(scheme: Scheme, common: int) -> str:
     return f"-g{largest}, or no groups" if largest > 1 else "a scheme without groups"
 
 
-def _chain(module: nn.Module, images: Tensor, settings: QuantizationSettings) -> list[Block]:
+def chain_of(module: nn.Module, images: Tensor, settings: QuantizationSettings) -> list[Block]:
     """The blocks to quantize, in order of execution, after the rotation if there is one.
 
     images: two, on the device of the module, for the trial forwards.
@@ -217,11 +223,15 @@ def _chain(module: nn.Module, images: Tensor, settings: QuantizationSettings) ->
 
 
 def _quantize_block(
-    pair: BlockPair, settings: QuantizationSettings, balanced: set[str]
+    pair: BlockPair,
+    settings: QuantizationSettings,
+    balanced: set[str],
+    weights: Mapping[str, Tensor],
 ) -> list[ModuleReport]:
     """Replace the linears of a block, group by group in order of execution.
 
     balanced: paths of the linears that read balanced inputs.
+    weights: of the tokens of an image, by the path in the model of a group's first linear.
     """
     block, processes = pair.quantized, pair.processes
     method = settings.method
@@ -232,8 +242,9 @@ def _quantize_block(
     for group in block.groups:
         # In order of execution: a group sees the block with all earlier groups quantized.
         # The linears of a group have one width; first and last layers have a scheme of their own.
-        scheme = block.scheme_of(settings.scheme_of(block.path_of(group[0])))
-        calibration = GroupCalibration(pair, group, scheme, method)
+        first = block.path_of(group[0])
+        scheme = block.scheme_of(settings.scheme_of(first))
+        calibration = GroupCalibration(pair, group, scheme, method, weights.get(first))
         reports += quantize_group(calibration, balanced=group[0] in balanced)
     # Alone there is nobody to disagree with, and the hash takes time.
     if processes.size > 1:

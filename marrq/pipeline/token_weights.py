@@ -50,6 +50,8 @@ from torch import Tensor, nn
 
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
+from marrq.methods.registry import RESIDUAL_STREAM
+from marrq.methods.spec import MethodSpec
 from marrq.models.blocks import Block, hooked
 from marrq.models.residual_writers import find_residual_writer
 from marrq.pipeline.collect import TokenSource
@@ -90,6 +92,8 @@ def fisher_energies(
     paths = [block.path_of(name) for block in blocks for group in block.groups for name in group]
     # Every process makes the trial, so that all know of the same linears and their tokens.
     tokens = _tokens_of_an_image(source.module, paths, images, classes)
+    if not tokens:
+        return {}
     at_once = max(1, PASS_BYTES // blocks[0].input_from(source.module, images[:1]).nbytes)
     sampled = [batch for batch in source.batches if batch.index % ENERGY_STEP == 0]
     # [batches, tokens of an image]: a row for each batch, so that all processes can add the rows
@@ -115,6 +119,27 @@ def fisher_energies(
     return {path: processes.all_gather(rows).sum(0) / total for path, rows in sums.items()}
 
 
+def token_weights(
+    source: TokenSource,
+    blocks: Sequence[Block],
+    classes: int,
+    method: MethodSpec,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """The weights of the tokens that a group of linears reads, by the path of the group's first
+    linear: [tokens of an image], float64 on the CPU. The parameters are those of fisher_energies.
+    """
+    at_stream = method.wants == RESIDUAL_STREAM
+    energies = fisher_energies(source, blocks, classes, processes, at_stream)
+    groups = [[block.path_of(name) for name in group] for block in blocks for group in block.groups]
+    # An error of the input reaches all linears of the group: their energies add.
+    return {
+        paths[0]: weights_of(torch.stack([energies[path] for path in paths]).sum(0).cpu())
+        for paths in groups
+        if energies.keys() >= set(paths)
+    }
+
+
 def weights_of(energies: Tensor) -> Tensor:
     """The weights of the tokens of an image, about 1 in the mean: float64, as many as energies.
 
@@ -133,13 +158,14 @@ class _Directions:
         self._classes, self._generator = classes, torch.Generator().manual_seed(seed)
 
     def __call__(self, output: Tensor) -> Tensor:
-        """v for one output of the model [images, ...], in its shape."""
+        """The vector v for one output of the model [images, ...], in its shape."""
         drawn = torch.randint(0, 2, output.shape, generator=self._generator)
         signs = (2 * drawn - 1).to(output)
         if output.dim() == 2 and output.shape[1] == self._classes:
             # √p ∘ ε - p ⟨√p, ε⟩
             p = output.softmax(1)
-            return p.sqrt() * signs - p * (p.sqrt() * signs).sum(1, keepdim=True)
+            v: Tensor = p.sqrt() * signs - p * (p.sqrt() * signs).sum(1, keepdim=True)
+            return v
         # ‖z‖ of each image; an output of zeros keeps v finite.
         flat, noise = output.flatten(1), signs.flatten(1)
         norm = flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(output.dtype).tiny)
@@ -147,7 +173,8 @@ class _Directions:
             # ε - u ⟨u, ε⟩: a change along z itself does not turn it.
             unit = flat / norm
             noise = noise - unit * (unit * noise).sum(1, keepdim=True)
-        return (noise / norm).view_as(output)
+        vectors: Tensor = noise / norm
+        return vectors.view_as(output)
 
 
 def _backward(
@@ -223,7 +250,7 @@ def _tokens_of_an_image(
     def take(path: str, gradient: Tensor) -> None:
         # v is 0 for the second image: its tokens, the second half, must have no gradient.
         halves = gradient.reshape(2, -1, gradient.shape[-1])
-        if not halves[1].any():
+        if halves[1].eq(0).all():
             tokens[path] = halves.shape[1]
 
     first_alone = _Directions(classes, 0)
@@ -252,5 +279,5 @@ def _gains(module: nn.Module, blocks: Sequence[Block], images: Tensor) -> Mappin
 
 
 def _divided(gradient: Tensor, gain: Tensor) -> Tensor:
-    """g / γ; 0 in a channel with γ = 0, whose errors do not reach the stream."""
+    """The gradient in the stream, g / γ; 0 if γ = 0: then no error reaches the stream."""
     return torch.where(gain == 0, 0, gradient / gain)

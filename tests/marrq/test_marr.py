@@ -16,11 +16,12 @@ from method_cases import (
     stream_case,
 )
 
-from marrq.methods.marr import best, pid_search
+from marrq.methods.alpha_spec import PID, AlphaSpec
+from marrq.methods.marr import best, closed_form, pid_search
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.problem import Rounding
 from marrq.methods.solve import IMPLEMENTATIONS, TARGETS, solve
-from marrq.methods.spec import PID, AlphaSpec, MethodSpec
+from marrq.methods.spec import MethodSpec
 from marrq.schemes import WeightSpec
 
 
@@ -52,11 +53,14 @@ def test_the_controller_reaches_the_alpha_of_a_fine_grid(name: str, seed: int):
         TARGETS[name](case.weight, first, Smooth(8)),
         ReconstructionLoss(second.statistics, case.weight),
     )
-    if name in (
-        "gptaq",
-        "rescomp",
-    ):  # whose grid is found on W, and would clip what compensation adds
+    fit_grid = target.fit_grid
+
+    def fit_wide_grid(alpha: float) -> None:
+        fit_grid(alpha)
+        # The grid of gptaq and rescomp is found on W, and would clip what compensation adds.
         target.grid = replace(target.grid, scale=8 * target.grid.scale)
+
+    target.fit_grid = fit_wide_grid if name in ("gptaq", "rescomp") else fit_grid
     steps = pid_search(target, loss, spec.alpha, half=1)
     alphas = torch.linspace(0, 1.5, 151, dtype=torch.float64)
     errors = torch.tensor(
@@ -95,6 +99,7 @@ def test_each_half_is_judged_by_the_other_and_the_best_are_carried_over_to_the_w
     for half, other in ((0, 1), (1, 0)):
         target = TARGETS[name](case.weight, problem.halves[other], THREE_BITS)
         loss = ReconstructionLoss(problem.halves[half].statistics, case.weight)
+        target.fit_grid(closed_form(target, loss, spec.alpha, half)[0].alpha)
         for step in by_half(rounding, half):
             quantized = target.round_at(torch.tensor([step.alpha], dtype=torch.float64)).quantized
             assert step.error == pytest.approx(loss(quantized)[0], rel=1e-9)
@@ -130,6 +135,47 @@ def test_a_constant_asked_of_marr_is_the_method_without_a_search():
     rounding = IMPLEMENTATIONS["marr-rescomp"](case.weight, case.problem(spec), spec)
     assert (rounding.alpha, rounding.trajectory) == (0.4, ())
     assert np.array_equal(rounding.codes.numpy(), expected_codes(case, spec, 0.4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["exact", "stream"])
+def test_alpha_in_closed_form_has_the_least_held_out_error_without_rounding(name: str, seed: int):
+    case, spec = case_for(name, seed), MethodSpec(f"marr-{name}", alpha=AlphaSpec("closed"))
+    problem = case.problem(spec)
+    rounding = IMPLEMENTATIONS[spec.name](case.weight, problem, spec)
+    for half, other in ((0, 1), (1, 0)):
+        [step] = by_half(rounding, half)
+        loss = ReconstructionLoss(problem.halves[half].statistics, case.weight)
+        delta = TARGETS[name](case.weight, problem.halves[other], THREE_BITS).direction(0.0)
+        alphas = torch.linspace(0, 1.5, 1501).tolist()
+        errors = [loss(case.weight + alpha * delta)[0] for alpha in alphas]
+        least = min(range(len(alphas)), key=errors.__getitem__)
+        assert step.alpha == pytest.approx(alphas[least], abs=1e-3)
+        assert step.error == pytest.approx(errors[least], rel=1e-4)
+    mean = sum(step.alpha for step in rounding.trajectory) / 2
+    assert rounding.alpha == pytest.approx(2 * mean / (1 + mean))
+    assert np.array_equal(rounding.codes.numpy(), expected_codes(case, spec, rounding.alpha))
+
+
+def test_alpha_in_closed_form_keeps_to_the_bounds_of_the_controller():
+    case = make_case(0)
+    bounds = PID(initial=0.1, lower=0.1, upper=0.2)
+    spec = MethodSpec("marr-exact", alpha=AlphaSpec("closed", pid=bounds))
+    rounding = IMPLEMENTATIONS[spec.name](case.weight, case.problem(spec), spec)
+    assert {step.alpha for step in rounding.trajectory} <= {0.1, 0.2}
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5, 1.0])
+def test_the_grid_of_a_search_does_not_depend_on_its_first_alpha(initial: float):
+    case = make_case(1)
+    spec = MethodSpec("marr-exact", alpha=AlphaSpec(pid=PID(initial=initial)))
+    first, second = case.problem(spec).halves
+    target = TARGETS["exact"](case.weight, first, THREE_BITS)
+    loss = ReconstructionLoss(second.statistics, case.weight)
+    pid_search(target, loss, spec.alpha, half=1)
+    found = target.grid.scale
+    target.fit_grid(closed_form(target, loss, spec.alpha, half=1)[0].alpha)
+    assert torch.equal(found, target.grid.scale)
 
 
 def test_without_drift_alpha_has_no_effect_and_the_search_ends_at_once():

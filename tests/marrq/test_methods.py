@@ -196,6 +196,7 @@ def test_the_error_told_counts_the_low_rank_branch(name: str, correct_bias: bool
 def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
     case, spec = make_case(1), MethodSpec(name)
     target = TARGETS[name](case.weight, case.problem(spec).whole, kind)
+    target.fit_grid(0.0)
     whole, *others = (
         sweep(case.weight, target.grid, target.factor, target.residuals, 0.8, block_size)
         for block_size in (INPUTS, 1, 5, 8)
@@ -209,6 +210,7 @@ def test_the_block_size_changes_no_code(name: str, kind: WeightSpec):
 def test_alphas_swept_together_give_what_each_gives_alone(name: str, kind: WeightSpec):
     case, spec = make_case(2), MethodSpec(name)
     target = TARGETS[name](case.weight, case.problem(spec).whole, kind)
+    target.fit_grid(0.0)
     alphas = torch.tensor([0.0, 0.3, 1.0, 1.4], dtype=torch.float64)
     stacked = target.round_at(alphas)
     alone = [target.round_at(alpha[None]) for alpha in alphas]

@@ -7,10 +7,11 @@ from tiny_models import noise, quantized, vit
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
+from marrq.methods.alpha_spec import AlphaSpec
 from marrq.methods.problem import Problem
 from marrq.methods.registry import METHODS
 from marrq.methods.solve import TARGETS, Solution, solve
-from marrq.methods.spec import AlphaSpec, MethodSpec, parse_method
+from marrq.methods.spec import MethodSpec, parse_method
 from marrq.methods.statistics import ResidualStatistics
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marrq.errors import MarrqError
+from marrq.methods.alpha_spec import PID, AlphaSpec
 from marrq.methods.registry import (
     ALIASES,
     METHODS,
@@ -21,8 +22,6 @@ from marrq.methods.registry import (
 from marrq.methods.solve import IMPLEMENTATIONS, TARGETS
 from marrq.methods.spec import (
     METHOD_SETTINGS,
-    PID,
-    AlphaSpec,
     LowRankSpec,
     MethodSpec,
     parse_method,
@@ -232,7 +231,7 @@ REFUSED = {
     "marr,rotate=0.5": "setting 'rotate' must be none, or a whole number from 0 .*: got '0.5'",
     "gptq,clip=tokens": "setting 'clip' must be weights or outputs: got 'tokens'",
     "gptq,act-order=yes": "setting 'act-order' must be on or off: got 'yes'",
-    "marr,alpha=0.5": "must be pid, grid, or global=VALUE for a fixed α: got '0.5'",
+    "marr,alpha=0.5": "must be pid, grid, closed, or global=VALUE for a fixed α: got '0.5'",
     "marr,alpha=global": "alpha=global needs a value: write global=0.5",
     "marr,alpha=pid=0.5": "alpha=pid takes no value: got 0.5; for a fixed α write global=0.5",
     "marr,feedback=test": "setting 'feedback' must be held-out or calibration: got 'test'",

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from marrq.errors import MarrqError
+from marrq.methods.exact_sums import TokenWeights
 from marrq.methods.factor import factorize
 from marrq.methods.objective import ReconstructionLoss
 from marrq.methods.statistics import ResidualStatistics
@@ -63,6 +65,42 @@ def test_the_sums_are_those_of_the_definition():
         torch.testing.assert_close(sums.drift.power, power)
         torch.testing.assert_close(sums.drift.sum, drift.sum(0))
         assert sums.tokens == TOKENS
+
+
+WEIGHTS = torch.tensor([9.5, 0.25, 1.0, 0.125, 2.0], dtype=torch.float64)
+"""Of the tokens of an image; their sum is not their number."""
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("sums_of", [of_inputs, of_outputs])
+def test_weighted_sums_are_the_sums_that_numpy_takes_token_by_token(sums_of: SumsOf, mean: float):
+    x, x_float, shortfall = (part + mean for part in streams())
+    drift = x_float - x if sums_of is of_inputs else shortfall - mean
+    importance = None if sums_of is of_inputs else IMPORTANCE
+    sums = ResidualStatistics.zeros(INPUTS, x.device, importance)
+    # Two batches, of 4 and of 6 images.
+    for images, part in ((4, slice(0, 20)), (6, slice(20, 50))):
+        weights = TokenWeights.of_images(WEIGHTS, images, x)
+        sums.add(x[part], drift[part], weights)
+    w = np.tile(WEIGHTS.numpy(), 10)
+    rows, drifts = x.numpy(), drift.numpy()
+    total = w.sum()
+    assert sums.tokens == total
+    np.testing.assert_allclose(sums.hessian.numpy(), (rows.T * w) @ rows, rtol=1e-9)
+    np.testing.assert_allclose(sums.drift.sum.numpy(), w @ drifts, rtol=1e-8)
+    # The centred sums, with weighted means.
+    rows, drifts = rows - w @ rows / total, drifts - w @ drifts / total
+    sums.centre_()
+    for found, expected in (
+        (sums.hessian, (rows.T * w) @ rows),
+        (sums.drift.moment, (drifts.T * w) @ rows),
+        (
+            sums.drift.power,
+            (drifts.T * w) @ drifts if sums_of is of_inputs else w @ drifts**2,
+        ),
+    ):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("sums_of", [of_inputs, of_outputs])

@@ -36,12 +36,14 @@ class _Nearest(torch.autograd.Function):
         (gradient,) = gradients
         x, scale, codes = ctx.saved_tensors
         steps = x / scale
-        # Clamping moves x by half a step or more, rounding by half a step at most.
-        inside = (steps - codes).abs() <= 0.5
-        by_scale = gradient * torch.where(inside, codes - steps, codes)
+        # 1 inside, 0 outside: clamping moves x by half a step or more, rounding by less. A mask of
+        # numbers, since a product with a mask of bools takes ten times as long on a CPU.
+        moved = (codes - steps).abs_()
+        inside = torch.le(moved, 0.5, out=moved)
+        by_scale = torch.addcmul(codes, steps, inside, value=-1).mul_(gradient)
         # Summed over what shares a scale: a token's channels, or everything.
         summed = by_scale.sum(-1, keepdim=True) if scale.dim() else by_scale.sum()
-        return gradient * inside, summed, None, None
+        return inside.mul_(gradient), summed, None, None
 
 
 def nearest(grid: Grid, x: Tensor) -> Tensor:

@@ -4,7 +4,17 @@ cannot."""
 from dataclasses import replace
 
 from rich.console import Console
-from sample_report import BARE_REPORT, FP16, FP32, REPORT, TRANSPOSED, W4A8, without_accuracy
+from sample_report import (
+    BARE_REPORT,
+    DENSE,
+    EMBEDDER_REPORT,
+    FP16,
+    FP32,
+    REPORT,
+    TRANSPOSED,
+    W4A8,
+    without_accuracy,
+)
 
 from runtime.measure.accuracy import BaselineDrop
 from runtime.measure.measured import MeasuredModel
@@ -99,6 +109,21 @@ def test_a_model_without_finite_logits_is_a_row_and_a_sentence():
     assert "NaN or infinite" in row
     assert "15.90" in row, "it is timed all the same"
     assert sentences(report)[0] == f"fp32 {without_accuracy(FP32).not_finite.sentence}"
+
+
+def test_embeddings_and_dense_outputs_have_tables_that_fit_80_columns_and_more():
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(*tables(EMBEDDER_REPORT))
+        console.print(*tables(replace(REPORT, models=(FP32, DENSE), gate=None)))
+    text = printed.get()
+    assert "…" not in text.replace("(0.2…2.4)", "").replace("(0.9…1.7)", ""), "nothing is cut off"
+    assert "k-NN among 3,720 images of train" in " ".join(text.split())
+    [alike] = [line for line in text.splitlines() if "0.9872" in line]
+    assert alike.split()[2:] == ["0.9876", "(0.9872–0.9880)", "0.9676", "0.8876", "83.0",
+                                 "(82.0–84.0)", "0.0371"]  # fmt: skip
+    [masks] = [line for line in text.splitlines() if "masks" in line]
+    assert masks.split()[-3:] == ["0.9113", "0.2312", "93.4"]
 
 
 def test_there_is_a_table_for_what_was_measured_and_no_other():

@@ -16,6 +16,9 @@ import pytest
 from sample_report import (
     BARE_MODEL,
     BARE_REPORT,
+    DENSE,
+    EMBEDDER,
+    EMBEDDER_REPORT,
     FP16,
     FP32,
     LINEARS,
@@ -27,6 +30,7 @@ from sample_report import (
 from marrq.cli import main
 from runtime.errors import BenchError
 from runtime.measure.bench import BenchReport
+from runtime.measure.gate import Gate, Verdict
 from runtime.measure.measured import Agreement, MeasuredModel, reference_of
 from runtime.report.headline import key_numbers, sentence
 from runtime.report.html import check_page, page
@@ -310,6 +314,54 @@ def test_a_page_has_models_without_finite_logits_and_says_why(others: tuple[Meas
     assert ("accuracy" in parsed.text) == bool(others)
     named = rows(parsed, "accuracy")[1:] if others else []
     assert [row.startswith("W4A8") for row in named] == [False] * len(others)
+
+
+def test_a_page_of_embeddings_says_how_like_they_are_what_they_find_and_what_is_lost():
+    parsed = Parsed(page(EMBEDDER_REPORT))
+    words = " ".join(parsed.text[""].split())
+    assert "It loses 1.3 points of k-NN top-1 accuracy against fp32." in words
+    assert "points of k-NN top-1 lost" in words
+    assert rows(parsed, "models")[0].startswith("model | flavour | k-NN top-1 % (95 %) | cosine")
+    assert rows(parsed, "models")[2].startswith(
+        "W4A8 marr-stream | integer | 54.2 (52.2–56.2) | 0.9876 | 12.58"
+    )
+    assert "Embeddings" in parsed.text["accuracy"]
+    assert "among 3,720 images of train" in parsed.text["accuracy"]
+    table = rows(parsed, "accuracy")
+    assert (
+        "W4A8 marr-stream | 0.9876 (0.9872–0.9880) | 0.9676 | 0.8876 | 83.0 (82.0–84.0) | 0.0371"
+        in table
+    )
+    found = "54.2 (52.2–56.2)1.3 (0.2…2.4)"
+    assert (
+        f"W4A8 marr-stream | {found} | {found} | {found} | 54.2 (53.2–55.2)1.3 (0.9…1.7)" in table
+    )
+    assert "W4A8 marr-stream | fp32 | 1.3 (0.2 to 2.4) | 87 | 63 | 0.0602" in table
+
+
+@pytest.mark.slow
+def test_a_page_of_dense_outputs_has_a_row_for_each_and_begins_with_the_least():
+    report = replace(EMBEDDER_REPORT, models=(replace(FP32, accuracy=None), DENSE), gallery=None)
+    parsed = Parsed(page(report))
+    assert "Its outputs have a mean cosine of 0.9712 (0.9701–0.9723) with those of fp32." in (
+        " ".join(parsed.text[""].split())
+    )
+    assert rows(parsed, "outputs")[1:] == [
+        "W4A8 marr-stream | tokens | 0.9912 (0.9908–0.9916) | 0.9571 | 0.1312 | –",
+        "W4A8 marr-stream | masks | 0.9712 (0.9701–0.9723) | 0.9113 | 0.2312 | 93.4",
+    ]
+
+
+@pytest.mark.slow
+def test_a_page_tells_every_verdict_on_a_candidate():
+    verdicts = tuple(
+        Verdict(EMBEDDER.name, demand, "held", f"held: {demand}", None)
+        for demand in ("max_drop", "min_cosine")
+    )
+    report = replace(EMBEDDER_REPORT, gate=Gate(2.0, 0.9, "fp32", verdicts))
+    words = Parsed(page(report)).text[""]
+    assert "held: max_drop" in words
+    assert "held: min_cosine" in words
 
 
 def test_without_classes_a_page_begins_with_how_alike_the_candidate_and_fp32_answer():

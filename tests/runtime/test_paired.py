@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sample_report import FP32, W4A8, without_accuracy
+from sample_report import DENSE, EMBEDDER, FP32, W4A8, without_accuracy
 
 from runtime.errors import GateError
 from runtime.measure.accuracy import (
@@ -213,3 +213,65 @@ def test_a_candidate_that_failed_is_demanded_and_an_undecided_one_is_warned_of()
     undecided = held_to([measured(20, 5, 1_000)], 1.0)
     assert undecided.warnings == ["the gate of 1 points is undecided for W4A8 marr: too few images"]
     undecided.demand()
+
+
+def near(low: float, cosine: float, high: float, images: int = 100) -> MeasuredModel:
+    """An embedder with this interval of the mean cosine."""
+    assert EMBEDDER.embedding is not None
+    assert EMBEDDER.embedding.likeness is not None
+    alike = replace(
+        EMBEDDER.embedding.likeness,
+        cosine=cosine,
+        cosine_low=low,
+        cosine_high=high,
+        images=images,
+    )
+    return replace(EMBEDDER, embedding=replace(EMBEDDER.embedding, likeness=alike))
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.98, 0.985, 0.99), "held"),
+        ((0.9, 0.92, 0.94), "failed"),
+        ((0.94, 0.97, 1.0), "undecided"),
+        ((0.94, 0.945, 0.96), "undecided"),
+    ],
+)
+def test_a_mean_cosine_is_judged_by_its_interval(
+    interval: tuple[float, float, float], verdict: str
+):
+    gate = hold_against_limits([near(*interval)], Limits(min_cosine=0.95))
+    [found] = gate.models
+    assert (found.demand, found.verdict) == ("min_cosine", verdict)
+    assert (found.images_needed is None) == (verdict != "undecided")
+    if verdict == "failed":
+        with pytest.raises(GateError, match=r"is below a mean cosine of 0\.95 against fp32"):
+            gate.demand()
+
+
+def test_as_many_images_as_the_cosine_s_gate_asks_for_bring_its_interval_to_the_limit():
+    [found] = hold_against_limits([near(0.94, 0.97, 1.0)], Limits(min_cosine=0.95)).models
+    assert found.images_needed in (225, 226)  # 100 (0.03 / 0.02)², but for rounding of floats
+    assert "about 230 would tell" in found.sentence
+    [same] = hold_against_limits([near(0.94, 0.95, 0.96)], Limits(min_cosine=0.95)).models
+    assert same.images_needed is None
+    assert "no number of images would tell" in same.sentence
+
+
+def test_embeddings_of_images_with_classes_are_held_to_the_drop_of_k_nn():
+    gate = hold_against_limits([EMBEDDER], Limits(max_drop=3.0, min_cosine=0.98))
+    assert [(one.demand, one.verdict) for one in gate.models] == [
+        ("max_drop", "held"),
+        ("min_cosine", "held"),
+    ]
+    assert gate.models[0].sentence.startswith("held: W4A8 marr-stream loses 1.3 points (0.2…2.4)")
+
+
+def test_every_dense_output_is_held_to_the_cosine():
+    gate = hold_against_limits([DENSE], Limits(min_cosine=0.98))
+    assert [one.verdict for one in gate.models] == ["held", "failed"]
+    assert "in tokens" in gate.models[0].sentence
+    assert "in masks" in gate.models[1].sentence
+    with pytest.raises(GateError, match=r"^W4A8 marr-stream is below"):
+        gate.demand()

@@ -4,8 +4,9 @@ decides then."""
 from dataclasses import replace
 
 import numpy as np
-from sample_report import W4A8, without_accuracy
+from sample_report import EMBEDDER, W4A8, without_accuracy
 
+from runtime.measure.embedded import Embedding
 from runtime.measure.measured import ComparedLatency, MeasuredModel, Role
 from runtime.measure.recommend import recommend
 
@@ -101,3 +102,36 @@ def test_a_candidate_that_answers_no_numbers_is_never_recommended():
     good = measured("large", 1000, (9.0,), (1, 2))
     assert {choice.name for choice in recommend([broken, good]).values()} == {"large"}
     assert recommend([broken]) == {}
+
+
+def test_embeddings_without_classes_are_ranked_by_cosines_whose_intervals_decide():
+    def embedder(name: str, size: int, cosine: float) -> MeasuredModel:
+        assert EMBEDDER.embedding is not None
+        assert EMBEDDER.embedding.likeness is not None
+        alike = replace(
+            EMBEDDER.embedding.likeness,
+            cosine=cosine,
+            cosine_low=cosine - 0.001,
+            cosine_high=cosine + 0.001,
+        )
+        model = measured(name, size, (1, 1, 1), ())
+        return replace(model, accuracy=None, embedding=Embedding(alike, None))
+
+    near, level, far = (
+        embedder(*one) for one in (("qdq a", 3, 0.99), ("qdq b", 2, 0.989), ("qdq c", 1, 0.95))
+    )
+    found = recommend([near, level, far])["accuracy"]
+    assert found.name == "qdq b"
+    assert found.sentence.startswith(
+        "most accurate: qdq b, cosine with fp32 0.9890 (0.9880–0.9900)"
+    )
+    assert found.sentence.endswith("size decides")
+    assert recommend([near, far])["accuracy"].name == "qdq a"
+
+
+def test_embeddings_with_classes_are_ranked_by_the_vote_of_20_neighbours():
+    found = recommend([EMBEDDER])["accuracy"]
+    assert (
+        found.sentence
+        == "most accurate: W4A8 marr-stream, k-NN top-1 54.2 % (52.2–56.2), the only candidate"
+    )

@@ -26,7 +26,9 @@ Role = Literal["candidate", "baseline"]
 
 TOP1 = "top-1"
 KNN_TOP1 = "k-NN top-1"
-"""What a drop is counted in: of a classifier, and of embeddings of images with classes (k = 20)."""
+COSINE = "cosine with fp32"
+"""What models are ranked by: classifiers, embeddings of images with classes (k = 20), and outputs
+that nothing but float32 tells to be right."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class MeasuredModel(Record):
         # A chain is as strong as its weakest link.
         least = min(self.cosines.values(), key=lambda found: found.cosine)
         ends = (least.cosine_low, least.cosine_high)
-        return Score("cosine with fp32", least.cosine, *ends, least.images)
+        return Score(COSINE, least.cosine, *ends, least.images)
 
     @property
     def cosines(self) -> dict[str, Cosines]:

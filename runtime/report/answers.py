@@ -91,7 +91,7 @@ def _likeness_table(embeddings: Mapping[str, Embedding], images: str) -> Table:
                 mean_cosine(alike),
                 f"{alike.cosine_p1:.4f}",
                 f"{alike.least_cosine:.4f}",
-                interval(alike.overlap_low, alike.overlap, alike.overlap_high),
+                share(alike.overlap),
                 f"{alike.divergence:.4f}",
             )
     return result
@@ -102,7 +102,7 @@ def _retrieval_table(embeddings: Mapping[str, Embedding], images: str) -> Table:
     among = f"{known[0].gallery:,} {'others' if known[0].leave_one_out else 'images of train'}"
     headings = ("k = 1", "k = 20", "recall@1", "mAP")
     caption = f"{images}: top-1 of k-NN among {among}, and retrieval, in %"
-    result = empty_table(f"{caption} (drop in points)", "model", headings)
+    result = empty_table(f"{caption}; 95 % interval; drop in points", "model", headings)
     for name, one in embeddings.items():
         seen = one.retrieval
         if seen is not None:
@@ -152,17 +152,21 @@ def lost(against: BaselineDrop | MeanDrop) -> str:
 
 
 def _query_share(found: QueryShare | None) -> str:
-    """A share of the queries, and on a second line what is lost of it."""
+    """A share of the queries, its interval, and what is lost of it."""
     if found is None:
         return "–"
-    return _with_loss(interval(found.low, found.share, found.high), found.against)
+    return _in_lines(found.low, found.share, found.high, found.against)
 
 
 def _precision(found: MeanPrecision | None) -> str:
     if found is None:
         return "–"
-    return _with_loss(interval(found.low, found.mean, found.high), found.against)
+    return _in_lines(found.low, found.mean, found.high, found.against)
 
 
-def _with_loss(text: str, against: BaselineDrop | MeanDrop | None) -> str:
+def _in_lines(
+    low: float, value: float, high: float, against: BaselineDrop | MeanDrop | None
+) -> str:
+    # Four columns of one line each would be wider than a terminal.
+    text = f"{100 * value:.1f}\n{100 * low:.1f}–{100 * high:.1f}"
     return text if against is None else f"{text}\n{lost(against)}"

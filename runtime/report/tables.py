@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from runtime.measure.bench import BenchReport
-from runtime.measure.measured import KNN_TOP1, TOP1, ComparedLatency, MeasuredModel, reference_of
+from runtime.measure.measured import (
+    COSINE,
+    KNN_TOP1,
+    TOP1,
+    ComparedLatency,
+    MeasuredModel,
+    reference_of,
+)
 from runtime.measure.parity import Parity
 from runtime.report.answers import (
     embedding_tables,
@@ -18,6 +25,9 @@ from runtime.report.answers import (
     share,
 )
 from runtime.report.inspection import reasons
+
+MEASURES = {TOP1: "top-1 %", KNN_TOP1: "k-NN %", COSINE: "cosine"}
+"""Headings of the scores that stand in the table of models."""
 
 
 def tables(report: BenchReport) -> list[Table]:
@@ -41,13 +51,11 @@ def models_table(report: BenchReport) -> Table:
     loses = any(model.against is not None for model in report.models)
     agrees = any(model.alike is not None for model in report.models)
     ms = "ms" if baseline is None else f"ms (× {baseline})"
-    # One model gives embeddings, so all do; top-1 is that of k-NN then.
-    embedded = any(model.embedding is not None for model in report.models)
-    measure = "k-NN %" if embedded else "top-1 %"
-    has_cosines = any(model.cosines for model in report.models)
+    # One model gives embeddings or dense outputs, so all do.
+    scores = [model.score for model in report.models if model.score is not None]
+    measure = MEASURES.get(scores[0].measure, "top-1 %") if scores else "top-1 %"
     headings = (
         f"{measure} (95 %)\ndrop (95 %)" if loses else f"{measure}\n(95 %)",
-        *(["\ncosine"] if has_cosines else []),
         *(["agree\n%"] if agrees else []),
         "\nMB",
         "bits/\nweight",
@@ -59,7 +67,6 @@ def models_table(report: BenchReport) -> Table:
         result.add_row(
             model.name,
             _top1(model),
-            *([_cosine(model)] if has_cosines else []),
             *([share(model.alike)] if agrees else []),
             f"{model.size_bytes / 1e6:.2f}",
             f"{model.bits_per_weight:.2f}",
@@ -181,21 +188,18 @@ def _images(report: BenchReport) -> str:
 
 
 def _top1(model: MeasuredModel) -> str:
-    """Top-1, of k-NN for embeddings, and on a second line what is lost of it, in points."""
+    """Top-1, of k-NN for embeddings, and on a second line what is lost of it, in points; without
+    classes the least mean cosine."""
     score = model.score
     if model.not_finite is not None:
         return "NaN or infinite"
-    # Other scores have columns of their own.
-    if score is None or score.measure not in (TOP1, KNN_TOP1):
+    # The agreement has a column of its own.
+    if score is None or score.measure not in MEASURES:
         return "–"
+    if score.right is None:
+        return f"{score.value:.4f}\n({score.low:.4f}–{score.high:.4f})"
     top1 = interval(score.low, score.value, score.high)
     return top1 if model.against is None else f"{top1}\n{lost(model.against)}"
-
-
-def _cosine(model: MeasuredModel) -> str:
-    """Of the output that is furthest from float32's."""
-    least = min((found.cosine for found in model.cosines.values()), default=None)
-    return "–" if least is None else f"{least:.4f}"
 
 
 def _time(latency: ComparedLatency, baseline: str | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from marrq.methods.lowrank_spec import LowRankKind
 from marrq.methods.registry import method_names_for_help
 from marrq.methods.spec import METHOD_SETTINGS
 from marrq.outputs import check_report, no_picture, no_report
+
+if TYPE_CHECKING:
+    from marrq.methods.spec import MethodSpec
 
 # Results go to stdout, so that they can be piped; progress, warnings and errors go to stderr.
 stdout = Console()
@@ -55,6 +58,15 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="demo, a timm name, hf-hub:NAME, local-dir:FOLDER, or a transformers id or folder.",
+    ),
+]
+OutputsOption = Annotated[
+    str | None,
+    input_option(
+        metavar="NAMES",
+        help="What the model is to give, separated by commas: logits, features, tokens of timm; "
+        "last_hidden_state, pooler_output and others of transformers. Default: logits, or features "
+        "of a model without logits.",
     ),
 ]
 DataOption = Annotated[
@@ -96,10 +108,11 @@ OTHER_SETTINGS = [key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS]
 
 # What the codes become: bits and grids, then the method and its settings.
 SchemeOption = Annotated[
-    str,
+    str | None,
     quantization_option(
         metavar="WxAy",
-        help="Bits of weights (2, 3, 4, 8) and of activations (3, 4, 8, 16). Suffixes: -gSIZE for "
+        help="Bits of weights (2, 3, 4, 8; mix with a budget) and of activations (3, 4, 8, 16); "
+        "default: W4A8, or WmixA8 with a budget. Suffixes: -gSIZE for "
         "groups of inputs, -sym for zero points of 0 (for TensorRT: W8A8-sym), -mxint for blocks "
         "of 32 that share a power of two, -e8 for first and last layers in 8 bits.",
     ),
@@ -263,6 +276,24 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
     hidden = not (shown and stderr.is_terminal)
     with Progress(*columns, console=stderr, disable=hidden) as progress:
         yield [Bar(progress, text, total) for text, total in totals.items()]
+
+
+def method_spec(
+    method: str, texts: list[str], named: dict[str, str | None], rotate: bool, refine: bool = False
+) -> "MethodSpec":
+    """The method with the settings that the options give. Raises MarrqError as `with_settings`.
+
+    texts: KEY=VALUE of --set. named: settings that have an option of their own."""
+    from marrq.methods.spec import read_settings, with_settings
+
+    # What a setting is if its flag is given; that of the rotation is a seed.
+    flags = {"rotate": "0" if rotate else None, "refine": "on" if refine else None}
+    return with_settings(method, read_settings({**named, **flags}, texts))
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names of a list with commas; none for None."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def say(text: str) -> None:

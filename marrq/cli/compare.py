@@ -22,6 +22,7 @@ Ray = Annotated[str | None, common.run_option(metavar="ADDRESS", help=RAY)]
 def compare(
     model: common.ModelArgument,
     *,
+    outputs: common.OutputsOption = None,
     data: common.DataOption = None,
     gallery: common.GalleryOption = GALLERY_IMAGES,
     samples: common.SamplesOption = 256,
@@ -64,7 +65,7 @@ def compare(
     # Seeds vary slowest: runs of one seed share the full-precision tokens.
     combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
-    task = Task(model, name, samples, kind, gallery)
+    task = Task(model, name, samples, kind, gallery, common.names_in(outputs))
     with common.progress_bars(runs=len(combinations)) as [bar]:
         found = run_comparison(task, combinations, output, bar.show, distribute)
     common.warn(found["warnings"])

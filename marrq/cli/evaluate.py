@@ -17,6 +17,7 @@ Evaluated = Annotated[
 
 def evaluate(
     model: Evaluated,
+    outputs: common.OutputsOption = None,
     data: common.DataOption = None,
     gallery: common.GalleryOption = GALLERY_IMAGES,
     classes: common.ClassesOption = None,
@@ -45,7 +46,7 @@ def evaluate(
     from marrq.workflows.evaluate import evaluate as measure
     from runtime.report.answers import evaluation_tables
 
-    candidates = load_candidates(model)
+    candidates = load_candidates(model, common.names_in(outputs))
     if given is not None:
         candidates = candidates.classified(given)
     models = candidates.models

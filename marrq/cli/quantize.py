@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, cast
 
-from marrq.cli import common
+from marrq.cli import budget_options, common
 
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 def quantize(
     model: common.ModelArgument,
     *,
+    outputs: common.OutputsOption = None,
     data: common.DataOption = None,
     samples: common.SamplesOption = 256,
     seed: common.SeedOption = 0,
-    scheme: common.SchemeOption = "W4A8",
+    scheme: common.SchemeOption = None,
     activations: common.ActivationsOption = "per-tensor",
     method: common.MethodOption = "marr",
     alpha: common.AlphaOption = None,
@@ -23,6 +24,10 @@ def quantize(
     rotate: common.RotateOption = False,
     refine: common.RefineOption = False,
     setting: common.SettingOption = [],
+    budget: budget_options.Budget = None,
+    max_size: budget_options.MaxSize = None,
+    max_drop: budget_options.MaxDrop = None,
+    sensitivity: budget_options.SensitivityFile = None,
     device: common.DeviceOption = "auto",
     work_dir: common.WorkDirOption = None,
     resume: common.ResumeOption = False,
@@ -35,18 +40,17 @@ def quantize(
     marrq quantize vit_base_patch16_224 --data IMAGES --scheme W4A8 -o artifact
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
-    from marrq.methods.spec import read_settings, with_settings
-    from marrq.schemes import parse_scheme
+    from marrq.budget import budget_of, check_method, scheme_of
     from marrq.workflows.checks import check_model, data_for
     from marrq.workflows.destination import Destination, folders_read
     from marrq.workflows.devices import choose_device
 
     # All that can be wrong without torch is checked first, so that a mistake is told at once.
-    # What a setting is if it is asked for; that of the rotation is a seed.
-    flags = {"rotate": "0" if rotate else None, "refine": "on" if refine else None}
-    named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank, **flags}
-    spec = with_settings(method, read_settings(named, setting))
-    parsed_scheme = parse_scheme(scheme, cast("ActivationStrategy", activations))
+    named = {"alpha": alpha, "feedback": feedback, "lowrank": lowrank}
+    spec = common.method_spec(method, setting, named, rotate=rotate, refine=refine)
+    limit = budget_of(budget, max_size, max_drop, sensitivity)
+    check_method(spec, limit, resume)
+    parsed_scheme = scheme_of(scheme, cast("ActivationStrategy", activations), limit)
     check_model(model)
     name = data_for(model, data, samples)
     destination = Destination(output, force, resume, work_dir, folders_read(model, data))
@@ -55,26 +59,21 @@ def quantize(
 
     # From here on torch and timm are imported, which takes seconds.
     from marrq.distributed import process_group
-    from marrq.models.images import find_images
     from marrq.models.load import load_model
-    from marrq.pipeline.quantize import RunOptions
-    from marrq.workflows.quantize import Recipe, note_of, quantize_to_folder
+    from marrq.workflows.budget import Progress, images_for, quantize_within, stages_of
+    from marrq.workflows.quantize import Recipe
 
-    loaded = load_model(model)
-    # The model's class names say which folders there may be.
-    images = find_images(name, "train", loaded.labels)
+    loaded = load_model(model, common.names_in(outputs))
+    images = images_for(name, loaded.labels, limit)
     recipe = Recipe(parsed_scheme, spec, samples, seed)
-    stages = ("quantizing", "refining") if spec.refinement.on else ("quantizing",)
+    stages = stages_of(recipe, limit)
     with (
         process_group(chosen) as processes,
         # Of the processes of torchrun the first one alone draws.
         common.progress_bars(processes.is_first, **dict.fromkeys(stages)) as bars,
     ):
-        run = RunOptions(
-            chosen,
-            processes,
-            block_done=lambda done, count, new: bars[0].show(done, count, note_of(new)),
-        )
-        sentences = quantize_to_folder(loaded, images, recipe, destination, run, bars[-1].show)
+        shows = {stage: bar.show for stage, bar in zip(stages, bars, strict=True)}
+        progress = Progress.of(chosen, processes, shows)
+        sentences = quantize_within(loaded, images, recipe, limit, destination, progress)
     for sentence in sentences:
         common.say(sentence)

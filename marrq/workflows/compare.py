@@ -57,6 +57,7 @@ class Task:
 
     model: as `load_model` takes it. data: as `find_images` takes it. samples: calibration images of
     a run. device: cpu or cuda. gallery_images: of train/ that k-NN looks among, at most.
+    outputs: as `load_model` takes them.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Task:
     samples: int
     device: str
     gallery_images: int = GALLERY_IMAGES
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Runner:
     def __init__(self, task: Task) -> None:
         self.task, self.device = task, torch.device(task.device)
         # Loaded once: every run quantizes a copy.
-        self.original = load_model(task.model)
+        self.original = load_model(task.model, task.outputs)
         self.train = find_images(task.data, "train", self.original.labels)
         self.images = find_measured(task.data, self.original.labels, task.gallery_images)
         _, self.kind = judged(self.original)
@@ -258,6 +260,7 @@ class ReportFile:
             "schema": SCHEMA,
             "model": runner.task.model,
             "weights": runner.original.source.weights_sha256,
+            "outputs": list(runner.original.outputs),
             "data": measured.description(),
             "samples": runner.task.samples,
         }

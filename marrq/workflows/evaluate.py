@@ -60,16 +60,23 @@ class Candidates:
         return replace(self, models=models)
 
 
-def load_candidates(name: str) -> Candidates:
+def load_candidates(name: str, outputs: tuple[str, ...] = ()) -> Candidates:
     """The models to evaluate.
 
     name: a model as `load_model` takes it, or an artifact's folder, which is evaluated beside the
-    float model that it was made from, if that is at hand. Raises MarrqError if it cannot be loaded.
+    float model that it was made from, if that is at hand.
+    outputs: of a model, as `load_model` takes them; an artifact has its own.
+    Raises MarrqError if it cannot be loaded, and for outputs of an artifact.
     """
     # A folder may also be a transformers checkpoint; an artifact says that it is an artifact.
     if not is_artifact(Path(name)):
-        model = load_model(name)
+        model = load_model(name, outputs)
         return Candidates({FLOAT: model}, model.notes)
+    if outputs:
+        raise MarrqError(
+            f"the artifact {name!r} has the outputs that it was quantized with: leave out "
+            "--outputs, or quantize the model with it"
+        )
     quantized = load(Path(name))
     title = f"{quantized.scheme.description} {quantized.method.name}"
     # An artifact has all of its own tensors: the float model is there to be compared with.

@@ -44,6 +44,6 @@ def test_a_model_that_draws_random_numbers_is_refused_by_the_operator():
 
 
 def test_a_model_that_is_not_the_one_that_its_source_builds_is_refused():
-    source = ModelSource("tiny", "timm", {**VIT, "depth": 1}, "")
+    source = ModelSource("tiny", "timm", {**VIT, "depth": 1}, "", ("logits",))
     with pytest.raises(MarrqError, match=r"could not be loaded: tensor 'blocks\.1"):
         check_feasible(replace(vision_model(vit()), source=source))

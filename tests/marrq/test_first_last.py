@@ -205,7 +205,7 @@ def convolved_head() -> nn.Module:
         ),
         (two_layers, r"2 layers before its first block have weights, not one patch embedding"),
         (convolved_head, r"'head.1' behind its last block is no linear that runs once"),
-        (FromPixels, r"its logits do not follow from the tokens behind its last block alone"),
+        (FromPixels, r"its outputs do not follow from the tokens behind its last block alone"),
     ],
 )
 def test_first_and_last_layers_that_are_no_linears_are_refused_with_the_reason(

@@ -109,7 +109,7 @@ def _weight_of(rows: LinearSlice) -> np.ndarray:
 def _dequantized(linear: LinearLowering) -> ir.Value:
     """(codes - zero point) · scale in float32: [in, rows]."""
     rows = linear.slice
-    values = float32_codes(linear, rows.codes.T.contiguous())
+    values = float32_codes(linear)
     if rows.groups == 1:
         return _scaled(linear, values, _row(rows.zero_point), _row(rows.scale))
     # Each group with its own scale: [groups, inputs of a group, rows] by [groups, 1, rows]

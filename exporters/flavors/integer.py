@@ -32,7 +32,8 @@ the float convolution's time at batch 1 and 0.18 at batch 8 (ONNX Runtime 1.32.0
 itself moves QuantizeLinear before the Transpose that makes patches. The head's product has rank 2,
 which the kernel takes if it is named.
 
-A low-rank branch reads the dequantized codes and runs in float beside the kernel.
+A low-rank branch reads the dequantized codes and runs in float beside the kernel. Salient columns
+(`lowrank=serq`) run in the kernel itself: two codes for each weight are one int8 code in memory.
 """
 
 from dataclasses import dataclass, replace
@@ -142,7 +143,7 @@ def _kernel(linear: LinearLowering, x: InputCodes, bias: ir.Value | None) -> ir.
     """The product x Wᵀ + b: one kernel, or one for each group of inputs and their sum."""
     rows = linear.slice
     # The kernel wants W as [in, rows].
-    weight = int8_codes(linear, rows.codes.T.contiguous())
+    weight = int8_codes(linear)
     if rows.groups == 1:
         return _group_kernel(linear, 0, x, weight, bias)
     # x Wᵀ = Σ over groups of x_g W_gᵀ: cut the channels of x and the rows of W alike.

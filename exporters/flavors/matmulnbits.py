@@ -11,6 +11,9 @@ What the operator wants:
                          If a row ends within its last block, the block is filled up.
     2, 4 or 8 bits       codes of 3 bits go in 4-bit containers
 
+Salient columns (`lowrank=serq`) have codes of twice the bits, which do not fit the blocks of the
+others. A Gather takes their inputs, and a second node multiplies them.
+
 `accuracy_level` is written into the node, so that servers that pass no session options find it too.
 Level 1 computes in float32, as a scheme that ends in A16 says. Level 4 quantizes the activations to
 int8 on the way: it is faster, and another model than the one that was quantized.
@@ -35,6 +38,7 @@ from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOM
 from exporters.trace import TracedModel
 from marrq.errors import MarrqError
 from marrq.quantizers.packing import pack
+from marrq.quantizers.salient import stride
 from marrq.schemes import OUTER_BITS, Scheme
 
 OPERATOR = "MatMulNBits"
@@ -43,7 +47,7 @@ BLOCK_SIZES = (128, 64, 32, LEAST_BLOCK)
 ACCURACY_LEVELS = {1: "float32", 4: "int8"}
 """What the operator computes with, for each level that the CPU has kernels for."""
 
-CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 6: 8, 8: 8}
 """Bits that a code takes in the file, by the bits of the code."""
 
 LOWEST_ONNXRUNTIME = {2: "1.24.1", 4: "1.19.0", 8: "1.23.0"}
@@ -82,39 +86,102 @@ class MatMulNBits:
 
     def _linear(self, linear: LinearLowering) -> ir.Value:
         rows = linear.slice
+        bias = None if rows.bias is None else linear.constant("bias", rows.bias.numpy())
+        if rows.salient is not None:
+            return self._with_salient(linear, rows.salient, bias)
+        bits = CONTAINER_BITS[rows.num_bits]
+        weight = _Codes("weight", rows.codes, rows.scale, rows.zero_point, bits)
+        return with_lowrank(linear, linear.x, self._product(linear, linear.x, weight, bias))
+
+    def _with_salient(
+        self, linear: LinearLowering, salient: Tensor, bias: ir.Value | None
+    ) -> ir.Value:
+        """Two products: of all inputs, in which the salient ones have weights of 0, and of the
+        salient inputs with codes of twice the bits."""
+        rows = linear.slice
+        # One scale serves columns from all over the weight, so it must be that of the row.
+        if rows.groups > 1:
+            raise MarrqError(
+                f"{linear.path!r} has salient columns and group scales, which MatMulNBits cannot "
+                "hold together: use --flavor qdq"
+            )
+        others, step = rows.codes.clone(), stride(rows.num_bits)
+        # The weight of a zero point is 0. Both are multiples of 2^(b-1) then.
+        others[:, salient] = rows.zero_point
+        first = _Codes(
+            "weight",
+            others.int() // step,
+            rows.scale * step,
+            rows.zero_point.int() // step,
+            CONTAINER_BITS[rows.num_bits],
+        )
+        second = _Codes(
+            "salient",
+            rows.codes[:, salient],
+            rows.scale,
+            rows.zero_point,
+            CONTAINER_BITS[rows.code_bits],
+        )
+        columns = linear.weight_constant("salient_columns", salient.numpy())
+        chosen = linear.add("Gather", [linear.x, columns], axis=-1)
+        products = [
+            self._product(linear, linear.x, first, bias),
+            self._product(linear, chosen, second, None),
+        ]
+        return linear.add("Add", products)
+
+    def _product(
+        self, linear: LinearLowering, x: ir.Value, weight: "_Codes", bias: ir.Value | None
+    ) -> ir.Value:
+        """The node, and the constants of its weight."""
         # The grid of the artifact in the terms of the operator.
-        bits, size = CONTAINER_BITS[rows.num_bits], block_size(rows.group_size)
-        out_features, blocks = len(rows.codes), -(-rows.in_features // size)
-        offset, repeats = 2 ** (bits - 1), blocks // rows.groups
+        (out_features, in_features), groups = weight.codes.shape, weight.scale.shape[1]
+        bits, size = weight.bits, block_size(in_features // groups)
+        blocks = -(-in_features // size)
+        offset, repeats = 2 ** (bits - 1), blocks // groups
         # Unsigned codes; zeros fill up the last block, and their inputs do not exist.
-        padding = (0, blocks * size - rows.in_features)
-        codes = torch.nn.functional.pad(rows.codes.int() + offset, padding)
+        padding = (0, blocks * size - in_features)
+        codes = torch.nn.functional.pad(weight.codes.int() + offset, padding)
         # Scale and zero point of a group or channel, once for each of its blocks: [rows, blocks]
-        scale = rows.scale.repeat_interleave(repeats, 1)
-        zero_point = rows.zero_point.int().repeat_interleave(repeats, 1) + offset
+        scale = weight.scale.repeat_interleave(repeats, 1)
+        zero_point = weight.zero_point.int().repeat_interleave(repeats, 1) + offset
         # [rows, blocks, bytes of a block]
         packed = _packed(codes, bits).reshape(out_features, blocks, -1)
         inputs: list[ir.Value | None] = [
-            linear.x,
-            linear.weight_constant("weight_codes", packed),
-            linear.weight_constant("weight_scale", scale.numpy()),
-            linear.weight_constant("weight_zero_point", _packed(zero_point, bits)),
+            x,
+            linear.weight_constant(f"{weight.name}_codes", packed),
+            linear.weight_constant(f"{weight.name}_scale", scale.numpy()),
+            linear.weight_constant(f"{weight.name}_zero_point", _packed(zero_point, bits)),
         ]
-        if rows.bias is not None:
+        if bias is not None:
             # None: the index of groups in act order, which the codes do not need.
-            inputs += [None, linear.constant("bias", rows.bias.numpy())]
+            inputs += [None, bias]
         # K, N: depth and width of the product, as the operator calls them.
-        y = linear.add(
+        return linear.add(
             OPERATOR,
             inputs,
             domain=ONNXRUNTIME_DOMAIN,
-            K=rows.in_features,
+            K=in_features,
             N=out_features,
             bits=bits,
             block_size=size,
             accuracy_level=self.accuracy_level,
         )
-        return with_lowrank(linear, linear.x, y)
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """A weight [rows, n] of one node.
+
+    name: its constants' names begin with it. codes: [rows, n]; scale, zero_point: [rows, groups].
+    bits: of a code in the file.
+    """
+
+    name: str
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
 
 
 def block_size(group_size: int) -> int:

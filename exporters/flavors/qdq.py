@@ -104,7 +104,7 @@ def _per_channel(linear: LinearLowering, x: ir.Value) -> ir.Value:
     rows = linear.slice
     # The layout that ONNX Runtime fuses to an integer kernel: scales along the last axis.
     # [in, rows]
-    codes = int8_codes(linear, rows.codes.T.contiguous())
+    codes = int8_codes(linear)
     scale = linear.weight_constant("weight_scale", rows.scale[:, 0].numpy())
     zero_point = linear.weight_constant(
         "weight_zero_point", rows.zero_point[:, 0].contiguous().numpy()
@@ -116,7 +116,7 @@ def _per_channel(linear: LinearLowering, x: ir.Value) -> ir.Value:
 def _per_block(linear: LinearLowering) -> ir.Value:
     rows = linear.slice
     # [rows, in]
-    codes = int8_codes(linear, rows.codes)
+    codes = int8_codes(linear, inputs_first=False)
     # [rows, groups], as the artifact stores them
     scale = linear.weight_constant("weight_scale", rows.scale.numpy())
     zero_point = linear.weight_constant("weight_zero_point", rows.zero_point.numpy())

@@ -39,7 +39,9 @@ from marrq.quantizers.linear import QuantLinear, StoredFactor, quantized_linears
 class LinearSlice:
     """The rows of a linear that a placeholder stands for.
 
-    codes: int8 [rows, in], the artifact's.
+    codes: int8 [rows, in], the artifact's; joint codes if some columns have two for each weight.
+    num_bits: of one code.
+    salient: int64 [r], the columns with two codes (marrq/quantizers/salient.py), or None.
     scale: float32 [rows, groups].
     zero_point: int8 [rows, groups].
     bias: float32 [rows], or None.
@@ -50,6 +52,7 @@ class LinearSlice:
 
     codes: Tensor
     num_bits: int
+    salient: Tensor | None
     scale: Tensor
     zero_point: Tensor
     bias: Tensor | None
@@ -68,11 +71,13 @@ class LinearSlice:
             start = PARTS.index(node.attributes[PART].as_string()) * third
             rows = slice(start, start + third)
         # A scale, a zero point and a bias belong to an output, so rows cut them too.
-        # R is common to all rows; of L only the rows of the part are needed.
-        branch = linear.lowrank
+        # R is common to all rows, and so are salient columns; of L only the rows of the part are
+        # needed.
+        branch, salient = linear.lowrank, linear.salient_columns
         return cls(
             codes=linear.codes[rows],
             num_bits=linear.spec.num_bits,
+            salient=None if salient is None else salient.long(),
             scale=linear.scale[rows],
             zero_point=linear.zero_point[rows],
             bias=None if linear.bias is None else linear.bias[rows],
@@ -86,6 +91,11 @@ class LinearSlice:
         # γ ∘ (s ∘ (q - z) x + b): γ goes into s and b, the codes stay.
         bias = None if self.bias is None else self.bias * factor
         return replace(self, scale=self.scale * factor[:, None], bias=bias, left_scale=factor)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of the widest of `codes`."""
+        return self.num_bits if self.salient is None else 2 * self.num_bits
 
     @property
     def in_features(self) -> int:

@@ -96,6 +96,11 @@ def _weight(linear: LinearLowering, inverse: Tensor) -> ir.Value:
     rows = linear.slice
     # INT8 is multiplied by INT8, and INT4 is for weights beside float activations.
     wide = rows.num_bits == 8 or linear.quantizer is not None
+    if rows.salient is not None and not wide:
+        raise MarrqError(
+            f"{linear.path!r} has salient columns, whose codes do not fit INT4: export without "
+            "--symmetric"
+        )
     container = np.int8 if wide else ml_dtypes.int4
     stored = rows.codes.T.contiguous().numpy().astype(container)
     codes = linear.weight_constant("weight_codes", stored)

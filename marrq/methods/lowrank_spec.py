@@ -47,8 +47,8 @@ BRANCH = Form(
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """A low-rank branch L R beside the codes (methods/lowrank.py), or salient columns with two codes
-    for each weight (methods/serq.py).
+    """A low-rank branch L R beside the codes (methods/lowrank.py), or salient columns, which have
+    two codes for each weight (methods/serq.py).
 
     kind: how L and R are found; `serq` for salient columns
     rank: r; the number of salient columns

@@ -44,20 +44,21 @@ FLOAT = "float"
 # What ONNX Runtime puts before the name of a float16 value that it makes float32.
 CAST_PREFIX = "InsertedPrecisionFreeCast_"
 
-Role = Literal["linear", "low-rank branch", "correction"]
+Role = Literal["linear", "low-rank branch", "salient columns", "correction"]
 
 # Constants of a quantized linear that other products than its own multiply with, by the names that
 # marrq's exporters give them.
 ROLES: dict[str, Role] = {
     "lowrank_left": "low-rank branch",
     "lowrank_right": "low-rank branch",
+    "salient_codes": "salient columns",
     "bias_and_sums": "correction",
 }
 
 # Name of a constant of a linear. The group is the module path of the linear, or of a third of it:
 # PATH.q, PATH.k, PATH.v. It serves linears that no metadata name: float linears, and all linears
 # of other tools' files, whose constants PyTorch's exporter names by their module paths.
-CONSTANT_NAME = re.compile(r"(.+?)\.(?:weight|lowrank|bias_and_sums)")
+CONSTANT_NAME = re.compile(r"(.+?)\.(?:weight|lowrank|salient|bias_and_sums)")
 
 # Of MatMulNBits.
 BLOCK_SIZES = (16, 32, 64, 128, 256)

@@ -29,7 +29,7 @@ from runtime.records import Record
 ATTENTION = ("Attention", "MultiHeadAttention")
 
 # Operators whose first input has the codes of a weight, and the others what goes with them.
-ON_A_GRID = ("DequantizeLinear", "Sub", "Mul", "Add")
+ON_A_GRID = ("DequantizeLinear", "Sub", "Mul", "Add", "ScatterND")
 
 # What stands between the products of a vision transformer, by the operators that compute it. Sums
 # and moves are left out.
@@ -129,7 +129,8 @@ def _container_bits(examined: Examined, linear: Linear) -> int:
 
     # The constants that the weight is made from, without its scales: 3-bit codes are two planes of
     # bytes, whose bits add up. The constants that unpack them hardly count.
-    # What is subtracted and multiplied is grid, and what is added a branch.
+    # What is subtracted and multiplied is grid, what is added a branch, and what is scattered the
+    # second codes of some columns.
     def made_of(node: NodeProto) -> list[str]:
         return list(node.input[:1] if node.op_type in ON_A_GRID else node.input)
 

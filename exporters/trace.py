@@ -222,7 +222,8 @@ def check_traceable(module: nn.Module, input_size: Sequence[int]) -> None:
         if str(node.target).startswith(tuple(f"aten.{name}." for name in RANDOM)):
             raise MarrqError(
                 f"the model draws random numbers in its forward ({node.target}), so it is not "
-                "quantized: give a model without them"
+                "quantized: give a model without them, such as the encoder of a masked "
+                "auto-encoder (marrq/models/README.md)"
             )
 
 

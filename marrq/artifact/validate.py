@@ -59,9 +59,14 @@ branch (`check_branch`) and the scales of mxint."""
 REFUSED_KEY = re.compile(
     r"pretrained|pretrained_(cfg|cfg_overlay|strict|filter_fn)|checkpoint_path|cache_dir|"
     r"scriptable|exportable|features_only|feature_cfg|pruned|auto_map|trust_remote_code|"
-    r"quantization_config|.*backbone.*|.*attn_implementation.*"
+    r"quantization_config|.*attn_implementation.*|"
+    # Numbers and switches of DPT and Sapiens2, which name no other model.
+    r"(?!(backbone_out_indices|backbone_featmap_shape|normalize_backbone_outputs)$).*backbone.*"
 )
 """Keys that make timm or transformers read, download or import something."""
+
+BACKBONE = "backbone_config"
+"""A model inside a model of transformers. A table describes it, a name would be downloaded."""
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -106,13 +111,22 @@ def check_architecture(library: str, architecture: Any) -> None:
         if key == "architecture" and not (isinstance(value, str) and timm.is_model(value)):
             raise ValueError(f"timm has no model {value!r}")
         # A refused key with an empty value does nothing: transformers writes some of them.
-        if value and REFUSED_KEY.fullmatch(key):
+        described = key == BACKBONE and _has_backbone_table(library, architecture)
+        if value and REFUSED_KEY.fullmatch(key) and not described:
             raise ValueError(f"its architecture sets {key!r}")
         # `not … <=` and not `>`: NaN is refused too.
         if isinstance(value, int | float) and not abs(value) <= MAX_ARCHITECTURE_NUMBER:
             raise ValueError(
                 f"its architecture has {key} {value!r}, a number beyond {MAX_ARCHITECTURE_NUMBER}"
             )
+
+
+def _has_backbone_table(library: str, architecture: dict[str, Any]) -> bool:
+    """Whether a model of transformers has a table for its backbone, of an architecture that there
+    is. What the table holds is checked like everything else."""
+    table = architecture.get(BACKBONE)
+    name = table.get("model_type") if isinstance(table, dict) else None
+    return library == "transformers" and isinstance(name, str) and _has_model(library, name)
 
 
 def _has_model(library: str, name: str) -> bool:

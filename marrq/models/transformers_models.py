@@ -194,7 +194,8 @@ def _model_class(config: Any) -> Any:
             f"{transformers.__version__}: correct it"
         )
     # A model of images and text takes text first ("input_ids"); its config holds one for images.
-    if kind.main_input_name == "pixel_values":
+    # Of a model of images and prompts (SAM's points and boxes) an image alone enters the encoder.
+    if kind.main_input_name == "pixel_values" and not hasattr(config, "prompt_encoder_config"):
         return kind
     if not hasattr(config, "vision_config"):
         raise MarrqError(f"{name} takes {kind.main_input_name}: choose a model of images")

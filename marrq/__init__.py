@@ -20,15 +20,30 @@ from typing import TYPE_CHECKING
 # For type checkers: at run time these imports would load torch and timm, which takes seconds.
 if TYPE_CHECKING:
     from marrq.artifact.folder import load, save
+    from marrq.models.class_embeddings import load_classes, save_classes
     from marrq.models.images import find_images
     from marrq.models.load import load_model
+    from marrq.models.text_tower import embed_classes
     from marrq.workflows.bench import bench
     from marrq.workflows.export import export
     from marrq.workflows.quantize import quantize
+    from marrq.zero_shot import with_classes
 
 __version__ = "0.1.0"
 
-__all__ = ["bench", "export", "find_images", "load", "load_model", "quantize", "save"]
+__all__ = [
+    "bench",
+    "embed_classes",
+    "export",
+    "find_images",
+    "load",
+    "load_classes",
+    "load_model",
+    "quantize",
+    "save",
+    "save_classes",
+    "with_classes",
+]
 
 HOMES = {
     "load_model": "marrq.models.load",
@@ -38,6 +53,10 @@ HOMES = {
     "bench": "marrq.workflows.bench",
     "save": "marrq.artifact.folder",
     "load": "marrq.artifact.folder",
+    "embed_classes": "marrq.models.text_tower",
+    "save_classes": "marrq.models.class_embeddings",
+    "load_classes": "marrq.models.class_embeddings",
+    "with_classes": "marrq.zero_shot",
 }
 """The module of each public function."""
 

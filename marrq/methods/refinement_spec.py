@@ -21,6 +21,7 @@ class RefinementSpec:
     epochs: how often each of them is seen
     batch: images of a step
     rate: multiplies the learning rates of marrq/refinement/learned.py
+    temperature: of the logits in the loss (marrq/refinement/loss.py)
     held_out: further images, which only judge whether the refinement helps"""
 
     on: bool = field(
@@ -41,6 +42,14 @@ class RefinementSpec:
         default=0.5,
         metadata=setting(
             f"{KEY}.rate", "multiplies all learning rates", number("a number from 0 to 100", 0, 100)
+        ),
+    )
+    temperature: float = field(
+        default=4.0,
+        metadata=setting(
+            f"{KEY}.temperature",
+            "softens the logits of classes in the loss",
+            number("a number from 1 to 1000", 1, 1000),
         ),
     )
     held_out: int = field(

@@ -65,7 +65,7 @@ def _train(
     for step, rows in enumerate(_batches(spec, seed)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _share_of_rate(step, spec.steps)
-        loss = teacher.loss(learned.module, rows)
+        loss = teacher.loss(learned.module, rows, spec.temperature)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise MarrqError(
@@ -99,5 +99,5 @@ def _held_out_loss(module: nn.Module, teacher: Teacher, spec: RefinementSpec) ->
     for start in range(spec.images, count, spec.batch):
         rows = slice(start, min(start + spec.batch, count))
         # The loss is a mean over its images: the last batch may have fewer.
-        total += float(teacher.loss(module, rows)) * (rows.stop - rows.start)
+        total += float(teacher.loss(module, rows, spec.temperature)) * (rows.stop - rows.start)
     return total / (count - spec.images)

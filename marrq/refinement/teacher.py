@@ -15,7 +15,7 @@ from marrq.models.load import VisionModel
 from marrq.models.named_outputs import as_tuple, output_kind
 from marrq.pipeline.collect import Images
 from marrq.quantized_model import BATCH_SIZE
-from marrq.refinement.loss import loss_of
+from marrq.refinement.loss import distance
 
 StepDone = Callable[[int, int, str], None]
 """Called after each step with the number of steps done, the number of all, and a note."""
@@ -63,9 +63,11 @@ class Teacher:
         kinds = [output_kind(name, output.dim(), model.labels) for name, output in named]
         return cls(images, files_sha256, outputs, [kind == "classes" for kind in kinds])
 
-    def loss(self, module: nn.Module, rows: slice) -> Tensor:
-        """The loss of a model on some of the images: their mean, a scalar."""
+    def loss(self, module: nn.Module, rows: slice, temperature: float) -> Tensor:
+        """The loss of a model on some of the images: their mean, summed over the outputs, a scalar.
+        temperature: see loss.py."""
         device = next(module.parameters()).device
         found = as_tuple(module(self.images[rows].to(device)))
         wanted = [output[rows].to(device) for output in self.outputs]
-        return loss_of(found, wanted, self.are_classes)
+        each = zip(found, wanted, self.are_classes, strict=True)
+        return torch.stack([distance(*one, temperature) for one in each]).sum()

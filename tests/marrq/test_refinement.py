@@ -98,13 +98,47 @@ def test_every_token_has_the_gradient_of_its_own_scale():
 
 def test_the_loss_is_the_divergence_of_classes_and_the_angle_of_features():
     found, wanted = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5)
-    divergences, angles = [], []
+    temperature, divergences, angles = 3.0, [], []
     for z, t in zip(found.double().numpy(), wanted.double().numpy(), strict=True):
-        p, q = np.exp(t) / np.exp(t).sum(), np.exp(z) / np.exp(z).sum()
-        divergences.append((p * np.log(p / q)).sum())
+        p, q = np.exp(t / temperature), np.exp(z / temperature)
+        p, q = p / p.sum(), q / q.sum()
+        divergences.append(temperature**2 * (p * np.log(p / q)).sum())
         angles.append(1 - (z @ t) / np.linalg.norm(z) / np.linalg.norm(t))
-    assert float(distance(found, wanted, True)) == pytest.approx(np.mean(divergences), rel=1e-5)
-    assert float(distance(found, wanted, False)) == pytest.approx(np.mean(angles), rel=1e-5)
+    assert float(distance(found, wanted, True, temperature)) == pytest.approx(
+        np.mean(divergences), rel=1e-5
+    )
+    assert float(distance(found, wanted, False, temperature)) == pytest.approx(
+        np.mean(angles), rel=1e-5
+    )
+
+
+class TwoOutputs(nn.Module):
+    """Logits of classes, and the tokens that they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vit(pixels), self.vit.forward_features(pixels)
+
+
+@torch.no_grad()
+def test_several_outputs_are_learned_together():
+    model = replace(vision_model(TwoOutputs()), outputs=("logits", "tokens"))
+    images = noise(20)
+    teacher = Teacher.of(model, images, "hash")
+    assert teacher.are_classes == [True, False]
+    assert [output.shape for output in teacher.outputs] == [(20, 5), (20, 17, 64)]
+    assert abs(float(teacher.loss(model.module, slice(0, 20), 2.0))) < 1e-5
+    model.module.vit.norm.bias += 0.5
+    logits, tokens = model.module(images[4:8])
+    wanted = [output[4:8] for output in teacher.outputs]
+    expected = distance(logits, wanted[0], True, 2.0) + distance(tokens, wanted[1], False, 2.0)
+    assert float(teacher.loss(model.module, slice(4, 8), 2.0)) == pytest.approx(float(expected))
+    # Without names of classes, the same numbers are features.
+    unlabelled = Teacher.of(replace(model, labels=()), images, "hash")
+    assert unlabelled.are_classes == [False, False]
 
 
 def prepared(
@@ -155,7 +189,7 @@ def test_the_loss_falls_and_the_codes_stay(
     }
     rows = slice(0, SPEC.images)
     with torch.no_grad():
-        before = float(teacher.loss(model.module, rows))
+        before = float(teacher.loss(model.module, rows, SPEC.temperature))
         # Judged by the images that it learns from, which a right gradient always helps.
         judged = replace(
             teacher,
@@ -167,7 +201,7 @@ def test_the_loss_falls_and_the_codes_stay(
     assert found.refinement is not None
     assert found.refinement.helped
     with torch.no_grad():
-        assert float(teacher.loss(found.module, rows)) < 0.95 * before
+        assert float(teacher.loss(found.module, rows, SPEC.temperature)) < 0.95 * before
     for path, linear in quantized_linears(found.module).items():
         assert torch.equal(linear.codes, integers[path][0])
         assert torch.equal(linear.zero_point, integers[path][1])

@@ -12,7 +12,7 @@ says otherwise:
     W4A8-e8         first and last layers (patch embedding and head) in W8A8; without the suffix
                     they stay in floating point (marrq/models/first_last.py)
     WmixA8          each linear of the blocks has weight bits of its own, as a budget of bits gives
-                    them (marrq/pipeline/budget.py); all suffixes may follow
+                    them (marrq/sensitivity.py); all suffixes may follow
 
 Activations are per-tensor with a scale found in calibration (`per-tensor`, static), or per-token
 with a scale found at run time (`per-token`, dynamic).

@@ -16,6 +16,7 @@ from marrq.cli.evaluate import evaluate
 from marrq.cli.export import export
 from marrq.cli.inspect import inspect
 from marrq.cli.quantize import quantize
+from marrq.cli.sensitivity import sensitivity
 
 # A bug shows Python's own traceback, which can be pasted into a report. An error that marrq raises
 # on purpose never gets there, see `main`.
@@ -33,5 +34,7 @@ def _spelled(name: str) -> str:
 
 
 # In the order of the help: from a model to a file, then what looks at models and files.
-for command in (quantize, classes, export, bench, evaluate, inspect, doctor, compare, demo):
+MAKING = (quantize, classes, export)
+LOOKING = (bench, evaluate, inspect, doctor, compare, sensitivity, demo)
+for command in MAKING + LOOKING:
     app.command(context_settings={"token_normalize_func": _spelled})(command)

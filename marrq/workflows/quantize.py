@@ -6,8 +6,8 @@ processes, checkpoints and the place of the tokens leave no trace in it.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
 from marrq.artifact.config import description
@@ -40,19 +40,21 @@ class Recipe:
 
     samples: number of calibration images, at least 2.
     seed: of the random draw of these images.
+    widths: for a mixed scheme the weight bits of each linear, by path (marrq/workflows/budget.py).
     """
 
     scheme: Scheme
     method: MethodSpec
     samples: int = 256
     seed: int = 0
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def settings(self, images: ImageSet) -> QuantizationSettings:
         """The settings of the pipeline. images: the images that this recipe has drawn."""
         # Name, seed and the hash of the file names: enough to draw the same images again, and to
         # see that they are the same.
         calibration = CalibrationRecord(images.name, self.samples, self.seed, images.sha256)
-        return QuantizationSettings(self.scheme, self.method, calibration)
+        return QuantizationSettings(self.scheme, self.method, calibration, self.widths)
 
     def fresh(self, images: ImageSet) -> ImageSet:
         """The images of the refinement: those that the draw gives after the calibration images.

@@ -103,7 +103,7 @@ def check_plot(file: Path) -> None:
 
 
 @contextmanager
-def _figure(file: Path, height: float) -> Iterator["Figure"]:
+def written_figure(file: Path, height: float) -> Iterator["Figure"]:
     """An empty figure in our style; it is written to the file when the block ends. height: in
     inches."""
     check_plot(file)
@@ -165,7 +165,7 @@ def plot_comparison(report: ComparisonReport, file: Path) -> None:
     lines = max(label.count("\n") + 1 for label in labels)
     # Inches: as much as the longest name needs, for each method.
     height = 0.9 + len(schemes) * (0.8 + len(labels) * (0.12 + 0.16 * lines))
-    with _figure(file, height) as figure:
+    with written_figure(file, height) as figure:
         panels = figure.subplots(len(schemes), 2, sharey=True, squeeze=False)
         for (left, right), (scheme, rows) in zip(panels, schemes.items(), strict=True):
             _draw_scores(left, methods, rows, report)
@@ -230,7 +230,7 @@ def plot_alphas(quantization: Sequence[QuantizedModule], file: Path) -> None:
             "there is no search of α to plot: the method has none; quantize with one that has, "
             "such as --method marr"
         )
-    with _figure(file, height=6.4) as figure:
+    with written_figure(file, height=6.4) as figure:
         upper, lower = figure.subfigures(2, 1, squeeze=False).flat
         panel = upper.subplots()
         draw_by_depth(panel, alphas(quantization))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WIDTHS, noise, quantized, transformers_vit, vit, vision_model
+from tiny_models import WIDTHS, noise, quantized, transformers_vit, vision_model, vit
 
 from marrq.artifact.folder import load, save
 from marrq.artifact.scheme import read_scheme

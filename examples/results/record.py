@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-LEFT_OUT = {"hits", "quantization", "audit", "alphas", "executed", "executed_on", "path"}
+LEFT_OUT = {"hits", "same", "quantization", "audit", "alphas", "executed", "executed_on", "path"}
 PACKAGES = ("marrq", "torch", "onnxruntime")
 
 

@@ -15,6 +15,7 @@ CASES = {
     "groups": (vit, "W3A8-g16", "exact", "per-tensor"),
     "edges": (vit, "W4A8-e8", "stream", "per-tensor"),
     "search by grid, branch": (vit, "W2A16", "marr-rescomp,alpha=grid,lowrank=srr:4", "per-tensor"),
+    "salient columns": (vit, "W3A8", "marr,lowrank=serq:4", "per-tensor"),
     "rotated": (vit, "W4A8", "marr-gptaq,rotate=0", "per-tensor"),
     "windows": (swin, "W4A8", "gptq", "per-tensor"),
 }

@@ -115,9 +115,8 @@ def refit(residual: Tensor, scaling: Scaling, spec: LowRankSpec) -> LowRank:
     # neither leaves the range of float16.
     norm = right.norm(dim=1).sqrt()
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    return LowRank(
-        _stored(left * norm, 0, spec.num_bits), _stored(right / norm[:, None], 1, spec.num_bits)
-    )
+    round_to = _half if spec.num_bits == 16 else _int8
+    return LowRank(round_to(left * norm, 0), round_to(right / norm[:, None], 1))
 
 
 def split(weight: Tensor, scaling: Scaling, rank: int) -> int:
@@ -167,12 +166,15 @@ def _small_gram(matrix: Tensor) -> Tensor:
     return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
 
 
-def _stored(factor: Tensor, dim: int, num_bits: int) -> StoredFactor:
-    """A factor rounded to float16, or to a symmetric int8 grid for each component. dim: the
-    dimension that is not the rank."""
+def _half(factor: Tensor, dim: int) -> StoredFactor:
+    """A factor rounded to float16, which needs no scale along any dimension."""
+    return StoredFactor(factor.float().half())
+
+
+def _int8(factor: Tensor, dim: int) -> StoredFactor:
+    """A factor rounded to a symmetric int8 grid for each component. dim: the dimension that is not
+    the rank."""
     factor = factor.float()
-    if num_bits == 16:
-        return StoredFactor(factor.half())
     # One scale for each component, [1, r] of L or [r, 1] of R: components differ in size.
     scale = factor.abs().amax(dim, keepdim=True) / INT8_LIMIT
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

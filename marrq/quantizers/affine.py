@@ -28,7 +28,7 @@ from torch import Tensor
 from marrq.errors import MarrqError
 from marrq.quantizers.chunks import candidate_shares, items_at_once
 from marrq.quantizers.column_grid import ColumnGrid
-from marrq.quantizers.salient import joint_range, stride, strides
+from marrq.quantizers.salient import MAX_BITS, joint_range, stride, strides
 from marrq.schemes import WeightSpec
 
 WEIGHT_CLIP_FACTORS = tuple(1 - i / 100 for i in range(80))
@@ -51,9 +51,8 @@ class Grid:
         With groups they are [m, groups]; `spread` them before use. Candidates of a search are
         [candidates, m, groups]. A zero point is an integer in `low` … `high`, held in floating
         point.
-    salient: [r], columns of a weight that have two codes for each weight, or None
-        (quantizers/salient.py). Then `scale`, `zero_point`, `low` and `high` are those of the other
-        columns, and codes [m, n] are the joint codes c.
+    salient: [r], columns with two codes for each weight (quantizers/salient.py), or None. The grid
+        is that of the other columns then, and codes [m, n] are joint codes c.
     """
 
     scale: Tensor
@@ -124,17 +123,18 @@ class Grid:
 
     def codes_of_steps_(self, steps: Tensor) -> Tensor:
         """From steps [m, n] (see ColumnGrid) to codes, in place."""
-        # A step of a column counts 1 code, or several codes c.
         if self.salient is not None:
             steps.mul_(strides(self.salient, self._num_bits, steps.shape[1]))
         self._by_group(steps).add_(self.joint.zero_point[..., None])
         return steps
 
     def with_salient(self, salient: Tensor | None) -> "Grid":
-        """The same grid with two codes for each weight of some columns [r]; None for none. Raises
-        MarrqError if two codes do not fit a byte."""
-        if salient is not None:
-            joint_range(self._num_bits)
+        """The same grid with two codes for each weight of some columns [r], or of none."""
+        if salient is not None and self._num_bits > MAX_BITS:
+            raise MarrqError(
+                f"a second set of codes needs weights of {MAX_BITS} bits or fewer: got codes "
+                f"{self.low} … {self.high}; leave lowrank=serq out, or choose fewer bits"
+            )
         return replace(self, salient=salient)
 
     @property

@@ -22,8 +22,6 @@ sweep comes to the columns of S last (methods/factor.py).
 import torch
 from torch import Tensor
 
-from marrq.errors import MarrqError
-
 MAX_BITS = 4
 """Two codes of more bits do not fit int8 together."""
 
@@ -34,13 +32,7 @@ def stride(num_bits: int) -> int:
 
 
 def joint_range(num_bits: int) -> tuple[int, int]:
-    """The smallest and the largest c of a salient column. Raises MarrqError for more than 4
-    bits."""
-    if num_bits > MAX_BITS:
-        raise MarrqError(
-            f"a second set of codes needs weights of {MAX_BITS} bits or fewer, so that two codes "
-            f"are one byte: got {num_bits} bits; leave lowrank=serq out"
-        )
+    """The smallest and the largest c of a salient column."""
     return -(2 ** (2 * num_bits - 1)), 2 ** (2 * num_bits - 1) - 1
 
 

@@ -74,6 +74,9 @@ def check_weights(made: QuantizedModel, file: Path, tmp_path: Path) -> None:
         ("vit", "W4A16", None),
         ("vit", "W3A16-g16-sym", None),
         ("vit", "W2A16-g16", "srr:4"),
+        ("vit", "W3A16", "serq:8"),
+        slow("vit", "W4A16-g16", "serq:64"),
+        slow("swin", "W2A16", "serq:8"),
         slow("vit", "W8A16-g16", "lqer:4:int8"),
         slow("vit", "W4A16-mxint", None),
         slow("vit", "W8A16-e8", None),
@@ -103,7 +106,7 @@ def test_nothing_of_the_codes_is_left_once_the_file_is_loaded(
     stored = sum(
         array.nbytes if array.dtype.itemsize > 1 else onnx_bytes(array)
         for name, array in initializers(file).items()
-        if ".weight_" in name
+        if ".weight_" in name or ".salient_" in name
     )
     assert stored * 8 == pytest.approx(grid_bits(trace.model), rel=0.05)
 

@@ -1,5 +1,6 @@
 """The matmulnbits flavour holds the weight that torch multiplies with."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,33 @@ def test_matmulnbits_holds_the_weight_that_torch_multiplies_with(
     np.testing.assert_array_equal(
         weights[path], quantized_linears(made.module)[path].weight.numpy()
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        ("vit with LayerScale", "W4A16"),
+        slow("vit", "W2A16"),
+        slow("vit", "W3A16-sym"),
+        slow("swin", "W4A16"),
+    ],
+)
+def test_salient_columns_are_a_second_node_on_their_inputs(model: str, scheme: str, tmp_path: Path):
+    trace, file = traced(model, scheme, "serq:8"), tmp_path / "m.onnx"
+    write(trace, "matmulnbits", file)
+    assert agree(trace.model, file)
+    nodes = [node for node in onnx.load(file).graph.node if node.op_type == "MatMulNBits"]
+    depths = Counter(
+        attribute.i for node in nodes for attribute in node.attribute if attribute.name == "K"
+    )
+    assert depths[8] == len(nodes) / 2
+    gathers = [node for node in onnx.load(file).graph.node if "salient_columns" in str(node.input)]
+    assert len(gathers) == depths[8]
+
+
+def test_salient_columns_beside_group_scales_are_refused(tmp_path: Path):
+    with pytest.raises(MarrqError, match=r"salient columns and group scales.* use --flavor qdq"):
+        write(traced("vit", "W4A16-g16", "serq:8"), "matmulnbits", tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W4A16-mxint", "exact,clip=weights", "per-tensor"),
     ("W2A8-mxint", "gptq,lowrank=qera:4:int8", "per-token"),
     ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
+    ("W3A8", "gptq,lowrank=serq:5", "per-tensor"),
 ]
 MORE_CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W2A8", "marr", "per-tensor"),
@@ -41,6 +42,8 @@ MORE_CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W4A16-g32", "marr-gptaq,alpha=grid", "per-tensor"),
     ("W4A8-sym", "gptq,act-order=off", "per-tensor"),
     ("W2A8", "exact,lowrank=srr:4", "per-tensor"),
+    ("W2A8-mxint", "exact,lowrank=serq:64", "per-tensor"),
+    ("W4A8-g16-sym", "marr,lowrank=serq:1", "per-token"),
     ("W4A8", "gptq,rotate=3", "per-tensor"),
     ("W3A16-g16-sym-e8", "gptq,rotate=3", "per-tensor"),
 ]
@@ -208,6 +211,27 @@ def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
     }
 
 
+def test_the_tensors_of_salient_columns_are_these_bytes():
+    """Pins format version 7."""
+    scale, zero_point = torch.tensor([[0.25], [0.5]]), torch.zeros(2, 1, dtype=torch.int8)
+    # 4 q in the columns 0 and 2; 8 r + s + 4 in the columns 1 and 3, with r from CODES and s below.
+    second = torch.tensor([[-4, 3], [0, -1]])
+    joint = 4 * CODES.int()
+    joint[:, [1, 3]] = 8 * CODES[:, [1, 3]].int() + second + 4
+    columns = torch.tensor([1, 3], dtype=torch.int32)
+    weight = QuantizedWeight(
+        WeightSpec(3, None, "symmetric"), joint.to(torch.int8), scale, zero_point, columns
+    )
+    assert stored(QuantLinear(weight, None, None)) == {
+        "weight_packed": PACKED,
+        # -4, 3, 0, -1: the low two bits of each code, then the high ones.
+        "salient_packed": ("uint8", [0b11_00_11_00, 0b1001]),
+        "salient_columns": ("int32", [1, 3]),
+        "weight_scale": ("float32", [[0.25], [0.5]]),
+        "weight_shape": SHAPE,
+    }
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
@@ -278,7 +302,9 @@ def test_a_config_that_is_none_is_refused(copied: Path, text: str):
         load(copied)
 
 
-@pytest.mark.parametrize("key", ["scheme", "method", "calibration", "widths", "preprocessing", "labels"])
+@pytest.mark.parametrize(
+    "key", ["scheme", "method", "calibration", "widths", "preprocessing", "labels"]
+)
 def test_a_config_that_lacks_something_is_refused(copied: Path, key: str):
     config = json.loads((copied / "config.json").read_text())
     del config[key]

@@ -59,6 +59,7 @@ def checkpoint(folder: Path, numbers: str, **settings: object) -> FolderCheckpoi
 CASES = [
     (vit, "W4A4", "stream"),
     (vit, "W3A8-e8", "gptq,lowrank=lqer:4:int8"),
+    (vit, "W3A8", "gptq,lowrank=serq:4"),
     (vit, "W2A16-mxint", "marr-exact,rotate=0"),
     (vit, "WmixA8-e8", "gptq"),
     pytest.param(vit, "W4A8", "marr", marks=pytest.mark.slow),

@@ -178,7 +178,7 @@ branches = st.builds(
     st.sampled_from(["srr", "qera", "lqer"]),
     st.integers(1, 999),
     st.sampled_from([8, 16]),
-)
+) | st.builds(LowRankSpec, st.just("serq"), st.integers(1, 999), st.none())
 around = {
     "damping": positive,
     "target_damping": positive,

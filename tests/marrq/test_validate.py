@@ -142,6 +142,64 @@ def test_a_part_of_a_linear_that_does_not_fit_is_refused(
         load(with_tensors(artifact, **{f"blocks__0__attn__qkv__{part}": tensor}))
 
 
+@pytest.fixture(scope="module")
+def salient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("salient") / "artifact"
+    save(quantized(vit(), noise(4), "W4A8", "rtn,lowrank=serq:3"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("columns", "packed_bytes"),
+    [
+        ([0, 1, 64], 288),
+        ([-1, 0, 1], 288),
+        ([1, 1, 2], 288),
+        ([2, 1, 0], 288),
+        ([[0, 1, 2]], 288),
+        ([], 0),
+        (list(range(65)), 6240),
+        ([0, 1, 2], 287),
+        ([0, 1], 288),
+    ],
+)
+def test_salient_columns_that_do_not_fit_are_refused(
+    salient: Path, columns: list[Any], packed_bytes: int, tmp_path: Path
+):
+    folder, path = Path(shutil.copytree(salient, tmp_path / "artifact")), "blocks__0__attn__qkv"
+    assert load(folder).reports
+    changes = {
+        f"{path}__salient_columns": torch.tensor(columns, dtype=torch.int32),
+        f"{path}__salient_packed": torch.zeros(packed_bytes, dtype=torch.uint8),
+    }
+    with pytest.raises(MarrqError, match="is damaged"):
+        load(with_tensors(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        ("salient_columns", torch.tensor([0, 1, 2])),
+        ("salient_packed", torch.zeros(288, dtype=torch.int8)),
+        ("salient_packed", torch.zeros(2, 144, dtype=torch.uint8)),
+    ],
+)
+def test_parts_of_salient_columns_of_another_type_are_refused(
+    salient: Path, part: str, tensor: torch.Tensor, tmp_path: Path
+):
+    folder = Path(shutil.copytree(salient, tmp_path / "artifact"))
+    with pytest.raises(MarrqError, match="is damaged"):
+        load(with_tensors(folder, **{f"blocks__0__attn__qkv__{part}": tensor}))
+
+
+@pytest.mark.parametrize("part", ["salient_columns", "salient_packed"])
+def test_a_half_of_salient_columns_is_refused(artifact: Path, part: str):
+    kind = torch.int32 if part == "salient_columns" else torch.uint8
+    tensor = torch.arange(3, dtype=kind)
+    with pytest.raises(MarrqError, match="is damaged"):
+        load(with_tensors(artifact, **{f"blocks__0__attn__qkv__{part}": tensor}))
+
+
 @pytest.mark.parametrize("name", [CONFIG, REPORTS, TENSORS])
 def test_a_file_that_leads_out_of_the_folder_is_refused(artifact: Path, name: str, tmp_path: Path):
     (artifact / name).rename(tmp_path / name)

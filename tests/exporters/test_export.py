@@ -34,7 +34,7 @@ from marrq.quantized_model import CalibrationRecord, QuantizationSettings, Quant
 from marrq.quantizers.linear import quantized_linears
 from marrq.quantizers.packing import unpack
 from marrq.schemes import parse_scheme
-from marrq.workflows.evaluate import predict
+from marrq.workflows.evaluate import Evaluating, predict
 from runtime.session import SessionSettings
 
 SCHEMES = ["W4A8", *map(slow, ["W2A8", "W3A8", "W8A8", "W4A4", "W3A3", "W2A4"])]
@@ -183,7 +183,9 @@ def test_a_baseline_is_the_float_model_with_a_float32_interface(
     images = find_images("demo", "val", model.labels).draw(100, 0)
     logits = run(tmp_path / "model.onnx", images.pixels(model.preprocessing)[:])
     assert logits.dtype == np.float32
-    expected = predict(model.module, images, model.preprocessing, torch.device("cpu")).numpy()
+    expected = predict(
+        model.module, images, model.preprocessing, Evaluating(torch.device("cpu"))
+    ).numpy()
     assert cosines(logits, expected).min() >= cosine
 
 

@@ -102,8 +102,9 @@ class ModuleReport:
     """How one linear was quantized.
 
     path: of the linear in the model.
+    num_bits: of its weight.
     error: J, the square error of the linear's outputs (or of the residual stream after it), summed
-        over the calibration tokens (marrq/methods/statistics.py).
+        over the calibration tokens, with their weights (marrq/methods/statistics.py).
     relative_error: J / ‖W X + e‖², with the power of the wanted outputs.
     mse: J / (tokens · outputs).
     alpha, trajectory, fallback: the residual strength α, the steps of its search, and why α = 0 was
@@ -118,6 +119,7 @@ class ModuleReport:
     """
 
     path: str
+    num_bits: int
     # Floats and not tensors: reports are compared, hashed and written as JSON.
     error: float
     relative_error: float

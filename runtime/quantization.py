@@ -29,6 +29,8 @@ class QuantizedModule(Record):
     """How one linear was quantized."""
 
     path: str
+    # Of its weight.
+    num_bits: int
     # J: square error of the linear's outputs, summed over the calibration tokens.
     error: float
     # J over the power of the float outputs.

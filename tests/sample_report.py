@@ -40,6 +40,7 @@ def module(
     ]
     entry = {
         "path": path,
+        "num_bits": 4,
         "error": 1234.5 * relative_error,
         "relative_error": relative_error,
         "mse": relative_error / 7,

@@ -171,6 +171,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
         statistics, rounding = problem.whole.statistics, solution.rounding
         report = ModuleReport(
             path=path,
+            num_bits=weight_spec.num_bits,
             error=solution.error,
             relative_error=solution.relative_error,
             mse=solution.error / (statistics.tokens * linear.out_features),

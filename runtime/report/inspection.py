@@ -140,11 +140,12 @@ def quantization_table(modules: Sequence[QuantizedModule]) -> Table:
     """How an artifact was quantized, for people."""
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     result.add_column("linear", no_wrap=True)
-    for heading in ("α", "steps", "relative error", "clipped %", "damping"):
+    for heading in ("bits", "α", "steps", "relative error", "clipped %", "damping"):
         result.add_column(heading, justify="right", no_wrap=True)
     for module in modules:
         result.add_row(
             module.path,
+            str(module.num_bits),
             "–" if module.alpha is None else f"{module.alpha:.2f}",
             str(len(module.trajectory)),
             f"{module.relative_error:.2e}",

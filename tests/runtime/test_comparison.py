@@ -101,7 +101,7 @@ def runs() -> list[dict[str, Any]]:
 def searched(path: str, alpha: float | None, steps: list[dict[str, Any]]) -> QuantizedModule:
     """A module with the steps of its search."""
     numbers = {"error": 1.0, "relative_error": 0.1, "mse": 0.1, "clipped": 0.0, "damping": 0.01}
-    found = {"path": path, "alpha": alpha, "trajectory": steps, "fallback": None}
+    found = {"path": path, "num_bits": 4, "alpha": alpha, "trajectory": steps, "fallback": None}
     return QuantizedModule.read({**found, **numbers})
 
 

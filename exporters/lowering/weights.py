@@ -55,7 +55,7 @@ def _joint_codes(
     rows = linear.slice
     assert rows.salient is not None  # the caller checked it
     first, second = split_codes(rows.codes, rows.salient, rows.num_bits)
-    step = linear.constant("salient_stride", np.array(stride(rows.num_bits), np.int32))
+    step = linear.constant("stride", np.array(stride(rows.num_bits), np.int32))
     # [r, 1]: each index stands for a whole row of [in, rows].
     columns = linear.weight_constant("salient_columns", rows.salient[:, None].numpy())
 
@@ -104,19 +104,19 @@ def _from_planes(linear: LinearLowering, codes: Tensor, name: str = "weight") ->
     low, *high = packed_planes(codes, num_bits)
     # u in 0 … 2^b - 1
     stored = linear.weight_constant(f"{name}_low", low.numpy())
-    union = _plane(linear, stored, f"{name}_low", 2, count)
+    union = _plane(linear, stored, f"low_of_{name}", 2, count)
     for plane in high:
         # The high bit of each code, moved to its place.
         stored = linear.weight_constant(f"{name}_high", plane.numpy())
-        place = _bytes(linear, f"{name}_high_place", [2])
-        bits = _plane(linear, stored, f"{name}_high", 1, count)
+        place = _bytes(linear, f"high_of_{name}_place", [2])
+        bits = _plane(linear, stored, f"high_of_{name}", 1, count)
         lifted = linear.add("BitShift", [bits, place], direction="LEFT")
         union = linear.add("BitwiseOr", [union, lifted])
     # Sign extension: xor with the sign bit, then subtract it.
     sign = 2 ** (num_bits - 1)
-    flipped = linear.add("BitwiseXor", [union, _bytes(linear, f"{name}_sign", [sign])])
+    flipped = linear.add("BitwiseXor", [union, _bytes(linear, f"sign_of_{name}", [sign])])
     signed = _cast(linear, flipped, ir.DataType.INT8)
-    offset = linear.constant(f"{name}_offset", np.array([sign], np.int8))
+    offset = linear.constant(f"offset_of_{name}", np.array([sign], np.int8))
     flat = linear.add("Sub", [signed, offset])
     # From the flat codes back to their layout.
     shape = linear.weight_constant(f"{name}_shape", np.array(codes.shape, np.int64))

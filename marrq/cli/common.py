@@ -165,8 +165,8 @@ LowrankOption = Annotated[
     str | None,
     quantization_option(
         metavar="KIND:RANK",
-        help=f"Add a low-rank branch: {LOWRANK_KINDS}. In 16 bits (:fp16, default), or in 8 with "
-        ":int8 behind.",
+        help=f"What is beside the codes: {LOWRANK_KINDS}. A low-rank branch in 16 bits (:fp16, "
+        "default), or in 8 with :int8 behind; serq gives salient columns a second code instead.",
     ),
 ]
 RotateOption = Annotated[

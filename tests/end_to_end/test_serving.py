@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+import tiny_towers
 import tritonclient.grpc
 import tritonclient.http
 import tritonclient.utils
@@ -326,3 +327,30 @@ def image_names(images: list[Any], tmp_path: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(file.read_bytes())
     return tmp_path / "digits"
+
+
+def test_a_clip_with_classes_answers_by_their_names(
+    installation: Installation, image_folder: Path, tmp_path: Path
+):
+    (tmp_path / "model").mkdir()
+    name, names = tiny_towers.write_clip(tmp_path / "model"), ("cat", "sea lion", "eel", "dog")
+    (tmp_path / "names").write_text("\n".join(names))
+    artifact, classes = tmp_path / "artifact", tmp_path / "classes.safetensors"
+    quantize = ["quantize", name, "--data", str(image_folder), "--samples", "8", "--method", "rtn"]
+    assert main([*quantize, "-o", str(artifact)]) == 0
+    assert main(["classes", name, "--names", str(tmp_path / "names"), "-o", str(classes)]) == 0
+    repository = tmp_path / "repository"
+    export(artifact, repository, "--name", "clip", "--classes", str(classes))
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    expected = alone(repository / "clip" / "1" / "model.onnx", pixels)
+    with running(installation, repository, tmp_path / "log") as server:
+        server.wait_for("clip")
+        np.testing.assert_allclose(infer("http", server, "clip", pixels), expected, atol=1e-4)
+        given = tritonclient.http.InferInput("pixels", list(pixels.shape), "FP32")
+        given.set_data_from_numpy(pixels)
+        best = tritonclient.http.InferRequestedOutput("logits", class_count=1)
+        with server.http_client() as client:
+            answers = client.infer("clip", [given], outputs=[best]).as_numpy("logits")
+    # SCORE:INDEX:LABEL
+    found = [answer.decode().split(":")[2] for answer in answers.ravel()]
+    assert found == [names[index] for index in expected.argmax(1)]

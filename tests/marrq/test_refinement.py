@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +149,18 @@ def prepared(
     **changes: object,
 ) -> tuple[QuantizedModel, Teacher]:
     """A tiny model, quantized and not yet refined, and its teacher."""
-    fresh = noise(SPEC.images + SPEC.held_out, seed=1)
-    teacher = Teacher.of(vision_model(build()), fresh, "hash")
-    model = quantized(build(), noise(16), scheme, "gptq", strategy=strategy)
+    model, teacher = copy.deepcopy(_prepared(build, scheme, strategy))
     refinement = replace(SPEC, **changes)
     return replace(model, method=replace(model.method, refinement=refinement)), teacher
+
+
+@cache
+def _prepared(
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+) -> tuple[QuantizedModel, Teacher]:
+    fresh = noise(SPEC.images + SPEC.held_out, seed=1)
+    teacher = Teacher.of(vision_model(build()), fresh, "hash")
+    return quantized(build(), noise(16), scheme, "gptq", strategy=strategy), teacher
 
 
 CASES = [
@@ -223,8 +231,9 @@ def test_linears_that_read_one_input_keep_one_grid():
     assert len(set(clips.values())) == 8
 
 
+@pytest.mark.slow
 def test_a_refined_model_is_the_same_saved_loaded_and_exported(tmp_path: Path):
-    model, teacher = prepared(vit, "W4A8", epochs=6)
+    model, teacher = prepared(epochs=6)
     found, pixels = refine(model, teacher), noise(4, seed=2)
     assert found.refinement is not None
     assert found.refinement.helped

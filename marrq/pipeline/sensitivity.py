@@ -8,9 +8,10 @@ half of the calibration images sweeps, the second half judges the codes, which i
     cost  = ½ ē J_b / (m N)                                     nats an image, for each linear
 
 e is the Fisher energy of the linear's output, E ‖∂(v·z)/∂y‖² at a token; its mean over tokens is ē,
-and J is a sum over tokens that are weighed by e / ē. For an error dy of no preferred direction
-among m outputs, ½ E ⟨g, dy⟩² = ½ e ‖dy‖² / m: the divergence that the error adds in second order
-(marrq/pipeline/token_weights.py). The mean error does not count: the bias takes it up.
+and J is a sum over tokens that are weighed by e / ē (in the sweep the weights are clamped). For an
+error dy of no preferred direction among m outputs, ½ E ⟨g, dy⟩² = ½ e ‖dy‖² / m: the divergence
+that it adds in second order (marrq/pipeline/token_weights.py). The mean error does not count: the
+bias takes it up.
 
 **Which inputs.** Both paths are the full-precision path, but a linear's input is rounded as its
 activations will be: this rounding does not depend on the widths, and codes are fitted to it. What
@@ -41,7 +42,7 @@ from marrq.pipeline.block_inputs import BlockInputs, cut, share_of
 from marrq.pipeline.collect import BlockPair, Images, TokenSource
 from marrq.pipeline.group import GroupCalibration
 from marrq.pipeline.quantize import RunOptions, chain_of, check_groups
-from marrq.pipeline.token_weights import fisher_energies, weights_of
+from marrq.pipeline.token_weights import WEIGHT_UNIT, fisher_energies, weights_of
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings
 from marrq.quantizers.linear import SCALE_BITS
 from marrq.quantizers.packing import packed_size
@@ -113,9 +114,9 @@ def measure_sensitivity(
         for group in block.groups:
             # Scales of one group must not reach the input of the next: each has a copy.
             alone = replace(pair, quantized=pair.original.copied())
-            weights = _token_weights(energies, map(block.path_of, group))
+            of_group = _group_energies(energies, map(block.path_of, group))
             measured = _Group(
-                GroupCalibration(alone, group, uniform.scheme, uniform.method, weights)
+                GroupCalibration(alone, group, uniform.scheme, uniform.method), of_group
             )
             groups.append(measured.sensitivity(energies, sizes, group[0] in balanced))
         run.block_done(index + 1, len(blocks), ())
@@ -128,9 +129,11 @@ def measure_sensitivity(
 class _Group:
     """The linears of a group on the full-precision block.
 
-    calibration: on a copy of the block, which the group has for itself."""
+    calibration: on a copy of the block, which the group has for itself.
+    energies: of the tokens of its input, the sum over its linears."""
 
     calibration: GroupCalibration
+    energies: Tensor
 
     def sensitivity(
         self, energies: Mapping[str, Tensor], sizes: "_Sizes", balanced: bool
@@ -139,12 +142,8 @@ class _Group:
 
         energies: by the path of a linear in the model.
         balanced: whether the group's input is in a balanced basis already."""
-        calibration = self.calibration
-        block, method = calibration.pair.quantized, calibration.method
-        scales = calibration.channel_scales() if method.equalize and not balanced else None
-        halves = calibration.statistics(scales, calibration.input_quantizer(scales))
-        # One factorization for all widths and linears.
-        problem = Problem.of(halves, calibration.scheme.weight, method, calibration.pair.processes)
+        calibration, problem = self.calibration, self._problem(balanced)
+        block = calibration.pair.quantized
         linears = {block.path_of(name): block.linear(name) for name in calibration.linears}
         smoothed = not balanced and self._may_be_smoothed
         widths = []
@@ -162,6 +161,26 @@ class _Group:
             widths.append(Width(num_bits, stored, divergence))
         count = sum(linear.weight.numel() for linear in linears.values())
         return GroupSensitivity(tuple(linears), count, tuple(widths))
+
+    def _problem(self, balanced: bool) -> Problem:
+        """The statistics of the group, with one factorization for all widths and linears. The first
+        half is weighed to be swept, the second half to judge."""
+        calibration = self.calibration
+        scale = calibration.method.equalize and not balanced
+        scales = calibration.channel_scales() if scale else None
+        quantizer = calibration.input_quantizer(scales)
+        # A sweep needs many tokens, so no token is given up (weights_of). A judge inverts nothing:
+        # it weighs an error by what it costs, and a token that costs nothing by 0.
+        sweeping, judging = (
+            replace(calibration, weights=weights).statistics(scales, quantizer)[half]
+            for half, weights in enumerate((weights_of(self.energies), _relative(self.energies)))
+        )
+        return Problem.of(
+            (sweeping, judging),
+            calibration.scheme.weight,
+            calibration.method,
+            calibration.pair.processes,
+        )
 
     @property
     def _may_be_smoothed(self) -> bool:
@@ -191,9 +210,18 @@ class _Group:
         return error
 
 
-def _token_weights(energies: Mapping[str, Tensor], paths: Iterable[str]) -> Tensor:
-    """The weights of the tokens that linears of one input read, [tokens of an image]. Raises
-    MarrqError if the tokens of a linear could not be told from other images'."""
+def _relative(energies: Tensor) -> Tensor:
+    """The weights e / ē of the tokens of an image. As multiples of WEIGHT_UNIT they have exact
+    sums."""
+    mean = energies.mean()
+    # A linear on which no output depends costs nothing, however its tokens are weighed.
+    relative = torch.where(mean > 0, energies / mean, 1.0)
+    return (relative / WEIGHT_UNIT).round() * WEIGHT_UNIT
+
+
+def _group_energies(energies: Mapping[str, Tensor], paths: Iterable[str]) -> Tensor:
+    """The energies of the tokens that linears of one input read, [tokens of an image] on the CPU.
+    Raises MarrqError if the tokens of a linear could not be told from other images'."""
     found = []
     for path in paths:
         if path not in energies:
@@ -203,7 +231,7 @@ def _token_weights(energies: Mapping[str, Tensor], paths: Iterable[str]) -> Tens
             )
         found.append(energies[path])
     # An error of the input reaches all linears of the group: their energies add.
-    return weights_of(torch.stack(found).sum(0).cpu())
+    return torch.stack(found).sum(0).cpu()
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,29 @@ COMPARE = split("compare demo -o out")
 BAD_INPUT = {
     "scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
     "group": ([*QUANTIZE, "--scheme", "W4A16-mxint-g8"], "unknown scheme"),
+    "budget": ([*QUANTIZE, "--budget", "three"], "bits a weight, such as 3.0, or auto"),
+    "size": ([*QUANTIZE, "--max-size", "10"], "a size such as 10MB"),
+    "two budgets": (
+        [*QUANTIZE, *split("--budget 3 --max-size 10MB")],
+        "--budget 3 and --max-size 10MB are both given",
+    ),
+    "budget with widths": (
+        [*QUANTIZE, *split("--budget 3 --scheme W4A8-sym")],
+        "write --scheme WmixA8-sym, not W4A8-sym",
+    ),
+    "widths without a budget": ([*QUANTIZE, "--scheme", "WmixA8"], "give --budget or --max-size"),
+    "auto without a limit": ([*QUANTIZE, "--budget", "auto"], "give both or neither"),
+    "limit without auto": ([*QUANTIZE, *split("--budget 3 --max-drop 1")], "give both or neither"),
+    "costs without a budget": ([*QUANTIZE, "--sensitivity", "mine"], "serves a budget"),
+    "budget with a branch": (
+        [*QUANTIZE, *split("--budget 3 --lowrank srr:4")],
+        "not the low-rank branch srr:4",
+    ),
+    "auto goes on": (
+        [*QUANTIZE, *split("--budget auto --max-drop 1 --resume")],
+        "leave out --resume",
+    ),
+    "costs of a width": (split("sensitivity demo --scheme W4A8"), "write --scheme WmixA8"),
     "activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
     "method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
     "alpha without a search": (

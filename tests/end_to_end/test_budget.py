@@ -1,0 +1,81 @@
+"""A budget from the command line: measured once, met exactly, and judged by accuracy if it is a
+limit of accuracy."""
+
+import json
+from pathlib import Path
+from shlex import split
+
+import pytest
+
+from marrq.artifact.folder import load
+from marrq.artifact.tensors import tensors_of
+from marrq.cli import main
+from marrq.quantizers.linear import bits_per_weight
+
+TINY = "--samples 8 --method gptq"
+
+
+@pytest.fixture
+def data(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return f"--data {image_folder} {TINY}"
+
+
+def test_costs_are_measured_once_and_serve_every_budget(
+    tiny: str, data: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(split(f"sensitivity {tiny} {data} --json costs.json --plot costs.svg")) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.1.mlp.fc2" in printed
+    assert "3 everywhere" in printed
+    assert Path("costs.svg").read_text().startswith("<?xml")
+    costs = json.loads(Path("costs.json").read_text())
+    assert costs["schema"] == "marrq.sensitivity/1"
+    limit = f"quantize {tiny} {data} --sensitivity costs.json"
+    assert main(split(f"{limit} --budget 4.2 -o bits")) == 0
+    assert "bits a weight" in capsys.readouterr().err
+    assert bits_per_weight(load("bits").module) <= 4.2
+    # The same budget, measured on the way.
+    assert main(split(f"quantize {tiny} {data} --budget 4.2 -o again")) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert Path("bits", name).read_bytes() == Path("again", name).read_bytes()
+    assert main(split("inspect bits")) == 0
+    size = costs["curve"][len(costs["curve"]) // 2]["size_bytes"]
+    assert main(split(f"{limit} --max-size {size / 1e6}MB -o size")) == 0
+    tensors = tensors_of(load("size").module).values()
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= size
+    assert main(split(f"{limit} --budget 2 -o small")) == 1
+    assert "is too small" in capsys.readouterr().err
+
+
+def test_costs_of_another_model_are_refused(
+    tiny: str, data: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(split(f"sensitivity {tiny} {data} --json costs.json")) == 0
+    limit = f"quantize {tiny} {data} --sensitivity costs.json --budget 4.2 -o out"
+    assert main(split(f"{limit} --scheme WmixA4")) == 1
+    assert "is the sensitivity of 'WmixA8 per-tensor'" in capsys.readouterr().err
+    costs = json.loads(Path("costs.json").read_text())
+    costs["about"]["weights_sha256"] = "0"
+    Path("costs.json").write_text(json.dumps(costs))
+    assert main(split(limit)) == 1
+    assert "is the sensitivity of another model" in capsys.readouterr().err
+    Path("costs.json").write_text("{}")
+    assert main(split(limit)) == 1
+    assert "the file is no sensitivity" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_the_smallest_model_within_a_limit_of_accuracy_is_found(
+    tiny: str, data: str, capsys: pytest.CaptureFixture[str]
+):
+    # 24 images decide little, so the limit is wide; no limit at all is met by the smallest model.
+    assert main(split(f"quantize {tiny} {data} --budget auto --max-drop 100 -o a")) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "models were made and judged on 24 images" in said
+    assert set(load("a").widths.values()) == {2}
+    # Nothing surely loses nothing.
+    assert main(split(f"quantize {tiny} {data} --budget auto --max-drop 0 -o b")) == 1
+    assert "no model surely loses at most 0 points" in capsys.readouterr().err
+    assert not Path("b").exists()

@@ -11,7 +11,7 @@ from runtime.measure.cosines import Cosines
 from runtime.measure.dense import OutputError
 from runtime.measure.embedded import Embedding
 from runtime.measure.measured import Agreement
-from runtime.measure.retrieval import MeanDrop, MeanPrecision, QueryShare
+from runtime.measure.retrieval import MeanDrop, MeanPrecision, QueryShare, Retrieval
 
 
 def empty_table(caption: str, first: str, headings: tuple[str, ...]) -> Table:
@@ -104,13 +104,32 @@ def _retrieval_table(embeddings: Mapping[str, Embedding], images: str) -> Table:
     caption = f"{images}: top-1 of k-NN among {among}, and retrieval, in %"
     result = empty_table(f"{caption}; 95 % interval; drop in points", "model", headings)
     for name, one in embeddings.items():
-        seen = one.retrieval
-        if seen is not None:
-            shares = (seen.knn1, seen.knn20, seen.recall1)
-            result.add_row(
-                name, *map(_query_share, shares), _precision(seen.mean_average_precision)
-            )
+        if one.retrieval is None:
+            continue
+        cells = _found_by(one.retrieval)
+        result.add_row(name, *(_bounded(cell) for cell in cells))
+        # What is lost has a row of its own: beside it, four columns would be too wide.
+        if any(cell is not None and cell.against is not None for cell in cells):
+            result.add_row("  lost", *(_bounded(cell and cell.against) for cell in cells))
     return result
+
+
+def _found_by(seen: Retrieval) -> list[QueryShare | MeanPrecision | None]:
+    return [seen.knn1, seen.knn20, seen.recall1, seen.mean_average_precision]
+
+
+def _bounded(found: QueryShare | MeanPrecision | BaselineDrop | MeanDrop | None) -> str:
+    """A share or a drop in percent or points, and its 95 % interval on a second line."""
+    if found is None:
+        return "–"
+    if isinstance(found, BaselineDrop | MeanDrop):
+        ends = (found.drop_low, found.drop, found.drop_high)
+    elif isinstance(found, QueryShare):
+        ends = (found.low, found.share, found.high)
+    else:
+        ends = (found.low, found.mean, found.high)
+    low, value, high = (f"{100 * end:.1f}" for end in ends)
+    return f"{value}\n{low}…{high}"
 
 
 def output_table(outputs: Mapping[str, Sequence[OutputError]], images: str) -> Table:
@@ -149,24 +168,3 @@ def lost(against: BaselineDrop | MeanDrop) -> str:
     """A drop with its 95 % interval, in points."""
     low, drop, high = (100 * x for x in (against.drop_low, against.drop, against.drop_high))
     return f"{drop:.1f} ({low:.1f}…{high:.1f})"
-
-
-def _query_share(found: QueryShare | None) -> str:
-    """A share of the queries, its interval, and what is lost of it."""
-    if found is None:
-        return "–"
-    return _in_lines(found.low, found.share, found.high, found.against)
-
-
-def _precision(found: MeanPrecision | None) -> str:
-    if found is None:
-        return "–"
-    return _in_lines(found.low, found.mean, found.high, found.against)
-
-
-def _in_lines(
-    low: float, value: float, high: float, against: BaselineDrop | MeanDrop | None
-) -> str:
-    # Four columns of one line each would be wider than a terminal.
-    text = f"{100 * value:.1f}\n{100 * low:.1f}–{100 * high:.1f}"
-    return text if against is None else f"{text}\n{lost(against)}"

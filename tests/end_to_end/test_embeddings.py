@@ -119,6 +119,30 @@ def test_what_cannot_be_judged_is_told_before_anything_is_measured(
 
 
 @pytest.mark.slow
+def test_dense_outputs_are_rows_of_a_bench_and_may_be_held_to_a_cosine(
+    embedder: str, flat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "artifact"
+    options = ["--samples", "8", "--method", "rtn", "--scheme", "W3A8", "-o", str(folder)]
+    both = ["--outputs", "features,tokens"]
+    assert main(["quantize", embedder, "--data", flat, *both, *options]) == 0
+    found = benched(str(folder), flat, tmp_path, "--min-cosine", "0.1")
+    fp32, candidate = found["models"]
+    # The embedding is judged as one, and the tokens beside it.
+    assert candidate["embedding"]["likeness"]["images"] == 24
+    [row] = candidate["outputs"]
+    assert (row["output"], row["images"], row["agreement"]) == ("tokens", 24, None)
+    assert 0.5 < row["cosine"] < 1
+    assert 0 < row["relative_error"] < 1
+    assert fp32["outputs"] == []
+    first, second = found["gate"]["models"]
+    assert "in embedding" in first["sentence"]
+    assert "in tokens" in second["sentence"]
+    assert "outputs beside fp32's" in capsys.readouterr().out
+    assert main(["bench", str(folder), "--data", flat, *QUICK, "--min-cosine", "0.9999"]) == 3
+
+
+@pytest.mark.slow
 def test_an_evaluation_and_a_comparison_know_embeddings(
     artifact: str,
     embedder: str,

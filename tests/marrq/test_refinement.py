@@ -233,7 +233,7 @@ def test_linears_that_read_one_input_keep_one_grid():
 
 @pytest.mark.slow
 def test_a_refined_model_is_the_same_saved_loaded_and_exported(tmp_path: Path):
-    model, teacher = prepared(epochs=6)
+    model, teacher = prepared(vit, "W4A8", epochs=6)
     found, pixels = refine(model, teacher), noise(4, seed=2)
     assert found.refinement is not None
     assert found.refinement.helped

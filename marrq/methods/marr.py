@@ -28,6 +28,18 @@ allows. An α_½ above 1 is outside the model, whose b is not negative, and α m
 
 Rounding makes J jitter by about 1e-3 of J_0, far above the paper's tolerance. So the search also
 ends if α has settled; most searches end after three steps.
+
+**Closed form** [ours]. Without rounding, J of W + α T is a parabola. With T from the half that
+sweeps, and G and H of the half that judges, its least is at
+
+    α_½ = ⟨G, T⟩ / ⟨T H, T⟩,     clipped to the bounds of the PID
+
+For the exact target T = Δ at every α; for GPTAQ and ResComp, whose w̃(α) is curved, T is the tangent
+at α = 0. `alpha=closed` takes this α and sweeps neither half, which saves about a third of the time
+of a run. On DINOv2-S at 2 bits the divergence from full precision is that of the search.
+
+**The grid of a search** is found on the weight at this α, for every α that the search tries. On a
+grid that is found at the first α that is tried, J would favour that α.
 """
 
 import math

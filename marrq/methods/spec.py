@@ -74,7 +74,7 @@ class MethodSpec:
     alpha: AlphaSpec = field(default_factory=AlphaSpec)
     # What an error costs the model differs from token to token: a class token is worth many others.
     token_weights: bool = field(
-        default=False,
+        default=True,
         metadata=setting(
             "token-weights", "weigh tokens by what their errors cost the model's outputs", ON_OFF
         ),

@@ -136,6 +136,10 @@ def without_values(
 ) -> Iterator[None]:
     monkeypatch.setattr("marrq.models.blocks.copy", SimpleNamespace(deepcopy=copied))
     monkeypatch.setattr("marrq.pipeline.group.find_residual_writer", known_writer)
+    monkeypatch.setattr("marrq.pipeline.token_weights.find_residual_writer", known_writer)
+    # Autograd starts a thread on the device: every gradient is told as soon as it is asked for.
+    monkeypatch.setattr(Tensor, "register_hook", lambda y, take: take(torch.empty_like(y)))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: None)
     monkeypatch.setattr(nn.Module, "_apply", converted)
     with FakeTensorMode(), answers or Answers(number):
         yield
@@ -292,7 +296,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, depth: int, method: str) -> Counts:
 
 
 @pytest.mark.parametrize(
-    ("method", "operators", "questions"), [("rtn", 3000, 50), ("marr,pid.steps=2", 6000, 200)]
+    ("method", "operators", "questions"), [("rtn", 3000, 50), ("marr,pid.steps=2", 6500, 220)]
 )
 def test_a_block_takes_a_bounded_number_of_launches_and_waits(
     monkeypatch: pytest.MonkeyPatch, method: str, operators: int, questions: int

@@ -28,6 +28,8 @@ from marrq.schemes import ActivationSpec, ActivationStrategy, parse_scheme
 
 IMAGES = noise(24)
 CPU = torch.device("cpu")
+EVEN = "token-weights=off"
+"""All tokens count alike."""
 METHODS = [
     "rtn",
     "gptaq",
@@ -48,7 +50,7 @@ def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
 ):
     """The input of the last fc2 comes through everything quantized before it, its target through
     nothing."""
-    model = quantized(vit(), IMAGES, "W4A8", "marr-exact", strategy=strategy)
+    model = quantized(vit(), IMAGES, "W4A8", f"marr-exact,{EVEN}", strategy=strategy)
     expected = output_of(vit(), path, IMAGES)
     error = float((output_of(model.module, path, IMAGES) - expected).double().square().sum())
     report = next(report for report in model.reports if report.path == path)
@@ -61,7 +63,7 @@ def test_j_is_the_square_error_of_the_outputs_between_the_two_streams(
 @pytest.mark.parametrize("method", METHODS)
 def test_j_is_told_for_all_that_a_linear_becomes(method: str):
     path = "blocks.1.mlp.fc2"
-    model = quantized(vit(), IMAGES, "W3A8", method)
+    model = quantized(vit(), IMAGES, "W3A8", f"{method},{EVEN}")
     error = (
         (output_of(model.module, path, IMAGES) - output_of(vit(), path, IMAGES))
         .double()
@@ -71,12 +73,25 @@ def test_j_is_told_for_all_that_a_linear_becomes(method: str):
     assert model.reports[-1].error == pytest.approx(float(error), rel=1e-3)
 
 
+@pytest.mark.parametrize("path", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
+def test_j_and_the_corrected_bias_weigh_the_tokens(path: str, monkeypatch: pytest.MonkeyPatch):
+    weights = torch.linspace(0.2, 3, 17, dtype=torch.float64).mul(2**16).round().div(2**16)
+    monkeypatch.setattr("marrq.pipeline.token_weights.weights_of", lambda energies: weights)
+    model = quantized(vit(), IMAGES, "W4A8", "marr-exact")
+    difference = output_of(model.module, path, IMAGES) - output_of(vit(), path, IMAGES)
+    weighted = weights[:, None] * difference.double()  # [images, tokens, m]
+    report = next(report for report in model.reports if report.path == path)
+    assert report.error == pytest.approx(float((weighted * difference).sum()), rel=1e-3)
+    mean = weighted.mean((0, 1)).abs().max()
+    assert mean < 1e-5 < 1e-3 < difference.mean((0, 1)).abs().max()
+
+
 def test_corrected_biases_leave_no_mean_error_even_where_there_was_no_bias():
     for arguments in ({}, {"qkv_bias": False}):
         drifts = {}
         for setting in ("on", "off"):
             model = quantized(
-                vit(**arguments), IMAGES, "W3A8", f"gptq,bias-correction={setting}"
+                vit(**arguments), IMAGES, "W3A8", f"gptq,{EVEN},bias-correction={setting}"
             ).module
             difference = output_of(model, "blocks.1.attn.qkv", IMAGES) - output_of(
                 vit(**arguments), "blocks.1.attn.qkv", IMAGES

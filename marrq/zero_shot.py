@@ -62,7 +62,7 @@ def with_classes(model: AnyModel, classes: ClassEmbeddings) -> AnyModel:
     classes' length, or is another one than the classes were made with.
     """
     name = model.source.name
-    if model.labels:
+    if model.labels != _numbers(len(model.labels)):
         raise MarrqError(f"model {name!r} has classes of its own: leave out --classes")
     if classes.weights_sha256 not in ("", model.source.weights_sha256):
         raise MarrqError(
@@ -79,10 +79,24 @@ def with_classes(model: AnyModel, classes: ClassEmbeddings) -> AnyModel:
 
 def without_classes(model: AnyModel) -> AnyModel:
     """The inverse of `with_classes`."""
-    module = _sharing_copy(model.module)
+    module, labels = _sharing_copy(model.module), labels_without_classes(model)
     # The hook that stays does nothing without the head.
     delattr(module, HEAD)
-    return replace(model, module=module, labels=(), outputs=model.source.outputs, classes=None)
+    return replace(model, module=module, labels=labels, outputs=model.source.outputs, classes=None)
+
+
+def labels_without_classes(model: VisionModel | QuantizedModel) -> tuple[str, ...]:
+    """The labels of a model before it was given classes, if it was."""
+    if model.classes is None:
+        return model.labels
+    is_embedding = LOGITS not in model.source.outputs
+    return () if is_embedding else _numbers(model.classes.embeddings.shape[1])
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    """The labels of outputs that nobody has named. timm calls the projection of a CLIP a classifier
+    of as many classes as an embedding has numbers."""
+    return tuple(map(str, range(count)))
 
 
 def _classify(module: nn.Module, inputs: Any, features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from marrq.errors import MarrqError
 from marrq.models.images import find_images
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
+from marrq.zero_shot import labels_without_classes
 from runtime.measure.overflow import first_overflow
 
 IMAGES = 4
@@ -45,7 +46,7 @@ def _calibration_images(model: QuantizedModel) -> NDArray[np.float32] | None:
     record = model.calibration
     try:
         # Without the classes of an export, as the artifact was calibrated.
-        labels = () if model.classes is not None else model.labels
+        labels = labels_without_classes(model)
         drawn = find_images(record.data, "train", labels).draw(record.samples, record.seed)
         # The same name may mean other images by now.
         if drawn.sha256 != record.files_sha256:

@@ -133,7 +133,8 @@ def classes_of(dim: int, **changes: Any) -> ClassEmbeddings:
 
 def embedder() -> Any:
     """A model that gives features of 64 numbers."""
-    return replace(vision_model(vit(num_classes=0)), labels=(), outputs=("features",))
+    model = replace(vision_model(vit(num_classes=0)), labels=(), outputs=("features",))
+    return replace(model, source=replace(model.source, outputs=("features",)))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,15 @@ def test_the_model_given_stays_as_it_is_and_comes_back():
     again = without_classes(with_them)
     torch.testing.assert_close(again.module(images), before, rtol=0, atol=0)
     assert (again.labels, again.classes) == ((), None)
+
+
+def test_unnamed_logits_are_an_embedding_as_timm_has_that_of_a_clip():
+    model = replace(vision_model(vit(num_classes=16)), labels=tuple(map(str, range(16))))
+    model = replace(model, source=replace(model.source, outputs=("logits",)))
+    with_them = with_classes(model, classes_of(16))
+    assert with_them.module(noise(2)).shape == (2, 3)
+    again = without_classes(with_them)
+    assert (again.labels, again.outputs) == (model.labels, ("logits",))
 
 
 def test_a_quantized_model_keeps_the_paths_and_codes_of_its_linears():

@@ -71,8 +71,9 @@ def with_classes(model: AnyModel, classes: ClassEmbeddings) -> AnyModel:
         )
     _check_features(model, classes)
     module = _sharing_copy(model.module)
+    device = next(module.parameters()).device
     # A hook and no wrapper: in a wrapper all linears would have other paths than in the artifact.
-    module.add_module(HEAD, ClassHead(classes).eval())
+    module.add_module(HEAD, ClassHead(classes).eval().to(device))
     module.register_forward_hook(_classify)
     return replace(model, module=module, labels=classes.names, outputs=(LOGITS,), classes=classes)
 
@@ -115,7 +116,8 @@ def _sharing_copy(module: nn.Module) -> nn.Module:
 def _check_features(model: VisionModel | QuantizedModel, classes: ClassEmbeddings) -> None:
     """Raise MarrqError unless the model gives one vector of the embeddings' length for an image."""
     # A trial forward: a config may be wrong about what the model returns.
-    found = model.module(torch.zeros(1, *model.preprocessing.input_size))
+    device = next(model.module.parameters()).device
+    found = model.module(torch.zeros(1, *model.preprocessing.input_size, device=device))
     names, dim = ", ".join(model.outputs), classes.embeddings.shape[1]
     if not isinstance(found, Tensor) or found.dim() != 2:
         raise MarrqError(

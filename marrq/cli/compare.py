@@ -2,36 +2,29 @@
 
 from functools import partial
 from itertools import product, starmap
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, cast
 
-from marrq.cli import common
-from marrq.models.images.folders import GALLERY_IMAGES
+from marrq.cli import common, compare_options
+from marrq.models.images import GALLERY_IMAGES
 
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme
-
-SEEDS = "Number of random draws of the calibration images."
-OUTPUT = "JSON file. Runs that it holds are not done again."
-RAY = "Do the runs on Ray, one on each CPU or GPU: local, or the address of a cluster."
-Seeds = Annotated[int, common.input_option(metavar="N", help=SEEDS, min=1)]
-Output = Annotated[Path, common.output_option("-o", "--output", metavar="FILE", help=OUTPUT)]
-Ray = Annotated[str | None, common.run_option(metavar="ADDRESS", help=RAY)]
 
 
 def compare(
     model: common.ModelArgument,
     *,
     outputs: common.OutputsOption = None,
+    classes: common.ClassesOption = None,
     data: common.DataOption = None,
     gallery: common.GalleryOption = GALLERY_IMAGES,
     samples: common.SamplesOption = 256,
-    seeds: Seeds = 3,
+    seeds: compare_options.Seeds = 3,
     scheme: common.SchemesOption = ["W4A8"],
     method: common.MethodsOption = [],
     device: common.DeviceOption = "auto",
-    ray: Ray = None,
-    output: Output,
+    ray: compare_options.Ray = None,
+    output: compare_options.Output,
     plot: common.PlotOption = None,
 ) -> None:
     """Compare methods over several draws of the calibration images.
@@ -41,6 +34,7 @@ def compare(
     """
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
+    from marrq.models.class_embeddings import load_classes
     from marrq.workflows.checks import check_comparison, check_data, check_model, data_for
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
@@ -48,6 +42,7 @@ def compare(
     # All that can be wrong without torch is checked first, and not told after hours.
     methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
     check_model(model)
+    given = None if classes is None else load_classes(classes)
     name = data_for(model, data, samples)
     check_data(name)
     check_comparison(output, {"schema": SCHEMA, "model": model, "samples": samples})
@@ -65,7 +60,7 @@ def compare(
     # Seeds vary slowest: runs of one seed share the full-precision tokens.
     combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
-    task = Task(model, name, samples, kind, gallery, common.names_in(outputs))
+    task = Task(model, name, samples, kind, gallery, common.names_in(outputs), given)
     with common.progress_bars(runs=len(combinations)) as [bar]:
         found = run_comparison(task, combinations, output, bar.show, distribute)
     common.warn(found["warnings"])

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from marrq.cli import common
-from marrq.models.images.folders import GALLERY_IMAGES
+from marrq.models.images import GALLERY_IMAGES
 
 SCHEMA = "marrq.evaluate/1"
 
@@ -46,9 +46,7 @@ def evaluate(
     from marrq.workflows.evaluate import evaluate as measure
     from runtime.report.answers import evaluation_tables
 
-    candidates = load_candidates(model, common.names_in(outputs))
-    if given is not None:
-        candidates = candidates.classified(given)
+    candidates = load_candidates(model, common.names_in(outputs)).classified(given)
     models = candidates.models
     # An artifact of the demo has the demo's images, whatever its folder is called.
     first = next(iter(models.values()))

@@ -20,8 +20,8 @@ import torch
 from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import find_blocks
-from marrq.models.images import find_images
-from marrq.models.images.folders import GALLERY_IMAGES
+from marrq.models.class_embeddings import ClassEmbeddings
+from marrq.models.images import GALLERY_IMAGES, find_images
 from marrq.models.images.gallery import find_measured
 from marrq.models.load import load_model
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey
@@ -41,6 +41,7 @@ from marrq.workflows.evaluate import (
     judged,
 )
 from marrq.workflows.quantize import Recipe, quantize_in_place
+from marrq.zero_shot import with_classes
 from runtime.environment import describe_machine
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy
@@ -58,6 +59,7 @@ class Task:
     model: as `load_model` takes it. data: as `find_images` takes it. samples: calibration images of
     a run. device: cpu or cuda. gallery_images: of train/ that k-NN looks among, at most.
     outputs: as `load_model` takes them.
+    classes: that a model which gives features is judged by; None for what it gives itself.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Task:
     device: str
     gallery_images: int = GALLERY_IMAGES
     outputs: tuple[str, ...] = ()
+    classes: ClassEmbeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,10 @@ class Runner:
         # Loaded once: every run quantizes a copy.
         self.original = load_model(task.model, task.outputs)
         self.train = find_images(task.data, "train", self.original.labels)
-        self.images = find_measured(task.data, self.original.labels, task.gallery_images)
-        _, self.kind = judged(self.original)
+        # What answers: classes are no part of what is quantized.
+        self.answering = self._classified(self.original)
+        self.images = find_measured(task.data, self.answering.labels, task.gallery_images)
+        _, self.kind = judged(self.answering)
         self.shared: FullPrecisionInputs | None = None
 
     def check_groups(self, schemes: list[Scheme]) -> None:
@@ -198,7 +203,7 @@ class Runner:
     def reference(self) -> Embedded:
         """What the float model answers: logits or embeddings of the held-out images, and for
         embeddings of the gallery's."""
-        return self._answers(self.original)
+        return self._answers(self.answering)
 
     @cached_property
     def float_model(self) -> dict[str, Any]:
@@ -229,7 +234,8 @@ class Runner:
     def _measured(self, model: QuantizedModel) -> dict[str, Any]:
         # Errors J of layers differ by orders of magnitude, so their sum is about the largest. The
         # mean of the relative errors counts every layer alike.
-        reports, found = model.reports, self._judged(self._answers(model))
+        reports, answering = model.reports, self._classified(model)
+        found = self._judged(self._answers(answering))
         return {
             **({"embedding": found.to_json()} if isinstance(found, Embedding) else found.to_json()),
             "error": sum(report.error for report in reports),
@@ -238,6 +244,9 @@ class Runner:
             "alphas": {report.path: report.alpha for report in reports},
             "fallbacks": {report.path: report.fallback for report in reports if report.fallback},
         }
+
+    def _classified(self, model: AnyModel) -> AnyModel:
+        return model if self.task.classes is None else with_classes(model, self.task.classes)
 
     def _answers(self, model: AnyModel) -> Embedded:
         return answers(model, self.images, self.original.preprocessing, Evaluating(self.device))
@@ -260,10 +269,12 @@ class ReportFile:
             "schema": SCHEMA,
             "model": runner.task.model,
             "weights": runner.original.source.weights_sha256,
-            "outputs": list(runner.original.outputs),
+            "outputs": list(runner.answering.outputs),
             "data": measured.description(),
             "samples": runner.task.samples,
         }
+        if runner.task.classes is not None:
+            about["classes"] = runner.task.classes.sha256
         # Neighbours among other images cannot stand in one table either.
         if gallery is not None:
             about["gallery"] = gallery.description()

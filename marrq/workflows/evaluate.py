@@ -54,8 +54,11 @@ class Candidates:
     models: dict[str, AnyModel]
     warnings: tuple[str, ...] = ()
 
-    def classified(self, classes: ClassEmbeddings) -> "Candidates":
-        """The same models, each with these classes. Raises MarrqError as `with_classes`."""
+    def classified(self, classes: ClassEmbeddings | None) -> "Candidates":
+        """The same models, each with these classes if there are any. Raises MarrqError as
+        `with_classes`."""
+        if classes is None:
+            return self
         models = {title: with_classes(model, classes) for title, model in self.models.items()}
         return replace(self, models=models)
 

@@ -39,7 +39,7 @@ class RefinementSpec:
     )
     batch: int = field(default=12, metadata=setting(f"{KEY}.batch", "images of a step", COUNT))
     rate: float = field(
-        default=0.5,
+        default=1.0,
         metadata=setting(
             f"{KEY}.rate", "multiplies all learning rates", number("a number from 0 to 100", 0, 100)
         ),

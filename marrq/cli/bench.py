@@ -1,8 +1,8 @@
 """`marrq bench`: accuracy, size and latency of exported files beside their float baselines."""
 
-from marrq.cli import bench_options, common, device_options
+from marrq.cli import bench_options, common, device_options, gate_options
 from marrq.files import write_text
-from marrq.models.images.folders import GALLERY_IMAGES
+from marrq.models.images import GALLERY_IMAGES
 
 
 def bench(
@@ -24,8 +24,8 @@ def bench(
     artifact: bench_options.Artifacts = [],
     parity_images: bench_options.ParityImages = 256,
     throughput: bench_options.Throughput = False,
-    max_drop: bench_options.MaxDrop = None,
-    min_cosine: bench_options.MinCosine = None,
+    max_drop: gate_options.MaxDrop = None,
+    min_cosine: gate_options.MinCosine = None,
     recommend: bench_options.Recommend = False,
     json_file: common.JsonOption = None,
     page_file: bench_options.Page = None,

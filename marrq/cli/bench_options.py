@@ -62,25 +62,6 @@ Artifacts = Annotated[
 ParityImages = Annotated[
     int, checked(metavar="N", help="Number of images for --parity, drawn at random.", min=1)
 ]
-MaxDrop = Annotated[
-    float | None,
-    checked(
-        metavar="POINTS",
-        help="Exit with 3 if top-1, of k-NN for embeddings, surely dropped by more against fp32 or "
-        "else the first baseline.",
-        min=0.0,
-    ),
-]
-MinCosine = Annotated[
-    float | None,
-    checked(
-        metavar="X",
-        help="Exit with 3 if the mean cosine of embeddings or dense outputs with fp32 is surely "
-        "less.",
-        min=-1.0,
-        max=1.0,
-    ),
-]
 Recommend = Annotated[
     bool, checked("--recommend", help="Measure every flavour of an artifact; name the best.")
 ]

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageSet", "Pixels", "find_images", "read_image"]
 
+GALLERY_IMAGES = 4096
+"""Most images of `train` that k-NN looks among (marrq/models/images/gallery.py), if the user wishes
+no other number: every model of a run has to look at each of them."""
+
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""

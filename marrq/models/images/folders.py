@@ -50,11 +50,6 @@ two readings."""
 SPLIT_NAMES = {name for groups in SPLITS.values() for group in groups for name in group}
 
 
-GALLERY_IMAGES = 4096
-"""Most images of `train` that k-NN looks among (marrq/models/images/gallery.py), if the user wishes
-no other number: every model of a run has to look at each of them."""
-
-
 def images_below(folder: Location, root: Location | None = None) -> Iterator[tuple[str, Location]]:
     """The images of a folder at any depth, each with its path from the folder, `class/name.png`.
 

@@ -313,14 +313,6 @@ BAD_INPUT = {
     "no images": (split("quantize ./flat --data empty -o out"), "no images in 'empty'"),
     "no images to measure on": (split("evaluate demo --data empty"), "no images in 'empty'"),
     "no classes": (split("evaluate demo --data flat"), "'flat' are in no class folders"),
-    "benched without classes": (
-        split("bench mine --data flat --max-drop 1"),
-        "'flat' are in no class folders",
-    ),
-    "compared without classes": (
-        [*COMPARE, *split("--data flat --samples 2")],
-        "'flat' are in no class folders",
-    ),
     "few images": (
         [*QUANTIZE, "--data", "flat"],
         "'flat' has 2 images for calibration, fewer than the 256 samples",

@@ -38,7 +38,14 @@ def test_a_bench_on_images_without_classes_measures_everything_else(
     )
     # What counts right answers is refused before anything is exported or measured.
     capsys.readouterr()
-    for option in (["--max-drop", "1"], ["--recommend"], ["--parity"]):
-        assert main(["bench", str(artifact), *data, *quick, *option]) == 1
-        [sentence] = capsys.readouterr().err.splitlines()
-        assert sentence.startswith("marrq: accuracy cannot be measured: the images in")
+    assert main(["bench", str(artifact), *data, *quick, "--max-drop", "1"]) == 1
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("marrq: accuracy cannot be measured: the images in")
+    # Flavours are ranked by how they agree with fp32, and stages by how near their logits are.
+    others = ["--recommend", "--parity", "--parity-images", "8"]
+    assert main(["bench", str(artifact), *data, *quick, *others, "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert "same class as fp32" in found["recommendation"]["accuracy"]["sentence"]
+    for stage in found["models"][-1]["parity"]["stages"]:
+        assert stage["top1_source"] is stage["top1_target"] is None
+        assert stage["agreement"] >= 0.5

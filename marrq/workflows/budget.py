@@ -181,7 +181,7 @@ def said(plan: Plan) -> str:
     ]
     return (
         f"{plan.bits_per_weight:.3f} bits a weight, {plan.size_bytes / 1e6:.2f} MB of tensors; "
-        f"linears by their bits: {', '.join(counts)}; expected divergence {plan.divergence:.3f}"
+        f"linears by their bits: {', '.join(counts)}; expected divergence {plan.divergence:.3g}"
     )
 
 

@@ -1,5 +1,5 @@
-"""Every linear of a mixed scheme has its own bits, in the model, the artifact and the record; widths
-that do not fit are refused."""
+"""Every linear of a mixed scheme has its own bits, in the model, the artifact and the record;
+widths that do not fit are refused."""
 
 import json
 import shutil

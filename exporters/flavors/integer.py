@@ -34,6 +34,13 @@ which the kernel takes if it is named.
 
 A low-rank branch reads the dequantized codes and runs in float beside the kernel. Salient columns
 (`lowrank=serq`) run in the kernel itself: two codes for each weight are one int8 code in memory.
+As a ratio to the kernel alone, on linears of 65 tokens, 384 → 1152, 384 → 384, 384 → 1536 and
+1536 → 384 (one thread, ONNX Runtime 1.32.0, AVX-512 VNNI):
+
+    salient columns, joined as here                           1 by construction
+    64 salient columns as a Gather and a second kernel        1.54, 1.66, 1.64 and 1.30
+    a float branch of rank 9                                  1.42, 1.34, 1.49 and 1.39
+    a float branch of rank 32                                 1.57, 1.57, 1.68 and 1.54
 """
 
 from dataclasses import dataclass, replace

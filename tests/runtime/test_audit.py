@@ -597,6 +597,7 @@ def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
     ("flavor", "scheme", "method", "kernel", "container"),
     [
         ("integer", "W3A4", "rtn", (8, 8), 3),
+        ("integer", "W4A8", "gptq,lowrank=serq:8", (8, 8), 4),
         pytest.param("qdq", "W2A8", "gptq,lowrank=srr:4:int8", (8, 8), 2, marks=pytest.mark.slow),
         pytest.param("integer", "W4A8", "rtn", (8, 8), 4, marks=pytest.mark.slow),
         pytest.param("qdq", "W4A16-g16", "rtn", (32, 32), 4, marks=pytest.mark.slow),

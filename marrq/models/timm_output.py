@@ -9,7 +9,7 @@ no classifier; then it needs no wrapper.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -45,10 +45,13 @@ class TimmOutputs(NamedOutputs):
 
     def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outputs of a batch. pixels: [batch, channels, height, width]."""
-        tokens = self.model.forward_features(pixels)
+        # torch types the attributes of a module as tensors or modules.
+        model: Any = self.model
+        tokens = model.forward_features(pixels)
         return as_returned(self._output(name, tokens) for name in self.outputs)
 
     def _output(self, name: str, tokens: Tensor) -> Tensor:
         if name == TOKENS:
             return tokens
-        return cast(Tensor, self.model.forward_head(tokens, pre_logits=name == FEATURES))
+        model: Any = self.model
+        return cast(Tensor, model.forward_head(tokens, pre_logits=name == FEATURES))

@@ -11,13 +11,9 @@ import numpy as np
 from marrq.errors import MarrqError
 from runtime.audit.linears import examine
 from runtime.audit.rows import audit
-from runtime.measure.parity import (
-    LinearsAlone,
-    Parity,
-    StageLogits,
-    compare_stages,
-    relative_error,
-)
+from runtime.measure.linears_alone import LinearsAlone, relative_error
+from runtime.measure.parity import Parity, compare_stages
+from runtime.measure.stages import ComparedOutput, StageOutput, compared, joined
 from runtime.preprocessing import ServedPreprocessing
 from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings
 
@@ -98,32 +94,25 @@ def measure_parity(
     original, _ = find_float_model(model.source, classes)
     sides = _Sides(None if original is None else original.module, model.module, session)
     preprocess = ServedPreprocessing.read(session.metadata().preprocessing)
-    batches: list[StageLogits] = []
+    # Of each output, what is known of each batch.
+    batches: dict[str, list[ComparedOutput]] = {}
     pixel_difference, start = 0.0, 0
     for pixels in images.batches(model.preprocessing, IMAGES_AT_ONCE):
         files = images.files[start : start + len(pixels)]
         # What a server makes of the same images, by the terms in the file.
         served = np.stack([preprocess(read_image(place)) for place in files])
         pixel_difference = max(pixel_difference, float(np.abs(served - pixels.numpy()).max()))
-        batches.append(sides.logits(pixels, served, start))
+        for name, found in sides.compared(pixels, served, start).items():
+            batches.setdefault(name, []).append(found)
         start += len(pixels)
         images_done(len(pixels))
-    originals = [batch.original for batch in batches if batch.original is not None]
-    logits = StageLogits(
-        original=np.concatenate(originals) if originals else None,
-        simulated=np.concatenate([batch.simulated for batch in batches]),
-        nudged=np.concatenate([batch.nudged for batch in batches]),
-        exported=np.concatenate([batch.exported for batch in batches]),
-        served=np.concatenate([batch.served for batch in batches]),
-        are_classes=bool(model.labels),
-    )
     # Targets of images for embeddings are no indices of outputs.
     targets = np.array(images.targets) if model.labels and images.targets else None
     # Linears are compared on few images: each of their channels has hundreds of tokens.
     first = images.pixels(model.preprocessing)[:LINEAR_IMAGES]
     errors = linear_errors(model, file, first, settings)
     return compare_stages(
-        logits,
+        {name: joined(parts) for name, parts in batches.items()},
         targets,
         errors,
         pixel_difference,
@@ -149,21 +138,43 @@ class _Sides:
     quantized: "nn.Module"
     session: Model
 
-    def logits(self, pixels: "Tensor", served: np.ndarray, seed: int) -> StageLogits:
-        """The logits of a batch. pixels: of torch; served: of the file's own preprocessing, both
-        [images, channels, height, width]. seed: of the nudge."""
+    def compared(
+        self, pixels: "Tensor", served: np.ndarray, seed: int
+    ) -> dict[str, ComparedOutput]:
+        """The outputs of a batch, by name. pixels: of torch; served: of the file's own
+        preprocessing, both [images, channels, height, width]. seed: of the nudge."""
         import torch
 
         from marrq.workflows.evaluate import nudged
 
         with torch.no_grad():
-            return StageLogits(
-                original=None if self.original is None else self.original(pixels).numpy(),
-                simulated=self.quantized(pixels).numpy(),
-                nudged=self.quantized(nudged(pixels, seed)).numpy(),
-                exported=self.session.run(pixels.numpy()),
-                served=self.session.run(served),
+            original = self._of_torch(self.original, pixels)
+            simulated = self._of_torch(self.quantized, pixels)
+            moved = self._of_torch(self.quantized, nudged(pixels, seed))
+        exported, given = self.session.run_all(pixels.numpy()), self.session.run_all(served)
+        return {
+            output.name: compared(
+                StageOutput(
+                    original.get(output.name),
+                    simulated[output.name],
+                    moved[output.name],
+                    exported[output.name],
+                    given[output.name],
+                ),
+                output.kind,
             )
+            for output in self.session.outputs
+        }
+
+    def _of_torch(self, module: "nn.Module | None", pixels: "Tensor") -> dict[str, np.ndarray]:
+        """What a model gives, by the names of the file; nothing for a model that is not there."""
+        from marrq.models.named_outputs import as_tuple
+
+        if module is None:
+            return {}
+        names = [output.name for output in self.session.outputs]
+        found = as_tuple(module(pixels))
+        return {name: output.numpy() for name, output in zip(names, found, strict=True)}
 
 
 def linear_errors(

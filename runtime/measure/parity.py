@@ -1,7 +1,7 @@
 """Where a model loses on its way from float weights in torch to a file that a server feeds:
 quantization, export, or preprocessing.
 
-Four sets of logits of the same images, each compared with the one before:
+Four sets of outputs of the same images, each compared with the one before:
 
     float torch → simulated torch → ONNX Runtime on the same pixels → ONNX Runtime on served pixels
            quantization         export                         preprocessing
@@ -17,33 +17,27 @@ by McNemar's exact test at 5 %. Without classes it is not judged, only measured.
 always little: an activation that falls to the other side between two codes is carried on through
 all later blocks. So there are two rules:
 
-- Linear by linear (`LinearsAlone`): the input that a linear has in torch goes through that linear's
-  own part of the graph alone, where nothing amplifies. An output channel of a healthy file then
-  errs by about 1e-6 of its size; one wrong scale, zero point or code errs by more than
-  LINEAR_TOLERANCE.
-- Between the linears, by the logits: their mean distance (1 - cosine) must be within AMPLIFICATIONS
-  times the distance by which a nudge of the pixels by a millionth moves the simulation, and
-  LOGITS_TOLERANCE.
+- Linear by linear (runtime/measure/linears_alone.py): the input that a linear has in torch goes
+  through that linear's own part of the graph alone, where nothing amplifies. An output channel of a
+  healthy file then errs by about 1e-6 of its size; one wrong scale, zero point or code errs by more
+  than LINEAR_TOLERANCE.
+- Between the linears, by every output: its mean distance (1 - cosine) must be within
+  AMPLIFICATIONS times the distance by which a nudge of the pixels by a millionth moves the
+  simulation, and LOGITS_TOLERANCE.
 
 **Preprocessing** may change nothing. It loses if a pixel, in units of the model's input, differs by
 more than PIXEL_TOLERANCE.
 """
 
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime.errors import BenchError
-from runtime.measure.accuracy import hits, paired_drop
-from runtime.measure.cosines import cosines
-from runtime.metadata import LinearPart, Metadata
+from runtime.measure.accuracy import paired_drop
+from runtime.measure.stages import Classes, ComparedOutput, Cosines
 from runtime.records import Record
-from runtime.session import Model, SessionSettings
 
 SIGNIFICANT = 0.05
 LINEAR_TOLERANCE = 1e-3
@@ -55,31 +49,23 @@ HALF_LINEAR_TOLERANCE = 2e-2
 HALF_LOGITS_TOLERANCE = 1e-2
 AMPLIFICATIONS = 10.0
 
-Array = NDArray[np.float32]
+# A stage, and what BestClasses calls its two sides.
+QUANTIZATION = ("quantization", "original", "simulated")
+EXPORT = ("export", "simulated", "exported")
+PREPROCESSING = ("preprocessing", "exported", "served")
 
-
-@dataclass(frozen=True)
-class StageLogits:
-    """Logits of the same images, [images, classes], or embeddings [images, channels]."""
-
-    # Of the float model in torch; None if it is not at hand.
-    original: Array | None
-    # Of the quantized model in torch.
-    simulated: Array
-    # Of the quantized model in torch, with pixels nudged by a millionth.
-    nudged: Array
-    # Of the file, on the pixels that torch gets.
-    exported: Array
-    # Of the file, on the pixels of its own preprocessing.
-    served: Array
-    # Whether they are logits of classes.
-    are_classes: bool = True
+# By stage: what is compared, and where ComparedOutput has the cosines.
+SIDES = {
+    "quantization": ("float torch", "simulated torch", "quantized"),
+    "export": ("simulated torch", "ONNX Runtime", "exported"),
+    "preprocessing": ("ONNX Runtime", "ONNX Runtime, the file's preprocessing", "served"),
+}
 
 
 @dataclass(frozen=True)
 class Closeness(Record):
-    """How near two sets of logits are: cosine of each image's logits, and share of images with the
-    same top-1; None for embeddings, whose largest number names no class."""
+    """How near two sets of outputs are: cosine of each image's output, and share of images with the
+    same top-1; None for outputs without classes."""
 
     least_cosine: float
     median_cosine: float
@@ -88,13 +74,13 @@ class Closeness(Record):
 
 @dataclass(frozen=True)
 class Stage(Record):
-    """What one stage does to the logits."""
+    """What one stage does to an output."""
 
     stage: str
     # What is compared.
     source: str
     target: str
-    # Over the images: cosine of an image's logits before and after the stage.
+    # Over the images: cosine of an image's output before and after the stage.
     least_cosine: float
     median_cosine: float
     # Share of images with the same top-1; None for outputs that are no logits of classes.
@@ -104,6 +90,8 @@ class Stage(Record):
     top1_target: float | None
     # A sentence; None if the stage loses nothing.
     loss: str | None
+    # Name of the output.
+    output: str = "logits"
 
 
 @dataclass(frozen=True)
@@ -119,10 +107,11 @@ class Parity(Record):
     """The section `parity` of a model in the bench's report."""
 
     images: int
+    # In the order of the stages, and in each stage of the outputs.
     stages: tuple[Stage, ...]
     # The first stage that loses; None if no stage does.
     first_loss: str | None
-    # How far a nudge of the pixels by a millionth moves the simulation.
+    # How far a nudge of the pixels by a millionth moves the simulation's first output.
     nudged: Closeness
     # Largest difference between the pixels of the two preprocessings.
     pixel_difference: float
@@ -131,7 +120,7 @@ class Parity(Record):
 
 
 def compare_stages(
-    logits: StageLogits,
+    outputs: Mapping[str, ComparedOutput],
     targets: NDArray[np.int64] | None,
     linears: Mapping[str, float],
     pixel_difference: float,
@@ -140,6 +129,7 @@ def compare_stages(
 ) -> Parity:
     """Find the stages that lose.
 
+    outputs: by name, in the file's order.
     targets: [images], indices of classes; None if they are not known, or there are no classes.
         Then nobody can say what quantization loses, only how far it moves the outputs.
     linears: relative error of each linear, by module path.
@@ -147,148 +137,78 @@ def compare_stages(
     saturating: linears whose sums can saturate on this processor (runtime/audit/saturation.py).
     float16: whether the file computes in float16.
     """
-    # Name of the stage, what is compared, and its two sets of logits.
-    compared = [
-        ("export", "simulated torch", "ONNX Runtime", logits.simulated, logits.exported),
-        (
-            "preprocessing",
-            "ONNX Runtime",
-            "ONNX Runtime, the file's preprocessing",
-            logits.exported,
-            logits.served,
-        ),
-    ]
-    losses = [
-        # A linear that errs says where the fault is; the logits say only that there is a fault.
-        _linear_loss(linears, saturating, float16) or _logits_loss(logits, float16),
-        _preprocessing_loss(pixel_difference),
-    ]
-    # Without the float model nobody knows what quantization loses.
-    if logits.original is not None:
-        compared.insert(
-            0, ("quantization", "float torch", "simulated torch", logits.original, logits.simulated)
+    # A linear that errs says where the fault is; an output says only that there is a fault. A fault
+    # of linears or pixels is one of all outputs, and told at the first of them.
+    wrong_linears = _linear_loss(linears, saturating, float16)
+    wrong_pixels = _preprocessing_loss(pixel_difference)
+    quantization, export, preprocessing = [], [], []
+    for place, (name, output) in enumerate(outputs.items()):
+        # Without the float model nobody knows what quantization loses.
+        if output.quantized is not None:
+            quantization.append(_quantization(name, output, targets))
+        between = None if wrong_linears else _output_loss(name, output, float16)
+        export.append(
+            _stage(name, EXPORT, output, targets, between if place else wrong_linears or between)
         )
-        losses.insert(0, _quantization_loss(logits.original, logits.simulated, targets))
-    stages = tuple(
-        Stage(name, source, target, **vars(_closeness(before, after, logits.are_classes)),
-              top1_source=_top1(before, targets), top1_target=_top1(after, targets), loss=loss)
-        for (name, source, target, before, after), loss in zip(compared, losses, strict=True)
-    )  # fmt: skip
+        preprocessing.append(
+            _stage(name, PREPROCESSING, output, targets, None if place else wrong_pixels)
+        )
+    stages = (*quantization, *export, *preprocessing)
+    first = next(iter(outputs.values()))
+    same = None if first.best is None else _share(first.best.simulated, first.best.nudged)
     return Parity(
-        images=len(logits.simulated),
+        images=len(first.exported),
         stages=stages,
         first_loss=next((stage.stage for stage in stages if stage.loss), None),
-        nudged=_closeness(logits.simulated, logits.nudged, logits.are_classes),
+        nudged=_closeness(first.nudged, same),
         pixel_difference=pixel_difference,
         linears=tuple(LinearError(path, error) for path, error in linears.items()),
     )
 
 
-def relative_error(found: Array, expected: Array) -> float:
-    """The largest over channels of ‖found - expected‖ / ‖expected‖, each norm over all tokens of
-    that channel; [..., channels].
-
-    A single wrong code shows in its own channel, and would be lost in a norm over all channels. A
-    channel that is 0 throughout is measured by the size of the largest channel.
-    """
-    # Norms per channel: [channels].
-    difference, size = (
-        np.linalg.norm(x.reshape(-1, x.shape[-1]).astype(np.float64), axis=0)  # [channels]
-        for x in (found - expected, expected)
-    )
-    return float((difference / np.where(size > 0, size, size.max() or 1.0)).max())
-
-
-class LinearsAlone:
-    """The quantized linears of a file, each cut out of its graph, to be run alone: from the value
-    that enters to the value that leaves, as the metadata `marrq.linears` name them.
-
-    In a graph for GPUs a linear may be part of an operator that does more. What is run then is the
-    product with the weight that the metadata name, without the bias.
-    """
-
-    def __init__(self, file: Path, settings: SessionSettings) -> None:
-        """Raises BenchError if the file does not tell where its linears are."""
-        self._model, self._settings = ir.load(file), settings
-        linears = Metadata(self._model.metadata_props).linears
-        if linears is None:
-            raise BenchError(
-                f"{str(file)!r} does not say where its linears are: export the artifact again"
-            )
-        self._parts = linears
-        self._made = {output.name for node in self._model.graph for output in node.outputs}
-
-    def run(self, path: str, x: Array) -> Array:
-        """The output [..., out] of a linear for an input [..., in]. Every token of x is computed,
-        also if the graph drops some of them."""
-        # q, k and v of one linear are parts of it, side by side along the channels.
-        return np.concatenate([self._run(part, x) for part in self._parts[path]], -1)
-
-    def scale(self, path: str) -> str | None:
-        """Name of the model's tensor [out] (LayerScale) that the file has multiplied into the
-        linear's output; None if there is none."""
-        return self._parts[path][0].scale
-
-    @property
-    def float16(self) -> bool:
-        """Whether the linears compute in float16."""
-        first = next(iter(self._parts.values()))[0]
-        return any(
-            value is not None and value.name == first.input and value.dtype == ir.DataType.FLOAT16
-            for node in self._model.graph
-            for value in (*node.inputs, *node.outputs)
-        )
-
-    def lacks_bias(self, path: str) -> bool:
-        """Whether the linear is run without its bias, which the file adds in another operator."""
-        return any(part.output not in self._made for part in self._parts[path])
-
-    def _run(self, part: LinearPart, x: Array) -> Array:
-        graph = self._cut(part)
-        # The batch and the number of tokens are those of x, whatever the file says of the value.
-        graph.inputs[0].shape, graph.outputs[0].shape = ir.Shape(x.shape), None
-        # A graph in float16 takes float16.
-        if graph.inputs[0].dtype == ir.DataType.FLOAT16:
-            x = x.astype(np.float16)
-        alone = ir.external_data.load_to_model(ir.Model(graph, ir_version=self._model.ir_version))
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "linear.onnx"
-            ir.save(alone, file)
-            return Model(file, self._settings).run(x).astype(np.float32)
-
-    def _cut(self, part: LinearPart) -> ir.Graph:
-        """The nodes between the ends of a part, with their initializers; or the product with its
-        weight, if the part's own end is no value of the graph."""
-        if part.output in self._made or part.weight is None:
-            return ir.convenience.extract(self._model.graph, [part.input], [part.output])
-        graph = ir.convenience.extract(self._model.graph, [], [part.weight])
-        [weight] = graph.outputs
-        x = ir.Value(name=part.input, type=weight.type)
-        product = ir.node("MatMul", [x, weight], name=part.output)
-        product.outputs[0].name, product.outputs[0].type = part.output, x.type
-        graph.inputs.append(x)
-        graph.append(product)
-        graph.outputs[0] = product.outputs[0]
-        return graph
+def _stage(
+    name: str,
+    between: tuple[str, str, str],
+    output: ComparedOutput,
+    targets: NDArray[np.int64] | None,
+    loss: str | None,
+) -> Stage:
+    """What a stage does to an output. between: the stage, and fields of BestClasses before and
+    after it."""
+    stage, before, after = between
+    source, target, measured = SIDES[stage]
+    found: Cosines = getattr(output, measured)
+    best = output.best
+    ends = (None, None) if best is None else (getattr(best, before), getattr(best, after))
+    same = None if best is None else _share(*ends)
+    top1 = [None if end is None or targets is None else _share(end, targets) for end in ends]
+    closeness = vars(_closeness(found, same))
+    return Stage(
+        stage, source, target, **closeness, top1_source=top1[0], top1_target=top1[1], loss=loss,
+        output=name,
+    )  # fmt: skip
 
 
-def _top1(logits: Array, targets: NDArray[np.int64] | None) -> float | None:
-    return None if targets is None else float(hits(logits, targets).mean())
+def _quantization(name: str, output: ComparedOutput, targets: NDArray[np.int64] | None) -> Stage:
+    loss = None
+    if output.best is not None and output.best.original is not None and targets is not None:
+        loss = _quantization_loss(output.best.original, output.best.simulated, targets)
+    return _stage(name, QUANTIZATION, output, targets, loss)
 
 
-def _closeness(before: Array, after: Array, are_classes: bool) -> Closeness:
-    found = cosines(before, after)
-    same = float((before.argmax(1) == after.argmax(1)).mean()) if are_classes else None
+def _share(found: Classes, expected: Classes) -> float:
+    return float((found == expected).mean())
+
+
+def _closeness(found: Cosines, same: float | None) -> Closeness:
     return Closeness(float(found.min()), float(np.median(found)), same)
 
 
 def _quantization_loss(
-    original: Array, simulated: Array, targets: NDArray[np.int64] | None
+    original: Classes, simulated: Classes, targets: NDArray[np.int64]
 ) -> str | None:
-    if targets is None:
-        return None
     # Chance explains a gain as well as a loss: only a drop can be a loss.
-    found = paired_drop(hits(original, targets), hits(simulated, targets))
+    found = paired_drop(original == targets, simulated == targets)
     if found.drop <= 0 or found.p_value >= SIGNIFICANT:
         return None
     return (
@@ -321,20 +241,18 @@ def _linear_loss(
     )
 
 
-def _logits_loss(logits: StageLogits, float16: bool) -> str | None:
+def _output_loss(name: str, output: ComparedOutput, float16: bool) -> str | None:
     # NaN has no distance from anything.
-    overflown = int((~np.isfinite(logits.exported).all(axis=1)).sum())
+    overflown = int((~output.finite).sum())
     if overflown:
-        return f"the file gives NaN or infinite logits for {overflown} images"
+        return f"the file gives NaN or infinite {name} for {overflown} images"
     # Distance of the file from torch, and distance that a nudge of the pixels explains.
-    distance, explained = (
-        float((1 - cosines(logits.simulated, x)).mean()) for x in (logits.exported, logits.nudged)
-    )
+    distance, explained = (float((1 - found).mean()) for found in (output.exported, output.nudged))
     tolerance = HALF_LOGITS_TOLERANCE if float16 else LOGITS_TOLERANCE
     if distance <= AMPLIFICATIONS * explained + tolerance:
         return None
     return (
-        f"logits are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the "
+        f"{name} are {distance:.1e} from torch's in the mean (1 - cosine), where a nudge of the "
         f"pixels by a millionth moves them by {explained:.1e}; no linear is at fault, so the fault "
         "lies between the linears"
     )

@@ -103,13 +103,14 @@ def throughput_table(report: BenchReport) -> Table:
 
 
 def parity_table(name: str, parity: Parity) -> Table:
-    """What each stage does to a model's logits on the way to a served file."""
+    """What each stage does to a model's outputs on the way to a served file."""
     headings = ("cosine\nleast", "\nmedian", "same\ntop-1 %", "top-1 %\nbefore, after")
     caption = f"parity of {name}, {parity.images} images"
     result = empty_table(caption, "\nstage", headings)
+    several = len({stage.output for stage in parity.stages}) > 1
     for stage in parity.stages:
         result.add_row(
-            stage.stage,
+            f"{stage.stage}, {stage.output}" if several else stage.stage,
             f"{stage.least_cosine:.5f}",
             f"{stage.median_cosine:.5f}",
             share(stage.agreement),

@@ -26,14 +26,9 @@ from marrq.workflows.evaluate import watch_linears
 from marrq.workflows.parity import linear_errors, measure_parity
 from runtime.errors import BenchError
 from runtime.measure.cosines import cosines
-from runtime.measure.parity import (
-    LINEAR_TOLERANCE,
-    LinearsAlone,
-    Parity,
-    StageLogits,
-    compare_stages,
-    relative_error,
-)
+from runtime.measure.linears_alone import LinearsAlone, relative_error
+from runtime.measure.parity import LINEAR_TOLERANCE, Parity, compare_stages
+from runtime.measure.stages import ComparedOutput, StageOutput, compared, joined
 from runtime.session import SessionSettings
 
 MODELS = {"vit": vit, "vit with LayerScale": vit_with_layer_scale, "swin": swin, "dinov2": dinov2}
@@ -306,6 +301,14 @@ def distinct(images: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((images, 7)).astype(np.float32)
 
 
+def sides(*logits: np.ndarray) -> dict[str, ComparedOutput]:
+    """The logits of all sides, in two batches."""
+    halves = [
+        StageOutput(*(side[part] for side in logits)) for part in (slice(20), slice(20, None))
+    ]
+    return {"logits": joined([compared(half) for half in halves])}
+
+
 def test_cosine_and_relative_error_are_their_definitions():
     a, b = distinct(5), distinct(5, 1)
     assert cosines(a, b)[3] == pytest.approx(a[3] @ b[3] / np.sqrt((a[3] @ a[3]) * (b[3] @ b[3])))
@@ -331,7 +334,7 @@ def test_quantization_loses_when_chance_does_not_explain_the_images_it_gets_wron
         original, simulated = right.copy(), right.copy()
         simulated[:lost], original[lost : lost + won] = other[:lost], other[lost : lost + won]
         return compare_stages(
-            StageLogits(original, simulated, simulated, simulated, simulated),
+            sides(original, simulated, simulated, simulated, simulated),
             targets,
             {"a": 1e-7},
             0.0,
@@ -360,7 +363,7 @@ def test_export_may_move_the_logits_as_far_as_a_nudge_does_and_no_further():
     def first_loss(moved: float, nudge: float, worst: float = 1e-7) -> str | None:
         nudged, exported = (simulated + size * distinct(50, 1) for size in (nudge, moved))
         return compare_stages(
-            StageLogits(simulated, simulated, nudged, exported, exported),
+            sides(simulated, simulated, nudged, exported, exported),
             targets,
             {"a": 1e-7, "b": worst},
             0.0,
@@ -424,7 +427,7 @@ def test_the_command_compares_a_file_with_its_own_artifact_and_refuses_another(
 
 def test_saturation_is_named_as_the_cause_where_it_is_one_and_float16_is_allowed_its_rounding():
     simulated = distinct(50)
-    logits = StageLogits(simulated, simulated, simulated, simulated, simulated)
+    logits = sides(simulated, simulated, simulated, simulated, simulated)
 
     def loss(error: float, saturating: set[str], float16: bool = False) -> str | None:
         linears = {"a": error, "b": error, "c": 1e-7}
@@ -438,3 +441,33 @@ def test_saturation_is_named_as_the_cause_where_it_is_one_and_float16_is_allowed
     assert loss(5e-3, set()) is not None
     assert loss(5e-3, set(), float16=True) is None
     assert loss(0.5, set(), float16=True) is not None
+
+
+def test_every_output_is_compared_and_the_one_that_is_wrong_is_named():
+    """Of two outputs the file gives the second one wrong; for another planted fault all of it."""
+    classes, maps = distinct(24), np.random.default_rng(3).standard_normal((24, 3, 4, 5))
+    right = StageOutput(classes, classes, classes, classes, classes)
+
+    def found(given: np.ndarray, linear: float = 1e-7) -> Parity:
+        moved = StageOutput(maps, maps, maps, given, given)
+        both = {"logits": compared(right), "masks": compared(moved, "dense")}
+        return compare_stages(both, classes.argmax(1), {"a": linear}, 0.0)
+
+    same = found(maps)
+    assert same.first_loss is None
+    assert [(stage.stage, stage.output) for stage in same.stages] == [
+        (stage, output)
+        for stage in ("quantization", "export", "preprocessing")
+        for output in ("logits", "masks")
+    ]
+    assert [stage.agreement for stage in same.stages] == [1.0, None] * 3
+    assert [stage.top1_source for stage in same.stages] == [1.0, None] * 3
+    losses = {(stage.stage, stage.output): stage.loss for stage in found(-maps).stages}
+    assert "masks are 2.0e+00 from torch's" in str(losses.pop(("export", "masks")))
+    assert set(losses.values()) == {None}
+    # A linear that errs is told once.
+    told = [stage.loss for stage in found(-maps, 1.0).stages if stage.loss]
+    assert len(told) == 1
+    assert "a differs by 1.0e+00" in told[0]
+    broken = np.where(np.arange(24)[:, None, None, None] < 2, np.nan, maps)
+    assert "NaN or infinite masks for 2 images" in str(found(broken).stages[3].loss)

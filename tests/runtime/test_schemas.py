@@ -44,7 +44,7 @@ BENCH = {
     "models.precision.float_remainder": "what operator count why",
     "models.parity": "images stages first_loss nudged pixel_difference linears",
     "models.parity.stages": "stage source target least_cosine median_cosine agreement top1_source "
-    "top1_target loss",
+    "top1_target loss output",
     "models.parity.nudged": "least_cosine median_cosine agreement",
     "models.parity.linears": "linear relative_error",
     "gate": "max_drop min_cosine baseline models",

@@ -102,9 +102,13 @@ SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random 
 
 # Names come from where they are defined, so that the help knows a new one at once.
 LOWRANK_KINDS = ", ".join(get_args(LowRankKind))
-# Settings that have an option of their own are left out.
+# Settings that have an option of their own are left out, and `pid.…` stands for all of a kind.
 NAMED_SETTINGS = ("alpha", "feedback", "lowrank", "rotate", "refine")
-OTHER_SETTINGS = [key for key in METHOD_SETTINGS if key not in NAMED_SETTINGS]
+OTHER_SETTINGS = dict.fromkeys(
+    f"{key.partition('.')[0]}.…" if "." in key else key
+    for key in METHOD_SETTINGS
+    if key not in NAMED_SETTINGS
+)
 
 # What the codes become: bits and grids, then the method and its settings.
 SchemeOption = Annotated[
@@ -176,7 +180,7 @@ RefineOption = Annotated[
     bool,
     quantization_option(
         "--refine",
-        help="Refine the finished model by back-propagation, on further images of the folder.",
+        help="Refine the finished model by back-propagation, on further images.",
     ),
 ]
 SettingOption = Annotated[

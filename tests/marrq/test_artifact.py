@@ -253,6 +253,7 @@ def test_config_and_report_hold_what_the_format_promises(artifact: Path):
         "method",
         "calibration",
         "widths",
+        "refinement",
         "versions",
         "tensors_sha256",
     }

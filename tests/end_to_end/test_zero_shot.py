@@ -182,6 +182,22 @@ def test_evaluate_counts_the_right_answers_of_both(made: Made, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_methods_are_compared_by_the_answers_with_classes(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    compare = ["compare", made.name, "--data", str(made.images), "--samples", "8", "--seeds", "1",
+               "--method", "rtn", "-o", str(tmp_path / "c.json")]  # fmt: skip
+    assert main([*compare, "--classes", str(made.classes)]) == 0
+    report = json.loads((tmp_path / "c.json").read_text())
+    classes, images = load_classes(made.classes), find_images(str(made.images), "val", NAMES)
+    answers = made.logits(with_classes(load_model(made.name), classes)).argmax(1)
+    assert report["float"]["top1"] == pytest.approx(np.mean(answers == np.array(images.targets)))
+    # Runs without classes are judged otherwise, and stand in no table with these.
+    assert main(compare) == 1
+    assert "choose another file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_python_exports_the_same_file(made: Made, tmp_path: Path):
     classes = marrq.load_classes(made.classes)
     marrq.export(marrq.with_classes(marrq.load(made.artifact), classes), tmp_path / "model.onnx")

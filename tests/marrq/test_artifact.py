@@ -215,7 +215,7 @@ def test_the_tensors_of_salient_columns_are_these_bytes():
     """Pins format version 7."""
     scale, zero_point = torch.tensor([[0.25], [0.5]]), torch.zeros(2, 1, dtype=torch.int8)
     # 4 q in the columns 0 and 2; 8 r + s + 4 in the columns 1 and 3, with r from CODES and s below.
-    second = torch.tensor([[-4, 3], [0, -1]])
+    second = torch.tensor([[-4, 3], [0, -1]], dtype=torch.int32)
     joint = 4 * CODES.int()
     joint[:, [1, 3]] = 8 * CODES[:, [1, 3]].int() + second + 4
     columns = torch.tensor([1, 3], dtype=torch.int32)

@@ -7,7 +7,7 @@ processes, checkpoints and the place of the tokens leave no trace in it.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
 from marrq.artifact.config import description
@@ -32,6 +32,7 @@ from marrq.schemes import Scheme, parse_scheme
 from marrq.workflows.destination import Destination
 from marrq.workflows.devices import choose_device
 from marrq.workflows.feasible import check_feasible
+from runtime.quantization import Refinement
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,13 @@ def quantize_to_folder(
     # What is noted of the images is known when they have been read.
     found = (*model.notes, *shortfalls(quantized), *images.noted())
     warnings = [f"warning: {warning}" for warning in found]
-    return [*warnings, f"wrote {destination.folder}"]
+    return [*warnings, *_refined(quantized), f"wrote {destination.folder}"]
+
+
+def _refined(model: QuantizedModel) -> Iterator[str]:
+    """What the refinement did, if there was one, in the words of `marrq inspect`."""
+    if model.refinement is not None:
+        yield f"refined {Refinement(**asdict(model.refinement)).sentence}"
 
 
 def shortfalls(model: QuantizedModel) -> Iterator[str]:

@@ -8,7 +8,7 @@ The table of families in marrq/models/README.md is what these tests find:
 import copy
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +24,7 @@ import transformers
 from flavor_files import without_kernel
 from safetensors.torch import save_file
 from tiny_models import noise, randomized
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters.flavors import floating
 from exporters.onnx_file import write, write_baseline
@@ -34,7 +34,7 @@ from marrq.artifact.folder import load, save
 from marrq.errors import MarrqError
 from marrq.methods.spec import parse_method
 from marrq.models.load import VisionModel, load_model
-from marrq.models.transformers_output import TransformersOutput
+from marrq.models.named_outputs import OutputKind, output_kind
 from marrq.pipeline.quantize import RunOptions, quantize
 from marrq.quantized_model import CalibrationRecord, QuantizationSettings, QuantizedModel
 from marrq.quantizers.linear import quantized_linears
@@ -65,6 +65,7 @@ class Family:
 
     model: a timm architecture or a class of transformers, built with `arguments` for images of
     `size` pixels.
+    outputs: that the user asks for; none for the default ones.
     """
 
     name: str
@@ -72,28 +73,29 @@ class Family:
     arguments: dict[str, Any]
     size: int = 32
     note: str = ""
+    outputs: tuple[str, ...] = ()
 
     @property
     def library(self) -> str:
         return "transformers" if hasattr(transformers, self.model) else "timm"
 
     @torch.no_grad()
-    def write_checkpoint(self, folder: Path) -> Tensor:
-        """A checkpoint as its library writes it, and the model's outputs for `noise`, as its
-        library computes them."""
+    def write_checkpoint(self, folder: Path) -> Mapping[str, Tensor]:
+        """A checkpoint as its library writes it, and the model's outputs for `noise` by name, as
+        its library computes them."""
         if self.library == "timm":
-            model = self._write_timm(folder)
-        else:
-            kind = getattr(transformers, self.model)
-            inner = randomized(kind(kind.config_class(**self.arguments)))
-            inner.save_pretrained(folder)
-            transformers.ViTImageProcessor(
-                size={"height": self.size, "width": self.size}
-            ).save_pretrained(folder)
-            model = TransformersOutput(inner)
-        return model(self.images(4))
+            model, images = self._write_timm(folder), self.images(4)
+            tokens, own = model.forward_features(images), model(images)
+            return {"tokens": tokens, "logits": own, "features": own}
+        kind = getattr(transformers, self.model)
+        inner = randomized(kind(kind.config_class(**self.arguments)))
+        inner.save_pretrained(folder)
+        size = {"height": self.size, "width": self.size}
+        transformers.ViTImageProcessor(size=size).save_pretrained(folder)
+        found: Mapping[str, Tensor] = inner(pixel_values=self.images(4))
+        return found
 
-    def _write_timm(self, folder: Path) -> nn.Module:
+    def _write_timm(self, folder: Path) -> Any:
         model = randomized(timm.create_model(self.model, **self.arguments))
         arguments = {name: value for name, value in self.arguments.items() if name != "num_classes"}
         preprocessing = {
@@ -114,7 +116,7 @@ class Family:
         return model
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        return noise(count, seed).repeat(1, 1, 2, 2)[..., : self.size, : self.size]
+        return noise(count, seed).repeat(1, 1, 4, 4)[..., : self.size, : self.size]
 
 
 TIMM = {
@@ -159,6 +161,64 @@ HYBRID = {
     "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 40],
     "num_attention_heads": 2,
 }
+PYRAMID = {
+    "image_size": 32,
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [16, 32],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+    "num_labels": 5,
+}
+DPT = {
+    **PLAIN,
+    "num_hidden_layers": 2,
+    "backbone_out_indices": [0, 0, 1, 1],
+    "neck_hidden_sizes": [8, 8, 16, 16],
+    "fusion_hidden_size": 16,
+    "is_hybrid": False,
+}
+SAM = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_dim": 48,
+    "image_size": 32,
+    "patch_size": 4,
+    "output_channels": 16,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+}
+MIXED = {
+    "num_classes": 5,
+    "img_size": 64,
+    "depths": (1, 1),
+    "embed_dim": (32, 32),
+    "stem_width": 16,
+}
+STAGED = {
+    "num_classes": 5,
+    "embed_dims": (16, 32),
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "window_sizes": (2, 2),
+}
+CROSS_COVARIANCE = {name: value for name, value in TIMM.items() if name != "patch_size"}
+NAFLEX = {name: value for name, value in TIMM.items() if name != "img_size"}
+SEGMENTER = {**{name: value for name, value in PYRAMID.items() if name != "image_size"}}
+SEGMENTER["decoder_hidden_size"] = 24
+DETECTOR = {**CLASSIFIER, "image_size": [32, 32], "num_detection_tokens": 6}
+CONVOLVED = {
+    "image_size": 64,
+    "hidden_sizes": [16, 24, 32],
+    "depths": [1, 1, 1],
+    "num_attention_heads": [2, 2, 2],
+    "key_dim": [8, 8, 8],
+    "num_labels": 5,
+}
 
 FAMILIES = (
     Family("ViT", "vit_tiny_patch16_224", TIMM),
@@ -180,6 +240,13 @@ FAMILIES = (
         64,
         note="refused: its projections are convolutions",
     ),
+    Family("DeiT III", "deit3_small_patch16_224", TIMM),
+    Family("FlexiViT", "flexivit_small", TIMM),
+    Family("NaFlexViT", "naflexvit_base_patch16_gap", NAFLEX, note="one size of images"),
+    Family("CaiT", "cait_xxs24_224", TIMM),
+    Family("XCiT", "xcit_nano_12_p16_224", CROSS_COVARIANCE),
+    Family("TinyViT", "tiny_vit_5m_224", STAGED),
+    Family("MaxViT", "maxvit_pico_rw_256", MIXED, 64),
     Family("ViT", "ViTForImageClassification", CLASSIFIER),
     Family("ViT", "ViTModel", PLAIN, note="features"),
     Family(
@@ -201,6 +268,20 @@ FAMILIES = (
         "CLIP", "CLIPVisionModelWithProjection", {**PLAIN, "projection_dim": 16}, note="features"
     ),
     Family("MobileViT", "MobileViTForImageClassification", {**HYBRID, "num_labels": 5}, 64),
+    Family("data2vec-vision", "Data2VecVisionForImageClassification", CLASSIFIER),
+    Family("PVT v2", "PvtV2ForImageClassification", PYRAMID),
+    Family("LeViT", "LevitForImageClassification", CONVOLVED, 64),
+    Family("SegFormer", "SegformerForSemanticSegmentation", SEGMENTER, note="`logits` of pixels"),
+    Family("DPT", "DPTForDepthEstimation", DPT, note="`predicted_depth`"),
+    Family("YOLOS", "YolosForObjectDetection", DETECTOR, note="`logits` and `pred_boxes`"),
+    Family("SAM, image encoder", "SamVisionModel", SAM, note="`last_hidden_state`: a map"),
+    Family(
+        "DINOv2, tokens",
+        "Dinov2Model",
+        PLAIN,
+        note="`last_hidden_state` and `pooler_output`, by `--outputs`",
+        outputs=("last_hidden_state", "pooler_output"),
+    ),
 )
 
 
@@ -222,15 +303,15 @@ class Found:
     """What became of a family.
 
     difference: largest relative difference of the loaded model's outputs from its library's.
-    output: logits or features.
-    cosines: the median of each flavour; empty if the model was refused.
+    outputs: kind of each output, by name.
+    cosines: the median of each flavour, of the worst output; empty if the model was refused.
     in_float32, fp16_on_gpu: the median of `folded --float32`, and of `fp16` for a GPU.
     off_gpu: nodes of the files for GPUs that the CUDA provider has no kernel for.
     whole: paths of fused q, k and v that are one product in the integer file.
     """
 
     difference: float
-    output: str
+    outputs: dict[str, OutputKind]
     cosines: dict[str, float]
     whole: tuple[str, ...]
     in_float32: float = 1.0
@@ -244,18 +325,22 @@ def found(family: Family) -> Found:
         folder = Path(place) / "checkpoint"
         folder.mkdir()
         expected = family.write_checkpoint(folder)
-        model = load_model(f"local-dir:{folder}")
-        with torch.no_grad():
-            difference = float(
-                (model.module(family.images(4)) - expected).abs().max() / expected.abs().max()
-            )
+        model = load_model(f"local-dir:{folder}", family.outputs)
+        outputs = outputs_of(model, family.images(4))
+        kinds = {
+            name: output_kind(name, output.dim(), model.labels) for name, output in outputs.items()
+        }
+        difference = max(
+            float((output - expected[name]).abs().max() / expected[name].abs().max())
+            for name, output in outputs.items()
+        )
         try:
             artifacts = {
                 scheme: quantized(model, family, scheme, folder / scheme)
                 for scheme in dict.fromkeys(QUANTIZED.values())
             }
         except MarrqError:
-            return Found(difference, model.output, {}, ())
+            return Found(difference, kinds, {}, ())
         with one_float_trace(model):
             for flavor in ("fp32", "fp16"):
                 write_baseline(model, flavor, folder / f"{flavor}.onnx")
@@ -282,7 +367,7 @@ def found(family: Family) -> Found:
         )
         return Found(
             difference,
-            model.output,
+            kinds,
             cosines,
             tuple(path for path in fused if f"{path}.q.weight_codes" not in values),
             median_cosine(artifacts["W4A16"], family, folder / "float32.onnx"),
@@ -299,7 +384,7 @@ def found(family: Family) -> Found:
 def one_float_trace(model: VisionModel) -> Iterator[None]:
     """Inside, all float flavours of the model begin with one trace: a trace takes most of a test's
     time."""
-    first = trace(model.module, model.preprocessing.input_size, OPSET, model.output)
+    first = trace(model.module, model.preprocessing.input_size, OPSET, model.outputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(floating, "trace", lambda *_: first.clone())
         yield
@@ -323,13 +408,27 @@ def quantized(model: VisionModel, family: Family, scheme: str, folder: Path) -> 
 
 
 @torch.no_grad()
+def outputs_of(model: VisionModel | QuantizedModel, pixels: Tensor) -> dict[str, Tensor]:
+    found = model.module(pixels)
+    several = found if isinstance(found, tuple) else (found,)
+    return dict(zip(model.outputs, several, strict=True))
+
+
 def median_cosine(model: VisionModel | QuantizedModel, family: Family, file: Path) -> float:
-    """Of torch's and ONNX Runtime's outputs for 16 images."""
+    """Of torch's and ONNX Runtime's outputs for 16 images; the least of the outputs."""
     pixels = family.images(16, seed=1)
     running = Model(file, SessionSettings(threads=1))
-    assert [value.name for value in running.session.get_outputs()] == [model.output]
-    a, b = model.module(pixels).flatten(1).numpy(), running.run(pixels.numpy()).reshape(16, -1)
-    return float(np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
+    given, wanted = running.run_all(pixels.numpy()), outputs_of(model, pixels)
+    # The same names in the same order.
+    assert list(given) == list(wanted)
+    assert [output.name for output in running.outputs] == list(wanted)
+    medians = []
+    for name, expected in wanted.items():
+        a, b = expected.flatten(1).double().numpy(), given[name].reshape(16, -1).astype(float)
+        medians.append(
+            np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+        )
+    return float(min(medians))
 
 
 DEVICE = {"folded": "gpu"}
@@ -370,7 +469,10 @@ def test_the_readme_says_of_a_family_what_is_found(family: Family):
 def test_a_loaded_model_is_that_of_its_library(family: Family):
     seen = found(family)
     assert seen.difference <= 1e-5
-    assert (seen.output == "features") == (family.note == "features")
+    kinds = set(seen.outputs.values())
+    assert (kinds == {"features"}) == (family.note == "features")
+    # Outputs that are no logits of classes and no embedding are named in the table.
+    assert ("dense" in kinds) == all(f"`{name}`" in family.note for name in seen.outputs)
     assert not seen.whole
     assert seen.in_float32 >= FOLDED_IN_FLOAT32
     assert seen.fp16_on_gpu >= PARITY["fp16"]

@@ -1,14 +1,19 @@
 """A Triton repository says what the file in it says, and is never half there."""
 
 import json
+import sys
 from dataclasses import asdict, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from flavor_files import Prepared
 from google.protobuf import text_format
+from onnx import helper
 from PIL import Image
 from tiny_models import noise, vision_model
 from torch import nn
@@ -20,7 +25,7 @@ from exporters.triton import config as triton_config
 from exporters.triton.card import card
 from exporters.triton.config import preferred_batches
 from exporters.triton.repository import write_repository
-from exporters.triton.serving import Serving
+from exporters.triton.serving import BACKEND_FILES, Serving
 from marrq.artifact.folder import save
 from marrq.cli import main
 from marrq.errors import MarrqError
@@ -28,6 +33,8 @@ from runtime.doctor.repository import examine_repository
 from runtime.errors import BenchError
 from runtime.preprocessing import ServedPreprocessing
 from runtime.session import Model, SessionSettings
+
+FLOAT = onnx.TensorProto.FLOAT
 
 
 def export(artifact: Path, repository: Path, *options: str) -> int:
@@ -60,6 +67,63 @@ def test_the_config_says_what_the_file_takes_and_gives(prepared: Prepared, tmp_p
     assert preprocessing["mean"] == list(model.preprocessing.mean)
     [examined] = examine_repository(tmp_path / "repository")
     assert (examined.name, examined.versions, examined.problems) == ("digits", (1,), ())
+
+
+def file_of(outputs: dict[str, list[int]], place: Path) -> Path:
+    """A file that gives zeros of these shapes, the batch left out."""
+    pixels = helper.make_tensor_value_info("pixels", FLOAT, ["batch", 3, 32, 32])
+    given = [
+        helper.make_tensor_value_info(name, FLOAT, ["batch", *dims])
+        for name, dims in outputs.items()
+    ]
+    graph = helper.make_graph([], "several", [pixels], given)
+    onnx.save(helper.make_model(graph), place)
+    return place
+
+
+def test_a_config_describes_every_output_and_gives_labels_to_classes_alone(
+    prepared: Prepared, tmp_path: Path
+):
+    shapes = {"logits": [5], "boxes": [6, 4], "pooler_output": [64]}
+    config = triton_config.config_of(file_of(shapes, tmp_path / "m.onnx"), prepared, Serving("x"))
+    assert {output.name: list(output.dims) for output in config.output} == shapes
+    assert {output.data_type for output in config.output} == {protocol.TYPE_FP32}
+    assert [output.label_filename for output in config.output] == ["labels.txt", "", ""]
+    page = card(prepared, config, Serving("x"))
+    for name, dims in shapes.items():
+        assert f"| output | `{name}`, FP32 {dims}" in page
+    # Logits of boxes have classes along an axis, but a server knows labels of one vector only.
+    dense = triton_config.config_of(
+        file_of({"logits": [6, 5]}, tmp_path / "d.onnx"), prepared, Serving("x")
+    )
+    assert [output.label_filename for output in dense.output] == [""]
+    assert "class_count" not in card(prepared, dense, Serving("x"))
+
+
+def test_the_python_backend_cuts_every_output_into_the_requests_parts(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    server = SimpleNamespace(
+        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request),
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=lambda tensors: dict(tensors),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+    spec = spec_from_file_location("served", BACKEND_FILES["python"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.TritonPythonModel()
+    model.input, model.outputs = "pixels", ["sums", "twice"]
+    model.session = SimpleNamespace(
+        run=lambda names, given: [given["pixels"].sum(1), 2 * given["pixels"]]
+    )
+    requests = [np.arange(6.0).reshape(2, 3), np.ones((1, 3)), np.zeros((3, 3))]
+    for request, response in zip(requests, model.execute(requests), strict=True):
+        assert list(response) == ["sums", "twice"]
+        np.testing.assert_array_equal(response["sums"], request.sum(1))
+        np.testing.assert_array_equal(response["twice"], 2 * request)
 
 
 def test_the_page_beside_the_model_tells_a_client_what_to_send(prepared: Prepared, tmp_path: Path):

@@ -341,3 +341,46 @@ def test_an_encoder_that_wants_more_than_pixels_is_refused_by_name(
         MarrqError, match=r"ViTForImageClassification cannot .* 'grid_thw'\): choose"
     ):
         load_model(str(vit_folder))
+
+
+@pytest.mark.parametrize("kind", ["ViTMAEModel", "ViTMAEForPreTraining"])
+def test_the_encoder_of_a_masked_auto_encoder_is_read_as_a_vit(tmp_path: Path, kind: str):
+    """As marrq/models/README.md tells."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = {f"decoder_{name}": value for name, value in sizes.items()}
+    config = transformers.ViTMAEConfig(
+        **sizes, **decoder, intermediate_size=24, image_size=32, patch_size=8, mask_ratio=0.0
+    )
+    theirs = getattr(transformers, kind)(config).eval()
+    theirs.save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved |= {"model_type": "vit", "architectures": ["ViTModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    model = load_model(str(tmp_path))
+    pixels, encoder = torch.randn(2, 3, 32, 32), getattr(theirs, "vit", theirs)
+    # Noise in ascending order leaves the patches where they are.
+    in_order = torch.arange(16.0).expand(2, 16)
+    with torch.no_grad():
+        expected = encoder(pixel_values=pixels, noise=in_order).last_hidden_state
+        assert torch.allclose(model.module(pixels), expected, atol=1e-5)
+
+
+def test_the_image_encoder_of_sam_is_taken_from_the_whole_model(tmp_path: Path):
+    image = {"image_size": 32, "patch_size": 4}
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 24}
+    config = transformers.SamConfig(
+        vision_config={**vision, **image, "output_channels": 8, "global_attn_indexes": [1]},
+        prompt_encoder_config={"hidden_size": 8, **image},
+        mask_decoder_config={"hidden_size": 8, "num_attention_heads": 2, "mlp_dim": 8},
+    )
+    theirs = transformers.SamModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    transformers.SamImageProcessor(
+        size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}
+    ).save_pretrained(tmp_path)
+    model, pixels = load_model(str(tmp_path)), torch.randn(2, 3, 32, 32)
+    assert model.outputs == ("last_hidden_state",)
+    with torch.no_grad():
+        assert torch.equal(model.module(pixels), theirs.get_image_embeddings(pixels))

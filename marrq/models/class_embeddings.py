@@ -156,8 +156,14 @@ def load_classes(file: Path | str) -> ClassEmbeddings:
         raise MarrqError(f"classes {str(file)!r} {state}: give a file that `marrq classes` wrote")
     try:
         return _read(file)
-    # safetensors has its own error for bytes that are none of its format; nested JSON overflows.
-    except (MarrqError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+    # Bytes that are none of the format, or not all of them.
+    except SafetensorError as error:
+        raise MarrqError(
+            f"{str(file)!r} holds no classes: it is no whole safetensors file ({error}); `marrq "
+            "classes` makes such a file"
+        ) from error
+    # Deeply nested JSON overflows.
+    except (MarrqError, ValueError, TypeError, RecursionError) as error:
         raise MarrqError(
             f"{str(file)!r} holds no classes: {error}; `marrq classes` makes such a file"
         ) from error

@@ -113,6 +113,16 @@ def load_model(name: str, outputs: Sequence[str] = ()) -> VisionModel:
     return model
 
 
+def library_of(name: str) -> Library:
+    """The library of a model, which nothing is loaded for. Raises MarrqError for a name that can be
+    no model."""
+    try:
+        return _resolve(name).library
+    # A config.json that is no text, or no JSON.
+    except ValueError as error:
+        raise MarrqError(f"cannot load model {name!r}: {_reason(error)}") from error
+
+
 def load_source(source: ModelSource) -> VisionModel:
     """The float model that an artifact was made from.
 

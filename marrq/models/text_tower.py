@@ -15,6 +15,7 @@ caller (Tschannen et al. 2025, section 2). The tokenizer does the rest.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +27,9 @@ from torch.nn.functional import normalize
 
 from marrq.errors import MarrqError
 from marrq.models.class_embeddings import PLACE, ClassEmbeddings, check_names, check_templates
-from marrq.models.load import ModelSource, load_model
+from marrq.models.load import ModelSource, library_of, load_model
 from marrq.models.transformers_models import NO_CODE, quiet, with_weights
+from marrq.outputs import no_artifact
 
 BATCH_SIZE = 64
 
@@ -70,6 +72,7 @@ def embed_classes(
     # Texts first: a wrong one is told before a model is loaded.
     check_names(names)
     check_templates(templates)
+    _check_tower(name)
     # The vision tower says which weights the classes are for.
     source = load_model(name).source
     tower = TextTower.load(source)
@@ -91,6 +94,22 @@ def embed_classes(
     )
 
 
+def _check_tower(name: str) -> None:
+    """Raise MarrqError for a name that cannot be that of a model with a text tower. Nothing is
+    loaded, which may take minutes."""
+    if Path(name).is_dir() and no_artifact(Path(name)) is None:
+        raise MarrqError(
+            f"{name!r} is an artifact, which has no text tower: give the model that it was made "
+            "from"
+        )
+    if library_of(name) == "timm":
+        raise MarrqError(
+            f"{name!r} is a model of timm, which has no text tower: give the checkpoint of "
+            "transformers, such as openai/clip-vit-base-patch32, or make the file with the library "
+            "of the text tower (marrq/models/README.md)"
+        )
+
+
 @dataclass(frozen=True)
 class TextTower:
     """The text tower of a checkpoint.
@@ -106,12 +125,6 @@ class TextTower:
     def load(cls, source: ModelSource) -> "TextTower":
         """The text tower beside a vision tower. Raises MarrqError if there is none."""
         location = source.name
-        if source.library == "timm":
-            raise MarrqError(
-                f"{location!r} is a model of timm, which has no text tower: give the checkpoint of "
-                "transformers, such as openai/clip-vit-base-patch32, or make the file with the "
-                "library of the text tower (marrq/models/README.md)"
-            )
         with quiet():
             config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
             family = FAMILIES.get(config.model_type)

@@ -118,6 +118,11 @@ def test_the_classes_say_which_model_made_them(checkpoints: dict[str, str]):
 def test_a_model_without_a_text_tower_is_refused_with_a_way_out(tmp_path: Path):
     with pytest.raises(MarrqError, match="'demo' is a model of timm, which has no text tower"):
         embed_classes("demo", NAMES, TEMPLATES)
+    with pytest.raises(MarrqError, match="'vit_base_patch16_clip_224' is a model of timm"):
+        embed_classes("vit_base_patch16_clip_224", NAMES, TEMPLATES)
+    save(quantized(vit(depth=1), noise(8), "W4A8", "rtn"), tmp_path / "artifact")
+    with pytest.raises(MarrqError, match="is an artifact, which has no text tower"):
+        embed_classes(str(tmp_path / "artifact"), NAMES, TEMPLATES)
     vision = transformers.CLIPVisionConfig(**tiny_towers.VISION, projection_dim=16)
     transformers.CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """The quantized model and the record of how it came about: data only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from marrq.methods.spec import MethodSpec
 from marrq.models.class_embeddings import ClassEmbeddings
 from marrq.models.load import ModelSource
 from marrq.models.preprocessing import Preprocessing
+from marrq.quantizers.salient import MAX_BITS
 from marrq.schemes import MIXED, WEIGHT_BITS, Scheme
 
 BATCH_SIZE = 16
@@ -74,6 +75,11 @@ class QuantizationSettings:
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.scheme.mixed and self.method != self.method_of(self.scheme):
+            raise MarrqError(
+                f"{self.method.lowrank} needs weights of {MAX_BITS} bits or fewer, so that two "
+                f"codes are one byte: got {self.scheme.weight.num_bits}; leave lowrank out"
+            )
         if self.scheme.mixed and not self.widths:
             raise MarrqError(
                 f"the scheme {self.scheme} has no weight bits: give a budget of bits "
@@ -91,6 +97,14 @@ class QuantizationSettings:
                     f"weight bits must be one of {', '.join(map(str, WEIGHT_BITS))}: got "
                     f"{num_bits!r} for {path!r}"
                 )
+
+    def method_of(self, scheme: Scheme) -> MethodSpec:
+        """The method for a linear of the blocks with this scheme. Of a mixed scheme, weights of 8
+        bits get no second codes (lowrank=serq): two of them do not fit a byte."""
+        lowrank = self.method.lowrank
+        if lowrank is None or lowrank.is_branch or scheme.weight.num_bits <= MAX_BITS:
+            return self.method
+        return replace(self.method, lowrank=None)
 
     def scheme_of(self, path: str) -> Scheme:
         """The bits and grids of the linear of the blocks at a path."""

@@ -234,16 +234,16 @@ def _quantize_block(
     weights: of the tokens of an image, by the path in the model of a group's first linear.
     """
     block, processes = pair.quantized, pair.processes
-    method = settings.method
-    # First and last layers have 8 bits, which leave nothing for a low-rank branch.
-    if block.kind != "block":
-        method = replace(method, lowrank=None)
     reports: list[ModuleReport] = []
     for group in block.groups:
         # In order of execution: a group sees the block with all earlier groups quantized.
         # The linears of a group have one width; first and last layers have a scheme of their own.
         first = block.path_of(group[0])
         scheme = block.scheme_of(settings.scheme_of(first))
+        method = settings.method_of(scheme)
+        # First and last layers have 8 bits, which leave nothing for a low-rank branch.
+        if block.kind != "block":
+            method = replace(method, lowrank=None)
         calibration = GroupCalibration(pair, group, scheme, method, weights.get(first))
         reports += quantize_group(calibration, balanced=group[0] in balanced)
     # Alone there is nobody to disagree with, and the hash takes time.

@@ -206,8 +206,11 @@ def test_a_linear_computes_with_both_codes():
 
 
 def test_more_bits_than_fit_and_a_rank_beyond_the_inputs_are_refused():
-    with pytest.raises(MarrqError, match="weights of 4 bits or fewer: got codes -64 … 63"):
+    with pytest.raises(MarrqError, match=r"serq:4 needs weights of 4 bits or fewer.*: got 8; leave"):
         quantized(vit(), noise(4), "W8A8", "gptq,lowrank=serq:4")
+    grid = search_weight_grid(torch.eye(4), WeightSpec(8))
+    with pytest.raises(MarrqError, match="weights of 4 bits or fewer: got codes -128 … 127"):
+        grid.with_salient(torch.tensor([0]))
     with pytest.raises(MarrqError, match=r"serq:65 is larger than the 64 inputs .* use 64 or less"):
         quantized(vit(), noise(4), "W4A8", "gptq,lowrank=serq:65")
 
@@ -238,3 +241,11 @@ def test_a_grid_without_salient_columns_is_as_it_was():
     assert isinstance(same, Grid)
     assert same.joint is same
     assert torch.equal(same.codes(weight), grid.codes(weight))
+
+
+def test_weights_of_8_bits_in_a_mixed_scheme_have_no_second_codes():
+    model = quantized(vit(), noise(4), "WmixA8", "gptq,lowrank=serq:4")
+    linears = quantized_linears(model.module).values()
+    assert {linear.spec.num_bits for linear in linears} > {8}
+    for linear in linears:
+        assert (linear.salient_columns is None) == (linear.spec.num_bits == 8)

@@ -206,7 +206,7 @@ def test_a_linear_computes_with_both_codes():
 
 
 def test_more_bits_than_fit_and_a_rank_beyond_the_inputs_are_refused():
-    with pytest.raises(MarrqError, match=r"serq:4 needs weights of 4 bits or fewer.*: got 8; leave"):
+    with pytest.raises(MarrqError, match=r"serq:4 needs weights of 4 bits or fewer.*: got 8"):
         quantized(vit(), noise(4), "W8A8", "gptq,lowrank=serq:4")
     grid = search_weight_grid(torch.eye(4), WeightSpec(8))
     with pytest.raises(MarrqError, match="weights of 4 bits or fewer: got codes -128 … 127"):

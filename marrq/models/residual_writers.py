@@ -82,7 +82,7 @@ def find_residual_writer(block: Block, linear: str, tokens: Tensor) -> ResidualW
     writer = None
     for reader, before in still.items():
         # γ from the first token of the first draw; all tokens of both draws must confirm it.
-        gain = ((moved[0][reader] - before) / changes[0]).view(-1, tokens.shape[-1])[0]
+        gain = ((moved[0][reader] - before) / changes[0]).reshape(-1, tokens.shape[-1])[0]
         follows = (
             torch.allclose(after[reader] - before, gain * change)
             for after, change in zip(moved, changes, strict=True)

@@ -106,7 +106,7 @@ def fisher_energies(
         # After each batch its row is complete; the images of a batch are added in their order.
         def take(path: str, gradient: Tensor, place: int = place) -> None:
             scaled = gradient if path not in gains else _divided(gradient, gains[path])
-            energies = scaled.square().sum(-1).view(-1, tokens[path])  # [images, tokens]
+            energies = scaled.square().sum(-1).reshape(-1, tokens[path])  # [images, tokens]
             sums[path][place] += energies.sum(0, dtype=torch.float64)
 
         for start in range(batch.rows.start, batch.rows.stop, at_once):

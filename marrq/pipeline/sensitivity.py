@@ -203,7 +203,9 @@ class _Group:
         rows = problem.processes.rows(len(weight))
         part = problem.of_rows(rows, len(weight))
         sweeping, judging = part.halves
-        data = replace(sweeping, clip=self.calibration.method.clip)
+        # A grid of 8 bits is hardly clipped: the quick search will do.
+        is_coarse = problem.weight_spec.num_bits < WEIGHT_BITS[-1]
+        data = replace(sweeping, clip=self.calibration.method.clip if is_coarse else "weights")
         grid = choose_grid(weight[rows], data, problem.weight_spec)
         codes = sweep(weight[rows], grid, data.factors.factor)
         error, _ = part.loss(judging, weight[rows])(grid.values(codes))

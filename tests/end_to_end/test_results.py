@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sample_report import EMBEDDER, EMBEDDER_REPORT, FP32_EMBEDDER
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 RESULTS = ROOT / "examples" / "results"
@@ -65,3 +67,24 @@ def tables(markdown: str) -> str:
     prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"`[^`\n]*`|\]\([^)\n]*\)", "", prose)
     return "\n".join(line for line in prose.splitlines() if line.startswith("|"))
+
+
+def test_two_methods_are_set_apart_by_the_queries_that_one_alone_answers(tmp_path: Path):
+    better = replace(EMBEDDER, name="W4A8 marr-stream")
+    assert better.embedding is not None
+    assert better.embedding.retrieval is not None
+    # Of 1860 queries gptq misses all that the sample answers, one in eight, in the vote of 20.
+    worse = replace(better.embedding.retrieval.knn20, hits="00" * 233)
+    retrieval = replace(better.embedding.retrieval, knn20=worse)
+    embedding = replace(better.embedding, retrieval=retrieval)
+    other = replace(better, name="W4A8 gptq", method="gptq", embedding=embedding)
+    report = replace(EMBEDDER_REPORT, models=(FP32_EMBEDDER, other, better))
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(report.to_json()))
+    script = RESULTS.parent / "methods_apart.py"
+    command = [sys.executable, str(script), str(file), "gptq", "marr-stream"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    rows = {row["share"]: row for row in found["rows"]}
+    assert rows["knn20"]["only_baseline"] == 233  # a hit in the first bit of each byte
+    assert rows["knn20"]["drop_low"] > 0
+    assert rows["knn1"]["drop"] == rows["recall1"]["drop"] == 0

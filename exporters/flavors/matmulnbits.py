@@ -47,7 +47,7 @@ BLOCK_SIZES = (128, 64, 32, LEAST_BLOCK)
 ACCURACY_LEVELS = {1: "float32", 4: "int8"}
 """What the operator computes with, for each level that the CPU has kernels for."""
 
-CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 6: 8, 8: 8}
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 """Bits that a code takes in the file, by the bits of the code."""
 
 LOWEST_ONNXRUNTIME = {2: "1.24.1", 4: "1.19.0", 8: "1.23.0"}
@@ -120,7 +120,7 @@ class MatMulNBits:
             rows.codes[:, salient],
             rows.scale,
             rows.zero_point,
-            CONTAINER_BITS[rows.code_bits],
+            4 if rows.code_bits <= 4 else 8,
         )
         columns = linear.weight_constant("salient_columns", salient.numpy())
         chosen = linear.add("Gather", [linear.x, columns], axis=-1)

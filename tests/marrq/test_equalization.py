@@ -262,10 +262,8 @@ def test_an_equalized_model_gives_the_outputs_of_its_own_float_model():
 def test_j_of_an_equalized_model_is_the_square_error_of_its_outputs(method: str):
     """J is computed from inputs that were scaled on both paths; the outputs know nothing of
     scales."""
-    images = noise(8)
-    model = quantized(
-        vit_with_strong_channels(), images, "W4A4", f"{method},balance=off", strategy="per-token"
-    )
+    images, method = noise(8), f"{method},balance=off,token-weights=off"
+    model = quantized(vit_with_strong_channels(), images, "W4A4", method, strategy="per-token")
     smoothings = {
         path
         for path, linear in quantized_linears(model.module).items()

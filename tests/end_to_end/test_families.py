@@ -173,14 +173,6 @@ PYRAMID = {
     "mlp_ratios": [2, 2],
     "num_labels": 5,
 }
-DPT = {
-    **PLAIN,
-    "num_hidden_layers": 2,
-    "backbone_out_indices": [0, 0, 1, 1],
-    "neck_hidden_sizes": [8, 8, 16, 16],
-    "fusion_hidden_size": 16,
-    "is_hybrid": False,
-}
 SAM = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -272,7 +264,6 @@ FAMILIES = (
     Family("PVT v2", "PvtV2ForImageClassification", PYRAMID),
     Family("LeViT", "LevitForImageClassification", CONVOLVED, 64),
     Family("SegFormer", "SegformerForSemanticSegmentation", SEGMENTER, note="`logits` of pixels"),
-    Family("DPT", "DPTForDepthEstimation", DPT, note="`predicted_depth`"),
     Family("YOLOS", "YolosForObjectDetection", DETECTOR, note="`logits` and `pred_boxes`"),
     Family("SAM, image encoder", "SamVisionModel", SAM, note="`last_hidden_state`: a map"),
     Family(

@@ -197,7 +197,8 @@ def _clipped_share(weight: Tensor, grid: Grid) -> float:
     # The ends of each column in the units of the weight: [n, m] or [1, m] beside [n, m].
     columns = grid.columns(torch.arange(weight.shape[1], device=weight.device))
     lowest, highest = columns.lowest * columns.scale, columns.highest * columns.scale
-    return ((weight.T < lowest) | (weight.T > highest)).float().mean().item()
+    by_column = weight.T
+    return ((by_column < lowest) | (by_column > highest)).float().mean().item()
 
 
 def _quant_linear(

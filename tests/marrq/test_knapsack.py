@@ -44,9 +44,7 @@ def test_no_selection_of_all_is_better_within_any_limit(seed: int):
 @pytest.mark.parametrize("seed", range(10))
 def test_a_frontier_costs_less_the_larger_it_is(seed: int):
     points = frontier(drawn(seed))
-    assert all(
-        a.size < b.size and a.cost > b.cost for a, b in pairwise(points)
-    )
+    assert all(a.size < b.size and a.cost > b.cost for a, b in pairwise(points))
 
 
 def test_a_limit_below_the_smallest_selection_is_refused():

@@ -11,7 +11,7 @@ What the operator wants:
                          If a row ends within its last block, the block is filled up.
     2, 4 or 8 bits       codes of 3 bits go in 4-bit containers
 
-Salient columns (`lowrank=serq`) have codes of twice the bits, which do not fit the blocks of the
+Salient columns (`lowrank=serq`) have codes of 4 to 7 bits, which do not fit the blocks of the
 others. A Gather takes their inputs, and a second node multiplies them.
 
 `accuracy_level` is written into the node, so that servers that pass no session options find it too.
@@ -97,7 +97,7 @@ class MatMulNBits:
         self, linear: LinearLowering, salient: Tensor, bias: ir.Value | None
     ) -> ir.Value:
         """Two products: of all inputs, in which the salient ones have weights of 0, and of the
-        salient inputs with codes of twice the bits."""
+        salient inputs with their joint codes."""
         rows = linear.slice
         # One scale serves columns from all over the weight, so it must be that of the row.
         if rows.groups > 1:
@@ -106,7 +106,7 @@ class MatMulNBits:
                 "hold together: use --flavor qdq"
             )
         others, step = rows.codes.clone(), stride(rows.num_bits)
-        # The weight of a zero point is 0. Both are multiples of 2^(b-1) then.
+        # The weight of a zero point is 0. Both are multiples of the stride then.
         others[:, salient] = rows.zero_point
         first = _Codes(
             "weight",

@@ -33,6 +33,7 @@ from exporters.trace import (
 )
 from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.linear import QuantLinear, StoredFactor, quantized_linears
+from marrq.quantizers.salient import SECOND_BITS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LinearSlice:
     """The rows of a linear that a placeholder stands for.
 
     codes: int8 [rows, in], the artifact's; joint codes if some columns have two for each weight.
-    num_bits: of one code.
+    num_bits: of one code, the first if there are two.
     salient: int64 [r], the columns with two codes (marrq/quantizers/salient.py), or None.
     scale: float32 [rows, groups].
     zero_point: int8 [rows, groups].
@@ -95,7 +96,8 @@ class LinearSlice:
     @property
     def code_bits(self) -> int:
         """Bits of the widest of `codes`."""
-        return self.num_bits if self.salient is None else 2 * self.num_bits
+        second_bits = 0 if self.salient is None else SECOND_BITS[self.num_bits]
+        return self.num_bits + second_bits
 
     @property
     def in_features(self) -> int:

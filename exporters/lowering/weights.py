@@ -5,9 +5,9 @@
     4 bits    INT4 (opset 21) → Cast
     8 bits    int8 [→ Cast]
 
-If some columns have two codes for each weight, the second set is stored like the first, and the
-graph joins them to codes of twice the bits (marrq/quantizers/salient.py): Mul and Add in int32, and
-GatherND and ScatterND for the columns.
+If some columns have two codes for each weight, the second set is stored in the same way, by its own
+bits, and the graph joins both (marrq/quantizers/salient.py): Mul and Add in int32, and GatherND and
+ScatterND for the columns.
 
 ONNX Runtime folds these nodes when it loads the file, so they cost nothing at run time.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from exporters.lowering.linear import LinearLowering
 from marrq.quantizers.packing import packed_planes
-from marrq.quantizers.salient import split_codes, stride
+from marrq.quantizers.salient import SECOND_BITS, split_codes, stride
 
 NARROW_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4}
 
@@ -32,26 +32,29 @@ def int8_codes(linear: LinearLowering, inputs_first: bool = True) -> ir.Value:
         joint = _cast(linear, _joint_codes(linear, _stored_codes), ir.DataType.INT8)
         # The second codes are put in by inputs: a Transpose, folded too, gives the other layout.
         return joint if inputs_first else linear.add("Transpose", [joint])
-    codes = linear.slice.codes
-    return _int8(linear, _stored_codes(linear, codes.T.contiguous() if inputs_first else codes))
+    codes, num_bits = linear.slice.codes, linear.slice.num_bits
+    laid = codes.T.contiguous() if inputs_first else codes
+    return _int8(linear, _stored_codes(linear, laid, num_bits, "weight"))
 
 
 def float32_codes(linear: LinearLowering) -> ir.Value:
     """The slice's codes as a float32 value [in, rows], without INT2: its opset is one for which the
     CUDA provider lacks kernels."""
-    whole = _from_planes if linear.slice.num_bits == 2 else _stored_codes
-    if linear.slice.salient is not None:
+    rows = linear.slice
+    whole = _from_planes if rows.num_bits == 2 else _stored_codes
+    if rows.salient is not None:
         return _cast(linear, _joint_codes(linear, whole), ir.DataType.FLOAT)
-    return _cast(linear, whole(linear, linear.slice.codes.T.contiguous()), ir.DataType.FLOAT)
+    codes = whole(linear, rows.codes.T.contiguous(), rows.num_bits, "weight")
+    return _cast(linear, codes, ir.DataType.FLOAT)
 
 
 def _joint_codes(
-    linear: LinearLowering, narrow: Callable[[LinearLowering, Tensor, str], ir.Value]
+    linear: LinearLowering, narrow: Callable[[LinearLowering, Tensor, int, str], ir.Value]
 ) -> ir.Value:
     """The joint codes of both sets as int32 [in, rows] (marrq/quantizers/salient.py).
 
-    narrow: makes the value of a set of codes from its initializers, whose names begin with the
-    text."""
+    narrow: makes the value of a set of codes with so many bits from its initializers, whose names
+    begin with the text."""
     rows = linear.slice
     assert rows.salient is not None  # the caller checked it
     first, second = split_codes(rows.codes, rows.salient, rows.num_bits)
@@ -59,16 +62,17 @@ def _joint_codes(
     # [r, 1]: each index stands for a whole row of [in, rows].
     columns = linear.weight_constant("salient_columns", rows.salient[:, None].numpy())
 
-    def integers(codes: Tensor, name: str) -> ir.Value:
+    def integers(codes: Tensor, num_bits: int, name: str) -> ir.Value:
         # From int8: ONNX Runtime casts its narrow types to that.
-        value = _int8(linear, narrow(linear, codes.T.contiguous(), name))
+        value = _int8(linear, narrow(linear, codes.T.contiguous(), num_bits, name))
         return _cast(linear, value, ir.DataType.INT32)
 
-    # 2^(b-1) q of the other columns; 2^(b-1) r of the salient ones, to which the same comes again
-    # with s + 2^(b-1).
-    scaled = linear.add("Mul", [integers(first, "weight"), step])
+    # 2^(e-1) q of the other columns; 2^(e-1) r of the salient ones, to which the same comes again
+    # with s + 2^(e-1).
+    scaled = linear.add("Mul", [integers(first, rows.num_bits, "weight"), step])
     upper = linear.add("GatherND", [scaled, columns])
-    lower = linear.add("Add", [integers(second, "salient"), step])
+    second_bits = SECOND_BITS[rows.num_bits]
+    lower = linear.add("Add", [integers(second, second_bits, "salient"), step])
     more = linear.add("Add", [upper, lower])
     return linear.add("ScatterND", [scaled, columns, more], reduction="add")
 
@@ -78,14 +82,13 @@ def _int8(linear: LinearLowering, stored: ir.Value) -> ir.Value:
     return stored if stored.dtype == ir.DataType.INT8 else _cast(linear, stored, ir.DataType.INT8)
 
 
-def _stored_codes(linear: LinearLowering, codes: Tensor, name: str = "weight") -> ir.Value:
+def _stored_codes(linear: LinearLowering, codes: Tensor, num_bits: int, name: str) -> ir.Value:
     """Codes of any shape as int8, or as the type that packs them."""
-    num_bits = linear.slice.num_bits
     # Nothing to unpack.
     if num_bits == 8:
         return linear.weight_constant(f"{name}_codes", codes.numpy())
     if num_bits == 3:
-        return _from_planes(linear, codes, name)
+        return _from_planes(linear, codes, num_bits, name)
     # ONNX packs two INT4 or four INT2 codes in a byte.
     return linear.weight_constant(f"{name}_codes", codes.numpy().astype(NARROW_TYPES[num_bits]))
 
@@ -94,12 +97,12 @@ def _cast(linear: LinearLowering, value: ir.Value, data_type: ir.DataType) -> ir
     return linear.add("Cast", [value], to=int(data_type))
 
 
-def _from_planes(linear: LinearLowering, codes: Tensor, name: str = "weight") -> ir.Value:
+def _from_planes(linear: LinearLowering, codes: Tensor, num_bits: int, name: str) -> ir.Value:
     """The planes of 2- and 3-bit codes to int8.
 
     u = low | high << 2 is the two's complement of b bits, (u xor s) - s the code, s = 2^(b-1).
     """
-    num_bits, count = linear.slice.num_bits, codes.numel()
+    count = codes.numel()
     # The same planes that the artifact stores; 2-bit codes have the low one alone.
     low, *high = packed_planes(codes, num_bits)
     # u in 0 … 2^b - 1

@@ -27,7 +27,7 @@ from marrq.quantizers.linear import (
     quantized_linears,
 )
 from marrq.quantizers.packing import pack, unpack
-from marrq.quantizers.salient import join_codes, split_codes
+from marrq.quantizers.salient import SECOND_BITS, join_codes, split_codes
 from marrq.schemes import ActivationSpec, Scheme
 
 PACKED = ".weight_packed"
@@ -84,7 +84,7 @@ def _parts(linear: QuantLinear) -> dict[str, Tensor]:
     # The two codes of a salient column are packed like all codes, each in its own set.
     if salient is not None:
         codes, more = split_codes(codes, salient, num_bits)
-        second["salient_packed"] = pack(more, num_bits)
+        second["salient_packed"] = pack(more, SECOND_BITS[num_bits])
     parts = {
         "weight_packed": pack(codes, num_bits),
         **second,
@@ -177,7 +177,8 @@ def _restored_linear(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantLinear
     zero_point = parts.get("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
     salient, num_bits = parts.get("salient_columns"), scheme.weight.num_bits
     if salient is not None:
-        second = unpack(parts["salient_packed"], num_bits, (rows, len(salient)))
+        shape = (rows, len(salient))
+        second = unpack(parts["salient_packed"], SECOND_BITS[num_bits], shape)
         codes = join_codes(codes, second, salient, num_bits)
     weight = QuantizedWeight(scheme.weight, codes, scale, zero_point, salient)
     quantizer = None

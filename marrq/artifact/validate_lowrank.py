@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marrq.quantizers.packing import packed_size
-from marrq.quantizers.salient import MAX_BITS
+from marrq.quantizers.salient import SECOND_BITS
 
 
 def check_branch(parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
@@ -36,7 +36,7 @@ def check_salient(parts: Mapping[str, Tensor], num_bits: int, rows: int, columns
     if "salient_columns" not in parts and "salient_packed" not in parts:
         return
     salient, packed = parts["salient_columns"], parts["salient_packed"]
-    if num_bits > MAX_BITS:
+    if num_bits not in SECOND_BITS:
         raise ValueError(f"codes of {num_bits} bits have no second set")
     if salient.dim() != 1 or not 1 <= len(salient) <= columns:
         raise ValueError(f"salient_columns are not 1 to {columns} columns")
@@ -46,9 +46,10 @@ def check_salient(parts: Mapping[str, Tensor], num_bits: int, rows: int, columns
     if not ascending or int(indices[0]) < 0 or int(indices[-1]) >= columns:
         raise ValueError(f"salient_columns do not ascend within 0 … {columns - 1}")
     # The bytes in the file must hold the codes, as of weight_packed.
-    size = packed_size(rows * len(salient), num_bits)
+    second_bits = SECOND_BITS[num_bits]
+    size = packed_size(rows * len(salient), second_bits)
     if packed.dim() != 1 or packed.numel() != size:
         raise ValueError(
-            f"{rows} × {len(salient)} second codes of {num_bits} bits do not take "
+            f"{rows} × {len(salient)} second codes of {second_bits} bits do not take "
             f"{packed.numel()} bytes"
         )

@@ -32,7 +32,7 @@ def parse_lowrank(text: str) -> "LowRankSpec":
             "serq:RANK, for example srr:32"
         )
     kind, rank = cast(LowRankKind, match[1]), int(match[2])
-    # The second codes of serq have the bits of the weight: without a storage, there is none.
+    # The bits of serq's second codes follow from the weight's: without a storage, there is none.
     storage = None if kind == SERQ and match[3] is None else NUM_BITS[match[3]]
     return LowRankSpec(kind, rank, storage)
 
@@ -53,7 +53,7 @@ class LowRankSpec:
     kind: how L and R are found; `serq` for salient columns
     rank: r; the number of salient columns
     num_bits: 16 stores L and R as float16; 8 as int8, with a float32 scale for each of the r
-    components of L and of R; None for serq, whose codes have the bits of the weight"""
+    components of L and of R; None for serq, whose second codes have bits by those of the weight"""
 
     kind: LowRankKind
     rank: int
@@ -72,8 +72,8 @@ class LowRankSpec:
             )
         if self.kind == SERQ and self.num_bits is not None:
             raise MarrqError(
-                "the second codes of serq have the bits of the weight: write serq:RANK without a "
-                "storage"
+                "the bits of a weight decide those of serq's second codes: write serq:RANK without "
+                "a storage"
             )
         if self.is_branch and self.num_bits not in NUM_BITS.values():
             raise MarrqError(

@@ -53,7 +53,7 @@ class ColumnGrid:
         wide: [columns], whether a column is such a one. low: the smallest of the b-bit codes.
         """
         chosen, steps = wide[:, None], stride(num_bits)
-        # Steps of a salient column are c - 2^(b-1) z, for each c of two codes.
+        # Steps of a salient column are c - 2^(e-1) z, for each c of two codes.
         zero_point = (low - self.lowest) * steps
         ends = [end - zero_point for end in joint_range(num_bits)]
         return ColumnGrid(

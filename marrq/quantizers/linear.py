@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.packing import packed_size
+from marrq.quantizers.salient import SECOND_BITS
 from marrq.schemes import WeightSpec
 
 # float32 and int8; float32, since all zero points are 0; a power of two as float8_e8m0fnu.
@@ -64,9 +65,9 @@ class QuantizedWeight:
         bits += 8 * packed_size(self.codes.numel(), self.spec.num_bits)
         if self.salient_columns is None:
             return bits
-        count = len(self.salient_columns)
+        count, second_bits = len(self.salient_columns), SECOND_BITS[self.spec.num_bits]
         # Indices are int32.
-        return bits + 8 * packed_size(len(self.codes) * count, self.spec.num_bits) + 32 * count
+        return bits + 8 * packed_size(len(self.codes) * count, second_bits) + 32 * count
 
 
 @dataclass(frozen=True)

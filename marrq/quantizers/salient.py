@@ -5,14 +5,17 @@ R = q(W_S) and Q = q([W_S - R, W_rest]), and computes y = Q x + R x_S: no factor
 and no intermediate result to be rounded.
 
 Ours is the form in which both sets are one integer. With Δ and z the scale and the zero point of a
-row for b-bit codes, δ = Δ / 2^(b-1), and the code of a column
+row for b-bit codes, e the bits of a second code, δ = Δ / 2^(e-1), and the code of a column
 
-    of the others    c = 2^(b-1) q                        q: b bits, as without salient columns
-    of S             c = 2^b r + s + 2^(b-1)              r, s: b bits each, the two sets
+    of the others    c = 2^(e-1) q                    q: b bits, as without salient columns
+    of S             c = 2^e r + s + 2^(e-1)          r, s: b and e bits, the two sets
 
-every weight is (c - 2^(b-1) z) δ. So a column of S has steps 2^(b-1) times as fine, over twice the
-range. With 4 bits or fewer all codes c fit int8: one product of the same size runs both sets, and
-S needs no columns of its own, and no channels that lie side by side.
+every weight is (c - 2^(e-1) z) δ. So a column of S has steps 2^(e-1) times as fine, over twice the
+range. One product of the same size runs both sets, and S needs no columns of its own, and no
+channels that lie side by side.
+
+A second code has as many bits as the first, but 3 beside 4. Then all codes c lie in -64 … 63, in
+which no sum of two products saturates (runtime/audit/saturation.py); 4 and 4 bits would fill int8.
 
 Differs from the paper: R has the scale 2 Δ of the row where the paper's has a scale of its own.
 The grid that is shared costs no accuracy (marrq/methods/README.md has the comparison), because the
@@ -22,18 +25,22 @@ sweep comes to the columns of S last (methods/factor.py).
 import torch
 from torch import Tensor
 
-MAX_BITS = 4
-"""Two codes of more bits do not fit int8 together."""
+SECOND_BITS = {2: 2, 3: 3, 4: 3}
+"""e: the bits of a second code, by the bits b of the first. Codes c have b + e bits, at most 7."""
+
+MAX_BITS = max(SECOND_BITS)
+"""Wider codes leave no room for second ones."""
 
 
 def stride(num_bits: int) -> int:
-    """2^(b-1): the other columns use each so many-th code c."""
-    return int(2 ** (num_bits - 1))
+    """2^(e-1): the other columns use each so many-th code c."""
+    return int(2 ** (SECOND_BITS[num_bits] - 1))
 
 
 def joint_range(num_bits: int) -> tuple[int, int]:
     """The smallest and the largest c of a salient column."""
-    return -(2 ** (2 * num_bits - 1)), 2 ** (2 * num_bits - 1) - 1
+    half = int(2 ** (num_bits + SECOND_BITS[num_bits] - 1))
+    return -half, half - 1
 
 
 def strides(salient: Tensor, num_bits: int, columns: int) -> Tensor:
@@ -47,13 +54,14 @@ def split_codes(codes: Tensor, salient: Tensor, num_bits: int) -> tuple[Tensor, 
 
     salient: [r], indices of columns."""
     c, columns = codes.int(), salient.long()
-    # c is a multiple of 2^(b-1) in the other columns.
+    # c is a multiple of 2^(e-1) in the other columns.
     first = c.div(stride(num_bits), rounding_mode="floor")
     chosen = c.index_select(1, columns)
-    # c = 2^b r + s + 2^(b-1): r is the floor, and s the rest, signed.
-    upper = chosen >> num_bits
+    # c = 2^e r + s + 2^(e-1): r is the floor, and s the rest, signed.
+    shift = SECOND_BITS[num_bits]
+    upper = chosen >> shift
     first.index_copy_(1, columns, upper)
-    second = chosen - (upper << num_bits) - stride(num_bits)
+    second = chosen - (upper << shift) - stride(num_bits)
     return first.to(torch.int8), second.to(torch.int8)
 
 
@@ -61,6 +69,6 @@ def join_codes(first: Tensor, second: Tensor, salient: Tensor, num_bits: int) ->
     """The inverse of `split_codes`: int8 [m, n]."""
     columns = salient.long()
     codes = first.int() * stride(num_bits)
-    upper = first.int().index_select(1, columns) << num_bits
+    upper = first.int().index_select(1, columns) << SECOND_BITS[num_bits]
     codes.index_copy_(1, columns, upper + second.int() + stride(num_bits))
     return codes.to(torch.int8)

@@ -21,16 +21,17 @@ from marrq.quantizers.affine import Grid, search_weight_grid
 from marrq.quantizers.linear import QuantizedWeight, QuantLinear, quantized_linears
 from marrq.quantizers.packing import packed_size
 from marrq.quantizers.salient import join_codes, split_codes
-from marrq.schemes import WeightSpec
+from marrq.schemes import WeightGrid, WeightSpec
 
 RANK = 5
 BITS = [2, 3, 4]
+SECOND = {2: 2, 3: 3, 4: 3}
 
 
 @dataclass(frozen=True)
 class Wide(reference.Affine):
-    """A b-bit grid whose salient columns have the grid of two codes: steps 2^(b-1) times as fine
-    over twice the range."""
+    """A b-bit grid whose salient columns have the grid of two codes, of b and e bits: steps 2^(e-1)
+    times as fine over twice the range."""
 
     salient: tuple[int, ...] = ()
     num_bits: int = 0
@@ -38,7 +39,8 @@ class Wide(reference.Affine):
     def column(self, j: int) -> reference.Affine:
         if j not in self.salient:
             return super().column(j)
-        fine, end = 2 ** (self.num_bits - 1), 2 ** (2 * self.num_bits - 1)
+        fine = 2 ** (SECOND[self.num_bits] - 1)
+        end = fine * 2**self.num_bits
         return reference.Affine(self.scale[:, j] / fine, self.zero[:, j] * fine, -end, end - 1)
 
     def values(self, codes: np.ndarray) -> np.ndarray:
@@ -49,7 +51,7 @@ class Wide(reference.Affine):
         """Codes of single columns as marrq has them: all in steps of the salient columns."""
         others = [j for j in range(codes.shape[1]) if j not in self.salient]
         joint = codes.copy()
-        joint[:, others] *= 2 ** (self.num_bits - 1)
+        joint[:, others] *= 2 ** (SECOND[self.num_bits] - 1)
         return joint
 
 
@@ -100,19 +102,43 @@ def test_joint_codes_are_those_of_the_definition(
 
 @pytest.mark.parametrize("num_bits", BITS)
 def test_two_codes_are_one_integer_and_come_apart_again(num_bits: int):
-    codes = range(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1))
-    pairs = np.array(list(itertools.product(codes, codes)), np.int8)
+    every = [range(-(2 ** (bits - 1)), 2 ** (bits - 1)) for bits in (num_bits, SECOND[num_bits])]
+    pairs = np.array(list(itertools.product(*every)), np.int8)
     first = torch.from_numpy(np.stack([pairs[:, 0], pairs[:, 0]], 1))
     second = torch.from_numpy(pairs[:, 1:].copy())
     joint = join_codes(first, second, torch.tensor([1]), num_bits)
-    half = 2 ** (num_bits - 1)
-    wanted = [[half * r, 2**num_bits * r + s + half] for r, s in pairs.tolist()]
+    half = 2 ** (SECOND[num_bits] - 1)
+    wanted = [[half * r, 2 * half * r + s + half] for r, s in pairs.tolist()]
     assert joint.tolist() == wanted
-    # Each code of twice the bits comes up once.
-    assert sorted(joint[:, 1].tolist()) == list(range(-2 * half * half, 2 * half * half))
+    # Each code of the bits of both comes up once.
+    end = 2 ** (num_bits - 1) * 2 * half
+    assert sorted(joint[:, 1].tolist()) == list(range(-end, end))
     again = split_codes(joint, torch.tensor([1]), num_bits)
     assert torch.equal(again[0], first)
     assert torch.equal(again[1], second)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize(
+    ("num_bits", "salient_ends", "other_ends"),
+    [(2, (-8, 7), (-4, 2)), (3, (-32, 31), (-16, 12)), (4, (-64, 63), (-32, 28))],
+)
+def test_no_joint_code_leaves_the_range_in_which_sums_of_two_products_are_exact(
+    num_bits: int, salient_ends: tuple[int, int], other_ends: tuple[int, int], kind: WeightGrid
+):
+    # Weights far beyond the grid on both sides get the extreme codes of their columns.
+    weight = torch.tensor([[-1e3, -1e3], [1e3, 1e3]])
+    low, high = WeightSpec(num_bits, None, kind).code_range
+    zero = torch.full((2, 1), 0.0 if kind == "symmetric" else low)
+    grid = Grid(torch.ones(2, 1), zero, low, high).with_salient(torch.tensor([0]))
+    spec = WeightSpec(num_bits, None, kind)
+    stored = QuantizedWeight.on_grid(spec, grid.codes(weight), grid)
+    assert stored.codes.T.tolist() == [list(salient_ends), list(other_ends)]
+    # A zero point is a code of the other columns.
+    assert other_ends[0] <= int(stored.zero_point.min())
+    # The largest activations beside two codes of either sign: uint8 times int8 in 16 bits.
+    assert 2 * 255 * int(stored.codes.min()) >= -(2**15)
+    assert 2 * 255 * int(stored.codes.max()) <= 2**15 - 1
 
 
 @pytest.mark.parametrize("kind", ["asymmetric", "symmetric"])
@@ -127,7 +153,7 @@ def test_a_stored_weight_has_the_values_of_its_grid(num_bits: int, kind: str):
     plain = replace(grid, salient=None)
     others = [j for j in range(16) if j not in (1, 3, 15)]
     assert torch.equal(stored.values[:, others], plain.values(plain.codes(weight))[:, others])
-    step = grid.spread(16).scale[:, salient] / 2 ** (num_bits - 1)
+    step = grid.spread(16).scale[:, salient] / 2 ** (SECOND[num_bits] - 1)
     lowest, highest = (end.repeat_interleave(8, 1)[:, salient] for end in grid.ends)
     near = weight[:, salient].clamp(lowest, highest)
     error = (stored.values[:, salient] - near).abs()
@@ -151,7 +177,9 @@ def test_the_sweep_comes_to_salient_columns_last(act_order: bool):
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "gptaq", "exact", "marr-exact"])
 @pytest.mark.parametrize("num_bits", BITS)
-def test_the_error_falls_with_the_rank_to_that_of_nearly_twice_the_bits(name: str, num_bits: int):
+def test_the_error_falls_with_the_rank_to_that_of_steps_as_fine_as_both_codes(
+    name: str, num_bits: int
+):
     errors = []
     for rank in (0, 4, 12, INPUTS):
         lowrank = parse_lowrank(f"serq:{rank}") if rank else None
@@ -162,8 +190,8 @@ def test_the_error_falls_with_the_rank_to_that_of_nearly_twice_the_bits(name: st
             total += solve(case.weight, problem, spec).error
         errors.append(total)
     assert all(after < before for before, after in itertools.pairwise(errors))
-    # Steps 2^(b-1) times as fine: the square error falls as their square, up to clipping.
-    assert errors[-1] < 4 * errors[0] / 4 ** (num_bits - 1)
+    # Steps 2^(e-1) times as fine: the square error falls as their square, up to clipping.
+    assert errors[-1] < 4 * errors[0] / 4 ** (SECOND[num_bits] - 1)
 
 
 def test_with_its_error_the_sweep_uses_what_salient_columns_can_take_up():
@@ -185,7 +213,7 @@ def test_stored_bits_count_both_sets_and_the_indices(num_bits: int):
     codes = torch.zeros(5, 11, dtype=torch.int8)
     plain = QuantizedWeight(spec, codes, torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int8))
     more = replace(plain, salient_columns=salient).stored_bits - plain.stored_bits
-    assert more == 8 * packed_size(15, num_bits) + 3 * 32
+    assert more == 8 * packed_size(15, SECOND[num_bits]) + 3 * 32
 
 
 def test_a_linear_computes_with_both_codes():
@@ -227,7 +255,9 @@ def test_a_spec_is_read_back_from_its_text_and_takes_no_storage():
     assert (spec.kind, spec.rank, spec.num_bits, spec.is_branch) == ("serq", 32, None, False)
     assert parse_lowrank(str(spec)) == spec
     for text in ("serq:32:int8", "serq:32:fp16"):
-        with pytest.raises(MarrqError, match="second codes of serq have the bits of the weight"):
+        with pytest.raises(
+            MarrqError, match="bits of a weight decide those of serq's second codes"
+        ):
             parse_lowrank(text)
     for text in ("serq", "serq:", "serq:0"):
         with pytest.raises(MarrqError, match="low-rank branch"):

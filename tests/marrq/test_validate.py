@@ -152,15 +152,15 @@ def salient(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("columns", "packed_bytes"),
     [
-        ([0, 1, 64], 288),
-        ([-1, 0, 1], 288),
-        ([1, 1, 2], 288),
-        ([2, 1, 0], 288),
-        ([[0, 1, 2]], 288),
+        ([0, 1, 64], 216),
+        ([-1, 0, 1], 216),
+        ([1, 1, 2], 216),
+        ([2, 1, 0], 216),
+        ([[0, 1, 2]], 216),
         ([], 0),
-        (list(range(65)), 6240),
-        ([0, 1, 2], 287),
-        ([0, 1], 288),
+        (list(range(65)), 4680),
+        ([0, 1, 2], 215),
+        ([0, 1], 216),
     ],
 )
 def test_salient_columns_that_do_not_fit_are_refused(
@@ -180,8 +180,8 @@ def test_salient_columns_that_do_not_fit_are_refused(
     ("part", "tensor"),
     [
         ("salient_columns", torch.tensor([0, 1, 2])),
-        ("salient_packed", torch.zeros(288, dtype=torch.int8)),
-        ("salient_packed", torch.zeros(2, 144, dtype=torch.uint8)),
+        ("salient_packed", torch.zeros(216, dtype=torch.int8)),
+        ("salient_packed", torch.zeros(2, 108, dtype=torch.uint8)),
     ],
 )
 def test_parts_of_salient_columns_of_another_type_are_refused(

@@ -7,8 +7,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny_models import noise, quantized, vit
 
+from exporters.onnx_file import write
+from exporters.trace import trace_quantized
 from marrq.cli import main
+from marrq.quantizers.linear import quantized_linears
+from marrq.quantizers.salient import joint_range
 from runtime.audit import saturation
 from runtime.audit.inspect import inspect_file
 from runtime.audit.linears import examine
@@ -114,3 +119,19 @@ def test_inspect_says_for_each_linear_whether_its_sums_can_saturate(
     assert main(["inspect", str(wide)]) == 0
     assert "on x86 processors without VNNI" in " ".join(capsys.readouterr().out.split())
     assert inspect_file(wide, SessionSettings()).audit[0].saturates == "without VNNI"
+
+
+@pytest.mark.parametrize("flavor", ["integer", pytest.param("qdq", marks=pytest.mark.slow)])
+def test_salient_columns_with_the_extreme_codes_of_4_bit_weights_cannot_saturate(
+    flavor: str, tmp_path: Path
+):
+    made = quantized(vit(depth=1), noise(4), "W4A8", "rtn,lowrank=serq:64")
+    # Neighbours have the same extreme code: no other codes add up to more.
+    for path in quantized_linears(made.module):
+        codes = made.module.get_submodule(path).codes
+        codes[::2], codes[1::2] = joint_range(4)
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
+    rows = audit(examine(tmp_path / "m.onnx", SessionSettings(threads=1)))
+    products = [row for row in rows if row.nominal == "W4A8"]
+    assert {row.operator for row in products} == {"MatMulIntegerToFloat"}
+    assert {row.saturates for row in products} == {None}

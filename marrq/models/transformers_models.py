@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES as VIDEO_CLASSIFIERS,
+)
 from transformers.utils import logging
 
 from marrq.errors import MarrqError
@@ -181,7 +184,7 @@ def _class_names(id2label: dict[Any, str] | None) -> list[str] | None:
 def _model_class(config: Any) -> Any:
     """The class that a checkpoint was saved from, or the class of its vision tower.
 
-    Raises MarrqError if config.json names no class of transformers, or a class without images.
+    Raises MarrqError if config.json names no class of transformers, or a class that takes no image.
     """
     if config.model_type == "timm_wrapper":
         raise MarrqError("this is a checkpoint of timm: write hf-hub: before its name")
@@ -192,6 +195,11 @@ def _model_class(config: Any) -> Any:
         raise MarrqError(
             f"config.json names {name!r} under architectures, no class of transformers "
             f"{transformers.__version__}: correct it"
+        )
+    # Some of these families name their input as models of images do, and want an axis of frames.
+    if config.model_type in VIDEO_CLASSIFIERS:
+        raise MarrqError(
+            f"{name} takes videos, which marrq does not read: choose a model of images"
         )
     # A model of images and text takes text first ("input_ids"); its config holds one for images.
     # Of a model of images and prompts (SAM's points and boxes) an image alone enters the encoder.

@@ -20,6 +20,8 @@ from marrq.errors import MarrqError
 from marrq.methods.knapsack import Choice, Point, best_within, frontier
 
 SCHEMA = "marrq.sensitivity/1"
+MAX_STORED_BITS = 2**48
+"""Of a group of linears, in a file."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,12 @@ def sensitivity_from_json(fields: Mapping[str, Any]) -> Sensitivity:
         # A cost that is no number would make every plan as good as any other.
         if not groups or not all(group.widths for group in groups):
             raise ValueError("it has no widths")
-        costs = [width.divergence for group in groups for width in group.widths]
-        if not all(map(math.isfinite, costs)):
+        widths = [width for group in groups for width in group.widths]
+        if not all(math.isfinite(width.divergence) for width in widths):
             raise ValueError("a divergence is no number")
+        # Sizes are added in 64 bits.
+        if not all(0 <= width.stored_bits <= MAX_STORED_BITS for width in widths):
+            raise ValueError("stored_bits is no size that a model has")
     except (KeyError, TypeError, ValueError) as error:
         raise MarrqError(f"the file is no sensitivity ({error}): run marrq sensitivity") from error
     return found

@@ -17,8 +17,13 @@ a vision transformer have a few distinct sizes, so that a frontier has some hund
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from marrq.errors import MarrqError
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -41,47 +46,39 @@ class Point:
     chosen: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """A selection of the first items. before: the selection without the last of them."""
-
-    size: int
-    cost: float
-    choice: int
-    before: "_Partial | None"
-
-    @property
-    def chosen(self) -> tuple[int, ...]:
-        """The choices of all items, the first item first."""
-        found, partial = list[int](), self
-        # The first partial selection has no item in it.
-        while partial.before is not None:
-            found.append(partial.choice)
-            partial = partial.before
-        return tuple(reversed(found))
-
-
 def frontier(items: Sequence[Sequence[Choice]]) -> list[Point]:
     """Every selection that no other one beats: sizes ascend and costs descend, strictly.
 
     items: the choices of each item, at least one."""
-    partials = [_Partial(0, 0.0, 0, None)]
+    sizes, costs = np.zeros(1, np.int64), np.zeros(1)
+    # For each item: which partial selection before it each one goes on from, and by which choice.
+    steps: list[tuple[Numbers, Numbers]] = []
     for choices in items:
-        # Every way to go on, the smallest first; of equal sizes the one that costs least.
-        extended = sorted(
-            (
-                _Partial(partial.size + choice.size, partial.cost + choice.cost, number, partial)
-                for partial in partials
-                for number, choice in enumerate(choices)
-            ),
-            key=lambda partial: (partial.size, partial.cost),
-        )
-        # A larger selection stays only if it costs less than all smaller ones.
-        partials = []
-        for partial in extended:
-            if not partials or partial.cost < partials[-1].cost:
-                partials.append(partial)
-    return [Point(partial.size, partial.cost, partial.chosen) for partial in partials]
+        # Every way to go on, [choices, partials]: Python objects would take a hundred times as long
+        # for a model whose linears have many distinct sizes.
+        larger = np.add.outer(np.array([choice.size for choice in choices], np.int64), sizes)
+        dearer = np.add.outer(np.array([choice.cost for choice in choices]), costs)
+        kept = _unbeaten(larger.ravel(), dearer.ravel())
+        numbers, before = np.divmod(kept, len(sizes))
+        steps.append((before, numbers))
+        sizes, costs = larger.ravel()[kept], dearer.ravel()[kept]
+    # Backwards, from each selection of all items to its choice for the last, the one before it …
+    place, chosen = np.arange(len(sizes)), np.empty((len(sizes), len(items)), np.int64)
+    for item in reversed(range(len(items))):
+        before, numbers = steps[item]
+        chosen[:, item], place = numbers[place], before[place]
+    rows = zip(sizes.tolist(), costs.tolist(), chosen.tolist(), strict=True)
+    return [Point(size, cost, tuple(row)) for size, cost, row in rows]
+
+
+def _unbeaten(sizes: Numbers, costs: np.ndarray[Any, np.dtype[np.float64]]) -> Numbers:
+    """The numbers of the selections that no other one beats, by size. sizes, costs: [selections]"""
+    # The smallest first; of equal sizes the one that costs least.
+    order = np.lexsort((costs, sizes))
+    ordered = costs[order]
+    # A larger selection stays only if it costs less than all smaller ones.
+    least = np.minimum.accumulate(ordered)
+    return order[np.concatenate(([True], ordered[1:] < least[:-1]))]
 
 
 def best_within(points: Sequence[Point], limit: int) -> Point:

@@ -61,3 +61,16 @@ def test_a_model_of_a_hundred_groups_has_a_frontier_no_longer_than_a_table_of_it
         for unit in units
     ]
     assert len(frontier(items)) <= 6 * int(units.sum()) + 1
+
+
+def test_a_model_of_groups_of_many_distinct_sizes_is_solved_too():
+    random = np.random.default_rng(0)
+    items = [
+        [Choice(int(size) * bits + 40, float(random.random()) / 4**bits) for bits in (2, 3, 4, 8)]
+        for size in random.integers(1000, 100_000, 60)
+    ]
+    points = frontier(items)
+    assert len(points) > 2000
+    assert points[0].chosen == (0,) * 60
+    # Every item has some choice that costs least, and the largest selection has all of them.
+    assert points[-1].cost == pytest.approx(sum(min(one.cost for one in item) for item in items))

@@ -154,8 +154,8 @@ AlphaOption = Annotated[
     str | None,
     quantization_option(
         metavar="HOW",
-        help="How a marr method finds the residual strength α: pid (default) or grid, for each "
-        "linear; or global=VALUE, the same for all.",
+        help="How a marr method finds the residual strength α: pid (default), grid or closed, for "
+        "each linear; or global=VALUE, the same for all.",
     ),
 ]
 FeedbackOption = Annotated[

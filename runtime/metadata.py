@@ -37,13 +37,16 @@ PREFIX = "marrq."
 
 OutputKind = Literal["classes", "features", "dense"]
 
+LOGITS = "logits"
+"""The output that class names belong to."""
+
 
 def output_kind(name: str, rank: int, labels: Sequence[str]) -> OutputKind:
     """What an output is: logits of classes, one vector an image, or numbers for each token, box or
     pixel. rank: number of its axes, the batch among them. labels: of the file."""
     if rank != 2:
         return "dense"
-    return "classes" if name == "logits" and labels else "features"
+    return "classes" if name == LOGITS and labels else "features"
 
 
 @dataclass(frozen=True)

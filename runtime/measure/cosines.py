@@ -23,12 +23,14 @@ class Cosines(Record):
 
 
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Cosine of each row of a [n, c] with that of b [n, c]: [n]. 0 if a row is 0 or not finite."""
+    """Cosine of each row of a [n, c] with that of b [n, c]: [n]. 0 if a row is 0 or not finite; but
+    1 if both rows are 0, since nothing tells them apart."""
     # In float64: cosines near 1 differ in digits that float32 does not have.
     x, y = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-    return np.where(np.isfinite(found), found, 0.0)
+    are_equal = ~(x.any(1) | y.any(1))
+    return np.where(are_equal, 1.0, np.where(np.isfinite(found), found, 0.0))
 
 
 def summarized(found: NDArray[np.float64]) -> Cosines:

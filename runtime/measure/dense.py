@@ -7,9 +7,10 @@ it is kept but sums. An image's output counts as one vector:
     relative error  √(Σ ‖a - b‖² / Σ ‖b‖²) over all images; b: of the float32 model
     agreement       share of positions with the same arg max along the axis of the classes
 
-The axis of the classes is the one that has as many entries as the model has labels; if there is
-none, the last one if it has one entry more, for the class "no object" of detectors such as DETR. An
-output without such an axis has no agreement.
+Only the logits have an axis of classes: the four numbers of a box are no classes, also if a model
+has four. It is the axis that has as many entries as the model has labels; if there is none, the
+last one if it has one entry more, for the class "no object" of detectors such as DETR. An output
+without such an axis has no agreement.
 """
 
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.measure.cosines import Cosines, cosines, summarized
+from runtime.metadata import LOGITS
 
 # [images, …].
 Outputs = NDArray[np.float32]
@@ -30,6 +32,7 @@ class OutputError(Cosines):
     """How far one output is from that of the float32 model."""
 
     output: str
+    # NaN, in JSON null, if float32 gives 0 throughout and the model does not.
     relative_error: float
     # Share of positions with the same class; None without an axis of classes.
     agreement: float | None
@@ -40,7 +43,7 @@ class OutputComparison:
 
     def __init__(self, name: str, classes: int) -> None:
         """name: of the output. classes: number of the model's labels."""
-        self._name, self._classes = name, classes
+        self._name, self._classes = name, classes if name == LOGITS else 0
         self._cosines: list[NDArray[np.float64]] = []
         # Sums of squares: of the differences, and of the float32 model's numbers.
         self._wrong, self._power = 0.0, 0.0
@@ -61,11 +64,12 @@ class OutputComparison:
 
     def result(self) -> OutputError:
         """What was found in all batches."""
+        # Of an output that is 0 in both models nothing is lost.
+        error = math.sqrt(self._wrong / self._power) if self._power else math.nan
         return OutputError(
             **vars(summarized(np.concatenate(self._cosines))),
             output=self._name,
-            # Nothing is added to an output that is 0 throughout, or everything is wrong.
-            relative_error=math.sqrt(self._wrong / self._power) if self._power else math.nan,
+            relative_error=error if self._wrong else 0.0,
             agreement=self._same / self._positions if self._positions else None,
         )
 
@@ -75,8 +79,8 @@ def class_axis(dims: Sequence[int], classes: int) -> int | None:
     if not classes:
         return None
     places = [place for place, length in enumerate(dims) if length == classes]
-    # Which of two such axes is meant, cannot be told.
-    if len(places) == 1:
+    # Which of two such axes is meant, cannot be told; and a single class is always the best one.
+    if len(places) == 1 and classes > 1:
         return places[0]
     has_no_object = len(dims) > 1 and not places and dims[-1] == classes + 1
     return len(dims) - 1 if has_no_object else None

@@ -41,7 +41,8 @@ class Likeness(Cosines):
 
     # 1 % of the images have a smaller cosine.
     cosine_p1: float
-    # Share of the 10 nearest images that are the same, 0 … 1, mean over the images.
+    # Share of the 10 nearest images that are the same, 0 … 1, mean over the images; 1 for up to 11
+    # images, all of which are neighbours.
     overlap: float
     overlap_low: float
     overlap_high: float

@@ -11,9 +11,11 @@ same images, so the interval of a difference is that of the mean of the differen
 t is Student's quantile with ν = n - 1, by the first terms of its expansion at the normal quantile z
 (M. Abramowitz, I. Stegun, Handbook of Mathematical Functions, 26.7.5):
 
-    t ≈ z + (z³ + z) / 4ν + (5 z⁵ + 16 z³ + 3 z) / 96ν²
+    t ≈ z + (z³ + z) / 4ν + (5 z⁵ + 16 z³ + 3 z) / 96ν² + (3 z⁷ + 19 z⁵ + 17 z³ - 15 z) / 384ν³
+        + (79 z⁹ + 776 z⁷ + 1482 z⁵ - 1920 z³ - 945 z) / 92160ν⁴
 
-within 1 % from ν = 4 on. A single image has no deviation, so nothing is known but the bounds.
+within 1 % from ν = 2 on; of two numbers the interval is a tenth too narrow. A single image has no
+deviation, so nothing is known but the bounds.
 """
 
 import math
@@ -50,5 +52,11 @@ def mean_of(values: Numbers, least: float, most: float) -> Mean:
 
 def student(freedom: int, z: float = NORMAL_95) -> float:
     """Student's quantile for that many degrees of freedom. z: the normal quantile."""
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    # The n-th term is over νⁿ.
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))

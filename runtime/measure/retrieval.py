@@ -146,7 +146,6 @@ def find(
     own = normalized(features)
     among, known = (own, classes) if gallery is None else _unpacked(gallery)
     knn: dict[int, list[Right]] = {k: [] for k in NEIGHBOURS}
-    # The two walks are one if the gallery is the measured images.
     recalled, precisions = np.zeros(len(own), bool), np.zeros(len(own))
     count = int(max(classes.max(), known.max())) + 1
     for rows, similarities in in_chunks(own, own, True):
@@ -155,9 +154,12 @@ def find(
         relevant &= np.isfinite(similarities)
         recalled[rows] = np.take_along_axis(relevant, similarities.argmax(1)[:, None], 1)[:, 0]
         precisions[rows] = average_precisions(similarities, relevant)
-        votes = similarities if gallery is None else own[rows] @ among.T
-        for k, right in knn.items():
-            right.append(vote(votes, known, k, count) == classes[rows])
+        # A gallery may be larger than the measured images, so it has chunks of its own.
+        own_votes = [(slice(None), similarities)]
+        looked_at = own_votes if gallery is None else in_chunks(own[rows], among, False)
+        for part, votes in looked_at:
+            for k, right in knn.items():
+                right.append(vote(votes, known, k, count) == classes[rows][part])
         rows_done(rows.stop - rows.start)
     # Alone in its class, an image has nothing to find.
     queries = np.bincount(classes)[classes] > 1

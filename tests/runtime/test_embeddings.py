@@ -4,6 +4,7 @@ them, and what must hold for any embeddings."""
 import numpy as np
 import pytest
 
+from runtime.measure import retrieval as retrieving
 from runtime.measure import similarity
 from runtime.measure.accuracy import drop_interval, mcnemar
 from runtime.measure.dense import OutputComparison, class_axis
@@ -242,7 +243,7 @@ def test_dense_outputs_are_compared_as_if_they_were_one_batch():
     random = np.random.default_rng(1)
     reference = random.normal(size=(7, 5, 4, 3)).astype(np.float32)
     found = reference + 0.1 * random.normal(size=reference.shape).astype(np.float32)
-    comparison = OutputComparison("masks", classes=5)
+    comparison = OutputComparison("logits", classes=5)
     for rows in (slice(0, 3), slice(3, 7)):
         comparison.add(reference[rows], found[rows])
     result = comparison.result()
@@ -253,7 +254,7 @@ def test_dense_outputs_are_compared_as_if_they_were_one_batch():
         np.linalg.norm(found - reference) / np.linalg.norm(reference)
     )
     assert result.agreement == (reference.argmax(1) == found.argmax(1)).mean()
-    assert (result.output, result.images) == ("masks", 7)
+    assert (result.output, result.images) == ("logits", 7)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +267,51 @@ def test_dense_outputs_are_compared_as_if_they_were_one_batch():
         ((196, 384), 0, None),
         ((196, 384), 10, None),
         ((11,), 10, None),
+        ((1, 32, 32), 1, None),  # a single class is always the best one
+        ((100, 2), 1, 1),
     ],
 )
 def test_the_axis_of_the_classes_is_told_by_its_length(
     dims: tuple[int, ...], classes: int, axis: int | None
 ):
     assert class_axis(dims, classes) == axis
+
+
+def test_boxes_have_no_agreement_if_a_detector_has_as_many_classes_as_a_box_has_numbers():
+    boxes = np.random.default_rng(1).normal(size=(3, 10, 4)).astype(np.float32)
+    for classes in (3, 4):
+        comparison = OutputComparison("pred_boxes", classes)
+        comparison.add(boxes, boxes)
+        assert comparison.result().agreement is None
+
+
+def test_an_output_that_is_zero_in_both_models_has_lost_nothing():
+    comparison, nothing = OutputComparison("depth", 0), np.zeros((2, 3, 4), np.float32)
+    comparison.add(nothing, nothing)
+    result = comparison.result()
+    assert (result.cosine, result.least_cosine, result.relative_error) == (1, 1, 0)
+    # An output that only the float32 model does not have is another matter.
+    comparison.add(nothing, nothing + 1)
+    assert comparison.result().least_cosine == 0
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262)])
+def test_students_quantile_is_that_of_the_tables_within_a_hundredth(freedom: int, expected: float):
+    assert student(freedom) == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_gallery_larger_than_the_measured_images_is_looked_at_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sizes, vote = [], retrieving.vote
+
+    def counted(similarities: np.ndarray, classes: np.ndarray, k: int, count: int) -> np.ndarray:
+        sizes.append(similarities.size)
+        return vote(similarities, classes, k, count)
+
+    whole = find(drawn(0, 5), TARGETS[:5], GALLERY)
+    monkeypatch.setattr(similarity, "CHUNK", 64)
+    monkeypatch.setattr(retrieving, "vote", counted)
+    parts = find(drawn(0, 5), TARGETS[:5], GALLERY)
+    assert max(sizes) <= 64
+    assert all((whole.knn[k] == parts.knn[k]).all() for k in (1, 20))

@@ -120,7 +120,7 @@ def compare(
     runner = Runner(task)
     report = ReportFile(file, runner, combinations)
     missing, count = report.missing(), len(combinations)
-    runner.check_groups([combination.scheme for combination in missing])
+    runner.check(missing)
     present = count - len(missing)
     show(present, count, "")
 
@@ -157,15 +157,21 @@ class Runner:
         _, self.kind = judged(self.answering)
         self.shared: FullPrecisionInputs | None = None
 
-    def check_groups(self, schemes: list[Scheme]) -> None:
-        """Raise MarrqError if the groups of a scheme do not fit the model, before the first run."""
-        grouped = [scheme for scheme in schemes if scheme.weight.group_size]
+    def check(self, combinations: list[Combination]) -> None:
+        """Raise MarrqError, before the first run, if a method does not go with its scheme, if there
+        are too few images, or if the groups of a scheme do not fit the model."""
+        for one in combinations:
+            recipe = self._recipe(one)
+            recipe.settings(self.train.draw(recipe.samples, recipe.seed))
+            if one.method.refinement.on:
+                recipe.fresh(self.train)
+        grouped = {one.scheme for one in combinations if one.scheme.weight.group_size}
         if not grouped:
             return
         # The trial forwards of `find_blocks` add noise to this image.
         size = self.original.preprocessing.input_size
         blocks = find_blocks(self.original.module, torch.zeros(1, *size))
-        for scheme in grouped:
+        for scheme in sorted(grouped, key=str):
             check_groups(blocks, scheme)
 
     def run(self, combination: Combination) -> dict[str, Any]:
@@ -217,11 +223,14 @@ class Runner:
             return {"knn20": seen.knn20.share, "retrieval": seen.to_json(), **images}
         return images
 
-    def _quantized(self, combination: Combination) -> QuantizedModel:
+    def _recipe(self, combination: Combination) -> Recipe:
         scheme, method = combination.scheme, combination.method
+        return Recipe(scheme, method, self.task.samples, combination.seed)
+
+    def _quantized(self, combination: Combination) -> QuantizedModel:
         # Quantizing replaces linears in place, and the next run needs the float model again.
         copied = replace(self.original, module=copy.deepcopy(self.original.module))
-        recipe = Recipe(scheme, method, self.task.samples, combination.seed)
+        recipe = self._recipe(combination)
         settings = recipe.settings(self.train.draw(recipe.samples, recipe.seed))
         key = FullPrecisionKey.of(self.original, settings, self.device)
         # Tokens of a model are large, and combinations come in the order of their seeds: only the

@@ -68,6 +68,26 @@ def test_another_model_or_sample_does_not_get_into_the_same_file(
     assert "compares with another samples" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        ("--scheme W8A8 --method gptq --method gptq,lowrank=serq:4", "needs weights of"),
+        ("--scheme WmixA8 --method gptq", "has no weight bits"),
+        ("--method gptq --method gptq,refine=on", "the refinement takes 1320 images"),
+    ],
+)
+def test_a_run_that_cannot_be_done_is_told_before_the_first_one(
+    arguments: list[str],
+    chosen: str,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main([*arguments, *split(chosen)]) == 1
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_a_plot_that_could_not_be_written_is_refused_before_the_work(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

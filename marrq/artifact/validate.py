@@ -111,7 +111,9 @@ def check_architecture(library: str, architecture: Any) -> None:
         if key == "architecture" and not (isinstance(value, str) and timm.is_model(value)):
             raise ValueError(f"timm has no model {value!r}")
         # A refused key with an empty value does nothing: transformers writes some of them.
-        described = key == BACKBONE and _has_backbone_table(library, architecture)
+        # True stands for a table with content; a name in its place would be downloaded.
+        is_table = key == BACKBONE and value is True
+        described = is_table and _has_backbone_table(library, architecture)
         if value and REFUSED_KEY.fullmatch(key) and not described:
             raise ValueError(f"its architecture sets {key!r}")
         # `not … <=` and not `>`: NaN is refused too.

@@ -42,8 +42,9 @@ MAX_NAMES_BYTES = 16 * 2**20
 NORM_TOLERANCE = 1e-3
 """How far the norm of a row may be from 1: float16 embeddings that became float32 pass."""
 
-BREAKS = ("Cc", "Zl", "Zp")
-"""Unicode categories that a name cannot have: labels are files with one name a line."""
+BREAKS = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories that a name cannot have: labels are files of UTF-8 with one name a line, and
+halves of a surrogate pair, which JSON can express, have no UTF-8."""
 
 PLACE = "{}"
 """Where a template has the name of a class."""
@@ -104,7 +105,7 @@ def check_names(names: Sequence[str]) -> None:
         if not isinstance(name, str) or not name.strip() or name != name.strip():
             raise MarrqError(f"name {row} is {name!r}: give a text without spaces around it")
         if any(unicodedata.category(letter) in BREAKS for letter in name):
-            raise MarrqError(f"name {row} is {name!r}: give a text of one line")
+            raise MarrqError(f"name {row} is {name!r}: give a text of one line, in UTF-8")
     # Two classes of one name would share the images of that name's folder.
     name, count = Counter(names).most_common(1)[0]
     if count > 1:

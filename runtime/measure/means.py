@@ -59,4 +59,5 @@ def student(freedom: int, z: float = NORMAL_95) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     # The n-th term is over νⁿ.
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    beyond: float = sum(term / freedom**power for power, term in enumerate(terms, 1))
+    return z + beyond

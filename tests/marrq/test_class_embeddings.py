@@ -103,6 +103,7 @@ def infinite() -> np.ndarray:
         ({"names": ("cat", "cat", "dog")}, "2 classes have the name 'cat'"),
         ({"names": ("cat", "dog")}, "3 embeddings and 2 names"),
         ({"names": ("cat", "dog", "a\nb")}, "name 2 is 'a\\nb': give a text of one line"),
+        ({"names": ("cat", "dog", "\ud800")}, "give a text of one line, in UTF-8"),
         ({"names": ("cat", "dog", " eel")}, "without spaces around it"),
         ({"names": ("cat", "dog", "")}, "name 2 is ''"),
         ({"names": (), "embeddings": unit_rows(0)}, "no names of classes"),

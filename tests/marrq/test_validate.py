@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import noise, quantized, vit
 
 from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, load, save
+from marrq.artifact.validate import check_architecture
 from marrq.errors import MarrqError
 from marrq.files import sha256
 from marrq.models.images import read_image
@@ -84,6 +85,14 @@ def test_an_architecture_that_would_read_download_or_import_is_refused(
 ):
     with pytest.raises(MarrqError, match=f"its architecture sets '{key}"):
         load(configured(artifact, "model", "architecture", key, value=value))
+
+
+def test_a_table_for_a_backbone_lets_no_name_of_another_backbone_pass():
+    table = {"model_type": "dinov2", "hidden_size": 32}
+    check_architecture("transformers", {"model_type": "dpt", "backbone_config": table})
+    for inner in ({**table, "backbone_config": "someone/model"}, "someone/model"):
+        with pytest.raises(ValueError, match="its architecture sets 'backbone_config'"):
+            check_architecture("transformers", {"model_type": "dpt", "backbone_config": inner})
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from marrq.models.blocks import hooked
 from marrq.quantizers.activations import ActivationQuantizer, smoothed
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import QuantLinear, quantized_linears
@@ -186,23 +187,24 @@ def learn(module: nn.Module, image: Tensor) -> Learned:
 def _readers(
     module: nn.Module, linears: dict[str, QuantLinear], image: Tensor
 ) -> Iterator[Sequence[str]]:
-    """The paths of the linears, those that read the same tensor together."""
+    """The paths of the linears, those that read the same tensor by the same grid together."""
     # One tensor, not equal ones: after a resumed run, linears that share an input have a quantizer
-    # each, and equal clip factors occur by chance too.
-    readers: dict[int, list[str]] = {}
+    # each, and equal clip factors occur by chance too. Linears of several blocks that read one
+    # tensor were calibrated block by block, and have grids of their own.
+    readers: dict[tuple[int, bytes], list[str]] = {}
     kept: list[Tensor] = []
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             # Kept, so that no later tensor gets the same id.
             kept.append(arguments[0])
-            readers.setdefault(id(arguments[0]), []).append(path)
+            grid = (linears[path].input or nn.Identity()).state_dict()
+            numbers = b"".join(values.cpu().numpy().tobytes() for values in grid.values())
+            readers.setdefault((id(arguments[0]), numbers), []).append(path)
 
         return hook
 
     handles = [linears[path].register_forward_pre_hook(note(path)) for path in linears]
-    with torch.no_grad():
+    with hooked(handles), torch.no_grad():
         module(image)
-    for handle in handles:
-        handle.remove()
     yield from readers.values()

@@ -40,13 +40,13 @@ def refine(
     Raises MarrqError if the loss is not finite; then the model is not to be used.
     """
     spec, module = model.method.refinement, model.module
-    before = _held_out_loss(module, teacher, spec)
+    before = _finite(_held_out_loss(module, teacher, spec), "before its first step", spec)
     # Numbers that may change are kept as they are: a result that does not help is taken back.
     state = copy.deepcopy(module.state_dict())
     learned = learn(module, teacher.images[:1].to(next(module.parameters()).device))
     _train(learned, teacher, spec, model.calibration.seed, step_done)
     learned.store()
-    after = _held_out_loss(module, teacher, spec)
+    after = _finite(_held_out_loss(module, teacher, spec), "after its last step", spec)
     record = RefinementRecord(
         spec.images, spec.held_out, teacher.files_sha256, spec.steps, before, after
     )
@@ -66,16 +66,20 @@ def _train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _share_of_rate(step, spec.steps)
         loss = teacher.loss(learned.module, rows, spec.temperature)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise MarrqError(
-                f"the refinement's loss is {value} at step {step + 1} of {spec.steps}: lower "
-                f"refine.rate, which is {spec.rate:g}"
-            )
+        value = _finite(float(loss.detach()), f"at step {step + 1} of {spec.steps}", spec)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step_done(step + 1, spec.steps, f"loss {value:.3f}")
+
+
+def _finite(loss: float, when: str, spec: RefinementSpec) -> float:
+    """The loss, which no record may have if it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise MarrqError(
+            f"the refinement's loss is {loss} {when}: lower refine.rate, which is {spec.rate:g}"
+        )
+    return loss
 
 
 def _batches(spec: RefinementSpec, seed: int) -> Iterator[slice]:

@@ -1,39 +1,44 @@
 """The options that say how large a quantized model may be (marrq/budget.py)."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from marrq.cli import common
+
+budgeted = partial(typer.Option, rich_help_panel="Budget")
 
 Budget = Annotated[
     str | None,
-    common.quantization_option(
+    budgeted(
         metavar="BITS|auto",
-        help="Give each linear 2, 3, 4 or 8 bits, so that all take so many bits a weight, scales "
-        "included; or auto, for the smallest model within --max-drop. The scheme is then WmixA8.",
+        help="Bits a weight in all, scales included: each linear gets 2, 3, 4 or 8 bits (scheme "
+        "WmixA8). Or auto: the smallest model within --max-drop.",
     ),
 ]
 MaxSize = Annotated[
     str | None,
-    common.quantization_option(
+    budgeted(
         metavar="SIZE",
-        help="The same by the size of all tensors of the artifact, such as 10MB.",
+        help="The same by the size of all tensors, such as 10MB.",
     ),
 ]
 MaxDrop = Annotated[
     float | None,
-    common.quantization_option(
+    budgeted(
         metavar="POINTS",
-        help="For --budget auto: points of top-1 that may be lost on the images in val/.",
+        help="For auto: points of top-1 that may be lost on val/.",
         min=0.0,
     ),
 ]
 SensitivityFile = Annotated[
     Path | None,
-    common.quantization_option(
+    budgeted(
         "--sensitivity",
         metavar="FILE",
-        help="For a budget: what marrq sensitivity --json wrote, in place of measuring again.",
+        help="What marrq sensitivity --json wrote: not measured again.",
         dir_okay=False,
         exists=True,
     ),

@@ -64,9 +64,8 @@ OutputsOption = Annotated[
     str | None,
     input_option(
         metavar="NAMES",
-        help="What the model is to give, separated by commas: logits, features, tokens of timm; "
-        "last_hidden_state, pooler_output and others of transformers. Default: logits, or features "
-        "of a model without logits.",
+        help="Outputs to take, such as features,tokens of timm or last_hidden_state of "
+        "transformers; default: logits, or else features.",
     ),
 ]
 DataOption = Annotated[
@@ -82,8 +81,7 @@ GalleryOption = Annotated[
     int,
     input_option(
         metavar="N",
-        help="For embeddings: images of train/ that k-NN looks among, drawn at random if there are "
-        "more.",
+        help="For embeddings: most images of train/ that k-NN looks among.",
         min=1,
     ),
 ]
@@ -115,10 +113,9 @@ SchemeOption = Annotated[
     str | None,
     quantization_option(
         metavar="WxAy",
-        help="Bits of weights (2, 3, 4, 8; mix with a budget) and of activations (3, 4, 8, 16); "
-        "default: W4A8, or WmixA8 with a budget. Suffixes: -gSIZE for "
-        "groups of inputs, -sym for zero points of 0 (for TensorRT: W8A8-sym), -mxint for blocks "
-        "of 32 that share a power of two, -e8 for first and last layers in 8 bits.",
+        help="Bits of weights (2, 3, 4, 8) and activations (3, 4, 8, 16); default: W4A8. Suffixes: "
+        "-gSIZE groups of inputs, -sym zero points of 0, -mxint blocks of 32 that share a power "
+        "of two, -e8 first and last layers in 8 bits.",
     ),
 ]
 SchemesOption = Annotated[
@@ -131,9 +128,7 @@ SchemesOption = Annotated[
 ]
 ActivationsOption = Annotated[
     str,
-    quantization_option(
-        metavar="NAME", help="per-tensor: static scales; per-token: dynamic scales."
-    ),
+    quantization_option(metavar="NAME", help="per-tensor (static) or per-token (dynamic)."),
 ]
 MethodOption = Annotated[
     str,
@@ -154,23 +149,22 @@ AlphaOption = Annotated[
     str | None,
     quantization_option(
         metavar="HOW",
-        help="How a marr method finds the residual strength α: pid (default), grid or closed, for "
-        "each linear; or global=VALUE, the same for all.",
+        help="How marr finds α: pid (default), grid or closed; or global=VALUE, one for all.",
     ),
 ]
 FeedbackOption = Annotated[
     str | None,
     quantization_option(
         metavar="NAME",
-        help="Images that judge the α of a marr method: held-out (default) or calibration.",
+        help="Judge of α: held-out (default) or calibration.",
     ),
 ]
 LowrankOption = Annotated[
     str | None,
     quantization_option(
         metavar="KIND:RANK",
-        help=f"What is beside the codes: {LOWRANK_KINDS}. A low-rank branch in 16 bits (:fp16, "
-        "default), or in 8 with :int8 behind; serq gives salient columns a second code instead.",
+        help=f"Beside the codes: {LOWRANK_KINDS}. A low-rank branch, in 8 bits with :int8 "
+        "behind; serq: second codes of salient columns.",
     ),
 ]
 RotateOption = Annotated[
@@ -180,7 +174,7 @@ RefineOption = Annotated[
     bool,
     quantization_option(
         "--refine",
-        help="Refine the finished model by back-propagation, on further images.",
+        help="Then train scales and norms on more images.",
     ),
 ]
 SettingOption = Annotated[
@@ -204,9 +198,7 @@ WorkDirOption = Annotated[
 ]
 ResumeOption = Annotated[
     bool,
-    run_option(
-        "--resume", help="Go on with a run that was stopped; do nothing if its output is complete."
-    ),
+    run_option("--resume", help="Go on with a run that was stopped, if it was."),
 ]
 ThreadsOption = Annotated[
     int | None,

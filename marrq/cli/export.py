@@ -41,7 +41,6 @@ def export(
     """Export an artifact as an ONNX file, or as a model in a Triton repository.
 
     marrq export artifact -o model.onnx
-    marrq export artifact --device gpu --weights-only -o model.onnx
     marrq export artifact --format triton --name digits -o repository
     marrq export clip-artifact --classes classes.safetensors -o model.onnx
     """

@@ -40,19 +40,17 @@ Backend = Annotated[
         help="onnxruntime; or python, which runs onnxruntime on servers without that backend.",
     ),
 ]
-Instances = Annotated[
-    int, served(metavar="N", help="Copies of the model that run at once, on each GPU.", min=1)
-]
+Instances = Annotated[int, served(metavar="N", help="Copies that run at once, on each GPU.", min=1)]
 Threads = Annotated[
     int | None, served(metavar="N", help="Threads of one operator; default: one a core.", min=1)
 ]
-MaxBatch = Annotated[int, served(metavar="N", help="Largest number of images in one run.", min=1)]
+MaxBatch = Annotated[int, served(metavar="N", help="Most images in one run.", min=1)]
 QueueDelay = Annotated[
-    int, served(metavar="MICROSECONDS", help="How long a request may wait for others.", min=0)
+    int, served(metavar="MICROSECONDS", help="How long a request may wait.", min=0)
 ]
 Bench = Annotated[
     Path | None,
-    served(metavar="FILE", help="JSON of marrq bench; its fastest batch sizes are preferred."),
+    served(metavar="FILE", help="JSON of marrq bench; prefer its best batches."),
 ]
 Preprocess = Annotated[
     bool, served("--preprocess", help="Take uint8 images; the model normalizes them.")

@@ -8,8 +8,7 @@ MaxDrop = Annotated[
     float | None,
     checked(
         metavar="POINTS",
-        help="Exit with 3 if top-1, of k-NN for embeddings, surely dropped by more against fp32 or "
-        "else the first baseline.",
+        help="Exit with 3 if top-1 (of k-NN for embeddings) surely dropped by more.",
         min=0.0,
     ),
 ]
@@ -17,8 +16,7 @@ MinCosine = Annotated[
     float | None,
     checked(
         metavar="X",
-        help="Exit with 3 if the mean cosine of embeddings or dense outputs with fp32 is surely "
-        "less.",
+        help="Exit with 3 if the mean cosine with fp32 is surely less.",
         min=-1.0,
         max=1.0,
     ),

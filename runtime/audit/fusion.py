@@ -98,11 +98,13 @@ def _form(file: Graph, linear: Linear) -> _Form:
         return _Form(file, linear, stored, dequantizer, 0, 0)
     # The blocks lie along the axis of the inputs.
     axis = attribute(dequantizer, "axis", 1)
-    # From the scales, one for each block: codes of 3 bits lie in the file as planes of bytes.
-    shape = file.shape_of(file.origin(dequantizer.input[1])[0])
-    assert shape is not None
     block = attribute(dequantizer, "block_size")
-    return _Form(file, linear, stored, dequantizer, block, shape[axis] * block)
+    codes, scales = (file.shape_of(file.origin(name)[0]) for name in dequantizer.input[:2])
+    assert codes is not None and scales is not None
+    # Codes of 3 bits lie in the file as planes of bytes: then the scales, one for each block, tell.
+    is_plane = len(codes) != len(scales)
+    inputs = scales[axis] * block if is_plane else codes[axis]
+    return _Form(file, linear, stored, dequantizer, block, inputs)
 
 
 def _why_in_float(examined: Examined, form: _Form, kernel: Product) -> str | None:

@@ -206,7 +206,7 @@ def test_a_gate_that_failed_exits_with_three_and_leaves_the_report(
     capsys: pytest.CaptureFixture[str],
 ):
     drops = iter([PairedDrop(0.5, 0.3, 0.7, 12, 0, 0.0)])
-    monkeypatch.setattr("runtime.measure.answers.paired_drop", lambda baseline, model: next(drops))
+    monkeypatch.setattr("runtime.measure.judge.paired_drop", lambda baseline, model: next(drops))
     code, report = bench_tiny(tiny_artifact, image_folder, "--max-drop", "1.0")
     assert code == 3
     assert report["gate"]["models"][0]["verdict"] == "failed"
@@ -269,6 +269,7 @@ BAD_INPUT = {
     "scheme": ([*QUANTIZE, "--scheme", "W5A7"], "unknown scheme 'W5A7'"),
     "group": ([*QUANTIZE, "--scheme", "W4A16-mxint-g8"], "unknown scheme"),
     "budget": ([*QUANTIZE, "--budget", "three"], "bits a weight, such as 3.0, or auto"),
+    "budget below widths": ([*QUANTIZE, "--budget", "1.5"], "more than 2 bits a weight"),
     "size": ([*QUANTIZE, "--max-size", "10"], "a size such as 10MB"),
     "two budgets": (
         [*QUANTIZE, *split("--budget 3 --max-size 10MB")],
@@ -290,6 +291,7 @@ BAD_INPUT = {
         [*QUANTIZE, *split("--budget auto --max-drop 1 --resume")],
         "leave out --resume",
     ),
+    "costs of a branch": (split("sensitivity demo --set lowrank=srr:4"), "not the low-rank branch"),
     "costs of a width": (split("sensitivity demo --scheme W4A8"), "write --scheme WmixA8"),
     "activations": ([*QUANTIZE, "--activations", "per-row"], "per-row"),
     "method": ([*QUANTIZE, "--method", "awq"], "unknown method 'awq'"),
@@ -312,7 +314,6 @@ BAD_INPUT = {
     "output": (split("quantize demo -o mine"), "pass --force"),
     "no images": (split("quantize ./flat --data empty -o out"), "no images in 'empty'"),
     "no images to measure on": (split("evaluate demo --data empty"), "no images in 'empty'"),
-    "no classes": (split("evaluate demo --data flat"), "'flat' are in no class folders"),
     "few images": (
         [*QUANTIZE, "--data", "flat"],
         "'flat' has 2 images for calibration, fewer than the 256 samples",
@@ -345,6 +346,10 @@ BAD_INPUT = {
     "evaluated data": (split("evaluate demo --data nowhere"), "'nowhere' does not exist"),
     "evaluated model": (split("evaluate local-dir:none"), "'none' does not exist"),
     "quantized model": (split("quantize ./none --data demo -o out"), "'./none' does not exist"),
+    "quantized twice": (
+        split("quantize quantized --data demo -o out"),
+        "'quantized' is an artifact, quantized already",
+    ),
     "comparison": (split("compare demo -o mine"), "'mine' is no comparison"),
     "baseline": (split("bench mine --baseline fp8"), "unknown baseline 'fp8'"),
     "flavour of a file": (split("bench mine --flavor qdq"), "'mine' is exported already"),
@@ -389,6 +394,8 @@ for name, arguments in json.loads(sys.argv[1]).items():
 def with_mistakes(folder: Path) -> None:
     """What the commands of BAD_INPUT name: a file of no kind, folders of images, a checkpoint."""
     (folder / "mine").write_text("")
+    (folder / "quantized").mkdir()
+    (folder / "quantized/config.json").write_text('{"format": "marrq.artifact"}')
     for name in ("empty", "flat", "model"):
         (folder / name).mkdir()
     # Only their names are read.
@@ -436,7 +443,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert expected in error
     assert error.startswith("marrq: ")
     assert len(error.strip().splitlines()) == 1
-    assert sorted(entry.name for entry in somewhere.iterdir()) == ["empty", "flat", "mine", "model"]
+    assert sorted(entry.name for entry in somewhere.iterdir()) == [
+        *("empty", "flat", "mine", "model", "quantized"),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -307,7 +307,7 @@ def test_no_command_replaces_what_it_did_not_write(
 def test_plots_and_pages_name_their_maker(suffix: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / f"plot{suffix}"
-    with plots._figure(plot, 2.0) as figure:
+    with plots.written_figure(plot, 2.0) as figure:
         figure.add_subplot().plot([1, 2])
     check_report(plot, no_picture)
     template = (Path(plots.__file__).parent / "report.html.jinja").read_bytes()

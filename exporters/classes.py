@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from exporters.metadata import FileMetadata
+from exporters.metadata import PREFIX, FileMetadata
 from marrq.errors import MarrqError
 from marrq.models.class_embeddings import ClassEmbeddings
 from marrq.zero_shot import HEAD
@@ -25,9 +25,10 @@ def classes_in(file: Path) -> ClassEmbeddings | None:
     """
     # Tensors beside the file are read when they are asked for.
     model = ir.load(file)
-    metadata = FileMetadata.from_metadata_props(model.metadata_props)
-    if metadata.classes is None:
+    # Files of older exports lack entries that `FileMetadata` needs, and have no classes either.
+    if f"{PREFIX}classes" not in model.metadata_props:
         return None
+    metadata = FileMetadata.from_metadata_props(model.metadata_props)
     values = model.graph.initializers
     # The exporter drops a factor of 1 and a bias of 0.
     neutral = {"scale": 1.0, "bias": 0.0}

@@ -62,7 +62,8 @@ def with_classes(model: AnyModel, classes: ClassEmbeddings) -> AnyModel:
     classes' length, or is another one than the classes were made with.
     """
     name = model.source.name
-    if model.labels != _numbers(len(model.labels)):
+    # Classes may have numbers as names, too.
+    if model.classes is not None or model.labels != _numbers(len(model.labels)):
         raise MarrqError(f"model {name!r} has classes of its own: leave out --classes")
     if classes.weights_sha256 not in ("", model.source.weights_sha256):
         raise MarrqError(

@@ -222,11 +222,13 @@ def _candidate(given: BenchedFile, metadata: Metadata, taken: set[str]) -> Entry
     from marrq.artifact.folder import REPORTS
 
     scheme = metadata.scheme or "float"
-    name = " ".join(filter(None, (scheme, metadata.method, given.variant)))
+    short = " ".join(filter(None, (scheme, metadata.method, given.variant)))
+    # What is measured is kept by name: files of one name in several folders need their folders.
+    names = (short, f"{short} {given.path.name}", f"{short} {given.path}")
     # Only an artifact tells how its linears were quantized.
     is_artifact = given.path.is_dir()
     return Entry(
-        name=name if name not in taken else f"{name} {given.path.name}",
+        name=next((name for name in names if name not in taken), names[-1]),
         file=given.file,
         path=str(given.path),
         role="candidate",

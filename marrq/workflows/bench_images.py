@@ -7,6 +7,7 @@ import numpy as np
 
 from marrq.errors import MarrqError
 from marrq.workflows.bench_options import BenchOptions, check_drop
+from runtime.measure.embedded import FEWEST
 from runtime.measure.images import NO_TARGET, Batches, ImageData, MeasuredImages
 from runtime.metadata import Metadata, OutputKind
 from runtime.session import Model
@@ -91,9 +92,11 @@ def _data(images: "ImageSet") -> ImageData:
 
 def unmeasured(images: "MeasuredSets", kind: OutputKind) -> tuple[str, ...]:
     """What is not measured on these images, and what k-NN looks among."""
-    why = images.measured.why_unlabelled
+    why, count = images.measured.why_unlabelled, len(images.measured)
     if kind == "dense":
         return ()
+    if kind == "features" and count < FEWEST:
+        return (f"embeddings are not compared: that takes {FEWEST} images or more",)
     if not images.measured.targets:
         what = "k-NN and retrieval are" if kind == "features" else "accuracy is"
         return (f"{what} not measured: {why}",)

@@ -30,7 +30,13 @@ from marrq.workflows.float_model import find_float_model
 from marrq.zero_shot import with_classes
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy, measure_accuracy
-from runtime.measure.embedded import Embedded, Embedding, KnownClasses, compare_embeddings
+from runtime.measure.embedded import (
+    FEWEST,
+    Embedded,
+    Embedding,
+    KnownClasses,
+    compare_embeddings,
+)
 from runtime.measure.judge import agreement
 from runtime.measure.measured import Agreement
 
@@ -81,7 +87,7 @@ def load_candidates(name: str, outputs: tuple[str, ...] = ()) -> Candidates:
             "--outputs, or quantize the model with it"
         )
     quantized = load(Path(name))
-    title = f"{quantized.scheme.description} {quantized.method.name}"
+    title = f"{quantized.scheme.description} {quantized.method_name}"
     # An artifact has all of its own tensors: the float model is there to be compared with.
     original, reason = find_float_model(quantized.source)
     if original is None:
@@ -184,10 +190,15 @@ def judge(
     """What is known of each model's answers, by its title.
 
     kind: of the answers. Raises MarrqError for logits if neither classes nor a float model tell
-    what is right, and BenchError for logits that are not finite.
+    what is right, and for embeddings of a single image; BenchError for logits that are not finite.
     """
     float_model, measured = found.get(FLOAT), images.measured
     if kind == FEATURES:
+        if len(measured) < FEWEST:
+            raise MarrqError(
+                f"embeddings are judged on {FEWEST} images or more, and {measured.name!r} has "
+                f"{len(measured)}: add images"
+            )
         reference = FLOAT if FLOAT in found else None
         return {**compare_embeddings(found, known_classes(images), reference, reference)}
     logits = None if float_model is None else float_model.measured

@@ -6,11 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from marrq.cli import main
-from marrq.models.images.gallery import find_measured
+from marrq.errors import MarrqError
+from marrq.models.images import ImageSet
+from marrq.models.images.gallery import MeasuredSets, find_measured
+from marrq.workflows.evaluate import judge
+from runtime.measure.embedded import Embedded
 
 QUICK = ["--baseline", "fp32", "--rounds", "1", "--seconds", "0", "--batch", "1"]
 
@@ -233,3 +238,9 @@ def test_images_that_are_in_no_class_folders_say_why(
     assert found.measured.targets == ()
     assert why in found.measured.why_unlabelled
     assert "one folder for each class" in found.measured.why_unlabelled
+
+
+def test_embeddings_of_a_single_image_are_not_judged():
+    images = MeasuredSets(ImageSet("one", (Path("a.png"),), ("a.png",), (), "there is one image"))
+    with pytest.raises(MarrqError, match="2 images or more, and 'one' has 1: add images"):
+        judge({"float": Embedded(np.ones((1, 4), np.float32))}, images, "features")

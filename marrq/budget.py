@@ -13,7 +13,7 @@ from pathlib import Path
 
 from marrq.errors import MarrqError
 from marrq.methods.spec import MethodSpec
-from marrq.schemes import MIXED, ActivationStrategy, Scheme, parse_scheme
+from marrq.schemes import MIXED, WEIGHT_BITS, ActivationStrategy, Scheme, parse_scheme
 
 AUTO = "auto"
 UNIFORM_SCHEME, MIXED_SCHEME = "W4A8", f"W{MIXED}A8"
@@ -67,9 +67,12 @@ def _bits_in(text: str) -> float:
         bits = float(text)
     except ValueError:
         bits = 0.0
-    # NaN and infinity are floats too.
-    if not 0 < bits < 64:
-        raise MarrqError(f"--budget must be bits a weight, such as 3.0, or {AUTO}: got {text!r}")
+    # NaN and infinity are floats too. Scales are counted, so even the fewest bits take more.
+    if not min(WEIGHT_BITS) < bits < 64:
+        raise MarrqError(
+            f"--budget must be more than {min(WEIGHT_BITS)} bits a weight, such as 3.0, or {AUTO}: "
+            f"got {text!r}"
+        )
     return bits
 
 

@@ -140,6 +140,14 @@ def _is_empty(path: Path) -> bool:
     return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder says that it is an artifact; the artifact may still be damaged."""
+    # A search for the text, since a damaged artifact is still an artifact: loading it must say that
+    # it is damaged, and not that it is something else.
+    config = folder / ARTIFACT_CONFIG
+    return config.is_file() and f'"{ARTIFACT_FORMAT}"' in config.read_text(errors="replace")
+
+
 def no_artifact(path: Path) -> str | None:
     """What keeps a path from being replaced by an artifact; None for an artifact.
 
@@ -148,9 +156,7 @@ def no_artifact(path: Path) -> str | None:
     """
     if not path.is_dir():
         return "is a file, and an artifact is a folder"
-    # A search for the text: a damaged artifact is an artifact.
-    config = path / ARTIFACT_CONFIG
-    if not config.is_file() or f'"{ARTIFACT_FORMAT}"' not in config.read_text(errors="replace"):
+    if not is_artifact(path):
         return "is a folder that holds no artifact"
     # Sorted, so that the sentence is the same in every run.
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in ARTIFACT_FILES)

@@ -50,6 +50,7 @@ from marrq.models.load import ModelSource, build
 from marrq.models.named_outputs import check_names
 from marrq.models.preprocessing import Preprocessing
 from marrq.outputs import ARTIFACT_FILES, ARTIFACT_FORMAT, check_output, no_artifact
+from marrq.outputs import is_artifact as is_artifact
 from marrq.quantized_model import QuantizedModel
 
 FORMAT = ARTIFACT_FORMAT
@@ -193,14 +194,6 @@ def _has_tensors(folder: Path, expected_sha256: object) -> bool:
         return sha256(real_file(folder, TENSORS)) == expected_sha256
     except ValueError:
         return False
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether the folder says that it is an artifact; the artifact may still be damaged."""
-    # A search for the text, since a damaged artifact is still an artifact: loading it must say that
-    # it is damaged, and not that it is something else.
-    config = folder / CONFIG
-    return config.is_file() and f'"{FORMAT}"' in config.read_text(errors="replace")
 
 
 def artifact_hash(folder: Path) -> str:

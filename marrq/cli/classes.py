@@ -44,10 +44,10 @@ def classes(
     """
     from marrq.models.class_embeddings import check_templates, read_names, save_classes
     from marrq.outputs import check_output, no_classes
-    from marrq.workflows.checks import check_model
+    from marrq.workflows.checks import check_float_model
 
     # All that can be wrong without torch is told at once.
-    check_model(model)
+    check_float_model(model)
     found = read_names(names)
     check_templates(template)
     check_output(output, force, no_classes, {"--names": names})

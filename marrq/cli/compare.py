@@ -35,13 +35,13 @@ def compare(
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
     from marrq.models.class_embeddings import load_classes
-    from marrq.workflows.checks import check_comparison, check_data, check_model, data_for
+    from marrq.workflows.checks import check_comparison, check_data, check_float_model, data_for
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
     # All that can be wrong without torch is checked first, and not told after hours.
     methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
-    check_model(model)
+    check_float_model(model)
     given = None if classes is None else load_classes(classes)
     name = data_for(model, data, samples)
     check_data(name)

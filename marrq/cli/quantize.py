@@ -41,7 +41,7 @@ def quantize(
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
     from marrq.budget import budget_of, check_method, scheme_of
-    from marrq.workflows.checks import check_model, data_for
+    from marrq.workflows.checks import check_float_model, data_for
     from marrq.workflows.destination import Destination, folders_read
     from marrq.workflows.devices import choose_device
 
@@ -51,7 +51,7 @@ def quantize(
     limit = budget_of(budget, max_size, max_drop, sensitivity)
     check_method(spec, limit, resume)
     parsed_scheme = scheme_of(scheme, cast("ActivationStrategy", activations), limit)
-    check_model(model)
+    check_float_model(model)
     name = data_for(model, data, samples)
     destination = Destination(output, force, resume, work_dir, folders_read(model, data))
     destination.check(parsed_scheme, spec, samples, seed)

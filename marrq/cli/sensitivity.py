@@ -30,14 +30,16 @@ def sensitivity(
     marrq sensitivity vit_base_patch16_224 --data IMAGES --json costs.json --plot costs.svg
     marrq quantize vit_base_patch16_224 --data IMAGES --budget 3 --sensitivity costs.json -o a
     """
-    from marrq.budget import Budget, scheme_of
-    from marrq.workflows.checks import check_model, data_for
+    from marrq.budget import Budget, check_method, scheme_of
+    from marrq.workflows.checks import check_float_model, data_for
     from marrq.workflows.devices import choose_device
     from runtime.report.plots import check_plot
 
     spec = common.method_spec(method, setting, {}, rotate=rotate)
+    # The costs serve a budget, which knows no low-rank branch.
+    check_method(spec, Budget(), resume=False)
     mixed = scheme_of(scheme, cast("ActivationStrategy", activations), Budget())
-    check_model(model)
+    check_float_model(model)
     name = data_for(model, data, samples)
     chosen = choose_device(device)
     if plot is not None:

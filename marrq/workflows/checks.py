@@ -7,7 +7,7 @@ from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
-from marrq.outputs import check_place
+from marrq.outputs import check_place, is_artifact
 
 
 def check_packages() -> None:
@@ -39,6 +39,17 @@ def check_model(name: str) -> None:
     is_path = scheme == "local-dir" or path.startswith(("/", "./", "../"))
     if is_path and not Path(path).exists():
         raise MarrqError(f"{path!r} does not exist: give a model's folder, or a model's name")
+
+
+def check_float_model(name: str) -> None:
+    """Raise MarrqError as `check_model`, and for an artifact, which is quantized already."""
+    check_model(name)
+    folder = name.removeprefix("local-dir:")
+    if is_artifact(Path(folder)):
+        raise MarrqError(
+            f"{folder!r} is an artifact, quantized already: give the float model that it was made "
+            "from"
+        )
 
 
 def data_for(model: str, data: str | None, samples: int | None = None) -> str:

@@ -139,8 +139,9 @@ def _precision_lines(precision: Precision, size_bytes: int) -> list[tuple[str, s
 def quantization_table(modules: Sequence[QuantizedModule]) -> Table:
     """How an artifact was quantized, for people."""
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    result.add_column("linear", no_wrap=True)
-    for heading in ("bits", "α", "steps", "relative error", "clipped %", "damping"):
+    # A long path folds; a number that is cut off would be another number.
+    result.add_column("\nlinear", overflow="fold")
+    for heading in ("\nbits", "\nα", "\nsteps", "relative\nerror", "clipped\n%", "\ndamping"):
         result.add_column(heading, justify="right", no_wrap=True)
     for module in modules:
         result.add_row(

@@ -21,7 +21,8 @@ ROWS = 12
 
 def costs_table(report: SensitivityReport) -> Table:
     """A row for each group of linears: the divergence in nats that each width should add."""
-    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    caption = "divergence in nats that each width should add, alone"
+    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     result.add_column("linears of one input", overflow="fold")
     result.add_column("weights", justify="right", no_wrap=True)
     for width in report.groups[0].widths:
@@ -35,7 +36,8 @@ def costs_table(report: SensitivityReport) -> Table:
 def sizes_table(report: SensitivityReport) -> Table:
     """What sizes buy, between the smallest model and the largest, and models of one width beside
     them."""
-    result = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    caption = "divergence: expected, in nats; MB: all tensors"
+    result = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, caption=caption)
     result.add_column("widths", no_wrap=True)
     for heading in ("bits a weight", "MB", "divergence"):
         result.add_column(heading, justify="right", no_wrap=True)

@@ -1,7 +1,8 @@
 """Measure what each group of linears costs at each width, in one pass over the blocks.
 
-For every group the statistics are collected once. Every width is one more sweep on them. The first
-half of the calibration images sweeps, the second half judges the codes, which it has not seen:
+For every group the statistics are collected twice, once with the weights for each of two uses, and
+serve all widths: every width is one more sweep on them. The first half of the calibration images
+sweeps, the second half judges the codes, which it has not seen:
 
     Q_b   = the sweep of GPTQ at b bits, on H of the first half
     J_b   = ‖Q_b X - W X̃‖²                                     on the second half, N images

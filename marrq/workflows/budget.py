@@ -28,12 +28,14 @@ from marrq.refinement.teacher import StepDone, no_steps
 from marrq.sensitivity import Plan, Sensitivity, sensitivity_from_json
 from marrq.workflows.destination import Destination
 from marrq.workflows.evaluate import Evaluating, judged, predict
+from marrq.workflows.feasible import check_feasible
 from marrq.workflows.quantize import (
     Recipe,
     note_of,
     quantize_in_place,
     quantize_to_folder,
     shortfalls,
+    store_of,
 )
 from runtime.measure.accuracy import hits, paired_drop
 
@@ -153,6 +155,9 @@ def quantize_within(
     train = images["train"]
     if budget is None:
         return quantize_to_folder(model, train, recipe, destination, how.run, how.step_done)
+    # Before the costs are measured, which takes as long as to quantize.
+    check_feasible(model)
+    how = replace(how, run=replace(how.run, store=store_of(destination)))
     sensitivity = (
         sensitivity_of(model, train, recipe, how)
         if budget.sensitivity is None

@@ -17,7 +17,7 @@ from marrq.methods.registry import RESIDUAL_STREAM
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import ImageSet
 from marrq.models.load import VisionModel
-from marrq.pipeline.block_inputs import in_files, in_memory
+from marrq.pipeline.block_inputs import Store, in_files, in_memory
 from marrq.pipeline.quantize import RunOptions
 from marrq.pipeline.quantize import quantize as run_pipeline
 from marrq.quantized_model import (
@@ -167,9 +167,7 @@ def quantize_to_folder(
         blocks,
         run.processes,
     )
-    # Tokens of a large model may need more memory than there is.
-    store = in_memory if destination.work_dir is None else in_files(destination.work_dir)
-    run = replace(run, store=store, checkpoint=checkpoint)
+    run = replace(run, store=store_of(destination), checkpoint=checkpoint)
     quantized = quantize_in_place(model, images, recipe, run, step_done)
     # All processes have the same model, and have agreed on every block of it.
     if not run.processes.is_first:
@@ -181,6 +179,12 @@ def quantize_to_folder(
     found = (*model.notes, *shortfalls(quantized), *images.noted())
     warnings = [f"warning: {warning}" for warning in found]
     return [*warnings, *_refined(quantized), f"wrote {destination.folder}"]
+
+
+def store_of(destination: Destination) -> Store:
+    """Where tokens are kept."""
+    # Tokens of a large model may need more memory than there is.
+    return in_memory if destination.work_dir is None else in_files(destination.work_dir)
 
 
 def _refined(model: QuantizedModel) -> Iterator[str]:

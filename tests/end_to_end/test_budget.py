@@ -39,6 +39,12 @@ def test_costs_are_measured_once_and_serve_every_budget(
     assert main(split(f"quantize {tiny} {data} --budget 4.2 -o again")) == 0
     for name in ("config.json", "model.safetensors"):
         assert Path("bits", name).read_bytes() == Path("again", name).read_bytes()
+    # And with tokens in files.
+    files = f"quantize {tiny} {data} --budget 4.2 --work-dir work -o files"
+    assert main(split(files)) == 0
+    name = "model.safetensors"
+    assert Path("bits", name).read_bytes() == Path("files", name).read_bytes()
+    assert Path("work").is_dir()
     assert main(split("inspect bits")) == 0
     size = costs["curve"][len(costs["curve"]) // 2]["size_bytes"]
     assert main(split(f"{limit} --max-size {size / 1e6}MB -o size")) == 0

@@ -2,6 +2,7 @@
 plots and those of the α search."""
 
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from runtime.report.comparison import (
     summarize,
     table,
 )
+from runtime.report.inspection import quantization_table
 from runtime.report.plots import plot_alphas, plot_comparison
 
 
@@ -299,3 +301,13 @@ def test_without_matplotlib_the_error_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BenchError, match=r"pip install '.\[plots\]' in the clone"):
         plot_comparison(report, tmp_path / "plot.png")
+
+
+def test_a_long_path_cuts_off_no_number_of_how_an_artifact_was_quantized():
+    path = "model.encoder.layer.11.attention.attention.query_projection"
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(quantization_table([searched(path, 0.25, [])]))
+    text = console.export_text()
+    assert "…" not in text
+    [row] = [line for line in text.splitlines() if "0.25" in line]
+    assert row.split()[1:] == ["4", "0.25", "0", "1.00e-01", "0.0", "0.01"]

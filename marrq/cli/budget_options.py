@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from marrq.cli import common
-
 budgeted = partial(typer.Option, rich_help_panel="Budget")
 
 Budget = Annotated[

@@ -100,8 +100,9 @@ def _form(file: Graph, linear: Linear) -> _Form:
     axis = attribute(dequantizer, "axis", 1)
     block = attribute(dequantizer, "block_size")
     codes, scales = (file.shape_of(file.origin(name)[0]) for name in dequantizer.input[:2])
-    assert codes is not None and scales is not None
-    # Codes of 3 bits lie in the file as planes of bytes: then the scales, one for each block, tell.
+    assert codes is not None
+    assert scales is not None
+    # Codes of 3 bits lie in the file as planes of bytes: then the scales tell.
     is_plane = len(codes) != len(scales)
     inputs = scales[axis] * block if is_plane else codes[axis]
     return _Form(file, linear, stored, dequantizer, block, inputs)

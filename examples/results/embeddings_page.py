@@ -41,10 +41,11 @@ def embeddings(record: Json) -> str:
         "DINOv2 ViT-S/14 as an embedder: likeness, k-NN and retrieval",
         f"""
         A real DINOv2 ViT-S/14 without its head gives 384 features of an image of 112 px. It is
-        quantized at five schemes by two methods, and all files are measured beside fp32 and fp16 in
-        one run, in the same {environment["rounds"]} rounds, with {environment["threads"]} thread.
-        Queries are {report["data"]["images"]} emoji of one vendor, in {seen["classes"]} classes;
-        they are looked for among {seen["gallery"]} emoji of two other vendors.""",
+        quantized at five schemes by two methods, on one draw of 256 emoji of two vendors, and all
+        files are measured beside fp32 in one run, in the same {environment["rounds"]} rounds, with
+        {environment["threads"]} thread. Queries are {report["data"]["images"]} emoji of a third
+        vendor, in {seen["classes"]} classes; they are looked for among all
+        {seen["gallery"]} emoji of those two vendors.""",
         table([*HEADINGS, *times], rows),
         """
         The cosine is that of an image's features with those of fp32, mean over the images. *Same

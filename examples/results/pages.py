@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from embeddings_page import embeddings
 from families_page import families
 from layout import Json, page, table
 from preprocessing_page import preprocessing
@@ -263,6 +264,7 @@ def timed(row: Json, fp32: Json) -> str:
 PAGES: dict[str, Callable[[Json], str]] = {
     "dinov2_small": dinov2_small,
     "eight_bit_codes": eight_bit_codes,
+    "embeddings": embeddings,
     "families": families,
     "other_tools": other_tools,
     "preprocessing": preprocessing,

@@ -24,7 +24,7 @@ into operators of ONNX Runtime's own. The CPU has these operators too, but not i
 """
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
 
 from exporters.passes.attention import attend_on_tokens, fuse_attention
 from exporters.passes.bias_gelu import gelu_with_bias
@@ -57,6 +57,8 @@ def prepare(model: ir.Model, fuse: bool, device: str = "cpu") -> None:
     if device == "gpu":
         name_multi_head(graph)
     drop_unread_tokens(graph)
+    # The trace of PVT v2 has Identities, of which the CUDA provider has no kernel at opset 21.
+    IdentityEliminationPass()(model)
     # drop_unread_tokens leaves the whole linear beside the narrowed one, with no reader.
     RemoveUnusedNodesPass()(model)
 

@@ -60,7 +60,7 @@ def test_the_bench_report_has_the_schema_it_names(
     assert main(["bench", str(demo_artifact), *arguments]) == 0
     report = json.loads(Path("b.json").read_text())
     shared = {"schema", "environment", "data", "models", "gate", "recommendation", "warnings"}
-    assert set(report) == shared
+    assert set(report) == {*shared, "gallery"}
     assert report["gate"] is report["recommendation"] is None
     assert set(report["data"]) == {"path", "images", "hash"}
     assert [(model["flavor"], model["role"]) for model in report["models"]] == [

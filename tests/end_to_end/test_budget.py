@@ -50,7 +50,7 @@ def test_costs_are_measured_once_and_serve_every_budget(
     assert main(split(f"{limit} --max-size {size / 1e6}MB -o size")) == 0
     tensors = tensors_of(load("size").module).values()
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= size
-    assert main(split(f"{limit} --budget 2 -o small")) == 1
+    assert main(split(f"{limit} --budget 2.1 -o small")) == 1
     assert "is too small" in capsys.readouterr().err
 
 

@@ -130,6 +130,7 @@ class ModuleReport:
     equalized: whether the channels of its input were scaled.
     is_outer: whether it belongs to the patch embedding or the head.
     balanced: whether its input was put in another basis.
+    weighted: whether the sums weigh its tokens (marrq/pipeline/token_weights.py).
     """
 
     path: str
@@ -148,6 +149,7 @@ class ModuleReport:
     equalized: bool
     is_outer: bool = False
     balanced: bool = False
+    weighted: bool = False
 
 
 @dataclass(frozen=True)

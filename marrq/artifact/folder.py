@@ -54,7 +54,7 @@ from marrq.outputs import is_artifact as is_artifact
 from marrq.quantized_model import QuantizedModel
 
 FORMAT = ARTIFACT_FORMAT
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """The only version that is read: in another version a name may mean other numbers."""
 
 TENSORS, REPORTS, CARD, CONFIG = ARTIFACT_FILES

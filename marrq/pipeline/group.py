@@ -185,6 +185,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
             equalized=scales is not None,
             is_outer=block.kind != "block",
             balanced=balanced,
+            weighted=calibration.weights is not None,
         )
         reports.append(report)
         # From here on the quantized path runs with the codes.

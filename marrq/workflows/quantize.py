@@ -206,6 +206,12 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
             f"no linear writes to a residual stream: {method} did what "
             f"{method.replace('stream', 'exact')} does"
         )
+    alike = [report.path for report in reports if not report.weighted]
+    if model.method.token_weights and alike:
+        yield (
+            f"the tokens of {len(alike)} of {len(reports)} linears have no weights, as they do not "
+            f"lie image by image or no output depends on them: {', '.join(alike)}"
+        )
     if refinement is not None and not refinement.helped:
         yield (
             f"the refinement was taken back: the loss on {refinement.held_out} held-out images "

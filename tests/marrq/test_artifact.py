@@ -110,7 +110,7 @@ SHAPE = ("int64", [2, 4])
 
 
 def test_the_tensors_of_a_linear_are_these_bytes():
-    """Pins format version 7: change this test only together with FORMAT_VERSION."""
+    """Pins format version 8: change this test only together with FORMAT_VERSION."""
     spec = ActivationSpec(8)
     quantizer = ActivationQuantizer(
         spec, Grid(torch.tensor(0.5), torch.tensor(7.0), *spec.code_range)
@@ -130,7 +130,7 @@ def test_the_tensors_of_a_linear_are_these_bytes():
 
 
 def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_bytes():
-    """Pins format version 7."""
+    """Pins format version 8."""
     quantizer = ActivationQuantizer(ActivationSpec(4, "per-token"), torch.tensor(0.95))
     scale, zero_point = (
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -147,7 +147,7 @@ def test_the_tensors_of_a_linear_with_groups_and_per_token_inputs_are_these_byte
 
 
 def test_the_smoothing_of_a_linears_input_is_these_bytes():
-    """Pins format version 7."""
+    """Pins format version 8."""
     quantizer = ActivationQuantizer(
         ActivationSpec(4, "per-token"), torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0, 4.0])
     )
@@ -163,7 +163,7 @@ def test_the_smoothing_of_a_linears_input_is_these_bytes():
 
 
 def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
-    """Pins format version 7."""
+    """Pins format version 8."""
     scale, zero_point = torch.tensor([[0.125], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     symmetric = QuantizedWeight(WeightSpec(3, None, "symmetric"), CODES, scale, zero_point)
     assert stored(QuantLinear(symmetric, None, None)) == {
@@ -180,7 +180,7 @@ def test_symmetric_linears_have_no_zero_points_and_mxint_scales_are_bytes():
 
 
 def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
-    """Pins format version 7."""
+    """Pins format version 8."""
     scale, zero_point = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1, dtype=torch.int8)
     left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0, 6.0]])
     halves = LowRank(StoredFactor(left.half()), StoredFactor(right.half()))
@@ -212,7 +212,7 @@ def test_the_tensors_of_a_low_rank_branch_are_these_bytes():
 
 
 def test_the_tensors_of_salient_columns_are_these_bytes():
-    """Pins format version 7."""
+    """Pins format version 8."""
     scale, zero_point = torch.tensor([[0.25], [0.5]]), torch.zeros(2, 1, dtype=torch.int8)
     # 4 q in the columns 0 and 2; 8 r + s + 4 in the columns 1 and 3, with r from CODES and s below.
     second = torch.tensor([[-4, 3], [0, -1]], dtype=torch.int32)
@@ -242,7 +242,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_config_and_report_hold_what_the_format_promises(artifact: Path):
     config = read_config(artifact)
     assert config["format"] == "marrq.artifact"
-    assert config["format_version"] == 7
+    assert config["format_version"] == 8
     keys = {
         "format",
         "format_version",
@@ -324,12 +324,12 @@ def test_a_flipped_bit_is_noticed(copied: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(6, "quantize the model again"), (8, "upgrade marrq")]
+    ("version", "advice"), [(7, "quantize the model again"), (9, "upgrade marrq")]
 )
 def test_another_version_is_refused_with_what_to_do(copied: Path, version: int, advice: str):
     edit_config(copied, format_version=version)
     with pytest.raises(
-        MarrqError, match=f"has format version {version}, this marrq reads 7: {advice}"
+        MarrqError, match=f"has format version {version}, this marrq reads 8: {advice}"
     ):
         load(copied)
 

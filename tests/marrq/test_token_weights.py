@@ -1,6 +1,8 @@
 """What an error at a token costs, against explicit Jacobians; and the weights that follow."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from marrq.errors import MarrqError
 from marrq.models.blocks import find_blocks
 from marrq.pipeline.block_inputs import cut, in_memory
 from marrq.pipeline.collect import TokenSource
-from marrq.pipeline.token_weights import fisher_energies, weights_of
+from marrq.pipeline.token_weights import fisher_energies, token_weights, weights_of
+from marrq.workflows.quantize import shortfalls
 
 DRAWS = 400
 """Copies of one image: each draws signs of its own, so that their mean is the expectation."""
@@ -161,6 +164,27 @@ def test_a_linear_whose_tokens_do_not_lie_image_by_image_has_no_energies():
     assert energies_of(TokensFirst(), noise(16), 0) == {}
 
 
+def test_linears_whose_tokens_have_no_weights_are_named(monkeypatch: pytest.MonkeyPatch):
+    def without_fc2(*given: Any) -> dict[str, Tensor]:
+        found = token_weights(*given)
+        del found["blocks.1.mlp.fc2"]
+        return found
+
+    everywhere = quantized(vit(), noise(4), "W4A8", "gptq")
+    monkeypatch.setattr("marrq.pipeline.quantize.token_weights", without_fc2)
+    but_one = quantized(vit(), noise(4), "W4A8", "gptq")
+    nowhere = quantized(vit(), noise(4), "W4A8", "gptq,token-weights=off")
+    assert [report.path for report in but_one.reports if not report.weighted] == [
+        "blocks.1.mlp.fc2"
+    ]
+    [told] = shortfalls(but_one)
+    assert told.startswith("the tokens of 1 of 8 linears have no weights")
+    assert told.endswith(": blocks.1.mlp.fc2")
+    # Nothing is missing if all have weights, or if none were asked for.
+    assert not [*shortfalls(everywhere), *shortfalls(nowhere)]
+    assert {report.weighted for report in nowhere.reports} == {False}
+
+
 def test_outputs_without_a_gradient_are_refused_with_the_way_out():
     class Detached(nn.Module):
         def __init__(self) -> None:
@@ -203,7 +227,10 @@ def test_weights_of_1_give_what_no_weights_give_to_the_last_bit(
 ):
     def result(setting: str) -> str:
         text = f"{method},token-weights={setting}"
-        return hashed(quantized(build(), noise(13), scheme, text, batch_size=2))
+        model = quantized(build(), noise(13), scheme, text, batch_size=2)
+        # Whether tokens were weighed is the one thing that the reports tell apart.
+        reports = tuple(replace(report, weighted=False) for report in model.reports)
+        return hashed(replace(model, reports=reports))
 
     off, on = result("off"), result("on")
     monkeypatch.setattr("marrq.pipeline.token_weights.weights_of", torch.ones_like)

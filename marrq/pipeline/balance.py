@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from marrq.pipeline.collect import BlockPair
-from marrq.pipeline.group import SAMPLE_STEP
+from marrq.pipeline.group import SAMPLE_BATCHES
 from marrq.quantized_model import QuantizationSettings
 from marrq.transforms.value_basis import ValuePath, balancing_basis, find_value_path, fold_basis
 
@@ -53,10 +53,10 @@ def _value_paths(pair: BlockPair) -> list[ValuePath]:
 
 
 def _sample(pair: BlockPair, linear: str) -> Tensor:
-    """The linear's input on the full-precision path in each fourth batch of all processes:
+    """The linear's input on the full-precision path in some batches of all processes:
     [tokens, n]."""
     first, in_features = pair.inputs.first_original, pair.original.linear(linear).in_features
-    inputs = [x.flatten(0, -2) for _, x in pair.original_inputs(linear, SAMPLE_STEP)]
+    inputs = [x.flatten(0, -2) for _, x in pair.original_inputs(linear, SAMPLE_BATCHES)]
     # The empty tensor lets a process without a sampled batch take part in the gathering.
     empty = first.new_zeros(0, in_features, device=pair.device)
     return pair.processes.all_gather(torch.cat([empty, *inputs]))

@@ -30,29 +30,36 @@ from marrq.pipeline.copies import to_host
 class Batch:
     """Some consecutive calibration images.
 
-    index: its position among all batches.
+    index: its position among all batches. count: the number of all batches.
     half: the half of the calibration set that it belongs to, 0 or 1.
     rows: its images.
     """
 
     index: int
+    count: int
     half: int
     rows: slice
 
     def __len__(self) -> int:
         return int(self.rows.stop - self.rows.start)
 
+    def is_among(self, most: int) -> bool:
+        """Whether it is one of the batches that stand for all: at most `most`, evenly spaced."""
+        # By the index among all batches, so that the choice does not depend on the processes.
+        return self.index % math.ceil(self.count / most) == 0
+
 
 def cut(images: int, size: int) -> list[Batch]:
     """The batches of a set of `images` images, at most `size` images each."""
     # The first half is the larger one if the number of images is odd.
     middle = (images + 1) // 2
-    batches: list[Batch] = []
-    for half, (begin, end) in enumerate([(0, middle), (middle, images)]):
-        # The last batch of a half may be smaller than the others.
-        for start in range(begin, end, size):
-            batches.append(Batch(len(batches), half, slice(start, min(start + size, end))))
-    return batches
+    # The last batch of a half may be smaller than the others.
+    cuts = [
+        (half, slice(start, min(start + size, end)))
+        for half, (begin, end) in enumerate([(0, middle), (middle, images)])
+        for start in range(begin, end, size)
+    ]
+    return [Batch(index, len(cuts), half, rows) for index, (half, rows) in enumerate(cuts)]
 
 
 def share_of(batches: list[Batch], processes: Processes) -> list[Batch]:
@@ -176,9 +183,8 @@ class BlockInputs:
         first_quantized = processes.broadcast(quantized[0])
         return cls(batches, own, original, quantized, first_original, first_quantized)
 
-    def every(self, step: int) -> Iterator[tuple[Batch, int]]:
-        """Each step-th batch of all that this process has, with its place in `own`."""
+    def sampled(self, most: int) -> Iterator[tuple[Batch, int]]:
+        """The batches of this process that are among `most` of all, with their places in `own`."""
         for place, batch in enumerate(self.own):
-            # By the index among all batches, so that the choice does not depend on the processes.
-            if batch.index % step == 0:
+            if batch.is_among(most):
                 yield batch, place

@@ -117,17 +117,18 @@ class BlockPair:
         """The tokens of the very first batch on the quantized path, on the device."""
         return self.inputs.first_quantized.to(self.device, non_blocking=True)
 
-    def quantized_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
-        """The linear's input x [..., n] on the quantized path, for each step-th batch."""
-        for batch, tokens in self._every(step, self.inputs.quantized):
+    def quantized_inputs(self, linear: str, most: int) -> Iterator[tuple[Batch, Tensor]]:
+        """The linear's input x [..., n] on the quantized path, for at most `most` batches of all
+        processes."""
+        for batch, tokens in self._sampled(most, self.inputs.quantized):
             with _used(self.kept_quantized, batch, linear):
                 x = self.quantized.input_of(linear, tokens)
             yield batch, x
 
-    def original_inputs(self, linear: str, step: int = 1) -> Iterator[tuple[Batch, Tensor]]:
-        """The linear's input x̃ [..., n] on the full-precision path, for each step-th batch."""
+    def original_inputs(self, linear: str, most: int) -> Iterator[tuple[Batch, Tensor]]:
+        """The linear's input x̃ [..., n] on the full-precision path, for as many batches."""
         # Nothing is kept: the balance reads these inputs and then changes the block.
-        for batch, tokens in self._every(step, self.inputs.original):
+        for batch, tokens in self._sampled(most, self.inputs.original):
             yield batch, self.original.input_of(linear, tokens)
 
     def tokens(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
@@ -146,10 +147,10 @@ class BlockPair:
         with _used(self.kept_quantized, batch, linear), _used(self.kept_original, batch, linear):
             yield
 
-    def _every(self, step: int, tokens: TokenBatches) -> Iterator[tuple[Batch, Tensor]]:
-        """Each step-th batch with its tokens on the device."""
-        batches = [batch for batch, _ in self.inputs.every(step)]
-        read = (tokens[place] for _, place in self.inputs.every(step))
+    def _sampled(self, most: int, tokens: TokenBatches) -> Iterator[tuple[Batch, Tensor]]:
+        """The sampled batches with their tokens on the device."""
+        batches = [batch for batch, _ in self.inputs.sampled(most)]
+        read = (tokens[place] for _, place in self.inputs.sampled(most))
         return zip(batches, on_device(read, self.device), strict=True)
 
 
@@ -208,14 +209,14 @@ class Paths:
         return BlockInputs.of(self.batches, original, quantized, self.processes)
 
 
-def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor:
-    """At most `count` evenly spaced tokens of the linear's input on the quantized path, from each
-    step-th batch: [tokens, n], the same in every process. One batch at a time is in memory."""
+def sample_inputs(pair: BlockPair, linear: str, most: int, count: int) -> Tensor:
+    """At most `count` tokens of the linear's input on the quantized path, evenly spaced, from at most
+    `most` batches: [tokens, n], the same in every process. One batch at a time is in memory."""
     # Only the shape is used: how many tokens this linear sees of an image. It differs from block to
     # block in a Swin.
     first = pair.quantized.input_of(linear, pair.first_quantized[:1]).flatten(0, -2)
     tokens_per_image = len(first)  # [tokens of an image, n]
-    sampled = [batch for batch in pair.inputs.batches if batch.index % step == 0]
+    sampled = [batch for batch in pair.inputs.batches if batch.is_among(most)]
     # Images of sampled batches before each of them: the token numbering runs over these images.
     images_before = list(accumulate(map(len, sampled), initial=0))
     total = tokens_per_image * images_before.pop()
@@ -226,7 +227,7 @@ def sample_inputs(pair: BlockPair, linear: str, step: int, count: int) -> Tensor
     # Evenly spaced over all sampled tokens, whichever process has them.
     rows = torch.linspace(0, total - 1, min(count, total), device=first.device).long()
     sample = first.new_zeros(len(rows), first.shape[1])
-    for batch, x in pair.quantized_inputs(linear, step):
+    for batch, x in pair.quantized_inputs(linear, most):
         x = x.flatten(0, -2)  # [tokens of the batch, n]
         # Positions of the wanted tokens within this batch; tokens of other batches lie outside.
         place = rows - start[batch.index]

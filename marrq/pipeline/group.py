@@ -34,12 +34,12 @@ from marrq.quantizers.linear import QuantizedWeight, QuantLinear
 from marrq.schemes import Scheme, WeightSpec
 from marrq.transforms.equalization import Equalized, equalize, find_norm
 
-SAMPLE_STEP = 4
-"""Channel scales and balance sample each fourth batch."""
+SAMPLE_BATCHES = 4
+"""Channel scales and balance sample so many batches at most, evenly spaced."""
 EQUALIZATION_TOKENS = 2048
-RANGE_STEP = {"per-tensor": 1, "per-token": 2}
-"""The range of activations is observed in each batch, or in each second one: a static range must
-hold for all tokens, a clip factor is an average."""
+RANGE_BATCHES = {"per-tensor": 16, "per-token": 8}
+"""The range of activations is observed in so many: a static range must hold for all tokens, a clip
+factor is an average. Further images change neither, and would cost a forward pass each."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GroupCalibration:
         # rounding the activations hurts.
         if norm is None and not self.scheme.has_coarse_activations:
             return None
-        sample = sample_inputs(self.pair, self.linears[0], SAMPLE_STEP, EQUALIZATION_TOKENS)
+        sample = sample_inputs(self.pair, self.linears[0], SAMPLE_BATCHES, EQUALIZATION_TOKENS)
         # The statistics will raise an error that names the linear.
         if not sample.isfinite().all():
             return None
@@ -86,9 +86,9 @@ class GroupCalibration:
         # The grid is that of the input as the kernel will see it, after the scaling.
         smoothing = None if scales is None else scales.smoothing
         observer = RangeObserver(smoothing, self.pair.processes)
-        step = RANGE_STEP[activation.strategy]
+        most = RANGE_BATCHES[activation.strategy]
         # On the quantized path: the grid has to hold what the quantized model really gives.
-        for _, x in self.pair.quantized_inputs(self.linears[0], step):
+        for _, x in self.pair.quantized_inputs(self.linears[0], most):
             observer.observe(x)
         # One grid for all linears of the group: the error of all their outputs decides.
         weights = torch.cat([block.linear(name).weight for name in self.linears])

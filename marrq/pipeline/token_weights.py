@@ -56,8 +56,8 @@ from marrq.models.blocks import Block, hooked
 from marrq.models.residual_writers import find_residual_writer
 from marrq.pipeline.collect import TokenSource
 
-ENERGY_STEP = 2
-"""Energies are averaged over each second batch: a mean for each position needs no more."""
+ENERGY_BATCHES = 8
+"""Energies are averaged over so many batches at most: a mean for each position needs no more."""
 PASS_BYTES = 2**21
 """Images whose tokens fill so many bytes go through a pass together, at least one. What a pass
 keeps for its way back is some 10 times that for each block."""
@@ -95,7 +95,7 @@ def fisher_energies(
     if not tokens:
         return {}
     at_once = max(1, PASS_BYTES // blocks[0].input_from(source.module, images[:1]).nbytes)
-    sampled = [batch for batch in source.batches if batch.index % ENERGY_STEP == 0]
+    sampled = [batch for batch in source.batches if batch.is_among(ENERGY_BATCHES)]
     # [batches, tokens of an image]: a row for each batch, so that all processes can add the rows
     # of all in one order.
     sums = {

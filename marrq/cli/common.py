@@ -22,6 +22,7 @@ from marrq.files import write_json
 from marrq.methods.lowrank_spec import LowRankKind
 from marrq.methods.registry import method_names_for_help
 from marrq.methods.spec import METHOD_SETTINGS
+from marrq.models.images import FEWEST_IMAGES
 from marrq.outputs import check_report, no_picture, no_report
 
 if TYPE_CHECKING:
@@ -94,7 +95,12 @@ ClassesOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[
-    int, input_option(metavar="N", help="Number of calibration images, drawn at random.", min=2)
+    int | None,
+    input_option(
+        metavar="N",
+        help="Number of calibration images, drawn at random; default: 1024, or all if fewer.",
+        min=FEWEST_IMAGES,
+    ),
 ]
 SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random draw.")]
 

@@ -18,7 +18,7 @@ def compare(
     classes: common.ClassesOption = None,
     data: common.DataOption = None,
     gallery: common.GalleryOption = GALLERY_IMAGES,
-    samples: common.SamplesOption = 256,
+    samples: common.SamplesOption = None,
     seeds: compare_options.Seeds = 3,
     scheme: common.SchemesOption = ["W4A8"],
     method: common.MethodsOption = [],
@@ -35,7 +35,12 @@ def compare(
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
     from marrq.models.class_embeddings import load_classes
-    from marrq.workflows.checks import check_comparison, check_data, check_float_model, data_for
+    from marrq.workflows.checks import (
+        calibration_data_for,
+        check_comparison,
+        check_data,
+        check_float_model,
+    )
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
@@ -43,9 +48,10 @@ def compare(
     methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
     check_float_model(model)
     given = None if classes is None else load_classes(classes)
-    name = data_for(model, data, samples)
+    name = calibration_data_for(model, data, samples)
     check_data(name)
-    check_comparison(output, {"schema": SCHEMA, "model": model, "samples": samples})
+    known = {} if samples is None else {"samples": samples}
+    check_comparison(output, {"schema": SCHEMA, "model": model, **known})
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
 

@@ -13,7 +13,7 @@ def quantize(
     *,
     outputs: common.OutputsOption = None,
     data: common.DataOption = None,
-    samples: common.SamplesOption = 256,
+    samples: common.SamplesOption = None,
     seed: common.SeedOption = 0,
     scheme: common.SchemeOption = None,
     activations: common.ActivationsOption = "per-tensor",
@@ -41,7 +41,7 @@ def quantize(
     torchrun --nproc-per-node 2 -m marrq quantize demo -o artifact
     """
     from marrq.budget import budget_of, check_method, scheme_of
-    from marrq.workflows.checks import check_float_model, data_for
+    from marrq.workflows.checks import calibration_data_for, check_float_model
     from marrq.workflows.destination import Destination, folders_read
     from marrq.workflows.devices import choose_device
 
@@ -52,7 +52,7 @@ def quantize(
     check_method(spec, limit, resume)
     parsed_scheme = scheme_of(scheme, cast("ActivationStrategy", activations), limit)
     check_float_model(model)
-    name = data_for(model, data, samples)
+    name = calibration_data_for(model, data, samples)
     destination = Destination(output, force, resume, work_dir, folders_read(model, data))
     destination.check(parsed_scheme, spec, samples, seed)
     chosen = choose_device(device)
@@ -65,7 +65,7 @@ def quantize(
 
     loaded = load_model(model, common.names_in(outputs))
     images = images_for(name, loaded.labels, limit)
-    recipe = Recipe(parsed_scheme, spec, samples, seed)
+    recipe = Recipe(parsed_scheme, spec, images["train"].samples(samples), seed)
     stages = stages_of(recipe, limit)
     with (
         process_group(chosen) as processes,

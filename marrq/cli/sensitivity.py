@@ -13,7 +13,7 @@ def sensitivity(
     *,
     outputs: common.OutputsOption = None,
     data: common.DataOption = None,
-    samples: common.SamplesOption = 256,
+    samples: common.SamplesOption = None,
     seed: common.SeedOption = 0,
     scheme: common.SchemeOption = None,
     activations: common.ActivationsOption = "per-tensor",
@@ -31,7 +31,7 @@ def sensitivity(
     marrq quantize vit_base_patch16_224 --data IMAGES --budget 3 --sensitivity costs.json -o a
     """
     from marrq.budget import Budget, check_method, scheme_of
-    from marrq.workflows.checks import check_float_model, data_for
+    from marrq.workflows.checks import calibration_data_for, check_float_model
     from marrq.workflows.devices import choose_device
     from runtime.report.plots import check_plot
 
@@ -40,7 +40,7 @@ def sensitivity(
     check_method(spec, Budget(), resume=False)
     mixed = scheme_of(scheme, cast("ActivationStrategy", activations), Budget())
     check_float_model(model)
-    name = data_for(model, data, samples)
+    name = calibration_data_for(model, data, samples)
     chosen = choose_device(device)
     if plot is not None:
         check_plot(plot)
@@ -55,7 +55,7 @@ def sensitivity(
 
     loaded = load_model(model, common.names_in(outputs))
     images = images_for(name, loaded.labels, None)["train"]
-    recipe = Recipe(mixed, spec, samples, seed)
+    recipe = Recipe(mixed, spec, images.samples(samples), seed)
     with (
         process_group(chosen) as processes,
         common.progress_bars(processes.is_first, measuring=None) as [bar],

@@ -210,7 +210,7 @@ class Paths:
 
 
 def sample_inputs(pair: BlockPair, linear: str, most: int, count: int) -> Tensor:
-    """At most `count` tokens of the linear's input on the quantized path, evenly spaced, from at most
+    """At most `count` tokens of the linear's input on the quantized path, evenly spaced, of at most
     `most` batches: [tokens, n], the same in every process. One batch at a time is in memory."""
     # Only the shape is used: how many tokens this linear sees of an image. It differs from block to
     # block in a Swin.

@@ -7,6 +7,7 @@ from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
+from marrq.models.images import FEWEST_IMAGES
 from marrq.outputs import check_place, is_artifact
 
 
@@ -68,6 +69,12 @@ def data_for(model: str, data: str | None, samples: int | None = None) -> str:
     name = data or "demo"
     check_data(name, samples)
     return name
+
+
+def calibration_data_for(model: str, data: str | None, samples: int | None) -> str:
+    """As `data_for`, for images to calibrate on. samples: None for the default number, which any
+    images will do for."""
+    return data_for(model, data, FEWEST_IMAGES if samples is None else samples)
 
 
 def check_data(name: str, samples: int | None = None) -> None:

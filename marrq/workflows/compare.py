@@ -57,14 +57,15 @@ class Task:
     """What all runs have in common.
 
     model: as `load_model` takes it. data: as `find_images` takes it. samples: calibration images of
-    a run. device: cpu or cuda. gallery_images: of train/ that k-NN looks among, at most.
+    a run, None for the default number. device: cpu or cuda.
+    gallery_images: of train/ that k-NN looks among, at most.
     outputs: as `load_model` takes them.
     classes: that a model which gives features is judged by; None for what it gives itself.
     """
 
     model: str
     data: str
-    samples: int
+    samples: int | None
     device: str
     gallery_images: int = GALLERY_IMAGES
     outputs: tuple[str, ...] = ()
@@ -151,6 +152,7 @@ class Runner:
         # Loaded once: every run quantizes a copy.
         self.original = load_model(task.model, task.outputs)
         self.train = find_images(task.data, "train", self.original.labels)
+        self.samples = self.train.samples(task.samples)
         # What answers: classes are no part of what is quantized.
         self.answering = self._classified(self.original)
         self.images = find_measured(task.data, self.answering.labels, task.gallery_images)
@@ -225,7 +227,7 @@ class Runner:
 
     def _recipe(self, combination: Combination) -> Recipe:
         scheme, method = combination.scheme, combination.method
-        return Recipe(scheme, method, self.task.samples, combination.seed)
+        return Recipe(scheme, method, self.samples, combination.seed)
 
     def _quantized(self, combination: Combination) -> QuantizedModel:
         # Quantizing replaces linears in place, and the next run needs the float model again.
@@ -280,7 +282,7 @@ class ReportFile:
             "weights": runner.original.source.weights_sha256,
             "outputs": list(runner.answering.outputs),
             "data": measured.description(),
-            "samples": runner.task.samples,
+            "samples": runner.samples,
         }
         if runner.task.classes is not None:
             about["classes"] = runner.task.classes.sha256

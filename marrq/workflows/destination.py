@@ -36,12 +36,12 @@ class Destination:
         parent = self.folder.parent if self.work_dir is None else self.work_dir
         return parent / f".{self.folder.name}.checkpoint"
 
-    def check(self, scheme: Scheme, method: MethodSpec, samples: int, seed: int) -> None:
+    def check(self, scheme: Scheme, method: MethodSpec, samples: int | None, seed: int) -> None:
         """Raise MarrqError if a new run would replace what may not be replaced, or if an artifact
         can have no place there.
 
         scheme, method, samples, seed: of the new run; they tell whether it could go on with an
-        unfinished one.
+        unfinished one. samples: None for the default number, which the images decide.
         """
         # With `resume`, what may be there depends on the settings, which is_complete is told.
         if self.resume:
@@ -64,7 +64,7 @@ class Destination:
                 return
             found = settings_in(self.checkpoint)
             record = found.calibration
-            chosen = (scheme, method.unrefined, samples, seed)
+            chosen = (scheme, method.unrefined, samples or record.samples, seed)
             if (found.scheme, found.method, record.samples, record.seed) == chosen:
                 raise MarrqError(
                     f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "

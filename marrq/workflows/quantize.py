@@ -46,7 +46,7 @@ class Recipe:
 
     scheme: Scheme
     method: MethodSpec
-    samples: int = 256
+    samples: int
     seed: int = 0
     widths: Mapping[str, int] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ def quantize(
     images: ImageSet,
     scheme: str | Scheme = "W4A8",
     method: str | MethodSpec = "marr",
-    samples: int = 256,
+    samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> QuantizedModel:
@@ -88,7 +88,7 @@ def quantize(
     images: calibration images from `find_images`; their classes are not used.
     scheme: bits and grids, such as `W4A8` or `W4A16-g128` (marrq/schemes.py).
     method: `NAME[,KEY=VALUE…]`, such as `marr` or `gptq,damping=0.05` (marrq/methods/spec.py).
-    samples: number of images to draw, at least 2.
+    samples: number of images to draw, at least 2; None for 1,024, or all if there are fewer.
     seed: of the draw; the same seed draws the same images.
     device: auto, cpu or cuda. `auto` takes a GPU if torch finds one.
 
@@ -100,7 +100,7 @@ def quantize(
     recipe = Recipe(
         parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         parse_method(method) if isinstance(method, str) else method,
-        samples,
+        images.samples(samples),
         seed,
     )
     run = RunOptions(choose_device(device))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_two_processes_gather_add_and_agree(tmp_path: Path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     done = torchrun(2, str(tmp_path / "collectives.py"))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("images", [2, 5, 64, 256, 1000, 3720])
+@pytest.mark.parametrize("most", [1, 4, 16])
+def test_the_batches_that_stand_for_all_are_evenly_spaced_over_both_halves(images: int, most: int):
+    batches = cut(images, 16)
+    chosen = [batch.index for batch in batches if batch.is_among(most)]
+    # At most so many, and more than half of them if there are enough.
+    assert min(most, len(batches)) / 2 < len(chosen) <= most or len(chosen) == len(batches)
+    assert chosen[0] == 0
+    assert len({after - before for before, after in pairwise(chosen)}) <= 1
+    assert all(batch.count == len(batches) for batch in batches)
+    if most > 1:
+        assert {batch.half for batch in batches if batch.is_among(most)} == {0, 1}
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,12 @@ def test_the_hashes_of_the_demo_are_those_of_earlier_artifacts():
     assert len(images) == 512
 
 
+def test_1024_images_calibrate_or_all_if_there_are_fewer():
+    few, many = (ImageSet("images", tuple(map(Path, "x" * n)), (), ()) for n in (300, 1500))
+    assert [few.samples(None), many.samples(None)] == [300, 1024]
+    assert [few.samples(16), many.samples(1500)] == [16, 1500]
+
+
 def test_more_samples_than_images_is_an_error(image_folder: Path):
     with pytest.raises(MarrqError, match="24 images for calibration, fewer than the 25 samples"):
         find_images(str(image_folder), "train", LABELS).draw(25, seed=0)

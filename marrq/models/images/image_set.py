@@ -16,6 +16,7 @@ from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
+from marrq.models.images import CALIBRATION_IMAGES
 from marrq.models.images.classes import Folders, classes_of
 from marrq.models.images.folders import (
     Split,
@@ -89,6 +90,11 @@ class ImageSet:
             # The same object, so that what is read of a subset is noted of the whole.
             self.notes,
         )
+
+    def samples(self, wanted: int | None) -> int:
+        """How many images calibrate: as many as are wanted; None for the default, which is
+        CALIBRATION_IMAGES, or all if there are fewer."""
+        return min(CALIBRATION_IMAGES, len(self)) if wanted is None else wanted
 
     def draw(self, samples: int, seed: int) -> "ImageSet":
         """A random subset of `samples` images, in random order.

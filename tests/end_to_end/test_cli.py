@@ -317,8 +317,8 @@ BAD_INPUT = {
     "no images": (split("quantize ./flat --data empty -o out"), "no images in 'empty'"),
     "no images to measure on": (split("evaluate demo --data empty"), "no images in 'empty'"),
     "few images": (
-        [*QUANTIZE, "--data", "flat"],
-        "'flat' has 2 images for calibration, fewer than the 256 samples",
+        [*QUANTIZE, "--data", "flat", "--samples", "3"],
+        "'flat' has 2 images for calibration, fewer than the 3 samples",
     ),
     "output that is read": (
         split("quantize demo --data flat --samples 2 --force -o flat"),

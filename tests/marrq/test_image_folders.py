@@ -74,6 +74,12 @@ def test_the_hashes_of_the_demo_are_those_of_earlier_artifacts():
 def test_1024_images_calibrate_or_all_if_there_are_fewer():
     few, many = (ImageSet("images", tuple(map(Path, "x" * n)), (), ()) for n in (300, 1500))
     assert [few.samples(None), many.samples(None)] == [300, 1024]
+    assert not few.noted()
+    fewer = ImageSet("images", (Path("x"),) * 255, (), ())
+    assert fewer.samples(None) == 255
+    assert fewer.noted() == (
+        "'images' has 255 images to calibrate on, and fewer than 256 cost accuracy: give more",
+    )
     assert [few.samples(16), many.samples(1500)] == [16, 1500]
 
 

@@ -15,6 +15,8 @@ __all__ = ["ImageSet", "Pixels", "find_images", "read_image"]
 
 CALIBRATION_IMAGES = 1024
 """Images that calibrate if the user wishes no other number and there are so many."""
+FEW_IMAGES = 256
+"""With fewer, low-bit codes fit the images more than the model (examples/results/images.md)."""
 FEWEST_IMAGES = 2
 """One half of the calibration images judges what the other half gave."""
 GALLERY_IMAGES = 4096

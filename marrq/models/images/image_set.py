@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
-from marrq.models.images import CALIBRATION_IMAGES
+from marrq.models.images import CALIBRATION_IMAGES, FEW_IMAGES
 from marrq.models.images.classes import Folders, classes_of
 from marrq.models.images.folders import (
     Split,
@@ -94,7 +94,14 @@ class ImageSet:
     def samples(self, wanted: int | None) -> int:
         """How many images calibrate: as many as are wanted; None for the default, which is
         CALIBRATION_IMAGES, or all if there are fewer."""
-        return min(CALIBRATION_IMAGES, len(self)) if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        if len(self) < FEW_IMAGES:
+            self.notes.whole.add(
+                f"{self.name!r} has {len(self)} images to calibrate on, and fewer than "
+                f"{FEW_IMAGES} cost accuracy: give more"
+            )
+        return min(CALIBRATION_IMAGES, len(self))
 
     def draw(self, samples: int, seed: int) -> "ImageSet":
         """A random subset of `samples` images, in random order.

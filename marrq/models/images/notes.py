@@ -15,10 +15,12 @@ ON_WHITE = "are transparent in part, and are laid on white"
 
 @dataclass
 class Notes:
-    """Names of the files that were read, and of those of which something is noted, by the note."""
+    """Names of the files that were read, and of those of which something is noted, by the note;
+    and sentences about the whole set."""
 
     read: set[str] = field(default_factory=set)
     found: dict[str, set[str]] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
 
     def add(self, file: object, *notes: str) -> None:
         """A file was read, and this is noted of it."""
@@ -29,7 +31,8 @@ class Notes:
 
     def sentences(self) -> tuple[str, ...]:
         """One for each note, with the number of files."""
-        return tuple(
+        noted = (
             f"{len(files)} of the {len(self.read)} images that were read {note}"
             for note, files in sorted(self.found.items())
         )
+        return (*sorted(self.whole), *noted)

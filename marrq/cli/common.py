@@ -22,7 +22,7 @@ from marrq.files import write_json
 from marrq.methods.lowrank_spec import LowRankKind
 from marrq.methods.registry import method_names_for_help
 from marrq.methods.spec import METHOD_SETTINGS
-from marrq.models.images import FEWEST_IMAGES
+from marrq.models.images.counts import FEWEST_IMAGES
 from marrq.outputs import check_report, no_picture, no_report
 
 if TYPE_CHECKING:

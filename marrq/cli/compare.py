@@ -5,7 +5,7 @@ from itertools import product, starmap
 from typing import TYPE_CHECKING, cast
 
 from marrq.cli import common, compare_options
-from marrq.models.images import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES
 
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy, Scheme

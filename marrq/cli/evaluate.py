@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from marrq.cli import common
-from marrq.models.images import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES
 
 SCHEMA = "marrq.evaluate/1"
 

@@ -18,7 +18,7 @@ from marrq.artifact.scheme import read_scheme
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
 from marrq.models.class_embeddings import ClassEmbeddings
-from marrq.models.images import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES
 from marrq.workflows.provider import choose_provider
 from runtime.environment import usable_cores
 from runtime.measure.bench import BenchSettings

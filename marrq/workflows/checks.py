@@ -7,7 +7,7 @@ from typing import Any
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
-from marrq.models.images import FEWEST_IMAGES
+from marrq.models.images.counts import FEWEST_IMAGES
 from marrq.outputs import check_place, is_artifact
 
 

@@ -21,7 +21,8 @@ from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import find_blocks
 from marrq.models.class_embeddings import ClassEmbeddings
-from marrq.models.images import GALLERY_IMAGES, find_images
+from marrq.models.images import find_images
+from marrq.models.images.counts import GALLERY_IMAGES
 from marrq.models.images.gallery import find_measured
 from marrq.models.load import load_model
 from marrq.pipeline.full_precision import FullPrecisionInputs, FullPrecisionKey

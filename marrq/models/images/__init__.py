@@ -13,16 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageSet", "Pixels", "find_images", "read_image"]
 
-CALIBRATION_IMAGES = 1024
-"""Images that calibrate if the user wishes no other number and there are so many."""
-FEW_IMAGES = 256
-"""With fewer, low-bit codes fit the images more than the model (examples/results/images.md)."""
-FEWEST_IMAGES = 2
-"""One half of the calibration images judges what the other half gave."""
-GALLERY_IMAGES = 4096
-"""Most images of `train` that k-NN looks among (marrq/models/images/gallery.py), if the user wishes
-no other number: every model of a run has to look at each of them."""
-
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""

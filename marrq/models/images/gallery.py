@@ -11,7 +11,7 @@ k-NN looks for the class of an image among the images of `train`, the gallery. A
 from dataclasses import dataclass, replace
 
 from marrq.errors import MarrqError
-from marrq.models.images import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES
 from marrq.models.images.image_set import ImageSet, find_images
 
 

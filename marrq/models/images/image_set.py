@@ -16,8 +16,8 @@ from torch import Tensor
 
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
-from marrq.models.images import CALIBRATION_IMAGES, FEW_IMAGES
 from marrq.models.images.classes import Folders, classes_of
+from marrq.models.images.counts import CALIBRATION_IMAGES, FEW_IMAGES
 from marrq.models.images.folders import (
     Split,
     images_below,

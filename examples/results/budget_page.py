@@ -1,46 +1,76 @@
-"""The page of budgets: mixed widths beside uniform ones, in exported files."""
+"""The page of budgets: mixed widths beside uniform ones.
 
-from layout import Json, page, table
+Its reports: `costs` of `marrq sensitivity`, `uniform` of `marrq compare`, and each `budget N` of
+`marrq evaluate`, for a model of at most N bits a weight.
+"""
 
-HEADINGS = ("bits / weight", "MB", "divergence, nats", "top-1, %", "drop, points", "× fp32")
+from layout import Json, comparison, page, table
+
+from marrq.sensitivity import Plan, Sensitivity, sensitivity_from_json
+from runtime.report.comparison import ComparisonReport, summarize
+
+HEADINGS = ("bits / weight", "MB of tensors", "divergence, nats", "expected", "top-1, %")
 
 
 def budget(record: Json) -> str:
     """The page that the record gives."""
-    report = record["reports"]["bench"]
-    models = [model for model in report["models"] if model["method"] != "none"]
+    reports = record["reports"]
+    costs = sensitivity_from_json(reports["costs"])
+    uniform = comparison(reports["uniform"])
+    budgets = {
+        float(label.split()[1]): report
+        for label, report in reports.items()
+        if label.startswith("budget")
+    }
+    rows = [*_uniform(uniform, costs), *(_mixed(*one, costs) for one in budgets.items())]
     return page(
         record,
         "A budget of bits: mixed widths beside uniform ones",
         f"""
         A real DINOv2 ViT-S/14 (112 px, 99 classes of emoji) is quantized with one width of weights
         for all linears, and within a budget: each linear then has 2, 3, 4 or 8 bits, chosen by
-        `marrq quantize --budget`. All files are measured in one run, on
-        {report["data"]["images"]} images with {report["environment"]["threads"]} thread. Bits
-        count scales and zero points; brackets hold 95 % intervals.""",
-        table(
-            ["file", *HEADINGS],
-            [_row(model) for model in sorted(models, key=lambda one: one["bits_per_weight"])],
-        ),
+        `marrq quantize --budget`. All are judged in torch on {uniform.float_images} images, and
+        calibrated on {uniform.samples} others, one draw; full precision has a top-1 of
+        {100 * uniform.float_score:.1f} %. Bits count scales and zero points.""",
+        table(["weights", *HEADINGS], [cells for _, cells in sorted(rows)]),
+        f"""
+        The expected divergence is what `marrq sensitivity` adds up, linear by linear, from
+        {costs.about["calibration"]["samples"]} images. It orders plans, and is lower than what is
+        measured: errors of linears meet each other downstream, and judge and codes share their
+        images.""",
         "## What each linear costs",
         """
-        The divergence that each width of each linear is expected to add, and the curve of the best
-        plan of each size, by `marrq sensitivity`. Expected divergences order plans; they are lower
-        than what is measured, since errors of linears add up.""",
+        Above, the divergence that each width of each linear is expected to add; below, the best
+        plan of each size beside uniform widths. Both by `marrq sensitivity`.""",
         "![What each linear costs, and the curve of size against divergence](budget.svg)",
     )
 
 
-def _row(model: Json) -> list[str]:
-    accuracy = model["accuracy"]
-    drop = accuracy["against"]
-    shares = [(accuracy["top1"], accuracy["top1_low"], accuracy["top1_high"])]
-    shares.append((drop["drop"], drop["drop_low"], drop["drop_high"]))
+def _uniform(report: ComparisonReport, costs: Sensitivity) -> list[tuple[float, list[str]]]:
+    """Bits and cells of each uniform width."""
+    rows = []
+    for row in summarize(report):
+        plan = costs.uniform(int(row.scheme[1]))
+        measured = (row.divergence, row.score)
+        rows.append((plan.bits_per_weight, _cells(f"all {row.scheme[1]} bits", plan, measured)))
+    return rows
+
+
+def _mixed(limit: float, report: Json, costs: Sensitivity) -> tuple[float, list[str]]:
+    """Bits and cells of the model within a budget."""
+    plan = costs.within_bits(limit)
+    [model] = [one for title, one in report["models"].items() if title != "float"]
+    measured = (model["divergence"], model["top1"])
+    return plan.bits_per_weight, _cells(f"`--budget {limit}`", plan, measured)
+
+
+def _cells(name: str, plan: Plan, measured: tuple[float, float]) -> list[str]:
+    divergence, top1 = measured
     return [
-        model["name"],
-        f"{model['bits_per_weight']:.3f}",
-        f"{model['size_bytes'] / 1e6:.2f}",
-        f"{accuracy['divergence']:.3f}",
-        *(f"{100 * a:.1f} ({100 * low:.1f} … {100 * high:.1f})" for a, low, high in shares),
-        " and ".join(f"{row['ratio_fp32']:.2f}" for row in model["latency"]),
+        name,
+        f"{plan.bits_per_weight:.3f}",
+        f"{plan.size_bytes / 1e6:.2f}",
+        f"{divergence:.3f}",
+        f"{plan.divergence:.3f}",
+        f"{100 * top1:.1f}",
     ]

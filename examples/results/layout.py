@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
+from runtime.report.comparison import ComparisonReport
+
 WIDTH = 100
 
 Json = dict[str, Any]
 """What record.py wrote (commit, date, machine, versions, commands, reports), or a part of it."""
+
+
+def comparison(report: Json) -> ComparisonReport:
+    """A report of `marrq compare`; record.py has left out where its images lie."""
+    return ComparisonReport.read({**report, "data": {"path": "", **report["data"]}})
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

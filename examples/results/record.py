@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-LEFT_OUT = {"hits", "same", "quantization", "audit", "alphas", "executed", "executed_on", "path"}
+LEFT_OUT = {
+    "hits",
+    "same",
+    "quantization",
+    "audit",
+    "alphas",
+    "executed",
+    "executed_on",
+    "path",
+    "curve",
+}
 PACKAGES = ("marrq", "torch", "onnxruntime")
 
 

@@ -1,7 +1,9 @@
 """What several commands share: their options, the progress bars, lines for people."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -241,29 +243,51 @@ JsonOption = Annotated[Path | None, json_option(help="Also write the report as J
 PlotOption = Annotated[Path | None, picture_option("--plot", help="Also draw it, as .png or .svg.")]
 
 
-class Bar:
-    """One progress bar on stderr."""
+SECONDS_BETWEEN_LINES = 30
+"""Where no bar can be drawn, a line says how far a command is, no more often than this."""
 
-    def __init__(self, progress: Progress, text: str, total: int | None) -> None:
-        self._progress = progress
+
+class Bar:
+    """One progress bar on stderr; or lines, if `in_lines`."""
+
+    def __init__(self, progress: Progress, text: str, total: int | None, in_lines: bool) -> None:
+        self._progress, self._in_lines = progress, in_lines
         # `note` is a field that the last column draws.
         self._task = progress.add_task(text, total=total, note="")
+        # The time and what was done when the work began, and the time of the last line.
+        self._began: tuple[float, float] | None = None
+        self._told = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         """Go on by `amount`."""
         self._progress.advance(self._task, amount)
+        self._tell()
 
     def show(self, done: int, total: int, note: str) -> None:
         """Stand at `done` of `total`, with a note at the end of the line."""
         self._progress.update(self._task, completed=done, total=total, note=note)
+        self._tell()
+
+    def _tell(self) -> None:
+        task, now = self._progress.tasks[self._task], time.monotonic()
+        # Another stage may have come before: no time is known until something of this one is done.
+        self._began = self._began or (now, task.completed)
+        began, before = self._began
+        is_time = now >= self._told + SECONDS_BETWEEN_LINES and task.completed > before
+        if not self._in_lines or task.total is None or not is_time:
+            return
+        self._told = now
+        seconds = (now - began) * (task.total - task.completed) / (task.completed - before)
+        left = timedelta(seconds=round(seconds))
+        say(f"{task.description}: {task.completed:.0f} of {task.total:.0f}, about {left} left")
 
 
 @contextmanager
 def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar]]:
     """A bar for each name and total, with the time elapsed and left.
 
-    Nothing is drawn if `shown` is off, or if stderr is no terminal. A total of None is not known
-    yet: `Bar.show` tells it.
+    Nothing is drawn if `shown` is off. If stderr is no terminal there are lines in place of bars. A
+    total of None is not known yet: `Bar.show` tells it.
     """
     # What is done, how far, since when, and how long it will still take.
     columns = (
@@ -275,9 +299,9 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
         TextColumn("{task.fields[note]}"),
     )
     # In a log file the bars would be hundreds of lines.
-    hidden = not (shown and stderr.is_terminal)
-    with Progress(*columns, console=stderr, disable=hidden) as progress:
-        yield [Bar(progress, text, total) for text, total in totals.items()]
+    in_lines = shown and not stderr.is_terminal
+    with Progress(*columns, console=stderr, disable=not shown or in_lines) as progress:
+        yield [Bar(progress, text, total, in_lines) for text, total in totals.items()]
 
 
 def method_spec(

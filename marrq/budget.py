@@ -112,3 +112,13 @@ def check_method(spec: MethodSpec, budget: Budget | None, resume: bool) -> None:
         raise MarrqError(
             "--budget auto makes several models and keeps none of their blocks: leave out --resume"
         )
+
+
+def check_costs(spec: MethodSpec) -> None:
+    """Raise MarrqError for settings that the costs of linears cannot follow."""
+    check_method(spec, Budget(), resume=False)
+    if spec.refinement.on:
+        raise MarrqError(
+            "the costs of linears are those of their codes, which no refinement changes: leave out "
+            "refine"
+        )

@@ -30,14 +30,13 @@ def sensitivity(
     marrq sensitivity vit_base_patch16_224 --data IMAGES --json costs.json --plot costs.svg
     marrq quantize vit_base_patch16_224 --data IMAGES --budget 3 --sensitivity costs.json -o a
     """
-    from marrq.budget import Budget, check_method, scheme_of
+    from marrq.budget import Budget, check_costs, scheme_of
     from marrq.workflows.checks import calibration_data_for, check_float_model
     from marrq.workflows.devices import choose_device
     from runtime.report.plots import check_plot
 
     spec = common.method_spec(method, setting, {}, rotate=rotate)
-    # The costs serve a budget, which knows no low-rank branch.
-    check_method(spec, Budget(), resume=False)
+    check_costs(spec)
     mixed = scheme_of(scheme, cast("ActivationStrategy", activations), Budget())
     check_float_model(model)
     name = calibration_data_for(model, data, samples)

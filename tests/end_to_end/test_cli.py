@@ -308,6 +308,10 @@ BAD_INPUT = {
         "--alpha and --set alpha=grid are both given",
     ),
     "low-rank branch": ([*QUANTIZE, "--lowrank", "svd:4"], "srr, qera, lqer"),
+    "costs of a refinement": (
+        split("sensitivity demo --set refine=on"),
+        "which no refinement changes: leave out refine",
+    ),
     "gain": ([*QUANTIZE, "--set", "pid.speed=3"], "unknown setting 'pid.speed'"),
     "setting": ([*QUANTIZE, "--set", "order=1"], "unknown setting 'order'"),
     "data folder": ([*QUANTIZE, "--data", "nowhere"], "data folder 'nowhere' does not exist"),

@@ -35,23 +35,18 @@ def compare(
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
     from marrq.models.class_embeddings import load_classes
-    from marrq.workflows.checks import (
-        calibration_data_for,
-        check_comparison,
-        check_data,
-        check_float_model,
-    )
+    from marrq.workflows import checks
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
     # All that can be wrong without torch is checked first, and not told after hours.
     methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
-    check_float_model(model)
+    checks.check_float_model(model)
     given = None if classes is None else load_classes(classes)
-    name = calibration_data_for(model, data, samples)
-    check_data(name)
+    name = checks.calibration_data_for(model, data, samples)
+    checks.check_data(name)
     known = {} if samples is None else {"samples": samples}
-    check_comparison(output, {"schema": SCHEMA, "model": model, **known})
+    checks.check_comparison(output, {"schema": SCHEMA, "model": model, **known})
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
 

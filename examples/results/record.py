@@ -30,7 +30,10 @@ PACKAGES = ("marrq", "torch", "onnxruntime")
 
 
 def trimmed(value: Any) -> Any:
-    """The value without the keys that no page shows, at any depth."""
+    """The value without the keys that no page shows, at any depth, and a model in a folder by the
+    name that the commands give it."""
+    if isinstance(value, str) and value.startswith("local-dir:/"):
+        return f"local-dir:OUT/{Path(value).name}"
     if isinstance(value, dict):
         return {key: trimmed(part) for key, part in value.items() if key not in LEFT_OUT}
     if isinstance(value, list):

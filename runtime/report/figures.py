@@ -20,6 +20,7 @@ from runtime.report.plots import (
     draw_by_depth,
     draw_searches,
     inline_svg,
+    scale_by_powers,
     with_alpha,
 )
 
@@ -119,7 +120,7 @@ def latency_figure(models: Models) -> str:
                 markersize=5,
                 **style,
             )
-        _scale_by_powers(panel)
+        scale_by_powers(panel)
         _against_batch(figure, panel, models, "time of one forward (ms)")
 
     alt = "; ".join(_listed(model, lambda row: row.p50_ms) for model in models)
@@ -176,7 +177,7 @@ def error_figure(name: str, errors: Sequence[tuple[str, float]]) -> str:
 
     def draw(figure: "Figure") -> None:
         _by_depth(drawn, "relative error")(figure)
-        _scale_by_powers(figure.axes[0])
+        scale_by_powers(figure.axes[0])
 
     path, worst = max(errors, key=lambda pair: pair[1])
     alt = f"Relative error of {len(errors)} linears; the largest, {worst:.2e}, at {path}"
@@ -265,17 +266,6 @@ def _against_batch(figure: "Figure", panel: "Axes", models: Models, label: str) 
     # Two columns of long names would be wider than a phone.
     are_short = all(len(model.name) <= NAME_LENGTH / 2 for model in models)
     figure.legend(loc="outside lower left", ncols=2 if are_short else 1)
-
-
-def _scale_by_powers(panel: "Axes") -> None:
-    """A log scale whose numbers are written out: matplotlib's own formatter writes formulas."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    # Ticks at 1, 2 and 5, so that a range below one decade has ticks too.
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _by_depth(values: Sequence[tuple[int, str, float]], label: str) -> Callable[["Figure"], None]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,7 @@ def plot_comparison(report: ComparisonReport, file: Path) -> None:
             # The panels share this axis, so that the methods are named at the left only.
             left.set_yticks(range(len(labels)), labels)
             right.set(title=scheme, xlabel="divergence (nats)")
-        figure.suptitle(report.model, fontsize=11)
+        figure.suptitle(titled(report.model), fontsize=11)
         # All panels have the same legend.
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3
@@ -307,3 +307,20 @@ def _searches(trajectory: Sequence[SearchStep]) -> list[list[SearchStep]]:
     for step in trajectory:
         halves.setdefault(step.half, []).append(step)
     return list(halves.values())
+
+
+def scale_by_powers(panel: "Axes") -> None:
+    """A log scale whose numbers are written out: matplotlib's own formatter writes formulas."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    # Ticks at 1, 2 and 5, so that a range below one decade has ticks too.
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def titled(model: str) -> str:
+    """A model's name for a title: of a folder the last part."""
+    folder = model.removeprefix("local-dir:")
+    return model if folder == model else PurePath(folder).name

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.report.plots import written_figure
+from runtime.report.plots import scale_by_powers, titled, written_figure
 from runtime.sensitivity import SensitivityReport, SizedPlan
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def plot_sensitivity(report: SensitivityReport, file: Path) -> None:
             title="each group of linears alone",
             xlabel="from the first group to the last",
             ylabel="divergence (nats)",
-            yscale="log",
         )
+        scale_by_powers(right)
         right.legend(fontsize=8)
-        figure.suptitle(f"{report.model}, {report.scheme}", fontsize=11)
+        figure.suptitle(f"{titled(report.model)}, {report.scheme}", fontsize=11)
 
 
 def _draw_curve(panel: "Axes", curve: Sequence[SizedPlan], uniform: Sequence[SizedPlan]) -> None:
@@ -89,6 +89,6 @@ def _draw_curve(panel: "Axes", curve: Sequence[SizedPlan], uniform: Sequence[Siz
         title="all groups, expected",
         xlabel="bits a weight, scales included",
         ylabel="divergence (nats)",
-        yscale="log",
     )
+    scale_by_powers(panel)
     panel.legend(fontsize=8)

@@ -1,5 +1,6 @@
 """The report of the costs: its keys, its tables, and its picture."""
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -82,3 +83,8 @@ def test_the_picture_is_the_same_from_the_same_report(tmp_path: Path):
     assert text == (tmp_path / "b.svg").read_text()
     for said in ("a budget", "one width", "3 bits", "tiny, WmixA8 per-tensor"):
         assert said in text
+    # Numbers of a log axis are numbers, and no formulas.
+    assert "$" not in text
+    report = replace(report, model="local-dir:somewhere/vit")
+    plot_sensitivity(report, tmp_path / "c.svg")
+    assert "somewhere" not in (tmp_path / "c.svg").read_text()

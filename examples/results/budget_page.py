@@ -40,8 +40,8 @@ def budget(record: Json) -> str:
         images.""",
         "## What each linear costs",
         """
-        Above, the divergence that each width of each linear is expected to add; below, the best
-        plan of each size beside uniform widths. Both by `marrq sensitivity`.""",
+        Left, the best plan of each size beside uniform widths; right, the divergence that each
+        width of each group of linears is expected to add alone. Both by `marrq sensitivity`.""",
         "![What each linear costs, and the curve of size against divergence](budget.svg)",
     )
 

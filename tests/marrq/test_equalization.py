@@ -210,7 +210,7 @@ def test_a_dead_channel_does_not_change_the_scale_of_the_others():
     assert choose_scale(torch.zeros(40, 128), weight, COARSE)[0].isfinite().all()
 
 
-def test_the_sample_is_of_evenly_spaced_tokens_of_every_fourth_batch(
+def test_the_sample_is_of_evenly_spaced_tokens_of_four_batches_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ):
     images, seen = noise(130), list[Tensor]()
@@ -231,7 +231,7 @@ def test_the_sample_is_of_evenly_spaced_tokens_of_every_fourth_batch(
         batches = [
             first.input_of("attn.qkv", first.input_from(model, images[a:b]))
             for a, b in zip(starts, ends, strict=True)
-        ][::4]
+        ][::3]  # of ten batches the first, the fourth, the seventh and the last
         tokens = torch.cat([x.flatten(0, 1) for x in batches])
         quantized(vit(), images, "W4A8", "rtn")
     torch.testing.assert_close(seen[0], tokens[torch.linspace(0, len(tokens) - 1, 100).long()])

@@ -214,7 +214,7 @@ def test_the_sample_is_of_evenly_spaced_tokens_of_four_batches_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ):
     images, seen = noise(130), list[Tensor]()
-    # Each half ends in a batch of one image, and the first of these batches is in the sample.
+    # Each half ends in a batch of one image, and the second of these is in the sample.
 
     def spy(
         block: Block, group: tuple[str, ...], norm: str | None, sample: Tensor, scheme: Scheme

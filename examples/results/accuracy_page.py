@@ -1,17 +1,17 @@
 """The page of accuracy at low bits: methods, numbers of calibration images, settings.
 
-Its reports are comparisons of `marrq compare`. `methods` has the methods side by side, `settings`
-what parts of `marr` do, and each `images N` the same runs with N calibration images. Each `refined`
-is of `marrq evaluate`.
+Its reports are comparisons of `marrq compare`. `methods` has the methods side by side, each
+`images N` runs of `marr` with N calibration images, and each `settings N` runs with one setting
+changed. Each `refined` is of `marrq evaluate`.
 """
 
 from collections.abc import Iterable
 
 from layout import Json, comparison, page, table
 
-from runtime.report.comparison import ComparisonRow, summarize
+from runtime.report.comparison import ComparisonReport, ComparisonRow, summarize
 
-HEADINGS = ("divergence, nats", "top-1, %", "draws", "s")
+HEADINGS = ("divergence, nats", "top-1, %", "draws")
 
 
 def accuracy_at_low_bits(record: Json) -> str:
@@ -20,11 +20,6 @@ def accuracy_at_low_bits(record: Json) -> str:
     evaluated = [one for key, one in record["reports"].items() if key.startswith("refined")]
     reports = {label: comparison(one) for label, one in compared.items()}
     methods = reports["methods"]
-    by_images = {
-        report.samples: summarize(report)
-        for label, report in reports.items()
-        if label.startswith("images")
-    }
     return page(
         record,
         "Accuracy at low bits: methods, images, settings",
@@ -34,8 +29,7 @@ def accuracy_at_low_bits(record: Json) -> str:
         top-1 of {100 * methods.float_score:.1f} %. The divergence is that of the classes'
         probabilities from those of full precision (Kullback-Leibler). Every image counts in it, so
         it tells two models apart sooner than top-1 does. Figures are means over random draws of the
-        calibration images, ± half the distance between the best and the worst draw. Seconds are
-        those of quantizing on one core, shared with other work.""",
+        calibration images, ± half the distance between the best and the worst draw.""",
         "## Methods",
         f"""
         With {methods.samples} calibration images, the default. W3A3 and W2A4 have an activation
@@ -45,13 +39,14 @@ def accuracy_at_low_bits(record: Json) -> str:
         "## Number of calibration images",
         """
         Calibration needs no labels, so images are cheap. What they cost is time, and memory for
-        their tokens.""",
-        _images(by_images),
+        their tokens. Seconds are those of quantizing on one core, of the fastest draw, since the
+        core was shared with other work.""",
+        _by_images(reports, "images"),
         "## Settings",
         """
         `marr` as it is, and with one setting changed. `token-weights=off` counts every token alike;
         `alpha=closed` finds α without a search.""",
-        _methods(summarize(reports["settings"])),
+        _by_images(reports, "settings", timed=False),
         "## Refined",
         """
         `marrq quantize --refine` behind `marr`, one draw: back-propagation on images that neither
@@ -81,18 +76,27 @@ def _refined(report: Json) -> list[list[str]]:
 def _methods(rows: Iterable[ComparisonRow]) -> str:
     """A row for each scheme and method."""
     cells = [[row.scheme, f"`{_short(row.method)}`", *_figures(row)] for row in rows]
+    cells.sort(key=lambda line: line[0])
     return table(["scheme", "method", *HEADINGS], cells)
 
 
-def _images(by_images: dict[int, list[ComparisonRow]]) -> str:
-    """A row for each scheme, method and number of images."""
+def _by_images(reports: dict[str, ComparisonReport], kind: str, timed: bool = True) -> str:
+    """A row for each scheme, number of images and method, of the reports whose label says so.
+    timed: whether rows have seconds."""
+    chosen = [report for label, report in reports.items() if label.startswith(kind)]
     cells = [
-        [row.scheme, f"`{_short(row.method)}`", f"{images:,}", *_figures(row), _memory(row)]
-        for images, rows in sorted(by_images.items())
-        for row in rows
+        [
+            row.scheme,
+            f"`{_short(row.method)}`",
+            f"{report.samples:,}",
+            *_figures(row),
+            *([_fastest(row, report)] if timed else []),
+        ]
+        for report in sorted(chosen, key=lambda report: report.samples)
+        for row in summarize(report)
     ]
     cells.sort(key=lambda line: line[0])
-    return table(["scheme", "method", "images", *HEADINGS, "MB"], cells)
+    return table(["scheme", "method", "images", *HEADINGS, *(["s"] if timed else [])], cells)
 
 
 def _ahead(rows: list[ComparisonRow]) -> str:
@@ -109,11 +113,13 @@ def _ahead(rows: list[ComparisonRow]) -> str:
 
 def _figures(row: ComparisonRow) -> list[str]:
     """The cells under HEADINGS."""
-    return [row.divergence_nats, row.score_percent(1), str(row.seeds), f"{row.seconds:.0f}"]
+    return [row.divergence_nats, row.score_percent(1), str(row.seeds)]
 
 
-def _memory(row: ComparisonRow) -> str:
-    return "–" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}"
+def _fastest(row: ComparisonRow, report: ComparisonReport) -> str:
+    """Seconds of the fastest run of a row."""
+    key = (row.scheme, row.method)
+    return f"{min(run.seconds for run in report.runs if (run.scheme, run.method) == key):.0f}"
 
 
 def _short(method: str) -> str:

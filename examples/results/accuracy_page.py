@@ -45,7 +45,8 @@ def accuracy_at_low_bits(record: Json) -> str:
         "## Settings",
         """
         `marr` as it is, and with one setting changed. `token-weights=off` counts every token alike;
-        `alpha=closed` finds α without a search.""",
+        `alpha=closed` finds α without a search. One draw each: the two ways to find α differ by no
+        more than chance.""",
         _by_images(reports, "settings", timed=False),
         "## Refined",
         """

@@ -44,7 +44,7 @@ from marrq.files import write_json
 from marrq.models.images import find_images
 from marrq.models.load import VisionModel, load_model
 from marrq.outputs import check_place
-from marrq.workflows.quantize import quantize
+from marrq.workflows.in_memory import quantize
 from runtime.audit.graph import Graph, size_bytes
 from runtime.audit.placement import misplaced
 from runtime.environment import installed_packages

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from marrq.models.text_tower import embed_classes
     from marrq.workflows.bench import bench
     from marrq.workflows.export import export
-    from marrq.workflows.quantize import quantize
+    from marrq.workflows.in_memory import quantize
     from marrq.zero_shot import with_classes
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ __all__ = [
 HOMES = {
     "load_model": "marrq.models.load",
     "find_images": "marrq.models.images",
-    "quantize": "marrq.workflows.quantize",
+    "quantize": "marrq.workflows.in_memory",
     "export": "marrq.workflows.export",
     "bench": "marrq.workflows.bench",
     "save": "marrq.artifact.folder",

@@ -59,10 +59,20 @@ def budget_of(
         return Budget(size_bytes=_bytes_in(max_size), sensitivity=sensitivity)
     if budget == AUTO:
         return Budget(max_drop=max_drop, sensitivity=sensitivity)
-    return Budget(bits_per_weight=_bits_in(str(budget)), sensitivity=sensitivity)
+    return Budget(bits_per_weight=_bits_in(str(budget), "--budget", AUTO), sensitivity=sensitivity)
 
 
-def _bits_in(text: str) -> float:
+def limit_of(budget: float | str) -> Budget:
+    """What the Python API is given: bits a weight such as 3.0, or a size such as "10MB". Raises
+    MarrqError for anything else."""
+    text = str(budget)
+    if SIZE.fullmatch(text):
+        return Budget(size_bytes=_bytes_in(text))
+    return Budget(bits_per_weight=_bits_in(text, "budget", "a size such as 10MB"))
+
+
+def _bits_in(text: str, name: str, otherwise: str) -> float:
+    """name: of what the user gave; otherwise: what else it may be."""
     try:
         bits = float(text)
     except ValueError:
@@ -70,8 +80,8 @@ def _bits_in(text: str) -> float:
     # NaN and infinity are floats too. Scales are counted, so even the fewest bits take more.
     if not min(WEIGHT_BITS) < bits < 64:
         raise MarrqError(
-            f"--budget must be more than {min(WEIGHT_BITS)} bits a weight, such as 3.0, or {AUTO}: "
-            f"got {text!r}"
+            f"{name} must be more than {min(WEIGHT_BITS)} bits a weight, such as 3.0, or "
+            f"{otherwise}: got {text!r}"
         )
     return bits
 
@@ -83,22 +93,32 @@ def _bytes_in(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def default_scheme(budget: Budget | None) -> str:
+    """The scheme that is taken if the user names none."""
+    return UNIFORM_SCHEME if budget is None else MIXED_SCHEME
+
+
 def scheme_of(text: str | None, strategy: ActivationStrategy, budget: Budget | None) -> Scheme:
-    """The scheme that the user means. Raises MarrqError for one that goes with a budget, or without
-    one, alone."""
-    default = UNIFORM_SCHEME if budget is None else MIXED_SCHEME
-    scheme = parse_scheme(default if text is None else text, strategy)
+    """The scheme that the user means. Raises MarrqError for an unknown one, and as `check_scheme`
+    does."""
+    scheme = parse_scheme(default_scheme(budget) if text is None else text, strategy)
+    check_scheme(scheme, budget)
+    return scheme
+
+
+def check_scheme(scheme: Scheme, budget: Budget | None) -> None:
+    """Raise MarrqError for a scheme that goes with a budget, or without one, alone."""
     if budget is not None and not scheme.mixed:
         mixed = re.sub(r"W\d+", f"W{MIXED}", str(scheme))
         raise MarrqError(
-            f"a budget gives each linear weight bits of its own: write --scheme {mixed}, not {text}"
+            f"a budget gives each linear weight bits of its own: write --scheme {mixed}, not "
+            f"{scheme}"
         )
     if budget is None and scheme.mixed:
         raise MarrqError(
             f"the scheme {scheme} leaves the weight bits to a budget: give --budget or --max-size, "
             "or a scheme such as W4A8"
         )
-    return scheme
 
 
 def check_method(spec: MethodSpec, budget: Budget | None, resume: bool) -> None:

@@ -114,7 +114,7 @@ def sensitivity_of(
         block_done=lambda done, count, reports: how.measured(done, count),
     )
     pixels = drawn.pixels(model.preprocessing)
-    return measure_sensitivity(_copied(model), pixels, settings, run)
+    return measure_sensitivity(copied(model), pixels, settings, run)
 
 
 def read_sensitivity(file: Path, model: VisionModel, recipe: Recipe) -> Sensitivity:
@@ -167,15 +167,18 @@ def quantize_within(
         return _save_smallest(
             _Search(model, images, recipe, budget.max_drop, how), sensitivity, destination
         )
-    plan = (
-        sensitivity.within_bits(budget.bits_per_weight)
-        if budget.bits_per_weight is not None
-        else sensitivity.within_bytes(budget.size_bytes or 0)
-    )
+    plan = plan_within(sensitivity, budget)
     planned = replace(recipe, widths=plan.widths)
     sentences = quantize_to_folder(model, train, planned, destination, how.run, how.step_done)
     # Of several processes the first one alone has sentences.
     return [*sentences, said(plan)] if sentences else []
+
+
+def plan_within(sensitivity: Sensitivity, budget: Budget) -> Plan:
+    """The widths that a limit of bits or bytes buys. Raises MarrqError if no model is so small."""
+    if budget.bits_per_weight is not None:
+        return sensitivity.within_bits(budget.bits_per_weight)
+    return sensitivity.within_bytes(budget.size_bytes or 0)
 
 
 def said(plan: Plan) -> str:
@@ -235,7 +238,7 @@ class _Search:
     def _quantized(self, plan: Plan) -> QuantizedModel:
         recipe = replace(self.recipe, widths=plan.widths)
         return quantize_in_place(
-            _copied(self.model), self.images["train"], recipe, self.how.run, self.how.step_done
+            copied(self.model), self.images["train"], recipe, self.how.run, self.how.step_done
         )
 
     def _right(self, model: VisionModel | QuantizedModel, targets: np.ndarray) -> np.ndarray:
@@ -277,6 +280,6 @@ def _save_smallest(
     ]
 
 
-def _copied(model: VisionModel) -> VisionModel:
+def copied(model: VisionModel) -> VisionModel:
     """The model with a module of its own, which may be changed."""
     return replace(model, module=copy.deepcopy(model.module))

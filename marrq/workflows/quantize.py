@@ -1,11 +1,10 @@
-"""Quantize a model on images: in memory for the Python API, into an artifact for the command line.
+"""Quantize a model on images, into an artifact for the command line.
 
-Both call `quantize_in_place`, which draws the calibration images and runs marrq/pipeline. The
-artifact is a function of model, image files, `Recipe`, device kind and package versions alone;
-processes, checkpoints and the place of the tokens leave no trace in it.
+`quantize_in_place` draws the calibration images and runs marrq/pipeline; the Python API calls it
+too (in_memory.py). The artifact is a function of model, image files, `Recipe`, device kind and
+package versions alone; processes, checkpoints and the place of the tokens leave no trace in it.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -14,7 +13,7 @@ from marrq.artifact.config import description
 from marrq.artifact.folder import save
 from marrq.errors import MarrqError
 from marrq.methods.registry import RESIDUAL_STREAM
-from marrq.methods.spec import MethodSpec, parse_method
+from marrq.methods.spec import MethodSpec
 from marrq.models.images import ImageSet
 from marrq.models.load import VisionModel
 from marrq.pipeline.block_inputs import Store, in_files, in_memory
@@ -28,9 +27,8 @@ from marrq.quantized_model import (
 )
 from marrq.refinement.refine import refine
 from marrq.refinement.teacher import StepDone, Teacher, no_steps
-from marrq.schemes import Scheme, parse_scheme
+from marrq.schemes import Scheme
 from marrq.workflows.destination import Destination
-from marrq.workflows.devices import choose_device
 from marrq.workflows.feasible import check_feasible
 from runtime.quantization import Refinement
 
@@ -71,43 +69,6 @@ class Recipe:
                 f"{wanted - len(images)} or more, or add images"
             )
         return images.draw(wanted, self.seed).subset(slice(self.samples, None))
-
-
-def quantize(
-    model: VisionModel,
-    images: ImageSet,
-    scheme: str | Scheme = "W4A8",
-    method: str | MethodSpec = "marr",
-    samples: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-) -> QuantizedModel:
-    """Quantize a copy of a model; the model given stays as it is.
-
-    model: a float model from `load_model`.
-    images: calibration images from `find_images`; their classes are not used.
-    scheme: bits and grids, such as `W4A8` or `W4A16-g128` (marrq/schemes.py).
-    method: `NAME[,KEY=VALUE…]`, such as `marr` or `gptq,damping=0.05` (marrq/methods/spec.py).
-    samples: number of images to draw, at least 2; None for 1,024, or all if there are fewer.
-    seed: of the draw; the same seed draws the same images.
-    device: auto, cpu or cuda. `auto` takes a GPU if torch finds one.
-
-    The copy takes the memory of the float weights once more. Raises MarrqError for an unknown
-    scheme, method or device, for fewer images than samples, and for a model that has no transformer
-    blocks or values that are not finite.
-    """
-    # Texts first: a wrong one is told before a model is copied.
-    recipe = Recipe(
-        parse_scheme(scheme) if isinstance(scheme, str) else scheme,
-        parse_method(method) if isinstance(method, str) else method,
-        images.samples(samples),
-        seed,
-    )
-    run = RunOptions(choose_device(device))
-    check_feasible(model)
-    # The pipeline puts its linears into the module that it is given.
-    copied = replace(model, module=copy.deepcopy(model.module))
-    return quantize_in_place(copied, images, recipe, run)
 
 
 def quantize_in_place(

@@ -56,9 +56,41 @@ def test_quantizing_leaves_the_float_model_as_it_was(tiny: str, image_folder: Pa
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_budget_finds_the_widths_of_the_command_line(
+    tiny: str, image_folder: Path, tmp_path: Path
+):
+    images = marrq.find_images(str(image_folder), "train")
+    model = marrq.load_model(tiny)
+    found = marrq.quantize(model, images, method="gptq", samples=8, budget=3.5)
+    options = ["--method", "gptq", "--samples", "8", "--budget", "3.5"]
+    folder = tmp_path / "artifact"
+    command = ["quantize", tiny, "--data", str(image_folder), *options, "-o", str(folder)]
+    assert main(command) == 0
+    expected = marrq.load(folder)
+    assert found.widths == expected.widths
+    assert len(set(found.widths.values())) > 1
+    codes, expected_codes = tensors_of(found.module), tensors_of(expected.module)
+    assert all(torch.equal(codes[name], expected_codes[name]) for name in expected_codes)
+
+
+def test_a_budget_may_be_a_size(tiny: str, image_folder: Path):
+    images = marrq.find_images(str(image_folder), "train")
+    model = marrq.load_model(tiny)
+    small, large = (
+        marrq.quantize(model, images, method="rtn", samples=8, budget=size)
+        for size in ("70kB", "100kB")
+    )
+    assert sum(small.widths.values()) < sum(large.widths.values())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"budget": 1.5}, "budget must be more than 2 bits a weight, such as 3.0, or a size"),
+        ({"budget": "auto"}, "such as 3.0, or a size such as 10MB: got 'auto'"),
+        ({"budget": "1kB"}, "a size of 0.001 MB is too small"),
+        ({"budget": 3.0, "scheme": "W4A8"}, "write --scheme WmixA8, not W4A8"),
+        ({"scheme": "WmixA8"}, "leaves the weight bits to a budget"),
         ({"scheme": "W5A7"}, "unknown scheme 'W5A7'"),
         ({"method": "awq"}, "unknown method 'awq'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),

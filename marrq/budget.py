@@ -28,7 +28,7 @@ class Budget:
 
     bits_per_weight: all that is stored for the quantized linears, over their weights.
     size_bytes: of all tensors of the artifact.
-    max_drop: points of top-1 that the smallest model may lose.
+    max_drop: points of top-1, of k-NN for embeddings, that the smallest model may lose.
     sensitivity: a file of `marrq sensitivity`; None measures anew.
     """
 

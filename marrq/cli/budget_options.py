@@ -27,7 +27,7 @@ MaxDrop = Annotated[
     float | None,
     budgeted(
         metavar="POINTS",
-        help="For auto: points of top-1 that may be lost on val/.",
+        help="For auto: points of top-1 (of k-NN for embeddings) that may be lost on val/.",
         min=0.0,
     ),
 ]

@@ -65,7 +65,7 @@ def quantize(
 
     loaded = load_model(model, common.names_in(outputs))
     images = images_for(name, loaded.labels, limit)
-    recipe = Recipe(parsed_scheme, spec, images["train"].samples(samples), seed)
+    recipe = Recipe(parsed_scheme, spec, images.train.samples(samples), seed)
     stages = stages_of(recipe, limit)
     with (
         process_group(chosen) as processes,

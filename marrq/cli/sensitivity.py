@@ -53,7 +53,7 @@ def sensitivity(
     from runtime.sensitivity import SensitivityReport
 
     loaded = load_model(model, common.names_in(outputs))
-    images = images_for(name, loaded.labels, None)["train"]
+    images = images_for(name, loaded.labels, None).train
     recipe = Recipe(mixed, spec, images.samples(samples), seed)
     with (
         process_group(chosen) as processes,

@@ -20,6 +20,7 @@ from marrq.budget import Budget
 from marrq.distributed import Processes
 from marrq.errors import MarrqError
 from marrq.models.images import ImageSet, find_images
+from marrq.models.images.gallery import MeasuredSets, find_measured
 from marrq.models.load import VisionModel
 from marrq.pipeline.quantize import RunOptions
 from marrq.pipeline.sensitivity import SensitivitySettings, measure_sensitivity
@@ -27,7 +28,7 @@ from marrq.quantized_model import CalibrationRecord, QuantizedModel
 from marrq.refinement.teacher import StepDone, no_steps
 from marrq.sensitivity import Plan, Sensitivity, sensitivity_from_json
 from marrq.workflows.destination import Destination
-from marrq.workflows.evaluate import Evaluating, judged, predict
+from marrq.workflows.evaluate import CLASSES, FLOAT, Evaluating, answers, judge, judged
 from marrq.workflows.feasible import check_feasible
 from marrq.workflows.quantize import (
     Recipe,
@@ -37,10 +38,14 @@ from marrq.workflows.quantize import (
     shortfalls,
     store_of,
 )
-from runtime.measure.accuracy import hits, paired_drop
+from runtime.measure.accuracy import PairedDrop, hits, paired_drop
+from runtime.measure.embedded import Embedded, Embedding
 
 STEP = 0.25
 """Bits a weight between the sizes that are tried for a limit of accuracy."""
+
+MADE = "made"
+"""The title of a model that was made, beside the float model."""
 
 MEASURING, QUANTIZING, REFINING = "measuring", "quantizing", "refining"
 """The stages of a run."""
@@ -88,17 +93,27 @@ def stages_of(recipe: Recipe, budget: Budget | None) -> tuple[str, ...]:
     )
 
 
-def images_for(name: str, labels: tuple[str, ...], budget: Budget | None) -> dict[str, ImageSet]:
-    """The images that a run reads: `train`, and `val` if models are judged. Raises MarrqError if
-    they are not there, or if those to judge by have no classes.
+@dataclass(frozen=True)
+class RunImages:
+    """The images that a run reads. train: to calibrate on; judged: to judge models by, if the limit
+    is one of accuracy."""
 
-    labels: of the model, whose names say which folders there may be."""
-    images = {"train": find_images(name, "train", labels)}
-    if budget is not None and budget.max_drop is not None:
-        images["val"] = find_images(name, "val", labels)
-        # Before hours of work: top-1 needs classes.
-        images["val"].labelled()
-    return images
+    train: ImageSet
+    judged: MeasuredSets | None = None
+
+
+def images_for(name: str, labels: tuple[str, ...], budget: Budget | None) -> RunImages:
+    """Raises MarrqError if the images are not there, or if those to judge by have no classes.
+
+    labels: of the model, whose names say which folders there may be; none of a model that gives
+        embeddings, which are judged by the classes of the folders."""
+    train = find_images(name, "train", labels)
+    if budget is None or budget.max_drop is None:
+        return RunImages(train)
+    judged_by = find_measured(name, labels)
+    # Before hours of work: right answers cannot be counted without classes.
+    judged_by.measured.labelled()
+    return RunImages(train, judged_by)
 
 
 def sensitivity_of(
@@ -140,7 +155,7 @@ def read_sensitivity(file: Path, model: VisionModel, recipe: Recipe) -> Sensitiv
 
 def quantize_within(
     model: VisionModel,
-    images: Mapping[str, ImageSet],
+    images: RunImages,
     recipe: Recipe,
     budget: Budget | None,
     destination: Destination,
@@ -152,21 +167,22 @@ def quantize_within(
     images: as `images_for` finds them.
     Raises MarrqError as `quantize_to_folder`, and if no model is small or accurate enough.
     """
-    train = images["train"]
+    train = images.train
     if budget is None:
         return quantize_to_folder(model, train, recipe, destination, how.run, how.step_done)
     # Before the costs are measured, which takes as long as to quantize.
     check_feasible(model)
+    if images.judged is not None:
+        judged(model)
     how = replace(how, run=replace(how.run, store=store_of(destination)))
     sensitivity = (
         sensitivity_of(model, train, recipe, how)
         if budget.sensitivity is None
         else read_sensitivity(budget.sensitivity, model, recipe)
     )
-    if budget.max_drop is not None:
-        return _save_smallest(
-            _Search(model, images, recipe, budget.max_drop, how), sensitivity, destination
-        )
+    if budget.max_drop is not None and images.judged is not None:
+        search = _Search(model, train, images.judged, recipe, budget.max_drop, how)
+        return _save_smallest(search, sensitivity, destination)
     plan = plan_within(sensitivity, budget)
     planned = replace(recipe, widths=plan.widths)
     sentences = quantize_to_folder(model, train, planned, destination, how.run, how.step_done)
@@ -195,10 +211,12 @@ def said(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class _Search:
-    """The search for the smallest model that loses at most `max_drop` points."""
+    """The search for the smallest model that loses at most `max_drop` points of top-1, or of the
+    top-1 of k-NN if the model gives embeddings."""
 
     model: VisionModel
-    images: Mapping[str, ImageSet]
+    train: ImageSet
+    judged_by: MeasuredSets
     recipe: Recipe
     max_drop: float
     how: Progress
@@ -207,8 +225,7 @@ class _Search:
         """The model, its plan, and a sentence for each model that was made.
 
         plans: by size. Raises MarrqError if the largest one loses too much."""
-        targets = np.array(self.images["val"].labelled())
-        right = self._right(self.model, targets)
+        reference = self._answers(self.model)
         kept: tuple[QuantizedModel, Plan] | None = None
         sentences: list[str] = []
         # All plans before `first` lose too much; the plan `last` and those behind it do not, or
@@ -217,7 +234,7 @@ class _Search:
         while first < last:
             plan = plans[(first + last) // 2]
             quantized = self._quantized(plan)
-            drop = paired_drop(right, self._right(quantized, targets))
+            drop = self._drop(reference, self._answers(quantized))
             holds = drop.drop_high <= self.max_drop / 100
             low, middle, high = (100 * x for x in (drop.drop_low, drop.drop, drop.drop_high))
             sentences.append(
@@ -230,24 +247,36 @@ class _Search:
                 first = (first + last) // 2 + 1
         if kept is None:
             raise MarrqError(
-                f"no model surely loses at most {self.max_drop:g} points on {len(targets):,} "
-                f"images ({sentences[-1]}): raise --max-drop, or give more images"
+                f"no model surely loses at most {self.max_drop:g} points on "
+                f"{len(self.judged_by.measured):,} images ({sentences[-1]}): raise --max-drop, or "
+                "give more images"
             )
         return *kept, sentences
 
     def _quantized(self, plan: Plan) -> QuantizedModel:
         recipe = replace(self.recipe, widths=plan.widths)
         return quantize_in_place(
-            copied(self.model), self.images["train"], recipe, self.how.run, self.how.step_done
+            copied(self.model), self.train, recipe, self.how.run, self.how.step_done
         )
 
-    def _right(self, model: VisionModel | QuantizedModel, targets: np.ndarray) -> np.ndarray:
-        """Whether each validation image is classified right, [images]."""
-        module, _ = judged(model)
+    def _answers(self, model: VisionModel | QuantizedModel) -> Embedded:
         run = self.how.run
         evaluating = Evaluating(run.device, processes=run.processes)
-        logits = predict(module, self.images["val"], model.preprocessing, evaluating)
-        return hits(logits.numpy(), targets)
+        return answers(model, self.judged_by, self.model.preprocessing, evaluating)
+
+    def _drop(self, reference: Embedded, found: Embedded) -> PairedDrop:
+        """What is lost against the float model. reference, found: answers of both."""
+        _, kind = judged(self.model)
+        if kind == CLASSES:
+            targets = np.array(self.judged_by.measured.labelled())
+            return paired_drop(hits(reference.measured, targets), hits(found.measured, targets))
+        found_by = judge({FLOAT: reference, MADE: found}, self.judged_by, kind)[MADE]
+        # The classes of the images are known, so neighbours have been looked for in both models.
+        assert isinstance(found_by, Embedding)
+        assert found_by.retrieval is not None
+        lost = found_by.retrieval.knn20.against
+        assert lost is not None
+        return lost
 
 
 def _save_smallest(
@@ -269,12 +298,11 @@ def _save_smallest(
     if not search.how.run.processes.is_first:
         return []
     save(quantized, destination.folder, overwrite=destination.overwrite)
-    images = search.images
-    warnings = (*search.model.notes, *shortfalls(quantized), *images["train"].noted())
+    warnings = (*search.model.notes, *shortfalls(quantized), *search.train.noted())
     return [
         *(f"warning: {warning}" for warning in warnings),
         *tried,
-        f"{len(tried)} models were made and judged on {len(images['val']):,} images",
+        f"{len(tried)} models were made and judged on {len(search.judged_by.measured):,} images",
         f"wrote {destination.folder}",
         said(plan),
     ]

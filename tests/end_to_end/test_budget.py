@@ -85,3 +85,48 @@ def test_the_smallest_model_within_a_limit_of_accuracy_is_found(
     assert main(split(f"quantize {tiny} {data} --budget auto --max-drop 0 -o b")) == 1
     assert "no model surely loses at most 0 points" in capsys.readouterr().err
     assert not Path("b").exists()
+
+
+@pytest.mark.slow
+def test_the_smallest_embedder_is_found_by_its_neighbours(
+    embedder: str, data: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(split(f"quantize {embedder} {data} --budget auto --max-drop 100 -o a")) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "models were made and judged on 24 images" in said
+    assert set(load("a").widths.values()) == {2}
+    # The drop is that of k-NN, as `evaluate` has it.
+    assert main(split(f"evaluate a {data.partition(TINY)[0]} --json judged.json")) == 0
+    [model] = [
+        one
+        for name, one in json.loads(Path("judged.json").read_text())["models"].items()
+        if name != "float"
+    ]
+    drop = 100 * model["retrieval"]["knn20"]["against"]["drop"]
+    assert f"lost {drop:.1f} points" in said
+
+
+def test_embedders_of_images_without_classes_are_refused_before_work(
+    embedder: str,
+    data: str,
+    tmp_path: Path,
+    image_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, image in enumerate(sorted(image_folder.rglob("*.png"))[:8]):
+        (flat / f"{number}.png").write_bytes(image.read_bytes())
+    command = f"quantize {embedder} --data {flat} {TINY} --budget auto --max-drop 1 -o a"
+    assert main(split(command)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "accuracy cannot be measured" in said
+    assert "is in no class folder" in said
+
+
+def test_models_of_dense_outputs_are_refused_before_work(
+    tiny: str, data: str, capsys: pytest.CaptureFixture[str]
+):
+    command = f"quantize {tiny} --outputs tokens {data} --budget auto --max-drop 1 -o a"
+    assert main(split(command)) == 1
+    assert "gives dense outputs alone" in " ".join(capsys.readouterr().err.split())

@@ -8,7 +8,7 @@ its file and add a line here.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from marrq.errors import MarrqError
+from marrq.errors import MarrqError, choices
 
 Wants = Literal["input drift", "residual stream"]
 
@@ -95,9 +95,7 @@ def method_named(name: str) -> str:
     """The full name of a method. Raises MarrqError with the known names for an unknown one."""
     name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise MarrqError(
-            f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ALIASES))}"
-        )
+        raise MarrqError(f"unknown method {name!r}: {choices(name, (*METHODS, *ALIASES))}")
     return name
 
 

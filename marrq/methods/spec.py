@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from marrq.errors import MarrqError
+from marrq.errors import MarrqError, choices
 from marrq.methods.alpha_spec import PID, AlphaSpec
 from marrq.methods.lowrank_spec import BRANCH, LowRankSpec
 from marrq.methods.refinement_spec import RefinementSpec
@@ -203,7 +203,7 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     for key, text in settings.items():
         if key not in METHOD_SETTINGS:
             raise MarrqError(
-                f"unknown setting {key!r} of a method: choose one of {', '.join(METHOD_SETTINGS)}"
+                f"unknown setting {key!r} of a method: {choices(key, METHOD_SETTINGS)}"
             )
         one = METHOD_SETTINGS[key]
         changes.setdefault(one.owner, {}).update(one.read(text))

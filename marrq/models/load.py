@@ -188,9 +188,11 @@ def _resolve(name: str) -> _Origin:
     # Whether the hub has this checkpoint is known only when it is loaded.
     if HUB_NAME.fullmatch(name):
         return _Origin("transformers", name, name)
+    known = timm_models.similar(name)
+    likely = f" (did you mean {known}?)" if known else ""
     raise MarrqError(
-        f"unknown model {name!r}, and no folder of that name exists: give demo, a timm name, "
-        "hf-hub:…, local-dir:…, or a transformers id or folder"
+        f"unknown model {name!r}{likely}, and no folder of that name exists: give demo, a timm "
+        "name, hf-hub:…, local-dir:…, or a transformers id or folder"
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,12 @@ timm's `load_state_dict`."""
 def is_known(name: str) -> bool:
     """Whether timm has an architecture of this name. name: with or without a pretrained tag."""
     return bool(timm.is_model(name.partition(".")[0]))
+
+
+def similar(name: str) -> str:
+    """The architecture whose name is most like this one; empty if none is."""
+    near = get_close_matches(name.partition(".")[0], timm.list_models(), n=1, cutoff=0.8)
+    return near[0] if near else ""
 
 
 def read(location: str, outputs: tuple[str, ...] = ()) -> Checkpoint:

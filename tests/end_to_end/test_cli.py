@@ -366,7 +366,11 @@ BAD_INPUT = {
 SLOWER = {
     "model": (
         split("quantize no_such_model --data demo -o out"),
-        "unknown model 'no_such_model'",
+        "unknown model 'no_such_model', and no folder",
+    ),
+    "a slip in the model": (
+        split("quantize vit_bas_patch16_224 --data demo -o out"),
+        "(did you mean vit_base_patch16_224?)",
     ),
     "samples": (
         [*QUANTIZE, "--samples", "600"],

@@ -226,6 +226,8 @@ REFUSED = {
     "awq": "unknown method 'awq'",
     "gptq,bits=4": r"unknown setting 'bits' of a method: choose one of alpha, .*pid\.settled",
     "marr,pid.gain=1": "unknown setting 'pid.gain' of a method",
+    "marr,token_weights=off": r"unknown setting 'token_weights' .* did you mean token-weights\?",
+    "mar": r"unknown method 'mar': did you mean marr",
     "gptq,damping=much": "setting 'damping' must be a number, 0 or more: got 'much'",
     "gptq,damping": "setting 'damping' has no value: write KEY=VALUE",
     "marr,rotate=0.5": "setting 'rotate' must be none, or a whole number from 0 .*: got '0.5'",

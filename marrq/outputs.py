@@ -15,6 +15,7 @@ the folders that the command reads.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -96,6 +97,12 @@ def check_place(path: Path, inputs: Inputs = NO_INPUTS) -> None:
     if file is not None:
         raise MarrqError(
             f"output {str(path)!r} cannot be written: {str(file)!r} is a file; choose another place"
+        )
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(nearest, os.W_OK):
+        raise MarrqError(
+            f"output {str(path)!r} cannot be written: you may not write to {str(nearest)!r}; "
+            "choose another place"
         )
     found = _why_no_place(path)
     if found is not None:

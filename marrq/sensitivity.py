@@ -2,9 +2,10 @@
 only.
 
 A group is the linears that share an input: they have one width. Its cost at a width is the
-divergence that the rounding of its weights is expected to add (marrq/pipeline/sensitivity.py), and
-costs of groups add. Then the widths that diverge least within a budget are the solution of a
-knapsack (marrq/methods/knapsack.py), which is solved exactly, for every budget at once.
+divergence that the rounding of its weights and of its input is expected to add
+(marrq/pipeline/sensitivity.py), and costs of groups add. Then the widths that diverge least within
+a budget are the solution of a knapsack (marrq/methods/knapsack.py), which is solved exactly, for
+every budget at once.
 
 Size is counted as it is stored: codes, scales, zero points and smoothing factors of all quantized
 linears; a size in bytes also has all other tensors of the artifact.
@@ -29,7 +30,7 @@ class Width:
     """A group at one width.
 
     stored_bits: of all its linears, scales and zero points included.
-    divergence: expected, in nats an image (or in units of 1 - cosine for features).
+    divergence: expected, of an image; `about` names its unit.
     """
 
     num_bits: int
@@ -90,8 +91,12 @@ class Sensitivity:
                 f"a budget of {budget:g} bits a weight is too small: with the fewest bits "
                 f"everywhere the model has {least.bits_per_weight:.3f}, scales included"
             )
-        limit = math.floor(budget * self.weights) - self.outer_bits
-        return self._plan(best_within(self._points, limit))
+        most = math.floor(budget * self.weights)
+        # A plan's own bits a weight buy this plan: their product with the weights may be rounded
+        # to a bit less.
+        if (most + 1) / self.weights <= budget:
+            most += 1
+        return self._plan(best_within(self._points, most - self.outer_bits))
 
     def within_bytes(self, size: int) -> Plan:
         """The best plan whose artifact has tensors of at most `size` bytes. Raises MarrqError if

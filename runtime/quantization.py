@@ -65,7 +65,7 @@ class QuantizedModule(Record):
 
 @dataclass(frozen=True)
 class Refinement(Record):
-    """How a model was refined after it was quantized, by back-propagation.
+    """How a model was refined, that is trained, after it was quantized.
 
     images: it learned from. held_out: images that judged it. files_sha256: a hash of all of them.
     loss_before, loss_after: on the images that judged.

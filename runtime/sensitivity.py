@@ -8,7 +8,7 @@ from runtime.records import Json, Record
 
 @dataclass(frozen=True)
 class WidthCost(Record):
-    """A group at one width. stored_bits: scales included. divergence: expected, nats an image."""
+    """A group at one width. stored_bits: scales included. divergence: expected, of an image."""
 
     num_bits: int
     stored_bits: int
@@ -43,10 +43,12 @@ class SizedPlan(Record):
 
 @dataclass(frozen=True)
 class SensitivityReport(Record):
-    """curve: the best models of their size, from the smallest. uniform: the models of one width."""
+    """curve: the best models of their size, from the smallest. uniform: the models of one width.
+    unit: of the divergences."""
 
     model: str
     scheme: str
+    unit: str
     groups: tuple[GroupCosts, ...]
     curve: tuple[SizedPlan, ...]
     uniform: tuple[SizedPlan, ...]
@@ -66,4 +68,6 @@ class SensitivityReport(Record):
             tuple(SizedPlan(**plan) for plan in report[key]) for key in ("curve", "uniform")
         )
         about = report["about"]
-        return cls(about["model"], about["scheme"], groups, curve, uniform)
+        # Files of an earlier marrq do not name the unit, which most models have.
+        unit = about.get("unit", "nats")
+        return cls(about["model"], about["scheme"], unit, groups, curve, uniform)

@@ -10,6 +10,7 @@ artifact of a run that was killed is the artifact of a run that was not, byte fo
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,7 @@ class FolderCheckpoint:
             remove_checkpoint(folder)
             return
         self._has_begun = True
-        found = _read_settings(folder)
-        # A checkpoint of other settings is never overwritten silently: hours of work may be in it.
-        differing = [key for key in self._about if found.get(key) != self._about[key]]
-        if differing:
-            raise MarrqError(
-                f"checkpoint {str(folder)!r} is of a run with another {differing[0]}: remove it, "
-                "or repeat that run's options"
-            )
+        check_checkpoint(folder, self._about)
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:04}.safetensors"
@@ -156,6 +150,30 @@ class FolderCheckpoint:
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder has an unfinished run: at least one finished block."""
     return any(folder.glob(BLOCKS))
+
+
+def is_checkpoint_of(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether the folder has an unfinished run with these settings."""
+    return is_checkpoint(folder) and not _differing(folder, about)
+
+
+def check_checkpoint(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise MarrqError if the folder has an unfinished run with other settings: it is never
+    overwritten silently, since hours of work may be in it."""
+    differing = _differing(folder, about) if is_checkpoint(folder) else []
+    if differing:
+        # Widths follow from the budget, which is what the user knows of them.
+        what = "budget" if differing[0] == "widths" else differing[0]
+        raise MarrqError(
+            f"checkpoint {str(folder)!r} is of a run with another {what}: remove it, or repeat "
+            "that run's options"
+        )
+
+
+def _differing(folder: Path, about: Mapping[str, Any]) -> list[str]:
+    """The keys of the settings that the folder's run has otherwise."""
+    found = _read_settings(folder)
+    return [key for key in about if found.get(key) != about[key]]
 
 
 def settings_in(folder: Path) -> QuantizationSettings:

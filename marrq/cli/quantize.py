@@ -60,8 +60,9 @@ def quantize(
     # From here on torch and timm are imported, which takes seconds.
     from marrq.distributed import process_group
     from marrq.models.load import load_model
-    from marrq.workflows.budget import Progress, images_for, quantize_within, stages_of
+    from marrq.workflows.budget import images_for, quantize_within, stages_of
     from marrq.workflows.quantize import Recipe
+    from marrq.workflows.sensitivity import Progress
 
     loaded = load_model(model, common.names_in(outputs))
     images = images_for(name, loaded.labels, limit)

@@ -47,8 +47,9 @@ def sensitivity(
     # From here on torch and timm are imported, which takes seconds.
     from marrq.distributed import process_group
     from marrq.models.load import load_model
-    from marrq.workflows.budget import MEASURING, Progress, images_for, sensitivity_of
+    from marrq.workflows.budget import images_for
     from marrq.workflows.quantize import Recipe
+    from marrq.workflows.sensitivity import MEASURING, Progress, sensitivity_of
     from runtime.report.sensitivity import costs_table, plot_sensitivity, sizes_table
     from runtime.sensitivity import SensitivityReport
 

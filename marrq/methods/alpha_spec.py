@@ -43,8 +43,12 @@ class PID:
     )
     # α = 0 is no correction and α = 1 all of it; a search may go somewhat beyond.
     initial: float = field(default=0.25, metadata=setting("initial", "first α", NUMBER))
-    lower: float = field(default=0.0, metadata=setting("lower", "least α", NUMBER))
-    upper: float = field(default=1.5, metadata=setting("upper", "largest α", NUMBER))
+    lower: float = field(
+        default=0.0, metadata=setting("lower", "least α that a search tries", NUMBER)
+    )
+    upper: float = field(
+        default=1.5, metadata=setting("upper", "largest α that a search tries", NUMBER)
+    )
     # Three ends of a search. A step costs a whole sweep.
     steps: int = field(default=8, metadata=setting("steps", "most steps of a search", COUNT))
     tolerance: float = field(

@@ -24,7 +24,8 @@ a / (a + b), and b halves with twice the tokens. Hence the whole set gets
     α = 2 α_½ / (1 + α_½)
 
 This α is nearer to 1 than α_½ and on the same side of 1. Below 1 it is the larger α that less noise
-allows. An α_½ above 1 is outside the model, whose b is not negative, and α moves down towards 1.
+allows. An α_½ above 1 is outside the model, whose b is not negative, and α moves down towards 1. A
+negative α_½, which only bounds below 0 allow, is outside it too and stays.
 
 Rounding makes J jitter by about 1e-3 of J_0, far above the paper's tolerance. So the search also
 ends if α has settled; most searches end after three steps.
@@ -147,7 +148,7 @@ def marr(
         searches.append(search(target, problem.loss(judging, weight), spec.alpha, half))
     # The least J seen, not the last: a step too far is not taken over.
     alpha = sum(best(steps).alpha for steps in searches) / len(searches)
-    if spec.alpha.feedback == "held-out":
+    if spec.alpha.feedback == "held-out" and alpha > 0:
         # a / (a + b) with b for half the tokens, to a / (a + b / 2).
         alpha = 2 * alpha / (1 + alpha)
     trajectory = tuple(step for steps in searches for step in steps)

@@ -3,6 +3,7 @@
 marrq/refinement does the work. Nothing here imports torch, see methods/spec.py.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -14,19 +15,19 @@ KEY = "refine"
 
 @dataclass(frozen=True)
 class RefinementSpec:
-    """Whether the finished model is refined end to end by back-propagation, and how.
+    """Whether the finished model is refined, that is trained end to end, and how.
 
-    on: off by default; the only use of back-propagation
+    on: off by default; nothing else trains anything
     images: unlabelled images to learn from, which calibration has not used
     epochs: how often each of them is seen
-    batch: images of a step
+    batch: images of a step at most
     rate: multiplies the learning rates of marrq/refinement/learned.py
     temperature: of the logits in the loss (marrq/refinement/loss.py)
     held_out: further images, which only judge whether the refinement helps"""
 
     on: bool = field(
         default=False,
-        metadata=setting(KEY, "refine the finished model end to end by back-propagation", ON_OFF),
+        metadata=setting(KEY, "refine the finished model: train what the codes leave free", ON_OFF),
     )
     images: int = field(
         default=1200,
@@ -37,7 +38,7 @@ class RefinementSpec:
     epochs: int = field(
         default=1, metadata=setting(f"{KEY}.epochs", "how often each image is seen", COUNT)
     )
-    batch: int = field(default=12, metadata=setting(f"{KEY}.batch", "images of a step", COUNT))
+    batch: int = field(default=12, metadata=setting(f"{KEY}.batch", "most images of a step", COUNT))
     rate: float = field(
         default=1.0,
         metadata=setting(
@@ -69,9 +70,8 @@ class RefinementSpec:
 
     @property
     def steps(self) -> int:
-        """Steps of the optimizer; what is left of the images after the last whole batch of an epoch
-        waits for the next epoch's order."""
-        return self.epochs * (self.images // self.batch)
+        """Steps of the optimizer."""
+        return self.epochs * math.ceil(self.images / self.batch)
 
     @property
     def all_images(self) -> int:

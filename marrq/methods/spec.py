@@ -152,6 +152,16 @@ DEFAULTS: dict[str, str] = {key: one.write(MethodSpec()) for key, one in METHOD_
 """The default of every setting as text."""
 
 
+BOUNDS = {"pid.lower", "pid.upper"}
+USED_BY = {
+    "grid": {"alpha", "feedback", *BOUNDS},
+    "closed": {"alpha", "feedback", *BOUNDS},
+    "global": {"alpha"},
+}
+"""The settings about α that a strategy uses, if it does not use all. The bounds are those of α in
+closed form, at which a grid of values is fitted too."""
+
+
 def parse_method(text: str) -> MethodSpec:
     """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError that names the unknown name, key or
     value."""
@@ -220,7 +230,16 @@ def _check_alpha(spec: MethodSpec, given: list[str]) -> None:
 
     given: the keys about α that the user wrote; a value that is the default was chosen too"""
     info = METHODS[spec.name]
-    if info.searches_alpha or not given:
+    if info.searches_alpha:
+        used = USED_BY.get(spec.alpha.strategy)
+        unused = [key for key in given if used is not None and key not in used]
+        if unused:
+            raise MarrqError(
+                f"alpha={spec.alpha.strategy} has no use for {unused[0]}: leave it out, or choose "
+                "alpha=pid"
+            )
+        return
+    if not given:
         return
     if not info.has_alpha:
         raise MarrqError(

@@ -1,4 +1,4 @@
-"""The loop over the blocks of a model: quantize them one after the other, without back-propagation.
+"""The loop over the blocks of a model: quantize them one after the other; nothing is trained.
 
 Two paths run through the blocks side by side, on the same calibration images in the same order:
 

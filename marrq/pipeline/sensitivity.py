@@ -9,10 +9,11 @@ sweeps, the second half judges the codes, which it has not seen:
     cost  = ½ ē J_b / (m N)                                     nats an image, for each linear
 
 e is the Fisher energy of the linear's output, E ‖∂(v·z)/∂y‖² at a token; its mean over tokens is ē,
-and J is a sum over tokens that are weighed by e / ē (in the sweep the weights are clamped). For an
-error dy of no preferred direction among m outputs, ½ E ⟨g, dy⟩² = ½ e ‖dy‖² / m: the divergence
-that it adds in second order (marrq/pipeline/token_weights.py). The mean error does not count: the
-bias takes it up.
+and J is a sum over tokens that are weighed by e / ē, of the sums of e over the linears of the group
+(in the sweep the weights are clamped). For an error dy of no preferred direction among m outputs,
+½ E ⟨g, dy⟩² = ½ e ‖dy‖² / m: the divergence that it adds in second order
+(marrq/pipeline/token_weights.py). The mean error does not count: the bias takes it up. A block that
+is balanced has its energies after that, since another basis of the values has other gradients.
 
 **Which inputs.** Both paths are the full-precision path, but a linear's input is rounded as its
 activations will be: this rounding does not depend on the widths, and codes are fitted to it. What
@@ -24,20 +25,21 @@ traces of Hessians times square errors of weights in the same way].
 chosen at REFERENCE_BITS; its scales are folded into a copy of the block, one for each group.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from marrq.errors import MarrqError
-from marrq.methods.alpha_spec import AlphaSpec
 from marrq.methods.gptq import choose_grid, sweep
 from marrq.methods.problem import Problem
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import Block
 from marrq.models.load import VisionModel
+from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
 from marrq.pipeline.balance import balance
 from marrq.pipeline.block_inputs import BlockInputs, cut, share_of
 from marrq.pipeline.collect import BlockPair, Images, TokenSource
@@ -54,6 +56,13 @@ from marrq.transforms.equalization import find_norm
 REFERENCE_BITS = 4
 """Equalization weighs rounded weights against rounded activations; it is chosen for this width."""
 
+UNITS: dict[OutputKind, str] = {
+    "classes": "nats",
+    "features": "1 - cosine",
+    "dense": "half the relative square error",
+}
+"""What is expected of an output, by its kind (marrq/pipeline/token_weights.py)."""
+
 
 @dataclass(frozen=True)
 class SensitivitySettings:
@@ -65,36 +74,56 @@ class SensitivitySettings:
 
     @property
     def uniform(self) -> QuantizationSettings:
-        """The settings of the pass: all linears have REFERENCE_BITS, and GPTQ sweeps."""
+        """The settings of the pass: all linears have REFERENCE_BITS, and GPTQ sweeps. What the pass
+        has no use for is at its default."""
         # A search of α and a branch would serve one width, and the pass has them all.
-        method = replace(self.method, name="gptq", alpha=AlphaSpec(), lowrank=None)
+        plain = MethodSpec("gptq")
+        method = replace(
+            self.method,
+            name=plain.name,
+            alpha=plain.alpha,
+            target_damping=plain.target_damping,
+            token_weights=plain.token_weights,
+            lowrank=None,
+            refinement=plain.refinement,
+        )
         scheme = self.scheme.of_width(REFERENCE_BITS)
         return QuantizationSettings(scheme, method, self.calibration)
 
     def about(self, model: VisionModel) -> dict[str, Any]:
         """The figures' origin, as plain values."""
-        return {
+        origin = {
             "model": model.source.name,
             "weights_sha256": model.source.weights_sha256,
             "scheme": self.scheme.description,
             "method": text_of(self.uniform.method),
+            "outputs": list(model.outputs),
+            "preprocessing": asdict(model.preprocessing),
             "calibration": asdict(self.calibration),
         }
+        # Through JSON, which has lists in place of tuples, so that it can be compared with a file.
+        return cast(dict[str, Any], json.loads(json.dumps(origin)))
 
 
 @torch.no_grad()
 def measure_sensitivity(
-    model: VisionModel, images: Images, settings: SensitivitySettings, run: RunOptions
+    model: VisionModel,
+    images: Images,
+    settings: SensitivitySettings,
+    run: RunOptions,
+    check: Callable[[Sensitivity], object] = lambda sizes: None,
 ) -> Sensitivity:
     """The cost and the size of each group at each width. `model` itself is changed: its weights are
     rotated and balanced if the method says so, its function stays.
 
-    images: as in `quantize`. Every process of a run calls this together, and has the same result.
-    Raises MarrqError as `quantize`, and if a linear's tokens cannot be told from those of other
-    images.
+    images: as in `quantize`. check: called before anything is measured, with the least sizes and no
+        costs; it raises an error if they are too large. Every process of a run calls this together,
+        and has the same result.
+    Raises MarrqError as `quantize`, if a linear's tokens cannot be told from those of other images,
+    and if the outputs of the model have no gradient.
     """
-    about, uniform = settings.about(model), settings.uniform
-    module = model.module.to(run.device)
+    uniform, module = settings.uniform, model.module.to(run.device)
+    about = settings.about(model) | {"unit": _unit(model, images[:1].to(run.device))}
     chain = chain_of(module, images[:2].to(run.device), uniform)
     check_groups(chain, uniform.scheme)
     # First and last layers have 8 bits in every plan.
@@ -104,18 +133,28 @@ def measure_sensitivity(
     own = share_of(batches, run.processes)
     source = TokenSource(module, images, run.device, own, run.store)
     sizes = _Sizes(uniform, run)
-    other_bits = sizes.outside(module, chain)
+    rest = (*sizes.of_outer(outer), sizes.outside(module, chain))
+    least = tuple(sizes.least(block, group) for block in blocks for group in block.groups)
+    check(Sensitivity(about, least, *rest))
     energies = fisher_energies(source, blocks, len(model.labels), run.processes, at_stream=False)
+    _check_energies(energies, blocks)
     groups: list[GroupSensitivity] = []
     tokens = source.entering(blocks[0])
     for index, block in enumerate(blocks):
         inputs = BlockInputs.of(batches, tokens, tokens, run.processes)
         pair = BlockPair(block, block.copied(), inputs, run.device, run.processes)
         balanced = balance(pair, uniform)
+        # In another basis of the values an error has another gradient.
+        if balanced:
+            energies |= fisher_energies(
+                source, [block], len(model.labels), run.processes, at_stream=False
+            )
         for group in block.groups:
             # Scales of one group must not reach the input of the next: each has a copy.
             alone = replace(pair, quantized=pair.original.copied())
-            of_group = _group_energies(energies, map(block.path_of, group))
+            # An error of the input reaches all linears of the group: their energies add.
+            of_each = [energies[block.path_of(name)] for name in group]
+            of_group = torch.stack(of_each).sum(0).cpu()
             measured = _Group(
                 GroupCalibration(alone, group, uniform.scheme, uniform.method), of_group
             )
@@ -123,7 +162,7 @@ def measure_sensitivity(
         run.block_done(index + 1, len(blocks), ())
         if index + 1 < len(blocks):
             tokens = source.after(block, None, blocks[index + 1], tokens)
-    return Sensitivity(about, tuple(groups), *sizes.of_outer(outer), other_bits)
+    return Sensitivity(about, tuple(groups), *rest)
 
 
 @dataclass(frozen=True)
@@ -213,6 +252,14 @@ class _Group:
         return error
 
 
+def _unit(model: VisionModel, image: Tensor) -> str:
+    """What the costs are measured in. image: [1, channels, height, width]."""
+    outputs = zip(model.outputs, as_tuple(model.module(image)), strict=True)
+    kinds = [output_kind(name, output.dim(), model.labels) for name, output in outputs]
+    # The costs of several outputs are added.
+    return " + ".join(UNITS[kind] for kind in dict.fromkeys(kinds))
+
+
 def _relative(energies: Tensor) -> Tensor:
     """The weights e / ē of the tokens of an image. As multiples of WEIGHT_UNIT they have exact
     sums."""
@@ -222,19 +269,15 @@ def _relative(energies: Tensor) -> Tensor:
     return (relative / WEIGHT_UNIT).round() * WEIGHT_UNIT
 
 
-def _group_energies(energies: Mapping[str, Tensor], paths: Iterable[str]) -> Tensor:
-    """The energies of the tokens that linears of one input read, [tokens of an image] on the CPU.
-    Raises MarrqError if the tokens of a linear could not be told from other images'."""
-    found = []
-    for path in paths:
-        if path not in energies:
-            raise MarrqError(
-                f"no budget can be found, since the tokens of linear {path} are not those of one "
-                "image after the other: give a scheme such as W4A8"
-            )
-        found.append(energies[path])
-    # An error of the input reaches all linears of the group: their energies add.
-    return torch.stack(found).sum(0).cpu()
+def _check_energies(energies: Mapping[str, Tensor], blocks: Iterable[Block]) -> None:
+    """Raise MarrqError if a linear has no energies, by which its errors could be judged."""
+    paths = (block.path_of(name) for block in blocks for group in block.groups for name in group)
+    missing = next((path for path in paths if path not in energies), None)
+    if missing is not None:
+        raise MarrqError(
+            f"no budget can be found, since the tokens of linear {missing} do not lie image by "
+            "image, or no output depends on them: give a scheme such as W4A8"
+        )
 
 
 @dataclass(frozen=True)
@@ -251,6 +294,17 @@ class _Sizes:
         codes = 8 * packed_size(rows * columns, scheme.weight.num_bits)
         smoothing = 32 * columns if smoothed else 0
         return codes + SCALE_BITS[scheme.weight.grid] * scales + smoothing
+
+    def least(self, block: Block, group: Sequence[str]) -> GroupSensitivity:
+        """A group without costs, and without factors that smooth its input."""
+        linears = [block.linear(name) for name in group]
+        widths = []
+        for num_bits in WEIGHT_BITS:
+            scheme = self.settings.scheme.of_width(num_bits)
+            stored = sum(self.of(linear, scheme, smoothed=False) for linear in linears)
+            widths.append(Width(num_bits, stored, 0.0))
+        paths = tuple(map(block.path_of, group))
+        return GroupSensitivity(paths, sum(one.weight.numel() for one in linears), tuple(widths))
 
     def of_outer(self, blocks: Iterable[Block]) -> tuple[int, int]:
         """Weights and stored bits of quantized first and last layers."""

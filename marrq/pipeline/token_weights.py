@@ -214,8 +214,8 @@ def _backward(
         found = [z for z in _each(outputs) if z.requires_grad]
         if not found:
             raise MarrqError(
-                "the model's outputs have no gradient, by which tokens are weighed: choose "
-                "--set token-weights=off"
+                "the model's outputs have no gradient, by which tokens are weighed and widths are "
+                "chosen: choose --set token-weights=off, and no budget"
             )
         vectors = [directions(z.detach()) for z in found]
         torch.autograd.grad(found, roots, vectors, allow_unused=True)

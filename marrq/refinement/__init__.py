@@ -1,1 +1,1 @@
-"""The refinement: learn what codes leave free, end to end, by back-propagation. Off by default."""
+"""The refinement: learn what codes leave free, end to end. Off by default."""

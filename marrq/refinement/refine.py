@@ -4,8 +4,8 @@
     rates   those of learned.py, over 10 steps from 0 up, then along a cosine down to 0
     Adam    β₁ = 0.9, β₂ = 0.99 (arXiv 1412.6980): few steps, so that the second moment must follow
 
-This is the only place of marrq with back-propagation. The codes are those of the method; nothing
-but images is read, no labels.
+This is the only place of marrq that trains anything. The codes are those of the method; nothing but
+images is read, no labels.
 
 Held-out images judge the result: their loss is taken before the first step and after the last. If
 it did not fall, the model gets back the numbers that it had, and the record says so.
@@ -27,6 +27,10 @@ from marrq.refinement.teacher import StepDone, Teacher, no_steps
 
 BETAS = (0.9, 0.99)
 WARM_UP_STEPS = 10
+OVERFLOWS = (
+    "the quantized model's own outputs overflow, so choose a scheme with more bits, or leave out "
+    "--refine"
+)
 
 
 def refine(
@@ -40,13 +44,13 @@ def refine(
     Raises MarrqError if the loss is not finite; then the model is not to be used.
     """
     spec, module = model.method.refinement, model.module
-    before = _finite(_held_out_loss(module, teacher, spec), "before its first step", spec)
+    before = _finite(_held_out_loss(module, teacher, spec), "before its first step", OVERFLOWS)
     # Numbers that may change are kept as they are: a result that does not help is taken back.
     state = copy.deepcopy(module.state_dict())
     learned = learn(module, teacher.images[:1].to(next(module.parameters()).device))
     _train(learned, teacher, spec, model.calibration.seed, step_done)
     learned.store()
-    after = _finite(_held_out_loss(module, teacher, spec), "after its last step", spec)
+    after = _finite(_held_out_loss(module, teacher, spec), "after its last step", _slower(spec))
     record = RefinementRecord(
         spec.images, spec.held_out, teacher.files_sha256, spec.steps, before, after
     )
@@ -62,32 +66,38 @@ def _train(
     groups = learned.groups(spec.rate)
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     rates = [group["lr"] for group in groups]
-    for step, rows in enumerate(_batches(spec, seed)):
+    for step, rows in enumerate(batches(spec, seed)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _share_of_rate(step, spec.steps)
         loss = teacher.loss(learned.module, rows, spec.temperature)
-        value = _finite(float(loss.detach()), f"at step {step + 1} of {spec.steps}", spec)
+        # The first step's loss is that of the numbers as they were.
+        advice = _slower(spec) if step else OVERFLOWS
+        value = _finite(float(loss.detach()), f"at step {step + 1} of {spec.steps}", advice)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step_done(step + 1, spec.steps, f"loss {value:.3f}")
 
 
-def _finite(loss: float, when: str, spec: RefinementSpec) -> float:
+def _finite(loss: float, when: str, advice: str) -> float:
     """The loss, which no record may have if it is NaN or infinite."""
     if not math.isfinite(loss):
-        raise MarrqError(
-            f"the refinement's loss is {loss} {when}: lower refine.rate, which is {spec.rate:g}"
-        )
+        raise MarrqError(f"the refinement's loss is {loss} {when}: {advice}")
     return loss
 
 
-def _batches(spec: RefinementSpec, seed: int) -> Iterator[slice]:
-    """The rows of each step: every epoch has the same batches in another random order."""
-    generator = torch.Generator().manual_seed(seed)
+def _slower(spec: RefinementSpec) -> str:
+    return f"lower refine.rate, which is {spec.rate:g}"
+
+
+def batches(spec: RefinementSpec, seed: int) -> Iterator[slice]:
+    """The rows of each step: every epoch has the same batches in another random order. All images
+    are among them; if they do not fill the last batch, all batches are about even."""
+    generator, count = torch.Generator().manual_seed(seed), spec.steps // spec.epochs
+    ends = [spec.images * place // count for place in range(count + 1)]
     for _ in range(spec.epochs):
-        for place in torch.randperm(spec.images // spec.batch, generator=generator).tolist():
-            yield slice(place * spec.batch, (place + 1) * spec.batch)
+        for place in torch.randperm(count, generator=generator).tolist():
+            yield slice(ends[place], ends[place + 1])
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from marrq.errors import MarrqError
 from marrq.models.load import VisionModel
-from marrq.models.named_outputs import as_tuple, output_kind
+from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
 from marrq.pipeline.collect import Images
 from marrq.quantized_model import BATCH_SIZE
 from marrq.refinement.loss import distance
@@ -32,13 +33,13 @@ class Teacher:
     images: first those to learn from, then those that judge.
     files_sha256: a hash of them.
     outputs: each output for all images, on the CPU: [images, …].
-    are_classes: for each output whether it has the logits of classes.
+    kinds: of the outputs.
     """
 
     images: Images
     files_sha256: str
     outputs: Sequence[Tensor]
-    are_classes: Sequence[bool]
+    kinds: Sequence[OutputKind]
 
     @classmethod
     @torch.no_grad()
@@ -49,19 +50,25 @@ class Teacher:
         files_sha256: str,
         step_done: StepDone = no_steps,
     ) -> "Teacher":
-        """Run the full-precision model, on the device that it is on."""
+        """Run the full-precision model, on the device that it is on. Raises MarrqError if it gives
+        NaN or infinity."""
         device = next(model.module.parameters()).device
         starts = range(0, len(images), BATCH_SIZE)
         parts: list[tuple[Tensor, ...]] = []
         for start in starts:
             batch = images[start : start + BATCH_SIZE].to(device)
             parts.append(tuple(output.cpu() for output in as_tuple(model.module(batch))))
+            if not all(output.isfinite().all() for output in parts[-1]):
+                raise MarrqError(
+                    "the full-precision model gives NaN or infinity for an image that the "
+                    "refinement would learn from: leave out --refine"
+                )
             step_done(len(parts), len(starts), "full precision")
         # From batches of all outputs to one tensor for each output.
         outputs = [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
         named = zip(model.outputs, outputs, strict=True)
         kinds = [output_kind(name, output.dim(), model.labels) for name, output in named]
-        return cls(images, files_sha256, outputs, [kind == "classes" for kind in kinds])
+        return cls(images, files_sha256, outputs, kinds)
 
     def loss(self, module: nn.Module, rows: slice, temperature: float) -> Tensor:
         """The loss of a model on some of the images: their mean, summed over the outputs, a scalar.
@@ -69,5 +76,5 @@ class Teacher:
         device = next(module.parameters()).device
         found = as_tuple(module(self.images[rows].to(device)))
         wanted = [output[rows].to(device) for output in self.outputs]
-        each = zip(found, wanted, self.are_classes, strict=True)
+        each = zip(found, wanted, self.kinds, strict=True)
         return torch.stack([distance(*one, temperature) for one in each]).sum()

@@ -66,9 +66,11 @@ class Destination:
             record = found.calibration
             chosen = (scheme, method.unrefined, samples or record.samples, seed)
             if (found.scheme, found.method, record.samples, record.seed) == chosen:
+                # The widths of a mixed scheme follow from the budget.
+                same = " and the same budget" if scheme.mixed else ""
                 raise MarrqError(
-                    f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume to go on "
-                    "with it, or --force to begin again"
+                    f"an unfinished run is in {str(self.checkpoint)!r}: pass --resume{same} to go "
+                    "on with it, or --force to begin again"
                 )
             raise MarrqError(
                 f"an unfinished run with other options is in {str(self.checkpoint)!r}: choose "

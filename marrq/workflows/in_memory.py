@@ -9,10 +9,10 @@ from marrq.models.load import VisionModel
 from marrq.pipeline.quantize import RunOptions
 from marrq.quantized_model import QuantizedModel
 from marrq.schemes import Scheme, parse_scheme
-from marrq.workflows.budget import Progress, copied, plan_within, sensitivity_of
 from marrq.workflows.devices import choose_device
 from marrq.workflows.feasible import check_feasible
 from marrq.workflows.quantize import Recipe, quantize_in_place
+from marrq.workflows.sensitivity import Progress, copied, plan_within, sensitivity_of
 
 
 def quantize(
@@ -55,8 +55,10 @@ def quantize(
     check_method(recipe.method, limit, resume=False)
     run = RunOptions(choose_device(device))
     check_feasible(model)
+    if recipe.method.refinement.on:
+        recipe.fresh(images)
     if limit is not None:
-        costs = sensitivity_of(model, images, recipe, Progress(run))
+        costs = sensitivity_of(model, images, recipe, Progress(run), limit)
         recipe = replace(recipe, widths=plan_within(costs, limit).widths)
     # The pipeline puts its linears into the module that it is given.
     return quantize_in_place(copied(model), images, recipe, run)

@@ -7,8 +7,11 @@ package versions alone; processes, checkpoints and the place of the tokens leave
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from marrq.artifact.checkpoint import FolderCheckpoint, remove_checkpoint
+import torch
+
+from marrq.artifact.checkpoint import FolderCheckpoint, is_checkpoint_of, remove_checkpoint
 from marrq.artifact.config import description
 from marrq.artifact.folder import save
 from marrq.errors import MarrqError
@@ -64,9 +67,10 @@ class Recipe:
         wanted = self.samples + spec.all_images
         if wanted > len(images):
             raise MarrqError(
-                f"the refinement takes {spec.all_images} images beside the {self.samples} that "
-                f"calibrate, and {images.name!r} has {len(images)}: lower refine.images by "
-                f"{wanted - len(images)} or more, or add images"
+                f"{self.samples} images calibrate, the refinement learns from {spec.images} others "
+                f"and is judged by {spec.held_out} more, and {images.name!r} has {len(images)}: "
+                "lower --samples, refine.images or refine.held-out, together by "
+                f"{wanted - len(images)}, or add images"
             )
         return images.draw(wanted, self.seed).subset(slice(self.samples, None))
 
@@ -112,22 +116,16 @@ def quantize_to_folder(
     # The draw is repeated inside `quantize_in_place`, and gives the same files: the hash of their
     # names has to be known before the checkpoint is opened.
     settings = recipe.settings(images.draw(recipe.samples, recipe.seed))
-    about = description(model, settings)
-    if destination.is_complete(about):
-        # The run was stopped between saving the artifact and removing the checkpoint.
-        remove_checkpoint(destination.checkpoint)
+    of_blocks = settings_of_blocks(model, settings, run.device)
+    if destination.is_complete(description(model, settings)):
+        # The run was stopped between saving the artifact and removing the checkpoint. A checkpoint
+        # of another run is not this run's to remove.
+        if is_checkpoint_of(destination.checkpoint, of_blocks):
+            remove_checkpoint(destination.checkpoint)
         return [f"{destination.folder} is complete"]
     check_feasible(model)
-    # No block depends on the refinement: a run may go on with another one, or without.
-    blocks = replace(settings, method=settings.method.unrefined)
-    # The device kind is no part of the artifact's description, but it may change the last bits, and
-    # blocks of two kinds must not get into one artifact.
-    checkpoint = FolderCheckpoint(
-        destination.checkpoint,
-        description(model, blocks) | {"device": run.device.type},
-        blocks,
-        run.processes,
-    )
+    unrefined = replace(settings, method=settings.method.unrefined)
+    checkpoint = FolderCheckpoint(destination.checkpoint, of_blocks, unrefined, run.processes)
     run = replace(run, store=store_of(destination), checkpoint=checkpoint)
     quantized = quantize_in_place(model, images, recipe, run, step_done)
     # All processes have the same model, and have agreed on every block of it.
@@ -139,7 +137,7 @@ def quantize_to_folder(
     # What is noted of the images is known when they have been read.
     found = (*model.notes, *shortfalls(quantized), *images.noted())
     warnings = [f"warning: {warning}" for warning in found]
-    return [*warnings, *_refined(quantized), f"wrote {destination.folder}"]
+    return [*warnings, *refined(quantized), f"wrote {destination.folder}"]
 
 
 def store_of(destination: Destination) -> Store:
@@ -148,7 +146,18 @@ def store_of(destination: Destination) -> Store:
     return in_memory if destination.work_dir is None else in_files(destination.work_dir)
 
 
-def _refined(model: QuantizedModel) -> Iterator[str]:
+def settings_of_blocks(
+    model: VisionModel, settings: QuantizationSettings, device: torch.device
+) -> dict[str, Any]:
+    """What the blocks of a run are a function of, for its checkpoint."""
+    # No block depends on the refinement: a run may go on with another one, or without.
+    blocks = replace(settings, method=settings.method.unrefined)
+    # The device kind is no part of the artifact's description, but it may change the last bits, and
+    # blocks of two kinds must not get into one artifact.
+    return description(model, blocks) | {"device": device.type}
+
+
+def refined(model: QuantizedModel) -> Iterator[str]:
     """What the refinement did, if there was one, in the words of `marrq inspect`."""
     if model.refinement is not None:
         yield f"refined {Refinement(**asdict(model.refinement)).sentence}"

@@ -1,7 +1,6 @@
 """What `marrq sensitivity` says, for people: a table of the costs, a table of what sizes buy, and
 both as a plot. Nothing is measured or chosen here."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,8 @@ ROWS = 12
 
 
 def costs_table(report: SensitivityReport) -> Table:
-    """A row for each group of linears: the divergence in nats that each width should add."""
-    caption = "divergence in nats that each width should add, alone"
+    """A row for each group of linears: the divergence that each width should add."""
+    caption = f"divergence ({report.unit}) that each width should add, alone"
     result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     result.add_column("linears of one input", overflow="fold")
     result.add_column("weights", justify="right", no_wrap=True)
@@ -36,7 +35,7 @@ def costs_table(report: SensitivityReport) -> Table:
 def sizes_table(report: SensitivityReport) -> Table:
     """What sizes buy, between the smallest model and the largest, and models of one width beside
     them."""
-    caption = "divergence: expected, in nats; MB: all tensors"
+    caption = f"divergence: expected ({report.unit}); MB: all tensors"
     result = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, caption=caption)
     result.add_column("widths", no_wrap=True)
     for heading in ("bits a weight", "MB", "divergence"):
@@ -62,22 +61,23 @@ def plot_sensitivity(report: SensitivityReport, file: Path) -> None:
     the cost of each group at each width, from the first group to the last."""
     with written_figure(file, height=4.2) as figure:
         left, right = figure.subplots(1, 2)
-        _draw_curve(left, report.curve, report.uniform)
+        _draw_curve(left, report)
         for place, width in enumerate(report.groups[0].widths):
             costs = [group.widths[place].divergence for group in report.groups]
             right.plot(costs, label=f"{width.num_bits} bits", markersize=3, linewidth=1)
         right.set(
             title="each group of linears alone",
             xlabel="from the first group to the last",
-            ylabel="divergence (nats)",
+            ylabel=f"divergence ({report.unit})",
         )
         scale_by_powers(right)
         right.legend(fontsize=8)
         figure.suptitle(f"{titled(report.model)}, {report.scheme}", fontsize=11)
 
 
-def _draw_curve(panel: "Axes", curve: Sequence[SizedPlan], uniform: Sequence[SizedPlan]) -> None:
-    for plans, name, style in ((curve, "a budget", "-"), (uniform, "one width", "")):
+def _draw_curve(panel: "Axes", report: SensitivityReport) -> None:
+    curves = ((report.curve, "a budget", "-"), (report.uniform, "one width", ""))
+    for plans, name, style in curves:
         panel.plot(
             [plan.bits_per_weight for plan in plans],
             [plan.divergence for plan in plans],
@@ -88,7 +88,7 @@ def _draw_curve(panel: "Axes", curve: Sequence[SizedPlan], uniform: Sequence[Siz
     panel.set(
         title="all groups, expected",
         xlabel="bits a weight, scales included",
-        ylabel="divergence (nats)",
+        ylabel=f"divergence ({report.unit})",
     )
     scale_by_powers(panel)
     panel.legend(fontsize=8)

@@ -61,6 +61,17 @@ def test_costs_of_another_model_are_refused(
     limit = f"quantize {tiny} {data} --sensitivity costs.json --budget 4.2 -o out"
     assert main(split(f"{limit} --scheme WmixA4")) == 1
     assert "is the sensitivity of 'WmixA8 per-tensor'" in capsys.readouterr().err
+    # Scales that the other costs did not count would break the budget.
+    assert main(split(f"{limit} --set equalize=off")) == 1
+    assert "is the sensitivity of 'gptq', not 'gptq,equalize=off'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main(split(f"{limit} --outputs tokens")) == 1
+    assert "is the sensitivity of a model with other outputs" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    # A search of α is no part of the costs.
+    assert main(split(f"{limit.replace('-o out', '-o searched')} --method marr")) == 0
     costs = json.loads(Path("costs.json").read_text())
     costs["about"]["weights_sha256"] = "0"
     Path("costs.json").write_text(json.dumps(costs))

@@ -73,7 +73,7 @@ def test_another_model_or_sample_does_not_get_into_the_same_file(
     [
         ("--scheme W8A8 --method gptq --method gptq,lowrank=serq:4", "needs weights of"),
         ("--scheme WmixA8 --method gptq", "has no weight bits"),
-        ("--method gptq --method gptq,refine=on", "the refinement takes 1320 images"),
+        ("--method gptq --method gptq,refine=on", "the refinement learns from 1200 others"),
     ],
 )
 def test_a_run_that_cannot_be_done_is_told_before_the_first_one(

@@ -57,8 +57,8 @@ def test_too_few_images_are_told_with_their_number_before_the_first_block(
     wanted = command(tiny, image_folder, tmp_path / "artifact", "--seed", "1")
     assert main([text.replace("images=8", "images=10") for text in wanted]) == 1
     message = " ".join(capsys.readouterr().err.split())
-    assert "takes 18 images beside the 8 that calibrate, and" in message
-    assert "has 24: lower refine.images by 2 or more" in message
+    assert "8 images calibrate, the refinement learns from 10 others and is judged by 8" in message
+    assert "has 24: lower --samples, refine.images or refine.held-out, together by 2" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -32,12 +32,13 @@ from marrq.errors import MarrqError
 from marrq.methods.refinement_spec import RefinementSpec
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import find_images
+from marrq.models.named_outputs import OutputKind
 from marrq.quantized_model import QuantizedModel, RefinementRecord
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import quantized_linears
 from marrq.refinement.learned import learn
 from marrq.refinement.loss import distance
-from marrq.refinement.refine import refine
+from marrq.refinement.refine import batches, refine
 from marrq.refinement.straight_through import nearest
 from marrq.refinement.teacher import Teacher
 from marrq.schemes import ActivationStrategy, parse_scheme
@@ -105,12 +106,24 @@ def test_the_loss_is_the_divergence_of_classes_and_the_angle_of_features():
         p, q = p / p.sum(), q / q.sum()
         divergences.append(temperature**2 * (p * np.log(p / q)).sum())
         angles.append(1 - (z @ t) / np.linalg.norm(z) / np.linalg.norm(t))
-    assert float(distance(found, wanted, True, temperature)) == pytest.approx(
+    assert float(distance(found, wanted, "classes", temperature)) == pytest.approx(
         np.mean(divergences), rel=1e-5
     )
-    assert float(distance(found, wanted, False, temperature)) == pytest.approx(
+    assert float(distance(found, wanted, "features", temperature)) == pytest.approx(
         np.mean(angles), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((3, 4, 2, 5), "dense"), ((3, 1), "features")])
+def test_the_size_of_a_dense_output_counts_in_the_loss(shape: tuple[int, ...], kind: OutputKind):
+    generator = torch.Generator().manual_seed(0)
+    found, wanted = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    expected = [
+        0.5 * ((z - t) ** 2).sum() / (t**2).sum()
+        for z, t in zip(found.double().numpy(), wanted.double().numpy(), strict=True)
+    ]
+    assert float(distance(found, wanted, kind, 4.0)) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(distance(3 * wanted, wanted, kind, 4.0)) == pytest.approx(2.0, rel=1e-5)
 
 
 class TwoOutputs(nn.Module):
@@ -129,17 +142,18 @@ def test_several_outputs_are_learned_together():
     model = replace(vision_model(TwoOutputs()), outputs=("logits", "tokens"))
     images = noise(20)
     teacher = Teacher.of(model, images, "hash")
-    assert teacher.are_classes == [True, False]
+    assert teacher.kinds == ["classes", "dense"]
     assert [output.shape for output in teacher.outputs] == [(20, 5), (20, 17, 64)]
     assert abs(float(teacher.loss(model.module, slice(0, 20), 2.0))) < 1e-5
     model.module.vit.norm.bias += 0.5
     logits, tokens = model.module(images[4:8])
     wanted = [output[4:8] for output in teacher.outputs]
-    expected = distance(logits, wanted[0], True, 2.0) + distance(tokens, wanted[1], False, 2.0)
+    expected = distance(logits, wanted[0], "classes", 2.0)
+    expected = expected + distance(tokens, wanted[1], "dense", 2.0)
     assert float(teacher.loss(model.module, slice(4, 8), 2.0)) == pytest.approx(float(expected))
     # Without names of classes, the same numbers are features.
     unlabelled = Teacher.of(replace(model, labels=()), images, "hash")
-    assert unlabelled.are_classes == [False, False]
+    assert unlabelled.kinds == ["features", "dense"]
 
 
 def prepared(
@@ -289,12 +303,46 @@ def test_a_refinement_that_does_not_help_is_taken_back_and_recorded():
     assert any("was taken back" in sentence for sentence in shortfalls(found))
 
 
-@pytest.mark.parametrize(("rows", "when"), [(slice(48), "at step 1"), (slice(48, 96), "before")])
-def test_a_loss_that_is_not_finite_ends_with_the_way_out(rows: slice, when: str):
+def test_a_loss_that_is_not_finite_ends_with_the_way_out():
+    with pytest.raises(MarrqError, match=r"loss is \w+ .*: lower refine\.rate, which is 100"):
+        refine(*endless(prepared(epochs=3, rate=100.0)))
     model, teacher = prepared()
-    teacher.outputs[0][rows] = math.nan
-    with pytest.raises(MarrqError, match=rf"loss is nan {when}.*: lower refine\.rate"):
+    model.module.head.bias.data[0] = math.inf
+    with pytest.raises(MarrqError, match=r"loss is nan before its first step: .* overflow"):
         refine(model, teacher)
+
+
+def endless(given: tuple[QuantizedModel, Teacher]) -> tuple[QuantizedModel, Teacher]:
+    """A loss that is infinite as soon as anything has been learned."""
+    model, teacher = given
+
+    class Brittle(Teacher):
+        steps = 0
+
+        def loss(self, module: nn.Module, rows: slice, temperature: float) -> Tensor:
+            found = super().loss(module, rows, temperature)
+            Brittle.steps += found.requires_grad
+            return found * (math.inf if Brittle.steps > 1 else 1)
+
+    return model, Brittle(teacher.images, teacher.files_sha256, teacher.outputs, teacher.kinds)
+
+
+def test_a_teacher_that_gives_no_numbers_is_told_before_anything_is_quantized():
+    model = vision_model(vit())
+    with torch.no_grad():
+        model.module.head.bias[0] = math.inf
+    with pytest.raises(MarrqError, match="full-precision model gives NaN or infinity"):
+        Teacher.of(model, noise(4), "hash")
+
+
+@pytest.mark.parametrize(("images", "batch", "epochs"), [(23, 12, 2), (24, 12, 1), (7, 7, 3)])
+def test_every_image_is_learned_from_once_in_an_epoch(images: int, batch: int, epochs: int):
+    spec = RefinementSpec(on=True, images=images, batch=batch, epochs=epochs)
+    rows = list(batches(spec, 0))
+    assert len(rows) == spec.steps
+    seen = [row for one in rows for row in range(images)[one]]
+    assert sorted(seen) == sorted(epochs * list(range(images)))
+    assert max(len(range(images)[one]) for one in rows) <= batch
 
 
 @pytest.mark.parametrize(
@@ -318,7 +366,7 @@ def test_its_images_are_those_that_calibration_has_not_drawn(image_folder: Path)
     fresh = recipe.fresh(images)
     assert sorted((*images.draw(8, 3).paths, *fresh.paths)) == sorted(images.paths)
     short = replace(recipe, samples=9)
-    with pytest.raises(MarrqError, match=r"lower refine\.images by 1 or more"):
+    with pytest.raises(MarrqError, match=r"together by 1, or add images"):
         short.fresh(images)
 
 

@@ -165,12 +165,20 @@ controllers = bounds.flatmap(
         PID, *gains, *map(st.just, three), st.integers(1, 50), positive, positive
     )
 )
+# A grid and a closed form use the bounds of the controller alone.
+bounded = bounds.map(sorted).map(lambda three: (min(three[0], 0.25), max(three[2], 0.25)))
 searches = st.builds(
     AlphaSpec,
-    st.sampled_from(["pid", "grid"]),
+    st.just("pid"),
     st.none(),
     st.sampled_from(["held-out", "calibration"]),
     pid=controllers,
+) | st.builds(
+    AlphaSpec,
+    st.sampled_from(["grid", "closed"]),
+    st.none(),
+    st.sampled_from(["held-out", "calibration"]),
+    pid=bounded.map(lambda two: PID(lower=two[0], upper=two[1])),
 )
 constants = st.builds(AlphaSpec, st.just("global"), st.floats(-1e9, 1e9))
 branches = st.builds(
@@ -217,7 +225,7 @@ def test_a_method_with_its_defaults_is_written_as_its_name(name: str):
 def test_only_what_differs_is_written():
     text = (
         "marr-gptaq,alpha=grid,feedback=calibration,bias-correction=off,"
-        "lowrank=srr:32:int8,rotate=0,pid.initial=0.5"
+        "lowrank=srr:32:int8,rotate=0,pid.upper=2"
     )
     assert text_of(parse_method(text)) == text
 
@@ -245,6 +253,10 @@ REFUSED = {
     "exact,feedback=held-out": "method 'exact' searches no α: choose marr-exact",
     "exact,alpha=global=0.5,feedback=held-out": "a fixed α by alpha=global=0.5 without feedback",
     "gptq,alpha=pid": "method 'gptq' has no α",
+    "marr,alpha=global=0.5,feedback=calibration": "alpha=global has no use for feedback: leave it",
+    "marr,alpha=global=0.5,pid.steps=3": r"alpha=global has no use for pid\.steps",
+    "marr,alpha=closed,pid.steps=20": r"alpha=closed has no use for pid\.steps",
+    "marr,alpha=grid,pid.initial=1": r"alpha=grid has no use for pid\.initial",
     "rtn,feedback=held-out": "method 'rtn' has no α",
     "gptq,pid.initial=0.25": "method 'gptq' has no α",
     "marr,lowrank=srr": "low-rank branch 'srr' has no rank: write srr:32",

@@ -184,8 +184,10 @@ class QuantizedModel:
 
     @property
     def method_name(self) -> str:
-        """The method for tables and files: `marr-stream`, or `marr-stream refined`."""
-        return f"{self.method.name} refined" if self.method.refinement.on else self.method.name
+        """The method for tables and files: `marr-stream`, or `marr-stream refined` if the refined
+        numbers are kept."""
+        refined = self.refinement is not None and self.refinement.helped
+        return f"{self.method.name} refined" if refined else self.method.name
 
     @property
     def block_schemes(self) -> tuple[Scheme, ...]:

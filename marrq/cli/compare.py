@@ -59,7 +59,7 @@ def compare(
     from marrq.workflows.compare_on_ray import runs_on_ray
 
     # Seeds vary slowest: runs of one seed share the full-precision tokens.
-    combinations = [*starmap(Combination, product(range(seeds), schemes, methods))]
+    combinations = [*dict.fromkeys(starmap(Combination, product(range(seeds), schemes, methods)))]
     distribute = None if ray is None else partial(runs_on_ray, ray)
     task = Task(model, name, samples, kind, gallery, common.names_in(outputs), given)
     with common.progress_bars(runs=len(combinations)) as [bar]:

@@ -15,7 +15,13 @@ from marrq.schemes import WEIGHT_BITS
 from marrq.workflows.destination import Destination
 from marrq.workflows.evaluate import judged
 from marrq.workflows.feasible import check_feasible
-from marrq.workflows.quantize import Recipe, quantize_to_folder, settings_of_blocks, store_of
+from marrq.workflows.quantize import (
+    Recipe,
+    check_apart,
+    quantize_to_folder,
+    settings_of_blocks,
+    store_of,
+)
 from marrq.workflows.sensitivity import (
     MEASURING,
     QUANTIZING,
@@ -112,6 +118,8 @@ def _check_first(
         recipe.fresh(images.train)
     if images.judged is not None:
         judged(model)
+        if refines:
+            check_apart(images.train, images.judged.measured)
         if refines and how.run.processes.size > 1:
             raise MarrqError(
                 "--budget auto judges refined models, which one process alone has: start one "

@@ -98,7 +98,10 @@ def check_comparison(file: Path, about: dict[str, Any]) -> dict[str, Any] | None
         return None
     try:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        differing = [key for key, value in about.items() if report[key] != value]
+        if report["schema"] != about["schema"]:
+            raise ValueError("another schema")
+        # A report of an earlier marrq does not say all of this.
+        differing = [key for key, value in about.items() if report.get(key) != value]
     except (ValueError, KeyError, TypeError) as error:
         raise MarrqError(
             f"{str(file)!r} is no comparison: choose another file to write to"

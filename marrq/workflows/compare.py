@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from marrq.artifact.config import PACKAGES
 from marrq.files import write_json
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import find_blocks
@@ -41,7 +42,7 @@ from marrq.workflows.evaluate import (
     judge,
     judged,
 )
-from marrq.workflows.quantize import Recipe, quantize_in_place
+from marrq.workflows.quantize import Recipe, check_apart, quantize_in_place, shortfalls
 from marrq.zero_shot import with_classes
 from runtime.environment import describe_machine
 from runtime.errors import BenchError
@@ -168,6 +169,7 @@ class Runner:
             recipe.settings(self.train.draw(recipe.samples, recipe.seed))
             if one.method.refinement.on:
                 recipe.fresh(self.train)
+                check_apart(self.train, self.images.measured)
         grouped = {one.scheme for one in combinations if one.scheme.weight.group_size}
         if not grouped:
             return
@@ -196,6 +198,7 @@ class Runner:
         return {
             **combination.key,
             **measured,
+            "shortfalls": list(shortfalls(model)),
             "seconds": seconds,
             "peak_memory_mb": peak(),
             "float": float_model,
@@ -283,7 +286,10 @@ class ReportFile:
             "weights": runner.original.source.weights_sha256,
             "outputs": list(runner.answering.outputs),
             "data": measured.description(),
+            "calibration": runner.train.sha256,
             "samples": runner.samples,
+            "device": runner.task.device,
+            "versions": {name: version(name) for name in PACKAGES},
         }
         if runner.task.classes is not None:
             about["classes"] = runner.task.classes.sha256
@@ -317,7 +323,13 @@ class ReportFile:
         """The report with the runs that were asked for, whatever else the file holds."""
         # The file may hold runs of an earlier command with other methods or more seeds.
         wanted = [run for run in self._runs() if any(one.is_in(run) for one in self.combinations)]
-        return {**self.report, "runs": wanted}
+        fell_short = [
+            f"{run['scheme']} {run['method']}, seed {run['seed']}: {sentence}"
+            for run in wanted
+            for sentence in run["shortfalls"]
+        ]
+        warnings = [*self.report["warnings"], *fell_short]
+        return {**self.report, "runs": wanted, "warnings": warnings}
 
     def _runs(self) -> list[dict[str, Any]]:
         runs: list[dict[str, Any]] = self.report["runs"]

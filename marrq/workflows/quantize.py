@@ -140,6 +140,15 @@ def quantize_to_folder(
     return [*warnings, *refined(quantized), f"wrote {destination.folder}"]
 
 
+def check_apart(train: ImageSet, judging: ImageSet) -> None:
+    """Raise MarrqError if a refinement would learn from images that judge it."""
+    if set(train.files) & set(judging.files):
+        raise MarrqError(
+            f"the refinement would learn from images of {judging.name!r} that it is judged by: put "
+            "images to judge by into val/, others into train/"
+        )
+
+
 def store_of(destination: Destination) -> Store:
     """Where tokens are kept."""
     # Tokens of a large model may need more memory than there is.

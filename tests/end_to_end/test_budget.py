@@ -141,3 +141,27 @@ def test_models_of_dense_outputs_are_refused_before_work(
     command = f"quantize {tiny} --outputs tokens {data} --budget auto --max-drop 1 -o a"
     assert main(split(command)) == 1
     assert "gives dense outputs alone" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_can_be_known_is_told_before_the_costs_are_measured(
+    tiny: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    limit = f"quantize {tiny} {data} --budget 4.2"
+    assert main(split(f"quantize {tiny} {data} -o there")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("marrq.pipeline.sensitivity.fisher_energies", measure)
+    for more, sentence in (
+        ("-o a --refine", "the refinement learns from 1200 others"),
+        ("-o there --resume", "output 'there' exists"),
+        ("-o a --budget 2.01", "is too small"),
+        ("-o a --max-drop 1 --budget auto --refine", "the refinement learns from 1200 others"),
+    ):
+        assert main(split(f"{limit} {more}")) == 1
+        assert sentence in " ".join(capsys.readouterr().err.split())

@@ -1,18 +1,20 @@
 """`marrq compare` and `marrq inspect`: runs once each, resumable, and drawn."""
 
 import json
+import shutil
 from pathlib import Path
 from shlex import split
 
 import pytest
 
 from marrq.cli import main
+from marrq.quantized_model import RefinementRecord
 from marrq.workflows.devices import peak_memory
 
 RUN = {
     *split("scheme method seed top1 top1_low top1_high top5 top5_low top5_high agreement images"),
     *split("divergence error relative_error bits_per_weight seconds peak_memory_mb"),
-    *split("alphas fallbacks"),
+    *split("alphas fallbacks shortfalls"),
 }
 """The keys of a run."""
 
@@ -66,6 +68,54 @@ def test_another_model_or_sample_does_not_get_into_the_same_file(
     assert main([*arguments, "--method", "rtn", "--seeds", "1"]) == 0
     assert main([*arguments, "--method", "rtn", "--seeds", "1", "--samples", "9"]) == 1
     assert "compares with another samples" in capsys.readouterr().err
+
+
+def test_images_that_were_added_to_train_begin_another_comparison(
+    arguments: list[str], image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copied = tmp_path / "images"
+    shutil.copytree(image_folder, copied)
+    few = [str(copied) if word == str(image_folder) else word for word in arguments]
+    few += ["--method", "rtn", "--seeds", "1"]
+    assert main(few) == 0
+    first = next(copied.rglob("train/*/*.png"))
+    shutil.copy(first, first.with_name("added.png"))
+    assert main(few) == 1
+    assert "compares with another calibration" in capsys.readouterr().err
+
+
+def test_two_names_of_one_method_are_one_run(arguments: list[str], tmp_path: Path):
+    names = ["--method", "marr", "--method", "marr-stream", "--method", "marr"]
+    assert main([*arguments, "--seeds", "1", *names]) == 0
+    assert len(json.loads((tmp_path / "c.json").read_text())["runs"]) == 1
+
+
+def test_what_a_run_could_not_do_is_told_and_in_the_report(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(RefinementRecord, "helped", property(lambda record: False))
+    few = "refine=on,refine.images=6,refine.batch=2,refine.held-out=4"
+    assert main([*arguments, "--seeds", "1", "--method", f"gptq,{few}"]) == 0
+    [run] = json.loads((tmp_path / "c.json").read_text())["runs"]
+    assert "the refinement was taken back" in run["shortfalls"][0]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "seed 0: the refinement was taken back" in said
+
+
+def test_a_refinement_is_not_judged_by_the_images_it_learns_from(
+    tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    both = tmp_path / "both"
+    shutil.copytree(image_folder / "train", both)
+    few = "--samples 8 --seeds 1 --method gptq,refine=on,refine.images=6,refine.held-out=4"
+    few += ",refine.batch=2"
+    command = ["compare", tiny, "--data", str(both), *split(few), "-o", str(tmp_path / "c.json")]
+    assert main(command) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "would learn from images" in said
 
 
 @pytest.mark.parametrize(

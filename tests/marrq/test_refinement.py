@@ -298,6 +298,7 @@ def test_a_refinement_that_does_not_help_is_taken_back_and_recorded():
     found = refine(model, teacher)
     assert found.refinement is not None
     assert not found.refinement.helped
+    assert found.method_name == "gptq"
     assert found.refinement.loss_after > found.refinement.loss_before
     assert hashed(found) == before
     assert any("was taken back" in sentence for sentence in shortfalls(found))

@@ -227,6 +227,28 @@ def test_resume_begins_where_nothing_is_there_and_leaves_alone_what_is_complete(
     assert "exists: choose another place, or pass --force" in capsys.readouterr().err
 
 
+def test_resume_of_what_is_complete_leaves_the_unfinished_run_of_another_scheme(
+    tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    wanted = ["quantize", tiny, "--data", str(image_folder), "--samples", "8", "--method", "rtn"]
+    wanted += ["-o", str(tmp_path / "a")]
+    assert main(wanted) == 0
+
+    def stop(bar: Bar, done: int, total: int, note: str) -> None:
+        if done == 1:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bar, "show", stop)
+        with pytest.raises(Stopped):
+            main([*wanted, "--scheme", "W2A8", "--force"])
+    blocks = sorted((tmp_path / ".a.checkpoint").iterdir())
+    assert len(blocks) == 2
+    assert main([*wanted, "--resume"]) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert sorted((tmp_path / ".a.checkpoint").iterdir()) == blocks
+
+
 def test_an_unfinished_run_is_not_lost_by_beginning_again(
     tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

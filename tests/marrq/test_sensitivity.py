@@ -71,6 +71,7 @@ def planned(
         (vit, "WmixA8", "per-tensor", 4.0),
         (vit, "WmixA4-e8", "per-token", 5.0),
         (transformers_vit, "WmixA16-g16-sym", "per-tensor", 5.5),
+        (vit, "WmixA16-mxint", "per-tensor", 5.5),
         pytest.param(swin, "WmixA4", "per-tensor", 5.0, marks=pytest.mark.slow),
     ],
 )

@@ -1,25 +1,35 @@
-"""The page of accuracy at low bits: methods, numbers of calibration images, settings.
+"""The page of accuracy at low bits: methods, calibration images, token weights, settings.
 
-Its reports are comparisons of `marrq compare`. `methods` has the methods side by side, each
-`images N` runs of `marr` with N calibration images, and each `settings N` runs with one setting
-changed. Each `refined` is of `marrq evaluate`.
+Its reports are comparisons of `marrq compare`. Each `methods SCHEME` has methods side by side, each
+`images N` runs of `marr` with N calibration images. `settings` has runs of `marr` with one setting
+changed, `pooled` and `features` those of models that read their tokens otherwise. `shift emoji` and
+`shift food` have the same methods, calibrated on images like those that judge and on others.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from layout import Json, comparison, page, table
+from layout import Json, comparison, first_draws, joined, page, table
 
-from runtime.report.comparison import ComparisonReport, ComparisonRow, summarize
+from runtime.report.comparison import MEASURES, ComparisonReport, ComparisonRow, summarize
 
 HEADINGS = ("divergence, nats", "top-1, %", "draws")
+MARR, WEIGHTS_OFF, W2A8 = "marr-stream", ",token-weights=off", "W2A8 per-tensor"
+READERS = {
+    "methods": "the class token, by a head",
+    "pooled": "the mean of the patches, by a head",
+    "features": "the class token, without a head",
+}
+"""The models, by what reads their tokens."""
 
 
 def accuracy_at_low_bits(record: Json) -> str:
     """The page that the record gives."""
-    compared = {key: one for key, one in record["reports"].items() if "runs" in one}
-    evaluated = [one for key, one in record["reports"].items() if key.startswith("refined")]
-    reports = {label: comparison(one) for label, one in compared.items()}
-    methods = reports["methods"]
+    reports = record["reports"]
+    compared = {label: comparison(one) for label, one in reports.items() if "runs" in one}
+    methods = joined([one for label, one in compared.items() if label.startswith("methods")])
+    rows = summarize(methods)
+    images = [one for label, one in compared.items() if label.startswith("images")]
     return page(
         record,
         "Accuracy at low bits: methods, images, settings",
@@ -32,84 +42,132 @@ def accuracy_at_low_bits(record: Json) -> str:
         calibration images, ± half the distance between the best and the worst draw.""",
         "## Methods",
         f"""
-        With {methods.samples} calibration images, the default. W3A3 and W2A4 have an activation
+        With {methods.samples:,} calibration images, the default. W3A3 and W2A4 have an activation
         range for each token, the others static ranges.""",
-        _methods(summarize(methods)),
-        _ahead(summarize(methods)),
+        _methods(rows),
+        _ahead(summarize(first_draws(methods))),
         "## Number of calibration images",
         """
         Calibration needs no labels, so images are cheap. What they cost is time, and memory for
-        their tokens. Seconds are those of quantizing on one core, of the fastest draw, since the
-        core was shared with other work.""",
-        _by_images(reports, "images"),
+        their tokens. Seconds are those of quantizing on one core, of the fastest draw; the other
+        core was measuring too.""",
+        _by_images([*images, _like(methods, images)]),
         "## Settings",
         """
-        `marr` as it is, and with one setting changed. `token-weights=off` counts every token alike;
-        `alpha=closed` finds α without a search. One draw each: the two ways to find α differ by no
-        more than chance.""",
-        _by_images(reports, "settings", timed=False),
-        "## Refined",
+        `marr` as it is, and with one setting changed, one draw of the same images.
+        `token-weights=off` counts every token alike; `alpha=closed` finds α without a search.""",
+        _settings(methods, compared["settings"]),
+        "## Token weights and what reads the tokens",
         """
-        `marrq quantize --refine` behind `marr`, one draw: back-propagation on images that neither
-        calibrated nor judge; the codes stay. No other row of this page uses back-propagation.
-        Brackets hold 95 % intervals.""",
-        table(
-            ["model", "divergence, nats", "top-1, %"],
-            [cells for report in evaluated for cells in _refined(report)],
-        ),
+        Tokens are weighed by what their errors cost the output. Three models of the same backbone
+        differ in what reads their last tokens. One draw each; the model without a head is judged by
+        k-NN in place of top-1, and by the divergence of the votes.""",
+        _readers({**compared, "methods": methods}, compared["settings"]),
+        "## Calibration on other pictures",
+        f"""
+        The same methods, calibrated on {compared["shift emoji"].samples} emoji and on as many
+        photographs of food, which look like nothing that they are judged on. One draw each.""",
+        _shifted(compared["shift emoji"], compared["shift food"]),
     )
-
-
-def _refined(report: Json) -> list[list[str]]:
-    """A row for each model but the float one."""
-    return [
-        [
-            f"`{title}`",
-            f"{model['divergence']:.3f}",
-            f"{100 * model['top1']:.1f} "
-            f"({100 * model['top1_low']:.1f} … {100 * model['top1_high']:.1f})",
-        ]
-        for title, model in report["models"].items()
-        if title != "float"
-    ]
 
 
 def _methods(rows: Iterable[ComparisonRow]) -> str:
     """A row for each scheme and method."""
-    cells = [[row.scheme, f"`{_short(row.method)}`", *_figures(row)] for row in rows]
+    cells = [[row.scheme, _short(row.method), *_figures(row)] for row in rows]
     cells.sort(key=lambda line: line[0])
     return table(["scheme", "method", *HEADINGS], cells)
 
 
-def _by_images(reports: dict[str, ComparisonReport], kind: str, timed: bool = True) -> str:
-    """A row for each scheme, number of images and method, of the reports whose label says so.
-    timed: whether rows have seconds."""
-    chosen = [report for label, report in reports.items() if label.startswith(kind)]
+def _like(methods: ComparisonReport, images: list[ComparisonReport]) -> ComparisonReport:
+    """The runs of the schemes and methods that other numbers of images were measured with."""
+    wanted = {(run.scheme, run.method) for one in images for run in one.runs}
+    runs = tuple(run for run in methods.runs if (run.scheme, run.method) in wanted)
+    return replace(methods, runs=runs)
+
+
+def _by_images(reports: list[ComparisonReport]) -> str:
+    """A row for each scheme and number of images."""
     cells = [
-        [
-            row.scheme,
-            f"`{_short(row.method)}`",
-            f"{report.samples:,}",
-            *_figures(row),
-            *([_fastest(row, report)] if timed else []),
-        ]
-        for report in sorted(chosen, key=lambda report: report.samples)
+        [row.scheme, f"{report.samples:,}", *_figures(row), _fastest(row, report)]
+        for report in sorted(reports, key=lambda report: report.samples)
         for row in summarize(report)
     ]
     cells.sort(key=lambda line: line[0])
-    return table(["scheme", "method", "images", *HEADINGS, *(["s"] if timed else [])], cells)
+    return table(["scheme", "images", *HEADINGS, "s"], cells)
+
+
+def _settings(methods: ComparisonReport, changed: ComparisonReport) -> str:
+    """A row for each scheme and setting; of the methods the first draw, as of the others."""
+    plain = [run for run in first_draws(methods).runs if run.method == MARR]
+    schemes = {run.scheme for run in changed.runs}
+    runs = (*(run for run in plain if run.scheme in schemes), *changed.runs)
+    cells = [
+        [row.scheme, _short(row.method), *_figures(row)[:2]]
+        for row in summarize(replace(methods, runs=runs))
+    ]
+    cells.sort(key=lambda line: line[0])
+    return table(["scheme", "method", *HEADINGS[:2]], cells)
+
+
+def _readers(reports: dict[str, ComparisonReport], settings: ComparisonReport) -> str:
+    """A row for each model: divergence and score with weights and without."""
+    cells = []
+    for label, words in READERS.items():
+        report = reports[label]
+        # The model with a head on its class token has its runs in two reports.
+        both = report if label != "methods" else joined([first_draws(report), settings])
+        of_scheme = [row for row in summarize(both) if row.scheme == W2A8]
+        weighed, alike = (
+            next(row for row in of_scheme if row.method == MARR + ending)
+            for ending in ("", WEIGHTS_OFF)
+        )
+        score = MEASURES[report.measure].score.removesuffix(" %")
+        cells.append(
+            [
+                words,
+                f"{alike.divergence:.3f}",
+                f"{weighed.divergence:.3f}",
+                f"{score} {100 * alike.score:.1f}",
+                f"{100 * weighed.score:.1f}",
+            ]
+        )
+    headings = ["what is read", "divergence, all tokens alike", "weighed"]
+    return table([*headings, "score, %, all tokens alike", "weighed"], cells)
+
+
+def _shifted(own: ComparisonReport, other: ComparisonReport) -> str:
+    """A row for each scheme and method: both calibrations and what the other one loses."""
+    found = {(row.scheme, row.method): row for row in summarize(other)}
+    cells = []
+    for row in summarize(own):
+        shifted = found[row.scheme, row.method]
+        cells.append(
+            [
+                row.scheme,
+                _short(row.method),
+                f"{row.divergence:.3f}",
+                f"{shifted.divergence:.3f}",
+                f"{100 * row.score:.1f}",
+                f"{100 * shifted.score:.1f}",
+                f"{100 * (row.score - shifted.score):.1f}",
+            ]
+        )
+    cells.sort(key=lambda line: line[0])
+    headings = ["divergence, emoji", "food", "top-1, %, emoji", "food", "lost, points"]
+    return table(["scheme", "method", *headings], cells)
 
 
 def _ahead(rows: list[ComparisonRow]) -> str:
-    """A sentence: by how much `marr` is ahead of `gptq` at each scheme that both have."""
-    found = {(row.scheme, _short(row.method)): row for row in rows}
+    """A sentence: by how much `marr` is ahead of `gptq` at each scheme that both have. rows: of
+    the same draw."""
+    found = {(row.scheme, row.method): row for row in rows}
     gains = [
         f"{100 * (row.score - found[scheme, 'gptq'].score):+.1f} points and "
         f"{row.divergence - found[scheme, 'gptq'].divergence:+.3f} nats at {scheme}"
         for (scheme, method), row in found.items()
-        if method == "marr" and (scheme, "gptq") in found
+        if method == MARR and (scheme, "gptq") in found
     ]
-    return f"`marr` beside `gptq`: {', '.join(gains)}."
+    return f"`marr` beside `gptq`, on the first draw: {', '.join(gains)}."
 
 
 def _figures(row: ComparisonRow) -> list[str]:
@@ -125,4 +183,4 @@ def _fastest(row: ComparisonRow, report: ComparisonReport) -> str:
 
 def _short(method: str) -> str:
     """`marr`, as people write it; the full name is marr-stream."""
-    return method.replace("marr-stream", "marr")
+    return f"`{method.replace('marr-stream', 'marr')}`"

@@ -1,10 +1,12 @@
 """The page of budgets: mixed widths beside uniform ones.
 
-Its reports: `costs` of `marrq sensitivity`, `uniform` of `marrq compare`, and each `budget N` of
-`marrq evaluate`, for a model of at most N bits a weight.
+Its reports: `costs` of `marrq sensitivity`, each `uniform SCHEME` of `marrq compare`, and each
+`budget N` of `marrq evaluate`, for a model of at most N bits a weight.
 """
 
-from layout import Json, comparison, page, table
+from dataclasses import replace
+
+from layout import Json, comparison, first_draws, joined, page, table
 
 from marrq.sensitivity import Plan, Sensitivity, sensitivity_from_json
 from runtime.report.comparison import ComparisonReport, summarize
@@ -16,7 +18,8 @@ def budget(record: Json) -> str:
     """The page that the record gives."""
     reports = record["reports"]
     costs = sensitivity_from_json(reports["costs"])
-    uniform = comparison(reports["uniform"])
+    made = [comparison(one) for label, one in reports.items() if label.startswith("uniform")]
+    uniform = _by_marr(first_draws(joined(made)))
     budgets = {
         float(label.split()[1]): report
         for label, report in reports.items()
@@ -44,6 +47,11 @@ def budget(record: Json) -> str:
         width of each group of linears is expected to add alone. Both by `marrq sensitivity`.""",
         "![What each linear costs, and the curve of size against divergence](budget.svg)",
     )
+
+
+def _by_marr(report: ComparisonReport) -> ComparisonReport:
+    """The runs of the method that the budgets have."""
+    return replace(report, runs=tuple(run for run in report.runs if run.method == "marr-stream"))
 
 
 def _uniform(report: ComparisonReport, costs: Sensitivity) -> list[tuple[float, list[str]]]:

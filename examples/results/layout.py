@@ -1,6 +1,7 @@
 """How a result page is laid out: title, words, commands, conditions, tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from textwrap import fill
 from typing import Any
 
@@ -15,6 +16,18 @@ Json = dict[str, Any]
 def comparison(report: Json) -> ComparisonReport:
     """A report of `marrq compare`; record.py has left out where its images lie."""
     return ComparisonReport.read({**report, "data": {"path": "", **report["data"]}})
+
+
+def joined(reports: list[ComparisonReport]) -> ComparisonReport:
+    """One report of several that differ in their runs alone."""
+    runs = tuple(run for one in reports for run in one.runs)
+    return replace(reports[0], runs=runs)
+
+
+def first_draws(report: ComparisonReport) -> ComparisonReport:
+    """The first run of each scheme and method."""
+    first = {(run.scheme, run.method): run for run in reversed(report.runs)}
+    return replace(report, runs=tuple(reversed(first.values())))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from embeddings_page import embeddings
 from families_page import families
 from layout import Json, page, table
 from preprocessing_page import preprocessing
+from refined_page import refined
 from saturation_page import saturation
 
 FOLDER = Path(__file__).parent
@@ -258,6 +259,7 @@ PAGES: dict[str, Callable[[Json], str]] = {
     "families": families,
     "other_tools": other_tools,
     "preprocessing": preprocessing,
+    "refined": refined,
     "saturation": saturation,
 }
 """The pages by name."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.load import VisionModel
 from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
@@ -49,11 +50,16 @@ class Teacher:
         images: Images,
         files_sha256: str,
         step_done: StepDone = no_steps,
+        processes: Processes = ONE_PROCESS,
     ) -> "Teacher":
-        """Run the full-precision model, on the device that it is on. Raises MarrqError if it gives
-        NaN or infinity."""
-        device = next(model.module.parameters()).device
-        starts = range(0, len(images), BATCH_SIZE)
+        """Run the full-precision model, on the device that it is on; each process runs some of the
+        batches, and all call this together.
+
+        Raises MarrqError if the model gives NaN or infinity."""
+        device, batches = next(model.module.parameters()).device, range(0, len(images), BATCH_SIZE)
+        # With fewer batches than processes, every process has all: there is little to share.
+        is_shared = processes.size <= len(batches)
+        starts = processes.share(batches) if is_shared else batches
         parts: list[tuple[Tensor, ...]] = []
         for start in starts:
             batch = images[start : start + BATCH_SIZE].to(device)
@@ -65,7 +71,10 @@ class Teacher:
                 )
             step_done(len(parts), len(starts), "full precision")
         # From batches of all outputs to one tensor for each output.
-        outputs = [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+        shares = [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+        outputs = shares
+        if is_shared:
+            outputs = [processes.all_gather(share.to(device)).cpu() for share in shares]
         named = zip(model.outputs, outputs, strict=True)
         kinds = [output_kind(name, output.dim(), model.labels) for name, output in named]
         return cls(images, files_sha256, outputs, kinds)

@@ -91,13 +91,17 @@ def quantize_in_place(
     # The draw is a list of files. The pipeline reads the images batch by batch.
     drawn = images.draw(recipe.samples, recipe.seed)
     pixels, settings = drawn.pixels(model.preprocessing), recipe.settings(drawn)
-    if not (recipe.method.refinement.on and run.processes.is_first):
+    if not recipe.method.refinement.on:
         return run_pipeline(model, pixels, settings, run)
     # The full-precision model is asked before the pipeline changes it.
     model.module.to(run.device)
     fresh = recipe.fresh(images)
-    teacher = Teacher.of(model, fresh.pixels(model.preprocessing), fresh.sha256, step_done)
-    return refine(run_pipeline(model, pixels, settings, run), teacher, step_done)
+    # All processes share this pass, so that none waits long for another.
+    teacher = Teacher.of(
+        model, fresh.pixels(model.preprocessing), fresh.sha256, step_done, run.processes
+    )
+    quantized = run_pipeline(model, pixels, settings, run)
+    return refine(quantized, teacher, step_done) if run.processes.is_first else quantized
 
 
 def quantize_to_folder(

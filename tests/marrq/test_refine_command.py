@@ -8,6 +8,7 @@ from test_distributed import torchrun
 
 from marrq.cli import main
 from marrq.cli.common import Bar
+from marrq.quantized_model import RefinementRecord
 
 SETTINGS = ("images=8", "held-out=8", "batch=4", "epochs=3")
 
@@ -37,8 +38,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_command_refines_and_every_file_says_so(
-    tiny: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    # The tiny model knows nothing, so that six steps help or not by chance.
+    monkeypatch.setattr(RefinementRecord, "helped", property(lambda record: True))
     output = tmp_path / "artifact"
     assert main(command(tiny, image_folder, output)) == 0
     config = json.loads((output / "config.json").read_text())
@@ -49,6 +56,20 @@ def test_the_command_refines_and_every_file_says_so(
     assert main(["inspect", str(output)]) == 0
     assert "refined on 8 further images in 6 steps: the loss on 8" in capsys.readouterr().out
     assert "gptq refined" in (output / "README.md").read_text()
+
+
+def test_no_file_calls_a_model_refined_whose_refinement_was_taken_back(
+    tiny: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(RefinementRecord, "helped", property(lambda record: False))
+    output = tmp_path / "artifact"
+    assert main(command(tiny, image_folder, output)) == 0
+    assert "the refinement was taken back" in " ".join(capsys.readouterr().err.split())
+    assert "gptq refined" not in (output / "README.md").read_text()
 
 
 def test_too_few_images_are_told_with_their_number_before_the_first_block(

@@ -98,17 +98,18 @@ def check_place(path: Path, inputs: Inputs = NO_INPUTS) -> None:
         raise MarrqError(
             f"output {str(path)!r} cannot be written: {str(file)!r} is a file; choose another place"
         )
+    found = _why_no_place(path)
+    if found is not None:
+        # `.`, `..` and `/` often stand for "in there".
+        way = "give a new name in it" if path.name in ("", "..") else "choose another place"
+        raise MarrqError(f"output {str(path)!r} {found}: {way}")
+    # The folders between are made when something is written.
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not os.access(nearest, os.W_OK):
         raise MarrqError(
             f"output {str(path)!r} cannot be written: you may not write to {str(nearest)!r}; "
             "choose another place"
         )
-    found = _why_no_place(path)
-    if found is not None:
-        # `.`, `..` and `/` often stand for "in there".
-        way = "give a new name in it" if path.name in ("", "..") else "choose another place"
-        raise MarrqError(f"output {str(path)!r} {found}: {way}")
     for reader, read in inputs.items():
         # Through links, which may lead to the same folder under another name.
         ours, theirs = path.resolve(), read.resolve()

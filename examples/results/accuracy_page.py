@@ -1,9 +1,9 @@
 """The page of accuracy at low bits: methods, calibration images, token weights, settings.
 
-Its reports are comparisons of `marrq compare`. Each `methods SCHEME` has methods side by side, each
-`images N` runs of `marr` with N calibration images. `settings` has runs of `marr` with one setting
-changed, `pooled` and `features` those of models that read their tokens otherwise. `shift emoji` and
-`shift food` have the same methods, calibrated on images like those that judge and on others.
+Its reports are comparisons of `marrq compare`. Each `methods_SCHEME` has methods side by side, each
+`imagesN` runs of `marr` with N calibration images. `settings` has runs of `marr` with one setting
+changed, `pooled` and `features` those of models that read their tokens otherwise. `shift_emoji` and
+`shift_food` have the same methods, calibrated on images like those that judge and on others.
 """
 
 from collections.abc import Iterable
@@ -65,9 +65,9 @@ def accuracy_at_low_bits(record: Json) -> str:
         _readers({**compared, "methods": methods}, compared["settings"]),
         "## Calibration on other pictures",
         f"""
-        The same methods, calibrated on {compared["shift emoji"].samples} emoji and on as many
+        The same methods, calibrated on {compared["shift_emoji"].samples} emoji and on as many
         photographs of food, which look like nothing that they are judged on. One draw each.""",
-        _shifted(compared["shift emoji"], compared["shift food"]),
+        _shifted(compared["shift_emoji"], compared["shift_food"]),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accuracy_page import accuracy_at_low_bits
+from branches_page import branches
 from budget_page import budget
 from embeddings_page import embeddings
 from families_page import families
@@ -252,6 +253,7 @@ def timed(row: Json, fp32: Json) -> str:
 
 PAGES: dict[str, Callable[[Json], str]] = {
     "accuracy": accuracy_at_low_bits,
+    "branches": branches,
     "budget": budget,
     "dinov2_small": dinov2_small,
     "eight_bit_codes": eight_bit_codes,

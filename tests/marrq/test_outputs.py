@@ -18,6 +18,7 @@ from marrq.outputs import (
     MAKERS,
     Strange,
     check_output,
+    check_place,
     check_report,
     no_artifact,
     no_picture,
@@ -312,3 +313,14 @@ def test_plots_and_pages_name_their_maker(suffix: str, tmp_path: Path):
     check_report(plot, no_picture)
     template = (Path(plots.__file__).parent / "report.html.jinja").read_bytes()
     assert any(mark in template for mark in MAKERS)
+
+
+def test_a_folder_that_may_not_be_written_is_told_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Root may write everywhere, so that modes of folders would show nothing here.
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(MarrqError, match=f"you may not write to {str(tmp_path)!r}"):
+        check_place(tmp_path / "new" / "artifact")
+    monkeypatch.setattr("os.access", lambda path, mode: True)
+    check_place(tmp_path / "new" / "artifact")

@@ -43,7 +43,7 @@ def accuracy_at_low_bits(record: Json) -> str:
         "## Methods",
         f"""
         With {methods.samples:,} calibration images, the default. W3A3 and W2A4 have an activation
-        range for each token, the others static ranges.""",
+        range for each token, the others static ranges. `rotate=0` rotates the residual stream.""",
         _methods(rows),
         _ahead(summarize(first_draws(methods))),
         "## Number of calibration images",
@@ -55,7 +55,7 @@ def accuracy_at_low_bits(record: Json) -> str:
         "## Settings",
         """
         `marr` as it is, and with one setting changed, one draw of the same images.
-        `token-weights=off` counts every token alike; `alpha=closed` finds α without a search.""",
+        `token-weights=off` counts every token alike.""",
         _settings(methods, compared["settings"]),
         "## Token weights and what reads the tokens",
         """
@@ -66,7 +66,8 @@ def accuracy_at_low_bits(record: Json) -> str:
         "## Calibration on other pictures",
         f"""
         The same methods, calibrated on {compared["shift_emoji"].samples} emoji and on as many
-        photographs of food, which look like nothing that they are judged on. One draw each.""",
+        photographs of food, which look like nothing that they are judged on. One draw each. Take
+        images like those to come: at few bits nothing else costs as much.""",
         _shifted(compared["shift_emoji"], compared["shift_food"]),
     )
 

@@ -1,7 +1,7 @@
 """The page of budgets: mixed widths beside uniform ones.
 
-Its reports: `costs` of `marrq sensitivity`, each `uniform SCHEME` of `marrq compare`, and each
-`budget N` of `marrq evaluate`, for a model of at most N bits a weight.
+Its reports: `costs` of `marrq sensitivity`, each `uniform_SCHEME` of `marrq compare`, and each
+`budget_N` of `marrq evaluate`, for a model of at most N bits a weight.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ def budget(record: Json) -> str:
     made = [comparison(one) for label, one in reports.items() if label.startswith("uniform")]
     uniform = _by_marr(first_draws(joined(made)))
     budgets = {
-        float(label.split()[1]): report
+        float(label.partition("_")[2]): report
         for label, report in reports.items()
         if label.startswith("budget")
     }

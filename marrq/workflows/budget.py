@@ -13,7 +13,6 @@ from marrq.models.images.gallery import MeasuredSets, find_measured
 from marrq.models.load import VisionModel
 from marrq.schemes import WEIGHT_BITS
 from marrq.workflows.destination import Destination
-from marrq.workflows.evaluate import judged
 from marrq.workflows.feasible import check_feasible
 from marrq.workflows.quantize import (
     Recipe,
@@ -117,7 +116,6 @@ def _check_first(
     if refines:
         recipe.fresh(images.train)
     if images.judged is not None:
-        judged(model)
         if refines:
             check_apart(images.train, images.judged.measured)
         if refines and how.run.processes.size > 1:

@@ -55,9 +55,10 @@ def quantize(
     check_method(recipe.method, limit, resume=False)
     run = RunOptions(choose_device(device))
     check_feasible(model)
-    if recipe.method.refinement.on:
-        recipe.fresh(images)
     if limit is not None:
+        # Too few images for a refinement are told before the costs are measured.
+        if recipe.method.refinement.on:
+            recipe.fresh(images)
         costs = sensitivity_of(model, images, recipe, Progress(run), limit)
         recipe = replace(recipe, widths=plan_within(costs, limit).widths)
     # The pipeline puts its linears into the module that it is given.

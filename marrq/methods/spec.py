@@ -161,6 +161,9 @@ USED_BY = {
 """The settings about α that a strategy uses, if it does not use all. The bounds are those of α in
 closed form, at which a grid of values is fitted too."""
 
+SWEEP_SETTINGS = {"damping", "act-order", "clip"}
+"""The settings of the column sweep, which a method without one does not use."""
+
 
 def parse_method(text: str) -> MethodSpec:
     """`NAME[,KEY=VALUE…]` to a MethodSpec. Raises MarrqError that names the unknown name, key or
@@ -202,7 +205,7 @@ def read_settings(named: Mapping[str, str | None], texts: Iterable[str]) -> dict
 
 def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     """The method of that name with settings as text. Raises MarrqError for an unknown name, an
-    unknown key, a wrong value, and for an α that the method would not use."""
+    unknown key, a wrong value, and for a setting that the method would not use."""
     # `marr,alpha=grid` is a method's text to `marrq compare`, but no name.
     if "," in name:
         raise MarrqError(
@@ -221,8 +224,28 @@ def with_settings(name: str, settings: Mapping[str, str]) -> MethodSpec:
     for owner, values in changes.items():
         spec = changed(spec, owner, values)
     _check_alpha(spec, [key for key in settings if METHOD_SETTINGS[key].owner[:1] == ("alpha",)])
+    _check_sweep(spec, settings)
     spec.refinement.check_used(settings)
     return spec
+
+
+def _check_sweep(spec: MethodSpec, given: Iterable[str]) -> None:
+    """Raise MarrqError for a choice about the sweep or its target that the method would not use.
+
+    given: the keys that the user wrote"""
+    info, unused = METHODS[spec.name], set()
+    if not info.sweeps:
+        unused |= SWEEP_SETTINGS
+    # A branch beside a method with an α is fitted to the exact target (methods/solve.py).
+    has_branch = spec.lowrank is not None and spec.lowrank.is_branch
+    if not info.solves and not (info.has_alpha and has_branch):
+        unused.add("target-damping")
+    for key in given:
+        if key in unused:
+            raise MarrqError(
+                f"method {spec.name!r} has no use for {key}: leave it out, or choose the method "
+                "marr"
+            )
 
 
 def _check_alpha(spec: MethodSpec, given: list[str]) -> None:

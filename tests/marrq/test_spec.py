@@ -19,7 +19,7 @@ from marrq.methods.registry import (
     method_names_for_help,
     methods_table,
 )
-from marrq.methods.solve import IMPLEMENTATIONS, TARGETS
+from marrq.methods.solve import IMPLEMENTATIONS
 from marrq.methods.spec import (
     METHOD_SETTINGS,
     LowRankSpec,
@@ -188,25 +188,35 @@ branches = st.builds(
     st.sampled_from([8, 16]),
 ) | st.builds(LowRankSpec, st.just("serq"), st.integers(1, 999), st.none())
 around = {
-    "damping": positive,
-    "target_damping": positive,
-    "act_order": st.booleans(),
-    "clip": st.sampled_from(["weights", "outputs"]),
     "correct_bias": st.booleans(),
     "lowrank": st.none() | branches,
     "rotation": st.none() | st.integers(0, 2**31),
 }
-specs = (
+swept = {
+    "damping": positive,
+    "act_order": st.booleans(),
+    "clip": st.sampled_from(["weights", "outputs"]),
+    **around,
+}
+solved = {"target_damping": positive, **swept}
+fixed = constants | st.just(AlphaSpec())
+specs = st.one_of(
+    st.builds(MethodSpec, st.just("rtn"), **around),
+    st.builds(MethodSpec, st.just("gptq"), **swept),
+    st.builds(MethodSpec, st.sampled_from(["gptaq", "rescomp"]), alpha=fixed, **swept),
+    st.builds(MethodSpec, st.sampled_from(["exact", "stream"]), alpha=fixed, **solved),
     st.builds(
         MethodSpec,
-        st.sampled_from([f"marr-{name}" for name in TARGETS]),
+        st.sampled_from(["marr-gptaq", "marr-rescomp"]),
         alpha=searches | constants,
-        **around,
-    )
-    | st.builds(
-        MethodSpec, st.sampled_from(list(TARGETS)), alpha=constants | st.just(AlphaSpec()), **around
-    )
-    | st.builds(MethodSpec, st.sampled_from(["rtn", "gptq"]), **around)
+        **swept,
+    ),
+    st.builds(
+        MethodSpec,
+        st.sampled_from(["marr-exact", "marr-stream"]),
+        alpha=searches | constants,
+        **solved,
+    ),
 )
 
 
@@ -259,6 +269,13 @@ REFUSED = {
     "marr,alpha=grid,pid.initial=1": r"alpha=grid has no use for pid\.initial",
     "rtn,feedback=held-out": "method 'rtn' has no α",
     "gptq,pid.initial=0.25": "method 'gptq' has no α",
+    "rtn,damping=0.01": "method 'rtn' has no use for damping: leave it out",
+    "rtn,act-order=on": "method 'rtn' has no use for act-order",
+    "rtn,clip=weights": "method 'rtn' has no use for clip",
+    "rtn,target-damping=1": "method 'rtn' has no use for target-damping",
+    "gptq,lowrank=srr:4,target-damping=1": "method 'gptq' has no use for target-damping",
+    "marr-gptaq,target-damping=1": "method 'marr-gptaq' has no use for target-damping",
+    "gptaq,lowrank=serq:4,target-damping=1": "method 'gptaq' has no use for target-damping",
     "marr,lowrank=srr": "low-rank branch 'srr' has no rank: write srr:32",
     "gptq,alpha=global=0.5": "method 'gptq' has no α: leave out alpha, .* choose the method marr",
 }
@@ -268,3 +285,8 @@ REFUSED = {
 def test_a_method_text_that_is_wrong_is_refused_with_the_reason(text: str):
     with pytest.raises(MarrqError, match=REFUSED[text]):
         parse_method(text)
+
+
+@pytest.mark.parametrize("method", ["exact", "marr-stream", "gptaq,lowrank=srr:4"])
+def test_the_damping_of_the_exact_target_is_taken_if_there_is_such_a_target(method: str):
+    assert parse_method(f"{method},target-damping=1").target_damping == 1

@@ -1,6 +1,7 @@
 """Checkpoints: the finished blocks of a run, on disk, so that a run that was killed can go on.
 
     settings.json             model, images, settings and versions of the run
+    costs.json                what each linear costs at each width, if the run has a budget
     block-0012.safetensors    the tensors of a finished block, named as in an artifact, and the
                               reports of its linears in the header
 
@@ -33,6 +34,7 @@ from marrq.models.blocks import Block
 from marrq.quantized_model import ModuleReport, QuantizationSettings
 
 SETTINGS = "settings.json"
+COSTS = "costs.json"
 BLOCKS = "block-[0-9][0-9][0-9][0-9]*.safetensors"
 
 
@@ -118,7 +120,7 @@ class FolderCheckpoint:
             # a run that fails before its first block must not stand in the way of the next run.
             with _errors_of_writing(folder / SETTINGS):
                 write_json(folder / SETTINGS, self._about)
-            remove_checkpoint(folder)
+            remove_files(folder, {SETTINGS})
             return
         self._has_begun = True
         check_checkpoint(folder, self._about)
@@ -184,12 +186,29 @@ def settings_in(folder: Path) -> QuantizationSettings:
         raise _damage(folder) from error
 
 
+def keep_costs(folder: Path, about: Mapping[str, Any], costs: Mapping[str, Any]) -> None:
+    """Keep what a run has measured before its first block. about: as of FolderCheckpoint, without
+    the widths, which follow from the costs. Raises MarrqError if it cannot be written."""
+    with errors_of_writing(f"checkpoint {str(folder / COSTS)!r}", "nothing is kept"):
+        write_json(folder / COSTS, {"run": about, "costs": costs})
+
+
+def costs_in(folder: Path, about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The costs that an unfinished run has kept; None if it has none, or is another run."""
+    try:
+        found = json.loads((folder / COSTS).read_text())
+    except (OSError, ValueError):
+        return None
+    is_kept = isinstance(found, dict) and found.get("run") == about
+    return found["costs"] if is_kept else None
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove the unfinished run in the folder, and the folder if nothing else is in it."""
     # A killed process may have left the beginning of a block.
     blocks = {path.name for path in folder.glob(BLOCKS)}
     begun = {path.name for path in folder.glob(beside(Path(BLOCKS), "unfinished").name)}
-    remove_files(folder, {SETTINGS, *blocks, *begun})
+    remove_files(folder, {SETTINGS, COSTS, *blocks, *begun})
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -4,14 +4,16 @@ quantize; or search the smallest model (smallest.py)."""
 from dataclasses import dataclass, replace
 from typing import Any
 
-from marrq.artifact.checkpoint import check_checkpoint
+from marrq.artifact.checkpoint import check_checkpoint, costs_in, keep_costs
 from marrq.artifact.config import description
 from marrq.budget import Budget
 from marrq.errors import MarrqError
 from marrq.models.images import ImageSet, find_images
 from marrq.models.images.gallery import MeasuredSets, find_measured
 from marrq.models.load import VisionModel
+from marrq.quantized_model import QuantizationSettings
 from marrq.schemes import WEIGHT_BITS
+from marrq.sensitivity import Sensitivity, sensitivity_from_json
 from marrq.workflows.destination import Destination
 from marrq.workflows.feasible import check_feasible
 from marrq.workflows.quantize import (
@@ -89,21 +91,45 @@ def quantize_within(
         return quantize_to_folder(model, train, recipe, destination, how.run, how.step_done)
     _check_first(model, images, recipe, destination, how)
     how = replace(how, run=replace(how.run, store=store_of(destination)))
-    search = None
     if budget.max_drop is not None and images.judged is not None:
         search = Search.of(model, (train, images.judged), recipe, budget.max_drop, how)
-    sensitivity = (
-        sensitivity_of(model, train, recipe, how, budget)
-        if budget.sensitivity is None
-        else read_sensitivity(budget.sensitivity, model, train, recipe)
-    )
-    if search is not None:
-        return save_smallest(search, sensitivity, destination)
-    plan = plan_within(sensitivity, budget)
+        return save_smallest(search, _costs(model, train, recipe, budget, how), destination)
+    plan = plan_within(_kept_costs(model, train, recipe, budget, destination, how), budget)
     planned = replace(recipe, widths=plan.widths)
     sentences = quantize_to_folder(model, train, planned, destination, how.run, how.step_done)
     # Of several processes the first one alone has sentences.
     return [*sentences, said(plan)] if sentences else []
+
+
+def _costs(
+    model: VisionModel, train: ImageSet, recipe: Recipe, budget: Budget, how: Progress
+) -> Sensitivity:
+    """What each linear costs at each width: read or measured, as the budget says."""
+    if budget.sensitivity is None:
+        return sensitivity_of(model, train, recipe, how, budget)
+    return read_sensitivity(budget.sensitivity, model, train, recipe)
+
+
+def _kept_costs(
+    model: VisionModel,
+    train: ImageSet,
+    recipe: Recipe,
+    budget: Budget,
+    destination: Destination,
+    how: Progress,
+) -> Sensitivity:
+    """The same. What was measured is kept with the blocks of the run, for --resume."""
+    if budget.sensitivity is not None:
+        return _costs(model, train, recipe, budget, how)
+    folder = destination.checkpoint
+    about = _of_blocks(model, _unplanned(recipe, train), how)
+    kept = costs_in(folder, about) if destination.resume else None
+    if kept is not None:
+        return sensitivity_from_json(kept)
+    measured = _costs(model, train, recipe, budget, how)
+    if how.run.processes.is_first:
+        keep_costs(folder, about, measured.to_json())
+    return measured
 
 
 def _check_first(
@@ -124,12 +150,21 @@ def _check_first(
                 "process, or leave out --refine"
             )
     # The widths are not known yet; all else tells an artifact or a run of other settings.
-    some = replace(recipe, widths={UNKNOWN: WEIGHT_BITS[0]})
-    settings = some.settings(images.train.draw(recipe.samples, recipe.seed))
+    settings = _unplanned(recipe, images.train)
     destination.is_complete(_without_widths(description(model, settings)))
     if images.judged is None:
-        of_blocks = settings_of_blocks(model, settings, how.run.device)
-        check_checkpoint(destination.checkpoint, _without_widths(of_blocks))
+        check_checkpoint(destination.checkpoint, _of_blocks(model, settings, how))
+
+
+def _unplanned(recipe: Recipe, train: ImageSet) -> QuantizationSettings:
+    """The settings of a run before its widths are known."""
+    some = replace(recipe, widths={UNKNOWN: WEIGHT_BITS[0]})
+    return some.settings(train.draw(recipe.samples, recipe.seed))
+
+
+def _of_blocks(model: VisionModel, settings: QuantizationSettings, how: Progress) -> dict[str, Any]:
+    """All but the widths that the blocks of a run are a function of."""
+    return _without_widths(settings_of_blocks(model, settings, how.run.device))
 
 
 def _without_widths(about: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,37 @@ def test_costs_are_measured_once_and_serve_every_budget(
     assert "is too small" in capsys.readouterr().err
 
 
+class Killed(BaseException):
+    """A run that is killed."""
+
+
+def test_a_budget_run_that_was_killed_goes_on_without_measuring_again(
+    tiny: str, data: str, monkeypatch: pytest.MonkeyPatch
+):
+    run = f"quantize {tiny} {data} --budget 4.2"
+    assert main(split(f"{run} -o whole")) == 0
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("marrq.workflows.budget.quantize_to_folder", killed)
+        with pytest.raises(Killed):
+            main(split(f"{run} -o killed"))
+    with monkeypatch.context() as patched:
+        patched.setattr("marrq.workflows.budget.sensitivity_of", killed)
+        # Other images have other costs.
+        with pytest.raises(Killed):
+            main(split(f"{run} --seed 1 -o killed --resume"))
+        # Without --resume everything begins again.
+        with pytest.raises(Killed):
+            main(split(f"{run} -o killed"))
+        assert main(split(f"{run} -o killed --resume")) == 0
+    for name in ("config.json", "model.safetensors"):
+        assert Path("whole", name).read_bytes() == Path("killed", name).read_bytes()
+    assert sorted(path.name for path in Path().iterdir()) == ["killed", "whole"]
+
+
 def test_costs_of_another_model_are_refused(
     tiny: str, data: str, capsys: pytest.CaptureFixture[str]
 ):

@@ -62,7 +62,7 @@ def bench(
         common.say(f"wrote {page_file}")
     common.stdout.print(*tables(report), sep="\n")
     for sentence in sentences(report):
-        common.stdout.print(sentence, highlight=False, soft_wrap=True, markup=False)
+        common.stdout.print(sentence, highlight=False, soft_wrap=True)
     for model in report.models:
         if model.not_finite is not None:
             # The table has no room for more than the fact.

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from marrq.methods.spec import MethodSpec
 
 # Results go to stdout, so that they can be piped; progress, warnings and errors go to stderr.
-stdout = Console()
-stderr = Console(stderr=True)
+# A path with square brackets is no markup.
+stdout = Console(markup=False)
+stderr = Console(stderr=True, markup=False)
 
 # Options stand in panels of the help. A panel is one question of the user, and has the same name in
 # every command. A metavar says what to write; without it the help would show a type of Python.
@@ -264,7 +265,10 @@ class Bar:
         self._tell()
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Stand at `done` of `total`, with a note at the end of the line."""
+        """Stand at `done` of `total`, with a note at the end of the line. Another total is another
+        pass, whose time counts from its own begin."""
+        if total != self._progress.tasks[self._task].total:
+            self._began = None
         self._progress.update(self._task, completed=done, total=total, note=note)
         self._tell()
 
@@ -291,12 +295,12 @@ def progress_bars(shown: bool = True, **totals: int | None) -> Iterator[list[Bar
     """
     # What is done, how far, since when, and how long it will still take.
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     # In a log file the bars would be hundreds of lines.
     in_lines = shown and not stderr.is_terminal
@@ -325,7 +329,7 @@ def names_in(text: str | None) -> tuple[str, ...]:
 def say(text: str) -> None:
     """A line for people, on stderr, as it stands."""
     # A path may have square brackets, and must not be cut where the terminal ends.
-    stderr.print(text, highlight=False, soft_wrap=True, markup=False)
+    stderr.print(text, highlight=False, soft_wrap=True)
 
 
 def warn(sentences: Iterable[str]) -> None:

@@ -67,7 +67,7 @@ def compare(
     common.warn(found["warnings"])
     report = ComparisonReport.read(found)
     common.stdout.print(table(report))
-    common.stdout.print(markdown(report), highlight=False, soft_wrap=True, markup=False)
+    common.stdout.print(markdown(report), highlight=False, soft_wrap=True)
     if plot is not None:
         plot_comparison(report, plot)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import NodeProto
 
-from runtime.audit.graph import ONNXRUNTIME_DOMAIN
+from runtime.audit.nodes import ONNXRUNTIME_DOMAIN
 
 FLOATS = ("float16", "float32")
 NUMBERS = (*FLOATS, "int32", "int64")

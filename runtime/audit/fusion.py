@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from runtime.audit.graph import Graph, Product, attribute, bits_of_type
+from runtime.audit.graph import Graph, Product
 from runtime.audit.linears import (
     BLOCK_SIZES,
     Examined,
@@ -19,6 +19,7 @@ from runtime.audit.linears import (
     nominal_bits,
     quantizer,
 )
+from runtime.audit.nodes import attribute, bits_of_type
 from runtime.session import ONNXRUNTIME_VERSION, PROVIDERS
 
 

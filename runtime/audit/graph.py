@@ -7,82 +7,30 @@ there.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf import message
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, inliner
 
+from runtime.audit.nodes import (
+    BOOLEAN,
+    FLOAT_PRODUCTS,
+    Operands,
+    attribute,
+    bits_of_type,
+    constant_tensor,
+    operands,
+    type_name,
+)
 from runtime.errors import BenchError
 from runtime.metadata import Metadata
 
-
-@dataclass(frozen=True)
-class Operands:
-    """Places of the operands among the inputs of an operator that multiplies.
-
-    first, second: the two operands.
-    first_zero_point: of the first operand; None if the operator takes none.
-    second_grid: scale and zero point of the second operand, as far as the operator takes them.
-    """
-
-    first: int = 0
-    second: int = 1
-    first_zero_point: int | None = None
-    second_grid: tuple[int, ...] = ()
-
-
-# Operators that multiply two operands.
-PRODUCTS = {
-    # Float products; also the patterns that are fused to integer ones.
-    "MatMul": Operands(),
-    "FusedMatMul": Operands(),
-    "Gemm": Operands(),
-    "FusedGemm": Operands(),
-    "Conv": Operands(),
-    "FusedConv": Operands(),
-    # Integer products, whose sums other nodes make floats of.
-    "MatMulInteger": Operands(first_zero_point=2, second_grid=(3,)),
-    "ConvInteger": Operands(first_zero_point=2, second_grid=(3,)),
-    "DynamicQuantizeMatMul": Operands(second_grid=(2, 3)),
-    "MatMulIntegerToFloat": Operands(first_zero_point=4, second_grid=(3, 5)),
-    "MatMulNBits": Operands(second_grid=(2, 3, 4)),
-    # Operators that quantize their output too take the operands with their grids between.
-    "QLinearMatMul": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
-    "QLinearConv": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
-    "QGemm": Operands(second=3, first_zero_point=2, second_grid=(4, 5)),
-}
-
-# These multiply floats, and give the type that they take.
-FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
-
-# Operators that move numbers about, or cut them, and leave their type.
-# fmt: off
-MOVING = (
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice",
-    "Gather", "Clip",
-)
-# fmt: on
-
-ONNXRUNTIME_DOMAIN = "com.microsoft"
-
 # These read of a value how large it is, and none of its numbers.
 SIZE_READERS = ("Shape", "Size")
-
-TYPES = {"float": "float32", "double": "float64"}
-
-
-def operands(node: NodeProto) -> Operands | None:
-    """Where the operands of a node that multiplies are; None for any other node."""
-    # ONNX Runtime's own Attention makes q, k and v with one weight; ONNX's takes all three.
-    if node.op_type == "Attention" and node.domain == ONNXRUNTIME_DOMAIN:
-        return Operands()
-    return PRODUCTS.get(node.op_type)
 
 
 @dataclass(frozen=True)
@@ -111,11 +59,8 @@ class Graph:
     def __post_init__(self) -> None:
         # Constants that are written as nodes are initializers like the others.
         graph = self.model.graph
-        constants = {
-            node.output[0]: attribute(node, "value")
-            for node in graph.node
-            if node.op_type == "Constant" and attribute(node, "value")
-        }
+        tensors = {node.output[0]: constant_tensor(node) for node in graph.node if node.output}
+        constants = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         self.initializers = {tensor.name: tensor for tensor in graph.initializer} | constants
         self.nodes = [node for node in graph.node if node.output[0] not in constants]
 
@@ -133,6 +78,12 @@ class Graph:
             raise BenchError(
                 f"{str(file)!r} is no ONNX file, or not the whole of one: export or copy it again"
             )
+        # Functions of the file's own are what their nodes are; ONNX's domain has two spellings.
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        for named in (*model.graph.node, *model.opset_import):
+            if named.domain == "ai.onnx":
+                named.domain = ""
         return cls(model)
 
     @cached_property
@@ -219,8 +170,11 @@ class Graph:
         node = self.producers.get(value)
         if node is None or (operands(node) and node.op_type not in FLOAT_PRODUCTS):
             return "unknown"
+        if node.op_type in BOOLEAN:
+            return "bool"
         if node.op_type == "DynamicQuantizeLinear":
-            return "uint8"
+            # Codes, scale and zero point.
+            return "float32" if value == node.output[1] else "uint8"
         if node.op_type == "Cast":
             return type_name(attribute(node, "to"))
         if node.op_type == "QuantizeLinear":
@@ -228,8 +182,10 @@ class Graph:
             if len(node.input) > 2:
                 return self.type_of(node.input[2])
             return type_name(attribute(node, "output_dtype", 0) or TensorProto.UINT8)
-        # DequantizeLinear gives the type of its scale; the other operators leave the type.
-        return self.type_of(node.input[1 if node.op_type == "DequantizeLinear" else 0])
+        # DequantizeLinear gives the type of its scale, Where that of what it chooses from; the
+        # other operators leave the type.
+        place = 1 if node.op_type in ("DequantizeLinear", "Where") else 0
+        return self.type_of(node.input[place]) if len(node.input) > place else "unknown"
 
     def shape_of(self, value: str) -> list[int] | None:
         """The lengths of a value's axes, 0 for a free axis; None if the file does not say them."""
@@ -314,24 +270,3 @@ def _reached(values: Iterable[str], neighbours: Callable[[str], Iterable[str]]) 
         reached.update(dict.fromkeys(new))
         waiting += dict.fromkeys(new)
     return waiting
-
-
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute's value."""
-    return next(
-        (helper.get_attribute_value(found) for found in node.attribute if found.name == name),
-        default,
-    )
-
-
-def type_name(number: int) -> str:
-    """`float32`, `int4` and so on, of ONNX's number for a type."""
-    # ONNX calls float32 FLOAT; the others have their bits in their names.
-    name: str = TensorProto.DataType.Name(number).lower()
-    return TYPES.get(name, name)
-
-
-def bits_of_type(name: str) -> int:
-    """Bits of a number of that type in a file."""
-    match = re.search(r"\d+", name)
-    return int(match[0]) if match else 8  # bool has no number in its name

@@ -25,15 +25,8 @@ from typing import Literal
 from onnx import NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
-from runtime.audit.graph import (
-    MOVING,
-    Graph,
-    Product,
-    attribute,
-    bits_of_type,
-    operands,
-    size_bytes,
-)
+from runtime.audit.graph import Graph, Product, size_bytes
+from runtime.audit.nodes import MOVING, attribute, bits_of_type, operands
 from runtime.errors import BenchError
 from runtime.metadata import LinearPart
 from runtime.session import WHOLE_GRAPH_PROVIDERS, Model, SessionSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from runtime.audit.graph import PRODUCTS, Product, attribute, bits_of_type
+from runtime.audit.graph import Product
 from runtime.audit.linears import (
     FLOAT,
     Examined,
@@ -22,6 +22,7 @@ from runtime.audit.linears import (
     nominal_bits,
     weights_of,
 )
+from runtime.audit.nodes import PRODUCTS, attribute, bits_of_type
 from runtime.audit.rows import audit
 from runtime.records import Record
 

@@ -156,13 +156,7 @@ def examine_file(path: Path, tensorrt: bool = False, device: str | None = None) 
     model = graph.model
     # A file that names no opset is of opset 1.
     opsets = {STANDARD: 1} | {_domain(entry.domain): entry.version for entry in model.opset_import}
-    operators = Counter(
-        _domain(node.domain)
-        for body in (model.graph, *model.functions)
-        for node in _nodes(body.node)
-    )
-    # Operators that the file itself defines as functions need nothing of a runtime.
-    own_domains = {function.domain for function in model.functions}
+    operators = Counter(_domain(node.domain) for node in _nodes(model.graph.node))
     stated = graph.metadata.lowest_onnxruntime
     return FileFacts(
         path=str(path),
@@ -170,7 +164,7 @@ def examine_file(path: Path, tensorrt: bool = False, device: str | None = None) 
         opsets=opsets,
         ir_version=model.ir_version,
         operators=dict(operators.most_common()),
-        other_domains=tuple(sorted(set(operators) - {STANDARD} - own_domains)),
+        other_domains=tuple(sorted(set(operators) - {STANDARD})),
         lowest_onnxruntime=stated or lowest_onnxruntime(opsets[STANDARD], model.ir_version),
         stated=stated is not None,
         external_data={name: (path.parent / name).is_file() for name in _external_data(graph)},

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from runtime.audit.graph import ONNXRUNTIME_DOMAIN
+from runtime.audit.nodes import ONNXRUNTIME_DOMAIN
 from runtime.records import Record
 from runtime.session import Model, SessionSettings
 

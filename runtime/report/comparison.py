@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -232,8 +231,8 @@ def table(report: ComparisonReport) -> Table:
     columns."""
     shown = MEASURES[report.measure]
     result = Table(
-        title=escape(report.model),
-        caption=escape(f"{report.conditions}\n{LEGEND}"),
+        title=report.model,
+        caption=f"{report.conditions}\n{LEGEND}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

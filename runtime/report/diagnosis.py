@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
@@ -34,7 +33,7 @@ def diagnosis_table(report: Diagnosis) -> Table:
     lines += _listed("warnings", report.warnings)
     for heading, text in lines:
         # Names from files are text: a bracket in them is no markup.
-        result.add_row(heading, escape(text))
+        result.add_row(heading, text)
     return result
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from runtime.audit.inspect import Inspection
@@ -56,10 +55,10 @@ def _grouped(rows: Sequence[AuditRow]) -> Iterable[tuple[str, int, AuditRow]]:
         # The way that most linears of the kind run.
         [(usual, count)] = Counter(map(_way, members)).most_common(1)
         example = next(row for row in members if _way(row) == usual)
-        yield escape(kind if count > 1 else example.linear), count, example
+        yield kind if count > 1 else example.linear, count, example
         for row in members:
             if _way(row) != usual:
-                yield escape(row.linear), 1, row
+                yield row.linear, 1, row
 
 
 def _way(row: AuditRow) -> AuditRow:
@@ -90,13 +89,13 @@ def inspection_table(report: Inspection) -> Table:
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
     for place, reason in enumerate(reasons(report.audit)):
-        result.add_row("why not" if place == 0 else "", escape(reason))
+        result.add_row("why not" if place == 0 else "", reason)
     for text in _saturation(report.audit):
-        result.add_row("saturation", escape(text))
+        result.add_row("saturation", text)
     if report.refinement is not None:
         result.add_row("refined", report.refinement.sentence)
     for heading, text in _precision_lines(report.precision, report.size_bytes):
-        result.add_row(heading, escape(text))
+        result.add_row(heading, text)
     return result
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from runtime.report.plots import scale_by_powers, titled, written_figure
@@ -28,7 +27,7 @@ def costs_table(report: SensitivityReport) -> Table:
         result.add_column(f"{width.num_bits} bits", justify="right", no_wrap=True)
     for group in report.groups:
         costs = (f"{width.divergence:.2e}" for width in group.widths)
-        result.add_row(escape(group.name), f"{group.weights:,}", *costs)
+        result.add_row(group.name, f"{group.weights:,}", *costs)
     return result
 
 

@@ -37,6 +37,19 @@ def test_a_later_stage_is_not_charged_with_the_time_of_an_earlier_one(
     assert capsys.readouterr().err == "refining: 50 of 100, about 0:00:50 left\n"
 
 
+def test_a_second_pass_of_a_stage_is_not_charged_with_what_came_between(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    with common.progress_bars(refining=None) as [bar]:
+        bar.show(1, 2, "full precision")
+        bar.show(2, 2, "full precision")
+        clock[0] = 1000
+        bar.show(1, 101, "loss 2.000")
+        clock[0] = 1040
+        bar.show(41, 101, "loss 1.500")
+    assert capsys.readouterr().err == "refining: 41 of 101, about 0:01:00 left\n"
+
+
 def test_what_is_done_in_seconds_and_by_other_processes_says_nothing(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ):

@@ -18,6 +18,7 @@ from rich.console import Console
 from exporters.onnx_file import write
 from exporters.trace import TracedModel
 from marrq.cli import main
+from runtime.audit.inspect import inspect_file
 from runtime.doctor.diagnose import diagnose
 from runtime.doctor.file import examine_file
 from runtime.doctor.machine import (
@@ -34,6 +35,7 @@ from runtime.doctor.releases import (
     parse_version,
 )
 from runtime.report.diagnosis import diagnosis_table
+from runtime.session import SessionSettings
 
 
 def value(name: str, *shape: int) -> onnx.ValueInfoProto:
@@ -403,7 +405,7 @@ def test_operators_that_are_not_standard_warn_in_files_of_other_tools(tmp_path: 
     )
 
 
-def test_operators_count_in_subgraphs_and_in_functions_and_the_functions_are_the_files_own(
+def test_operators_count_in_subgraphs_and_a_function_of_the_file_counts_by_what_it_is_made_of(
     tmp_path: Path,
 ):
     branch = helper.make_graph(
@@ -424,8 +426,40 @@ def test_operators_count_in_subgraphs_and_in_functions_and_the_functions_are_the
     facts = examine_file(
         written(tmp_path / "m.onnx", *nodes, tensors=(condition,), functions=[function])
     )
-    assert facts.operators == {"ai.onnx": 2, "com.microsoft": 2, "mine": 1}
+    assert facts.operators == {"ai.onnx": 2, "com.microsoft": 2}
     assert facts.other_domains == ("com.microsoft",)
+
+
+def test_files_of_other_tools_are_read_as_onnx_runtime_reads_them(tmp_path: Path):
+    """Constants written as numbers, functions of the file's own, comparisons, and ONNX's domain in
+    full."""
+    body = [helper.make_node("MatMul", ["a", "b"], ["c"])]
+    product = helper.make_function(
+        "mine", "Product", ["a", "b"], ["c"], body, [helper.make_opsetid("", 20)]
+    )
+    nodes = (
+        helper.make_node("Constant", [], ["half"], value_float=0.5),
+        helper.make_node("Constant", [], ["axes"], value_ints=[0]),
+        helper.make_node("Mul", ["w", "half"], ["halved"]),
+        helper.make_node("Product", ["x", "halved"], ["xw"], domain="mine"),
+        helper.make_node("Unsqueeze", ["xw", "axes"], ["wide"]),
+        helper.make_node("Squeeze", ["wide", "axes"], ["product"]),
+        helper.make_node("Greater", ["product", "half"], ["large"]),
+        helper.make_node("Not", ["large"], ["small"]),
+        helper.make_node("Where", ["small", "product", "half"], ["y"], domain="ai.onnx"),
+    )
+    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    file = written(tmp_path / "m.onnx", *nodes, tensors=(weight,), functions=[product])
+    model = onnx.load(file)
+    opsets = [helper.make_opsetid("ai.onnx", 20), helper.make_opsetid("mine", 1)]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    onnx.save(model, file)
+    facts = examine_file(file, tensorrt=True, device="gpu")
+    assert (facts.load_error, facts.without_cuda_kernel) == (None, {})
+    assert not facts.broken("problem")
+    linears = inspect_file(file, SessionSettings()).audit
+    assert [row.nominal for row in linears] == ["float"]
 
 
 def test_two_packages_of_onnx_runtime_are_a_problem_that_is_reported(

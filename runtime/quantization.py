@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.errors import BenchError
 from runtime.records import Json, Record
 
 
@@ -90,5 +91,9 @@ class Refinement(Record):
 
 
 def read_quantization(file: Path) -> tuple[QuantizedModule, ...]:
-    """All entries of a quantization.json, in the order of the model."""
-    return tuple(QuantizedModule.read(entry) for entry in json.loads(file.read_text("utf-8")))
+    """All entries of a quantization.json, in the order of the model. Raises BenchError for a file
+    that is damaged."""
+    try:
+        return tuple(QuantizedModule.read(entry) for entry in json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{str(file)!r} is damaged ({error}): quantize again") from error

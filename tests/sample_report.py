@@ -266,7 +266,7 @@ REPORT = BenchReport(
         2.0,
         None,
         "fp32",
-        (Verdict("W4A8 marr-stream", "max_drop", "undecided", UNDECIDED, 4700),),
+        (Verdict("W4A8 marr-stream", "max_drop", "undecided", "interval", UNDECIDED, 4700),),
     ),
     recommendation={
         criterion: Recommendation("W4A8 marr-stream", "integer", value, sentence)

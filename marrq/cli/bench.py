@@ -22,7 +22,7 @@ def bench(
     seconds: bench_options.Seconds = 1.0,
     parity: bench_options.Parity = False,
     artifact: bench_options.Artifacts = [],
-    parity_images: bench_options.ParityImages = 256,
+    parity_images: bench_options.ParityImages = None,
     throughput: bench_options.Throughput = False,
     max_drop: gate_options.MaxDrop = None,
     min_cosine: gate_options.MinCosine = None,
@@ -33,10 +33,10 @@ def bench(
     """Measure accuracy, size and latency of ONNX files beside their float baselines.
 
     marrq bench artifact --data IMAGES --json bench.json
-    marrq bench model.onnx --max-drop 1.0 --batch 16
+    marrq bench model.onnx --data IMAGES --max-drop 1.0 --batch 16
     marrq bench embedder.onnx --data IMAGES --min-cosine 0.99
-    marrq bench artifact --recommend --report bench.html
-    marrq bench artifact --device gpu --weights-only --cuda-graph
+    marrq bench artifact --data IMAGES --recommend --report bench.html
+    marrq bench artifact --data IMAGES --device gpu --weights-only --cuda-graph
     """
     from marrq.models.class_embeddings import load_classes
     from marrq.workflows.bench import bench as run
@@ -48,11 +48,11 @@ def bench(
         check_page(page_file)
     options = BenchOptions(
         flavor=flavor, weights_only=weights_only, baselines=tuple(baseline) or None,
-        batches=tuple(batch), rounds=rounds, seconds=seconds, device=device, provider=provider,
-        cuda_graph=cuda_graph, threads=threads, throughput=throughput, max_drop=max_drop,
-        min_cosine=min_cosine, gallery_images=gallery, recommend=recommend,
+        batches=tuple(dict.fromkeys(batch)), rounds=rounds, seconds=seconds, device=device,
+        provider=provider, cuda_graph=cuda_graph, threads=threads, throughput=throughput,
+        max_drop=max_drop, min_cosine=min_cosine, gallery_images=gallery, recommend=recommend,
         artifacts=tuple(artifact),
-        parity_images=parity_images if parity else None,
+        parity_images=bench_options.images_of_parity(parity, parity_images),
         classes=None if classes is None else load_classes(classes),
     )  # fmt: skip
     report = run(paths, data, options, common.say, common.progress_bars)

@@ -8,6 +8,9 @@ import typer
 
 from exporters.choices import BASELINES, quantized_flavors
 from marrq.cli import common
+from marrq.errors import MarrqError
+
+PARITY_IMAGES = 256
 
 compared = partial(typer.Option, rich_help_panel="What is compared")
 timed = partial(typer.Option, rich_help_panel="How latency is measured")
@@ -60,7 +63,10 @@ Artifacts = Annotated[
     ),
 ]
 ParityImages = Annotated[
-    int, checked(metavar="N", help="Number of images for --parity, drawn at random.", min=1)
+    int | None,
+    checked(
+        metavar="N", help=f"Images for --parity, drawn at random; default: {PARITY_IMAGES}.", min=1
+    ),
 ]
 Recommend = Annotated[
     bool, checked("--recommend", help="Measure every flavour of an artifact; name the best.")
@@ -70,3 +76,11 @@ Page = Annotated[
     Path | None,
     common.picture_option("--report", help="Also write the report as one HTML page."),
 ]
+
+
+def images_of_parity(parity: bool, images: int | None) -> int | None:
+    """How many images parity is measured on; None without parity. Raises MarrqError for a number
+    without it."""
+    if not parity and images is not None:
+        raise MarrqError(f"--parity-images {images} is a number for --parity: add --parity")
+    return (images or PARITY_IMAGES) if parity else None

@@ -28,8 +28,11 @@ def inspect(
         raise MarrqError(f"--plot draws how alpha was found: give an artifact, not {str(path)!r}")
     if path.is_file():
         _inspect_file(path, strict, json_file, provider, optimization)
-    elif strict or json_file is not None:
-        raise MarrqError(f"--strict and --json are about an ONNX file: export {str(path)!r} first")
+    elif strict or json_file is not None or (provider, optimization) != ("cpu", "all"):
+        raise MarrqError(
+            "--strict, --json, --provider and --optimization are about an ONNX file: export "
+            f"{str(path)!r} first"
+        )
     else:
         _inspect_artifact(path, plot)
 

@@ -63,10 +63,11 @@ def hidden_bars(**totals: int) -> Iterator[list[Bar]]:
 
 class Shared(NamedTuple):
     """What all files of a run have in common: source, preprocessing and labels in the metadata of
-    the first, and the kind of the output that is judged."""
+    the first, the kind of the output that is judged, and whether there is no other output."""
 
     metadata: Metadata
     kind: OutputKind
+    is_alone: bool
 
 
 class BenchedFile(NamedTuple):
@@ -102,7 +103,7 @@ def bench(
     Raises MarrqError for paths that cannot be measured together, and BenchError for files that
     ONNX Runtime cannot run.
     """
-    given = [Path(path) for path in paths]
+    given = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
     # A mistake is told before minutes of exporting and measuring.
     check_paths(given, options)
     check_provider(options.session)
@@ -122,7 +123,7 @@ def bench(
         folder = Path(scratch)
         files = [item for path in given for item in _onnx_files(path, options, folder, say)]
         candidates, shared = _candidates(files, options)
-        check_limits(options.limits, shared.kind)
+        check_limits(options.limits, shared.kind, shared.is_alone)
         beside = tuple(dict.fromkeys(path.resolve().parent for path in given))
         device, _ = options.runs_on
         classes, session = classes_in(files[0].file), options.session
@@ -140,8 +141,12 @@ def bench(
 
 
 def _check_baselines(baselines: Baselines, limits: Limits) -> None:
-    """Raise MarrqError if there is nothing that candidates could be held to."""
-    found = {entry.flavor for entry in baselines.entries}
+    """Raise MarrqError if there is nothing that candidates could be held to, or if it is not clear
+    what."""
+    found = [entry.flavor for entry in baselines.entries]
+    twice = next((flavor for flavor in found if found.count(flavor) > 1), None)
+    if twice is not None:
+        raise MarrqError(f"two baselines are {twice}: leave one of them out")
     why = next(iter(baselines.warnings), "it was left out by --baseline")
     if limits.max_drop is not None and not found:
         raise MarrqError(f"--max-drop compares with a baseline, and there is none: {why}")
@@ -205,9 +210,9 @@ def _candidates(files: Sequence[BenchedFile], options: BenchOptions) -> tuple[li
     (device, _), session = options.runs_on, options.session
     first = Model(files[0].file, session)
     judged = judged_output(first.outputs)
-    shared = Shared(
-        checked_metadata(files[0].path, first), "dense" if judged is None else judged.kind
-    )
+    kind: OutputKind = "dense" if judged is None else judged.kind
+    is_alone = len(first.outputs) == 1
+    shared = Shared(checked_metadata(files[0].path, first), kind, is_alone)
     for given in files:
         metadata = checked_metadata(given.path, Model(given.file, session))
         check_flavor_on(metadata.flavor, device)

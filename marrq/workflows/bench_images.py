@@ -24,7 +24,8 @@ def images_for(path: Path, data: str | None, options: BenchOptions) -> "Measured
     """The images to measure on. path: an artifact or an ONNX file, which knows the name of the
     float model and the classes before anything is exported.
 
-    Raises MarrqError if the images have no targets and a limit counts right answers.
+    Raises MarrqError if the images have no targets and a limit counts right answers, and for fewer
+    images than a limit can be held to.
     """
     from marrq.artifact.config import labels_from_json
     from marrq.artifact.folder import read_config
@@ -44,6 +45,11 @@ def images_for(path: Path, data: str | None, options: BenchOptions) -> "Measured
     images = find_measured(data_for(source, data), labels, options.gallery_images)
     if options.limits.max_drop is not None:
         check_drop(images.measured, labels)
+    if options.limits.min_cosine is not None and len(images.measured) < FEWEST:
+        raise MarrqError(
+            f"--min-cosine needs {FEWEST} images or more, and {images.measured.name!r} has "
+            f"{len(images.measured)}: give more"
+        )
     return images
 
 

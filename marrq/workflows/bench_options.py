@@ -86,6 +86,11 @@ class BenchOptions:
     def __post_init__(self) -> None:
         # The device is a part of what follows, so a contradiction is told first.
         device, provider = self.runs_on
+        if self.flavor in BASELINES:
+            raise MarrqError(
+                f"{self.flavor} is the float model, and no form of an artifact: pass --baseline "
+                f"{self.flavor}"
+            )
         if self.flavor is not None:
             check_choice(self.flavor, self.flavor_options)
             check_flavor_on(self.flavor, device)
@@ -98,6 +103,13 @@ class BenchOptions:
             raise MarrqError(
                 f"--cuda-graph is of the CUDA provider, not of {provider}: pass --device gpu"
             )
+        if not self.batches or min(*self.batches, self.rounds) < 1:
+            raise MarrqError(
+                "a bench has one batch size or more and one round or more: got batches="
+                f"{self.batches}, rounds={self.rounds}"
+            )
+        if self.artifacts and self.parity_images is None:
+            raise MarrqError("--artifact is what --parity compares a file with: add --parity")
 
     def _check_baselines(self) -> None:
         named = self.baselines or ()
@@ -168,14 +180,17 @@ def check_drop(images: "ImageSet", labels: tuple[str, ...]) -> None:
         )
 
 
-def check_limits(limits: Limits, kind: OutputKind) -> None:
-    """Raise MarrqError for a limit of what a model does not give. kind: of its judged output."""
+def check_limits(limits: Limits, kind: OutputKind, is_alone: bool) -> None:
+    """Raise MarrqError for a limit of what a model does not give.
+
+    kind: of its judged output. is_alone: whether it has no other output."""
     if limits.max_drop is not None and kind == "dense":
         raise MarrqError(
             "--max-drop counts right answers, and the model gives dense outputs alone: pass "
             "--min-cosine"
         )
-    if limits.min_cosine is not None and kind == "classes":
+    # Outputs beside the logits are held to the cosine.
+    if limits.min_cosine is not None and kind == "classes" and is_alone:
         raise MarrqError(
             "--min-cosine is for embeddings and dense outputs, and the model gives logits of "
             "classes: pass --max-drop"
@@ -185,6 +200,8 @@ def check_limits(limits: Limits, kind: OutputKind) -> None:
 def check_paths(paths: Sequence[Path], options: BenchOptions) -> None:
     """Raise MarrqError for a path that cannot be measured, and for an option that no path has a
     use for."""
+    if not paths:
+        raise MarrqError("there is nothing to measure: give an artifact or an ONNX file")
     device, _ = options.runs_on
     for path in paths:
         if not path.exists():

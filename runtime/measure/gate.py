@@ -27,11 +27,12 @@ from typing import Literal
 from runtime.errors import GateError
 from runtime.measure.accuracy import NORMAL_95, BaselineDrop, PairedDrop, drop_score
 from runtime.measure.cosines import Cosines
-from runtime.measure.measured import MeasuredModel
+from runtime.measure.measured import MeasuredModel, NotFinite
 from runtime.records import Record
 
 Outcome = Literal["held", "failed", "undecided"]
 Demand = Literal["max_drop", "min_cosine"]
+Reason = Literal["interval", "not finite", "no baseline"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """The verdict on one candidate by one limit, and for a cosine on one of its outputs."""
+    """The verdict on one candidate by one limit, and for a cosine on one of its outputs.
+
+    reason: the interval of what was measured; or outputs that are NaN or infinite, or no baseline
+        to be held to."""
 
     name: str
     demand: Demand
     verdict: Outcome
+    reason: Reason
     sentence: str
     # Number of images that would decide; None if a verdict was found, and if what was found is the
     # limit itself, which no number of images would tell apart.
@@ -76,23 +81,29 @@ class Gate(Record):
     @property
     def warnings(self) -> list[str]:
         """A sentence for each limit that is undecided for a candidate."""
-        why = "too few images" if self.baseline is not None else "no baseline gives numbers"
+        causes: dict[Reason, str] = {
+            "interval": "too few images",
+            "no baseline": "no baseline gives numbers",
+        }
         return [
             f"the gate of {limit} is undecided for {names}: {why}"
             for demand, limit in self._limits()
-            if (names := self._names(demand, "undecided"))
+            for reason, why in causes.items()
+            if (names := self._names(demand, "undecided", reason))
         ]
 
     def demand(self) -> None:
         """Raise GateError if a candidate failed."""
         against = "" if self.baseline is None else f" against {self.baseline}"
-        failed = [
-            f"{names} {'lost more than' if demand == 'max_drop' else 'is below'} {limit}{against}"
-            for demand, limit in self._limits()
-            if (names := self._names(demand, "failed"))
-        ]
+        failed = []
+        for demand, limit in self._limits():
+            if names := self._names(demand, "failed", "interval"):
+                fails = "lost more than" if demand == "max_drop" else "is below"
+                failed.append(f"{names} {fails} {limit}{against}")
+            if names := self._names(demand, "failed", "not finite"):
+                failed.append(f"{names} gives NaN or infinity")
         if failed:
-            raise GateError("; ".join(failed))
+            raise GateError("; ".join(dict.fromkeys(failed)))
 
     def _limits(self) -> Iterator[tuple[Demand, str]]:
         """What is demanded, with the limit in words."""
@@ -101,9 +112,10 @@ class Gate(Record):
         if self.min_cosine is not None:
             yield "min_cosine", f"a mean cosine of {self.min_cosine:g}"
 
-    def _names(self, demand: Demand, outcome: Outcome) -> str:
+    def _names(self, *wanted: str) -> str:
+        """The models with a verdict of that demand, outcome and reason."""
         # A model with several outputs is named once.
-        found = (one.name for one in self.models if (one.demand, one.verdict) == (demand, outcome))
+        found = (one.name for one in self.models if (one.demand, one.verdict, one.reason) == wanted)
         return ", ".join(dict.fromkeys(found))
 
 
@@ -127,11 +139,11 @@ def hold_against_limits(models: Sequence[MeasuredModel], limits: Limits) -> Gate
 def _by_drop(model: MeasuredModel, max_drop: float) -> Verdict:
     # Answers that are no numbers are wrong answers, whatever the baseline says.
     if model.not_finite is not None:
-        return _said(model.name, "max_drop", "failed", model.not_finite.sentence)
+        return _not_finite(model.name, "max_drop", model.not_finite)
     against, score = model.against, model.score
     if against is None or score is None:
         why = "has no baseline with finite outputs to be held to"
-        return _said(model.name, "max_drop", "undecided", why)
+        return _said(model.name, "max_drop", "undecided", why, reason="no baseline")
     return _on_drop(model.name, against, score.images, max_drop)
 
 
@@ -154,10 +166,10 @@ def _on_drop(name: str, against: BaselineDrop, images: int, max_drop: float) -> 
 def _by_cosine(model: MeasuredModel, min_cosine: float) -> list[Verdict]:
     """A verdict on each output."""
     if model.not_finite is not None:
-        return [_said(model.name, "min_cosine", "failed", model.not_finite.sentence)]
+        return [_not_finite(model.name, "min_cosine", model.not_finite)]
     if not model.cosines:
         why = "has no float32 model with finite outputs to be held to"
-        return [_said(model.name, "min_cosine", "undecided", why)]
+        return [_said(model.name, "min_cosine", "undecided", why, reason="no baseline")]
     return [
         _on_cosine(model.name, output, found, min_cosine) for output, found in model.cosines.items()
     ]
@@ -186,10 +198,19 @@ def _too_few(images: int, limit: float, needed: int | None) -> str:
     return f"{images:,} images are too few to hold that against {limit:g}; {enough}"
 
 
+def _not_finite(name: str, demand: Demand, found: NotFinite) -> Verdict:
+    return _said(name, demand, "failed", found.sentence, reason="not finite")
+
+
 def _said(
-    name: str, demand: Demand, outcome: Outcome, sentence: str, needed: int | None = None
+    name: str,
+    demand: Demand,
+    outcome: Outcome,
+    sentence: str,
+    needed: int | None = None,
+    reason: Reason = "interval",
 ) -> Verdict:
-    return Verdict(name, demand, outcome, f"{outcome}: {name} {sentence}", needed)
+    return Verdict(name, demand, outcome, reason, f"{outcome}: {name} {sentence}", needed)
 
 
 def images_needed(against: PairedDrop, images: int, limit: float) -> int | None:

@@ -172,7 +172,9 @@ def _parity_sentences(name: str, parity: Parity) -> list[str]:
     )
     losses = [f"{stage.stage} loses: {stage.loss}" for stage in parity.stages if stage.loss]
     first = f"{name}: the first stage that loses is {parity.first_loss or 'none'}"
-    if any(stage.stage == "quantization" and stage.top1_target is None for stage in parity.stages):
+    # Dense outputs have no classes; those of the logits tell.
+    top1 = [stage.top1_target for stage in parity.stages if stage.stage == "quantization"]
+    if top1 and all(share is None for share in top1):
         first += "; what quantization loses cannot be told without classes"
     return [
         first,

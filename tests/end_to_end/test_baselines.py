@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import vision_model
 from torch import nn
 
+import marrq
 from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.workflows.bench_options import BenchOptions
@@ -130,13 +131,16 @@ def test_a_file_is_benched_without_the_float_model_and_the_report_says_so(
 def test_what_was_asked_for_by_name_and_is_not_there_is_refused_with_the_way_out(
     without_model: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    file = shutil.copy(without_model / "carried" / "model.onnx", tmp_path / "model.onnx")
+    file = Path(shutil.copy(without_model / "carried" / "model.onnx", tmp_path))
+    twice = [str(without_model / "carried" / "fp32.onnx"), str(tmp_path / "copy.onnx")]
+    shutil.copy(*twice)
     for options, told in (
         (["--baseline", "fp32"], "pass --baseline none, or --baseline FILE with an export of it"),
         (["--max-drop", "1"], "--max-drop compares with a baseline, and there is none"),
         (["--baseline", str(file)], "is no float model that marrq exported"),
+        (["--baseline", twice[0], "--baseline", twice[1]], "two baselines are fp32: leave one"),
     ):
-        assert benched(Path(file), image_folder, tmp_path, *options) == (1, None)
+        assert benched(file, image_folder, tmp_path, *options) == (1, None)
         assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -205,11 +209,25 @@ def test_an_artifact_is_evaluated_and_compared_with_its_file_without_the_float_m
         ({"flavor": "integer", "device": "gpu"}, "integer is not for a GPU, because its kernels"),
         ({"cuda_graph": True}, "is of the CUDA provider, not of cpu: pass --device gpu"),
         ({"cuda_graph": True, "provider": "tensorrt"}, "not of tensorrt"),
+        ({"flavor": "fp16"}, "fp16 is the float model, and no form of an artifact: pass --base"),
+        ({"artifacts": (Path("a"),)}, "what --parity compares a file with: add --parity"),
+        ({"batches": ()}, r"one batch size or more and one round or more: got batches=\(\)"),
+        ({"batches": (0, 1)}, "one batch size or more"),
+        ({"rounds": 0}, "one round or more: got .*rounds=0"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_at_once(options: dict[str, Any], told: str):
     with pytest.raises(MarrqError, match=told):
         BenchOptions(**options)
+
+
+def test_nothing_to_measure_and_a_number_for_no_parity_are_refused(
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(MarrqError, match="there is nothing to measure: give an artifact"):
+        marrq.bench([])
+    assert main(["bench", "model.onnx", "--parity-images", "8"]) == 1
+    assert "--parity-images 8 is a number for --parity: add --parity" in capsys.readouterr().err
 
 
 def test_the_device_and_the_provider_tell_each_other():

@@ -4,6 +4,7 @@ cannot."""
 import re
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 from sample_report import (
     BARE_REPORT,
@@ -17,6 +18,7 @@ from sample_report import (
     without_accuracy,
 )
 
+from marrq.cli import common
 from runtime.measure.accuracy import BaselineDrop
 from runtime.measure.measured import MeasuredModel
 from runtime.report.answers import accuracy_table
@@ -37,6 +39,12 @@ def test_a_table_with_two_batch_sizes_and_a_great_loss_fits_80_columns_uncut():
     assert "…" not in printed.get().replace("(22.6…27.9)", ""), "nothing is cut off"
     assert sum("25.1 (22.6…27.9)" in line for line in lines) == 1
     assert "41.72 (0.42)" in printed.get()
+
+
+def test_a_path_with_square_brackets_stands_as_it_is(capsys: pytest.CaptureFixture[str]):
+    report = replace(REPORT, data=replace(REPORT.data, path="/data[/a]"))
+    common.stdout.print(*tables(report))
+    assert "images of /data[/a]" in capsys.readouterr().out
 
 
 def printed_table(*models: MeasuredModel) -> str:
@@ -130,3 +138,16 @@ def test_embeddings_and_dense_outputs_have_tables_that_fit_80_columns_uncut():
 def test_there_is_a_table_for_what_was_measured_and_no_other():
     assert len(tables(REPORT)) == 3  # models, throughput, parity
     assert len(tables(BARE_REPORT)) == 1
+
+
+def test_what_quantization_loses_is_told_by_the_logits_whatever_stands_beside_them():
+    assert W4A8.parity is not None
+    untold = "what quantization loses cannot be told without classes"
+    tokens = [
+        replace(stage, output="tokens", top1_source=None, top1_target=None)
+        for stage in W4A8.parity.stages
+    ]
+    for stages, is_untold in (((*W4A8.parity.stages, *tokens), False), (tokens, True)):
+        parity = replace(W4A8.parity, stages=tuple(stages))
+        report = replace(REPORT, models=(FP32, replace(W4A8, parity=parity)))
+        assert any(untold in sentence for sentence in sentences(report)) == is_untold

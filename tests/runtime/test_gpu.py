@@ -155,7 +155,7 @@ def test_nodes_without_names_are_told_apart_if_a_file_is_held_against_the_cuda_p
 ):
     model = onnx.load(graph_of_shapes(tmp_path / "m.onnx"))
     # No CUDA kernel, and none is needed: it reads the shape alone.
-    size = helper.make_node("ReduceProd", ["shape"], ["size"])
+    size = helper.make_node("Unique", ["shape"], ["size"])
     model.graph.node.insert(2, size)
     for node in model.graph.node:
         node.name = ""
@@ -164,8 +164,32 @@ def test_nodes_without_names_are_told_apart_if_a_file_is_held_against_the_cuda_p
     model.graph.node[2].CopyFrom(size)
     onnx.save(model, tmp_path / "other.onnx")
     facts = examine_file(tmp_path / "other.onnx", device="gpu")
-    assert facts.without_cuda_kernel == {"ReduceProd": 1}
-    assert "1 × ReduceProd; write it with a lower opset" in facts.problems[0]
+    assert facts.without_cuda_kernel == {"Unique": 1}
+    assert "1 × Unique; write it with a lower opset" in facts.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("operator", "opset", "type_of_x", "has_one"),
+    [
+        ("DepthToSpace", 17, TensorProto.FLOAT, True),
+        ("LogSoftmax", 17, TensorProto.FLOAT, True),
+        ("LpNormalization", 17, TensorProto.FLOAT, False),
+        ("Mish", 20, TensorProto.FLOAT, True),
+        ("Not", 17, TensorProto.BOOL, True),
+        ("ReduceProd", 17, TensorProto.INT64, False),
+        ("ReduceProd", 17, TensorProto.FLOAT, True),
+        ("Reshape", 25, TensorProto.FLOAT, False),
+        ("GroupNormalization", 21, TensorProto.FLOAT, True),
+    ],
+)
+def test_kernels_are_those_of_the_operator_its_definition_and_its_type(
+    operator: str, opset: int, type_of_x: int, has_one: bool
+):
+    node = helper.make_node(operator, ["x"], ["y"])
+    x, y = (helper.make_tensor_value_info(name, type_of_x, [1]) for name in "xy")
+    graph = helper.make_graph([node], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    assert without_cuda_kernel(Graph(model)) == ({} if has_one else {operator: 1})
 
 
 def test_the_linear_that_ran_elsewhere_is_named_by_its_path(integer_file: Path, tmp_path: Path):

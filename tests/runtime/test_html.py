@@ -355,7 +355,7 @@ def test_a_page_of_dense_outputs_has_a_row_for_each_and_begins_with_the_least():
 @pytest.mark.slow
 def test_a_page_tells_every_verdict_on_a_candidate():
     verdicts = tuple(
-        Verdict(EMBEDDER.name, demand, "held", f"held: {demand}", None)
+        Verdict(EMBEDDER.name, demand, "held", "interval", f"held: {demand}", None)
         for demand in ("max_drop", "min_cosine")
     )
     report = replace(EMBEDDER_REPORT, gate=Gate(2.0, 0.9, "fp32", verdicts))

@@ -11,6 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sample_report import DENSE, EMBEDDER, FP32, W4A8, without_accuracy
 
+from marrq.errors import MarrqError
+from marrq.workflows.bench_options import check_limits
 from runtime.errors import GateError
 from runtime.measure.accuracy import (
     NORMAL_95,
@@ -201,7 +203,7 @@ def test_a_candidate_that_answers_no_numbers_fails_the_gate():
         "failed: W4A8 marr gives NaN or infinite outputs for 17 images: MatMul of "
         "'blocks.0.mlp.fc2' reaches 9.1e+07, where float16 ends at 65504"
     )
-    with pytest.raises(GateError, match="W4A8 marr lost more than 99 points"):
+    with pytest.raises(GateError, match=r"^W4A8 marr gives NaN or infinity$"):
         gate.demand()
 
 
@@ -275,3 +277,10 @@ def test_every_dense_output_is_held_to_the_cosine():
     assert "in masks" in gate.models[1].sentence
     with pytest.raises(GateError, match=r"^W4A8 marr-stream is below"):
         gate.demand()
+
+
+def test_a_cosine_is_demanded_of_what_stands_beside_logits_and_not_of_logits_alone():
+    limits = Limits(min_cosine=0.9)
+    check_limits(limits, "classes", is_alone=False)
+    with pytest.raises(MarrqError, match="gives logits of classes: pass --max-drop"):
+        check_limits(limits, "classes", is_alone=True)

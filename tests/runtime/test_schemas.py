@@ -3,6 +3,7 @@ has."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sample_report import (
@@ -18,6 +19,8 @@ from sample_report import (
 from runtime.audit.inspect import Inspection
 from runtime.doctor.diagnose import Diagnosis, RepositoryModel, ServedFile
 from runtime.doctor.machine import ExaminedMachine, ImportedRuntime, TorchBuild
+from runtime.errors import BenchError
+from runtime.quantization import read_quantization
 from runtime.records import Json, Record
 
 MACHINE = "processor processor_flags cores system python"
@@ -48,7 +51,7 @@ BENCH = {
     "models.parity.nudged": "least_cosine median_cosine agreement",
     "models.parity.linears": "linear relative_error",
     "gate": "max_drop min_cosine baseline models",
-    "gate.models": "name demand verdict sentence images_needed",
+    "gate.models": "name demand verdict reason sentence images_needed",
     "recommendation": "size latency accuracy",
     "recommendation.size": "name flavor value sentence",
 }
@@ -172,3 +175,11 @@ def test_a_number_that_json_does_not_have_is_null():
 def test_hits_tell_which_images_were_right():
     accuracy = replace(W4A8.accuracy, images=10, hits="a0c0")
     assert accuracy.right.tolist() == [True, False, True, *[False] * 5, True, True]
+
+
+@pytest.mark.parametrize("text", ["", "[{", '[{"path": "fc1"}]', "[1]", "3"])
+def test_a_damaged_quantization_is_one_sentence(text: str, tmp_path: Path):
+    file = tmp_path / "quantization.json"
+    file.write_text(text)
+    with pytest.raises(BenchError, match=r"is damaged .*: quantize again"):
+        read_quantization(file)

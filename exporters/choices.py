@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from marrq.errors import MarrqError
+from marrq.errors import MarrqError, choices
 from marrq.schemes import OUTER_BITS, Scheme
 
 Options = Mapping[str, bool | int]
@@ -98,6 +98,8 @@ def _qdq_objection(scheme: Scheme, options: Options) -> str | None:
         return None
     # TensorRT documents zero points of 0 only.
     activation = scheme.activation
+    if activation and not activation.is_static:
+        return "with --symmetric needs static activations (quantize with --activations per-tensor)"
     if scheme.weight.grid == "asymmetric" or (activation and not activation.symmetric):
         return (
             "with --symmetric needs zero points of 0 (quantize with --scheme W8A8-sym, or "
@@ -231,11 +233,14 @@ def option_help(option: str) -> str:
 
 
 def check_choice(flavor: str, options: Options) -> None:
-    """Raise MarrqError for an unknown flavour, and for an option that the flavour does not have."""
+    """Raise MarrqError for an unknown flavour or option, and for an option that the flavour does
+    not have."""
     # The keys are all flavours, those of float models too.
     if flavor not in OPTIONS:
         raise MarrqError(f"unknown flavour {flavor!r}: choose one of {', '.join(OPTIONS)}")
     for option in options:
+        if option not in FLAGS:
+            raise MarrqError(f"unknown option {option!r} of a flavour: {choices(option, FLAGS)}")
         if option not in OPTIONS[flavor]:
             raise MarrqError(
                 f"{FLAGS[option]} is no option of {flavor!r}: use it with --flavor "

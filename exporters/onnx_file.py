@@ -111,7 +111,9 @@ def write(
     # What float16 cannot hold becomes infinity, which marrq/workflows/overflow.py looks for.
     with np.errstate(over="ignore"):
         lowered = chosen.lower(traced, device)
-    containers = set(map(chosen.container_bits, model.block_schemes))
+    schemes, lowrank = model.block_schemes, model.method.lowrank
+    containers = {chosen.container_bits(scheme, device) for scheme in schemes}
+    has_salient = lowrank is not None and not lowrank.is_branch
     metadata = FileMetadata(
         flavor=flavor,
         device=device,
@@ -119,7 +121,9 @@ def write(
         method=model.method_name,
         bits_per_weight=lowered.bits_per_weight,
         # The linear that asks for the newest release decides.
-        lowest_onnxruntime=max(map(chosen.lowest_onnxruntime, model.block_schemes)),
+        lowest_onnxruntime=max(
+            chosen.lowest_onnxruntime(scheme, has_salient) for scheme in schemes
+        ),
         source=model.source,
         preprocessing=model.preprocessing,
         labels=model.labels,

@@ -26,11 +26,13 @@ from marrq.schemes import Scheme
 class Flavor(Protocol):
     """A way to lower the placeholders of a traced graph. Its options are its fields."""
 
-    def container_bits(self, scheme: Scheme) -> int:
-        """Bits that one weight code takes in the file."""
+    def container_bits(self, scheme: Scheme, device: str) -> int:
+        """Bits that one weight code takes in a file for the device."""
 
-    def lowest_onnxruntime(self, scheme: Scheme) -> str:
-        """First ONNX Runtime that was seen to run such a file (exporters/opsets.py)."""
+    def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
+        """First ONNX Runtime that was seen to run such a file (exporters/opsets.py).
+
+        has_salient: whether some columns have two codes for each weight."""
 
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph for a device with every placeholder replaced. The trace stays as it is."""

@@ -54,11 +54,11 @@ class Folded:
     float32: bool = False
     weights_only: bool = False
 
-    def container_bits(self, scheme: Scheme) -> int:
+    def container_bits(self, scheme: Scheme, device: str) -> int:
         """Bits that one weight code takes in the file."""
         return scheme.weight.num_bits
 
-    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+    def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
         """First ONNX Runtime that was seen to run such a file."""
         return FUSED_ONNXRUNTIME
 

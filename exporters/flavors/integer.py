@@ -78,11 +78,11 @@ class Integer:
 
     fuse: bool = True
 
-    def container_bits(self, scheme: Scheme) -> int:
+    def container_bits(self, scheme: Scheme, device: str) -> int:
         """Bits that one weight code takes in the file."""
         return scheme.weight.num_bits
 
-    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+    def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
         """First ONNX Runtime that was seen to run the linears on integer kernels."""
         if self.fuse:
             return FUSED_ONNXRUNTIME

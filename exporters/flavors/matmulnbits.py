@@ -9,7 +9,8 @@ What the operator wants:
     blocks of 16 to 128  inputs, each with a scale and a zero point: those of a channel or of a
                          larger group are repeated. 256 exists too, but not on all kernels.
                          If a row ends within its last block, the block is filled up.
-    2, 4 or 8 bits       codes of 3 bits go in 4-bit containers
+    2, 4 or 8 bits       codes of 3 bits go in 4-bit containers, and so do those of 2 bits for a
+                         GPU, whose kernel for 2 bits gave wrong numbers until September 2026
 
 Salient columns (`lowrank=serq`) have codes of 4 to 7 bits, which do not fit the blocks of the
 others. A Gather takes their inputs, and a second node multiplies them.
@@ -25,6 +26,7 @@ bits, 1.80 with 2 bits; level 4 takes 0.79 with 4 bits.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -48,7 +50,10 @@ ACCURACY_LEVELS = {1: "float32", 4: "int8"}
 """What the operator computes with, for each level that the CPU has kernels for."""
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
-"""Bits that a code takes in the file, by the bits of the code."""
+"""Bits that a code takes in a file for a CPU, by the bits of the code."""
+
+LEAST_BITS = {"cpu": 2, "gpu": 4}
+"""Bits of the smallest containers that a device multiplies right."""
 
 LOWEST_ONNXRUNTIME = {2: "1.24.1", 4: "1.19.0", 8: "1.23.0"}
 """First ONNX Runtime that runs such containers at accuracy level 1 with torch's logits."""
@@ -68,33 +73,36 @@ class MatMulNBits:
                 f"the accuracy level must be {' or '.join(known)}: got {self.accuracy_level}"
             )
 
-    def container_bits(self, scheme: Scheme) -> int:
+    def container_bits(self, scheme: Scheme, device: str) -> int:
         """Bits that one weight code takes in the file."""
-        return CONTAINER_BITS[scheme.weight.num_bits]
+        return _container_bits(scheme.weight.num_bits, device)
 
-    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+    def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
         """First ONNX Runtime that was seen to run such a file."""
-        # Patch embedding and head may be wider than the blocks of the model.
-        widths = {self.container_bits(scheme), *([OUTER_BITS] if scheme.outer_layers else [])}
+        # Patch embedding and head may be wider than the blocks of the model, and so are the joint
+        # codes of salient columns.
+        is_wide = scheme.outer_layers or (has_salient and scheme.weight.num_bits > 2)
+        widths = {self.container_bits(scheme, "cpu"), *([OUTER_BITS] if is_wide else [])}
         return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph on MatMulNBits."""
         # Containers are plain uint8 tensors, so only Attention asks for a later opset.
         opset = ATTENTION_OPSET if self.fuse else OPSET
-        return lower(traced, Target(opset, device, self.fuse), self._linear)
+        target = Target(opset, device, self.fuse)
+        return lower(traced, target, partial(self._linear, device))
 
-    def _linear(self, linear: LinearLowering) -> ir.Value:
+    def _linear(self, device: str, linear: LinearLowering) -> ir.Value:
         rows = linear.slice
         bias = None if rows.bias is None else linear.constant("bias", rows.bias.numpy())
         if rows.salient is not None:
-            return self._with_salient(linear, rows.salient, bias)
-        bits = CONTAINER_BITS[rows.num_bits]
+            return self._with_salient(linear, rows.salient, bias, device)
+        bits = _container_bits(rows.num_bits, device)
         weight = _Codes("weight", rows.codes, rows.scale, rows.zero_point, bits)
         return with_lowrank(linear, linear.x, self._product(linear, linear.x, weight, bias))
 
     def _with_salient(
-        self, linear: LinearLowering, salient: Tensor, bias: ir.Value | None
+        self, linear: LinearLowering, salient: Tensor, bias: ir.Value | None, device: str
     ) -> ir.Value:
         """Two products: of all inputs, in which the salient ones have weights of 0, and of the
         salient inputs with their joint codes."""
@@ -113,7 +121,7 @@ class MatMulNBits:
             others.int() // step,
             rows.scale * step,
             rows.zero_point.int() // step,
-            CONTAINER_BITS[rows.num_bits],
+            _container_bits(rows.num_bits, device),
         )
         second = _Codes(
             "salient",
@@ -182,6 +190,10 @@ class _Codes:
     scale: Tensor
     zero_point: Tensor
     bits: int
+
+
+def _container_bits(num_bits: int, device: str) -> int:
+    return max(CONTAINER_BITS[num_bits], LEAST_BITS[device])
 
 
 def block_size(group_size: int) -> int:

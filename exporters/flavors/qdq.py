@@ -48,16 +48,16 @@ class Qdq:
 
     symmetric: bool = False
 
-    def container_bits(self, scheme: Scheme) -> int:
+    def container_bits(self, scheme: Scheme, device: str) -> int:
         """Bits that one weight code takes in the file."""
         if not self.symmetric:
             return scheme.weight.num_bits
         return max(scheme.weight.num_bits, 4) if scheme.activation is None else 8
 
-    def lowest_onnxruntime(self, scheme: Scheme) -> str:
+    def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
         """First ONNX Runtime that was seen to run such a file."""
         if self.symmetric:
-            int4 = self.container_bits(scheme) == 4
+            int4 = self.container_bits(scheme, "cpu") == 4
             return BLOCK_ONNXRUNTIME if int4 else WIDENED_ONNXRUNTIME[8]
         # The type of the codes, and the form with blocks, each have a first release.
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
@@ -67,7 +67,8 @@ class Qdq:
         """The graph in standard operators."""
         if self.symmetric:
             # INT4 and blocks need a later opset than INT8. Mixed widths may have both.
-            containers = set(map(self.container_bits, traced.model.block_schemes))
+            schemes = traced.model.block_schemes
+            containers = {self.container_bits(scheme, device) for scheme in schemes}
             opset = OPSET if containers == {8} else BLOCK_OPSET
             target = Target(opset, float16=True, tensorrt=True)
             return lower(traced, target, symmetric_linear)

@@ -5,7 +5,6 @@ Expand before a broadcast       Swin v2 expands the norms of queries and keys
 Add of Where(true, 0, -∞)       the mask of a model that hides no token
 """
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters.graph import array_of, output_shape, producer
@@ -29,8 +28,10 @@ def drop_open_masks(graph: ir.Graph) -> None:
         # The condition, before it was expanded to the shape of the scores.
         expand = producer(node.inputs[0], "Expand")
         visible = array_of(expand.inputs[0] if expand else node.inputs[0])
-        # The mask is 0 if every token is visible, and the value for visible tokens is 0.
-        if visible is None or not visible.all() or np.any(array_of(node.inputs[1])):
+        value = array_of(node.inputs[1])
+        # The mask is 0 if every token is visible, and the value for visible tokens is 0; a value
+        # that is computed may be anything.
+        if visible is None or not visible.all() or value is None or value.any():
             continue
         for added in node.outputs[0].consumers():
             if added.op_type == "Add":

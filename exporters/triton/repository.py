@@ -127,7 +127,10 @@ def _put_version(made: Path, folder: Path, version: str, force: bool) -> None:
         if replaced.exists():
             replaced.rename(place)
         raise
-    # An unchanged file is not touched: the server would load the model again.
+    # An unchanged file is not touched: the server would load the model again. Labels that the only
+    # version has no more would be held against the next one.
+    if not others and not (made / LABELS).exists():
+        (folder / LABELS).unlink(missing_ok=True)
     for name in (LABELS, CONFIG):
         if (made / name).exists() and _content(made / name) != _content(folder / name):
             (made / name).replace(folder / name)

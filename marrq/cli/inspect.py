@@ -64,10 +64,16 @@ def _inspect_artifact(artifact: Path, plot: Path | None) -> None:
     from runtime.quantization import Refinement, read_quantization
     from runtime.report.inspection import quantization_table
 
-    refinement = read_config(artifact)["refinement"]
+    try:
+        found = read_config(artifact)["refinement"]
+        refinement = None if found is None else Refinement(**found)
+    except (KeyError, TypeError) as error:
+        raise MarrqError(
+            f"artifact {str(artifact)!r} is damaged ({error}): quantize the model again"
+        ) from error
     modules = read_quantization(artifact / REPORTS)
     if plot is not None:
         plot_alphas(modules, plot)
     common.stdout.print(quantization_table(modules))
     if refinement is not None:
-        common.stdout.print(f"refined {Refinement(**refinement).sentence}", soft_wrap=True)
+        common.stdout.print(f"refined {refinement.sentence}", soft_wrap=True)

@@ -121,7 +121,10 @@ def bench(
     # Exports are measured, and gone when the report is there.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        files = [item for path in given for item in _onnx_files(path, options, folder, say)]
+        left_out: list[str] = []
+        files = [
+            item for path in given for item in _onnx_files(path, options, folder, say, left_out)
+        ]
         candidates, shared = _candidates(files, options)
         check_limits(options.limits, shared.kind, shared.is_alone)
         beside = tuple(dict.fromkeys(path.resolve().parent for path in given))
@@ -136,7 +139,7 @@ def bench(
             measured = images.measured
             drawn = measured.draw(min(options.parity_images, len(measured)), 0)
             entries = _with_parity(entries, artifacts, drawn, options.session, bars)
-        warnings = (*baselines.warnings, *_other_devices(entries, device))
+        warnings = (*left_out, *baselines.warnings, *_other_devices(entries, device))
         return _measured(entries, shared, images, options, bars, warnings)
 
 
@@ -165,10 +168,16 @@ def _other_devices(entries: Sequence[Entry], device: str) -> list[str]:
 
 
 def _onnx_files(
-    path: Path, options: BenchOptions, scratch: Path, say: Callable[[str], None]
+    path: Path,
+    options: BenchOptions,
+    scratch: Path,
+    say: Callable[[str], None],
+    left_out: list[str],
 ) -> list[BenchedFile]:
     """The file itself; or exports of an artifact: in one flavour, or for a recommendation in each
-    flavour that can express the scheme."""
+    flavour that can express the model.
+
+    left_out: takes a sentence for each flavour that can express the scheme and not the model."""
     from exporters.choices import flavors_with, suitable_flavor, written_scheme
     from exporters.flavors import VARIANTS, variants
     from exporters.onnx_file import Export, write
@@ -197,8 +206,16 @@ def _onnx_files(
         if any(flavor not in flavors_with(option) for option in given):
             continue
         say(f"exporting {path} as {variant}")
-        files.append(BenchedFile(path, scratch / f"{artifact} {variant}.onnx", variant))
-        write(traced, flavor, files[-1].file, {**given, **flavor_options}, device=device)
+        made = BenchedFile(path, scratch / f"{artifact} {variant}.onnx", variant)
+        try:
+            write(traced, flavor, made.file, {**given, **flavor_options}, device=device)
+        except MarrqError as error:
+            left_out.append(f"measured without {variant} of {str(path)!r}: {error}")
+            say(f"warning: {left_out[-1]}")
+        else:
+            files.append(made)
+    if not files:
+        raise MarrqError(left_out[-1])
     return files
 
 

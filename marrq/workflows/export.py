@@ -23,6 +23,7 @@ from exporters.replacing import check_model_file
 from exporters.triton.serving import Serving
 from marrq.artifact.scheme import read_scheme
 from marrq.files import check_artifact
+from marrq.outputs import check_place
 from marrq.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def export(
     if flavor is not None:
         check_choice(flavor, options)
         check_flavor_on(flavor, device)
-    _check_place(output, serving, force)
+    _check_place(output, serving, force, _folder_of(quantized))
     scheme = _scheme_of(quantized)
     if scheme is not None:
         flavor = flavor or suitable_flavor(scheme, device)
@@ -118,31 +119,47 @@ def export(
 
 def _overflow(chosen: "Export", file: Path, takes_images: bool = False) -> str | None:
     """A warning if the file is in float16 and overflows."""
-    in_float16 = chosen.flavor == "fp16" or (
-        chosen.flavor == "folded" and not chosen.options.get("float32")
-    )
-    if not in_float16:
+    in_float16 = {
+        "fp16": True,
+        "folded": not chosen.options.get("float32"),
+        "qdq": chosen.options.get("symmetric", False),
+    }
+    if not in_float16.get(chosen.flavor):
         return None
     from marrq.workflows.overflow import overflow_warning
 
     return overflow_warning(chosen.model, file, takes_images)
 
 
-def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
-    """Raise MarrqError if what would be written exists and may not be replaced."""
+def _check_place(output: Path, serving: Serving | None, force: bool, artifact: Path | None) -> None:
+    """Raise MarrqError if what would be written exists and may not be replaced, or would be put
+    into the artifact's folder."""
+    if artifact is not None:
+        # Of a repository the new version alone is written.
+        written = output if serving is None else serving.version_folder(output)
+        check_place(written, {"ARTIFACT": artifact})
     if serving is not None:
         serving.check_repository(output, force)
         return
     check_model_file(output, force)
 
 
+def _folder_of(
+    quantized: "QuantizedModel | ArtifactWithClasses | Path | str",
+) -> Path | None:
+    """The folder of the artifact; None for a model in memory."""
+    if isinstance(quantized, ArtifactWithClasses):
+        return quantized.folder
+    return Path(quantized) if isinstance(quantized, Path | str) else None
+
+
 def _scheme_of(quantized: "QuantizedModel | ArtifactWithClasses | Path | str") -> Scheme | None:
     """The scheme, without torch; None if the artifact is damaged."""
-    folder = quantized.folder if isinstance(quantized, ArtifactWithClasses) else quantized
-    if not isinstance(folder, Path | str):
-        return folder.scheme
-    check_artifact(Path(folder))
-    return read_scheme(Path(folder))
+    if not isinstance(quantized, ArtifactWithClasses | Path | str):
+        return quantized.scheme
+    folder = quantized.folder if isinstance(quantized, ArtifactWithClasses) else Path(quantized)
+    check_artifact(folder)
+    return read_scheme(folder)
 
 
 def _loaded(

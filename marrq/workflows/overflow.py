@@ -36,7 +36,7 @@ def overflow_warning(model: QuantizedModel, file: Path, takes_images: bool) -> s
         return None
     return (
         f"{str(file)!r} gives NaN or infinity: on {of_what} the {found.sentence}; export it in "
-        "float32, as --flavor fp32, or as --flavor folded --float32"
+        "float32, as --flavor fp32, as --flavor folded --float32, or without --symmetric"
     )
 
 

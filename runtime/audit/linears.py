@@ -288,7 +288,22 @@ def weights_of(examined: Examined, linear: Linear) -> int:
     # The kernel's weight first: the file may have packed several codes into one byte.
     weight = linear.kernel.weight if linear.kernel is not None else None
     shape = examined.optimized.shape_of(weight) if weight else None
-    return math.prod(shape) if shape else examined.file.elements_of(linear.origin)
+    if shape:
+        return math.prod(shape)
+    blocks = _in_blocks(examined.optimized, weight) if weight else None
+    return blocks or examined.file.elements_of(linear.origin)
+
+
+def _in_blocks(graph: Graph, weight: str) -> int | None:
+    """Number of weights that a DequantizeLinear makes in whole blocks, a scale for each; None if it
+    is not made so."""
+    made_by = graph.producers.get(weight)
+    while made_by is not None and made_by.op_type in MOVING:
+        made_by = graph.producers.get(made_by.input[0])
+    if made_by is None or made_by.op_type != "DequantizeLinear":
+        return None
+    size, scale = attribute(made_by, "block_size", 0), made_by.input[1]
+    return size * graph.elements_of(scale) if scale in graph.initializers else None
 
 
 def is_integer(type_name: str) -> bool:

@@ -13,6 +13,8 @@ from exporters.choices import (
     OBJECTIONS,
     OPTION_HELP,
     OPTIONS,
+    check_choice,
+    check_scheme,
     flavors_for,
     objection,
     suitable_flavor,
@@ -20,11 +22,13 @@ from exporters.choices import (
 )
 from exporters.flavors import FLAVORS, check_flavor, variants
 from exporters.flavors.floating import FLOAT_FLAVORS
+from exporters.flavors.matmulnbits import LOWEST_ONNXRUNTIME
 from exporters.onnx_file import write
 from exporters.opsets import IR_VERSIONS
 from marrq.errors import MarrqError
 from marrq.quantizers.linear import bits_per_weight
 from marrq.schemes import ActivationStrategy, parse_scheme
+from runtime.audit.nodes import attribute
 
 SYMMETRIC = {"symmetric": True}
 
@@ -120,7 +124,7 @@ REFUSALS = [
         SYMMETRIC,
         "W4A8-sym",
         "per-token",
-        "needs zero points of 0 (quantize with --scheme W8A8-sym, or W4A16-g128-sym): the artifact",
+        "needs static activations (quantize with --activations per-tensor): the artifact has",
     ),
     (
         "qdq",
@@ -251,3 +255,32 @@ def test_the_names_of_flavours_and_options_are_those_of_their_classes():
         assert set(OPTIONS[flavor]) == set(vars(make()))
     used = {option for options in OPTIONS.values() for option in options}
     assert used == set(FLAGS) == set(OPTION_HELP)
+
+
+def test_an_option_that_no_flavour_has_is_refused_with_the_one_that_was_meant():
+    with pytest.raises(MarrqError, match=r"unknown option 'fused' .*: did you mean fuse\?"):
+        check_choice("integer", {"fused": False})
+
+
+def test_dynamic_activations_are_what_the_symmetric_form_refuses_first():
+    scheme = parse_scheme("W8A8-sym", "per-token")
+    with pytest.raises(MarrqError, match=r"needs static activations .*--activations per-tensor"):
+        check_scheme(scheme, "qdq", SYMMETRIC)
+
+
+@pytest.mark.parametrize(("device", "bits"), [("cpu", 2), ("gpu", 4)])
+def test_two_bits_lie_in_four_where_a_kernel_may_not_have_them(
+    device: str, bits: int, tmp_path: Path
+):
+    trace, file = traced("vit", "W2A16"), tmp_path / "m.onnx"
+    write(trace, "matmulnbits", file, device=device)
+    products = [node for node in onnx.load(file).graph.node if node.op_type == "MatMulNBits"]
+    assert {attribute(node, "bits") for node in products} == {bits}
+    assert metadata(file)["container_bits"] == str(bits)
+    assert device == "gpu" or agree(trace.model, file)
+
+
+def test_joint_codes_of_salient_columns_ask_for_the_release_of_their_container(tmp_path: Path):
+    trace, file = traced("vit", "W4A16", "serq:8"), tmp_path / "m.onnx"
+    write(trace, "matmulnbits", file, {"fuse": False})
+    assert metadata(file)["lowest_onnxruntime"] == LOWEST_ONNXRUNTIME[8]

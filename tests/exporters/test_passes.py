@@ -170,6 +170,21 @@ def test_a_mask_that_hides_a_token_stays():
         assert sum(node.op_type == "Add" for node in graph) == left
 
 
+def test_a_mask_whose_value_for_visible_tokens_is_computed_stays():
+    bias = ir.val("bias")
+    graph = ir.Graph([bias], [], nodes=[], opset_imports={"": ATTENTION_OPSET})
+    given = [np.ones((2, 2), bool), np.float32(-1e38), np.zeros((1, 1, 2, 2), np.float32)]
+    seen, hidden, scores = (
+        add_constant(graph, f"given_{index}", np.asarray(array))
+        for index, array in enumerate(given)
+    )
+    mask = ir.node("Where", [seen, bias, hidden])
+    masked = ir.node("Add", [scores, mask.outputs[0]])
+    graph.extend([mask, masked])
+    drop_open_masks(graph)
+    assert masked in graph
+
+
 def path_of(node: ir.Node) -> str:
     return node.attributes[PATH].as_string()
 

@@ -53,7 +53,7 @@ def test_the_opsets_and_versions_are_those_that_files_state():
 
 def lowest(flavor: str, scheme: str, activations: str, **options: bool) -> str:
     parsed = parse_scheme(scheme, "per-token" if activations == "per-token" else "per-tensor")
-    return FLAVORS[flavor](**options).lowest_onnxruntime(parsed)
+    return FLAVORS[flavor](**options).lowest_onnxruntime(parsed, has_salient=False)
 
 
 def test_of_two_cases_the_later_onnx_runtime_counts():

@@ -289,6 +289,15 @@ def test_force_replaces_a_version_and_its_config(repository: Path, prepared: Pre
     assert examine_repository(repository)[0].problems == ()
 
 
+def test_the_only_version_takes_its_labels_with_it(repository: Path, prepared: Prepared):
+    assert (repository / "digits" / "labels.txt").exists()
+    unlabelled = replace(prepared, model=replace(prepared.model, labels=()))
+    write_repository(unlabelled, repository, Serving("digits"), force=True)
+    assert not (repository / "digits" / "labels.txt").exists()
+    write_repository(unlabelled, repository, Serving("digits", 2))
+    assert examine_repository(repository)[0].versions == (1, 2)
+
+
 def test_a_repository_behind_a_link_takes_its_first_model(prepared: Prepared, tmp_path: Path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")

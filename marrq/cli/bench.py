@@ -40,7 +40,7 @@ def bench(
     """
     from marrq.models.class_embeddings import load_classes
     from marrq.workflows.bench import bench as run
-    from marrq.workflows.bench_options import BenchOptions
+    from marrq.workflows.bench_options import BenchOptions, images_of_parity
     from runtime.report.html import check_page, page
     from runtime.report.tables import sentences, tables
 
@@ -52,7 +52,7 @@ def bench(
         provider=provider, cuda_graph=cuda_graph, threads=threads, throughput=throughput,
         max_drop=max_drop, min_cosine=min_cosine, gallery_images=gallery, recommend=recommend,
         artifacts=tuple(artifact),
-        parity_images=bench_options.images_of_parity(parity, parity_images),
+        parity_images=images_of_parity(parity, parity_images),
         classes=None if classes is None else load_classes(classes),
     )  # fmt: skip
     report = run(paths, data, options, common.say, common.progress_bars)

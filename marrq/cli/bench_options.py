@@ -8,9 +8,7 @@ import typer
 
 from exporters.choices import BASELINES, quantized_flavors
 from marrq.cli import common
-from marrq.errors import MarrqError
-
-PARITY_IMAGES = 256
+from marrq.models.images.counts import PARITY_IMAGES
 
 compared = partial(typer.Option, rich_help_panel="What is compared")
 timed = partial(typer.Option, rich_help_panel="How latency is measured")
@@ -76,11 +74,3 @@ Page = Annotated[
     Path | None,
     common.picture_option("--report", help="Also write the report as one HTML page."),
 ]
-
-
-def images_of_parity(parity: bool, images: int | None) -> int | None:
-    """How many images parity is measured on; None without parity. Raises MarrqError for a number
-    without it."""
-    if not parity and images is not None:
-        raise MarrqError(f"--parity-images {images} is a number for --parity: add --parity")
-    return (images or PARITY_IMAGES) if parity else None

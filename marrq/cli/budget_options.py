@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from marrq.cli.common import OTHER_SETTINGS, quantization_option
+
 budgeted = partial(typer.Option, rich_help_panel="Budget")
 
 Budget = Annotated[
@@ -39,5 +41,24 @@ SensitivityFile = Annotated[
         help="What marrq sensitivity --json wrote: not measured again.",
         dir_okay=False,
         exists=True,
+    ),
+]
+
+# Options of `marrq sensitivity`, where they differ from those of `quantize`.
+MixedScheme = Annotated[
+    str | None,
+    quantization_option(
+        "--scheme",
+        metavar="WmixAy",
+        help="Bits of activations behind Wmix; default: WmixA8. Suffixes as for quantize.",
+    ),
+]
+COSTS_FOLLOW = [key for key in OTHER_SETTINGS if not key.startswith("refine")]
+SettingOfCosts = Annotated[
+    list[str],
+    quantization_option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Another setting of the method: {', '.join(COSTS_FOLLOW)}. May be repeated.",
     ),
 ]

@@ -122,9 +122,9 @@ SchemeOption = Annotated[
     str | None,
     quantization_option(
         metavar="WxAy",
-        help="Bits of weights (2, 3, 4, 8) and activations (3, 4, 8, 16); default: W4A8. Suffixes: "
-        "-gSIZE groups of inputs, -sym zero points of 0, -mxint blocks of 32 that share a power "
-        "of two, -e8 first and last layers in 8 bits.",
+        help="Bits of weights (2, 3, 4, 8) and activations (3, 4, 8, 16); default: W4A8, with a "
+        "budget WmixA8. Suffixes: -gSIZE groups of inputs, -sym zero points of 0, -mxint blocks of "
+        "32 with one power of two, -e8 ends in 8 bits.",
     ),
 ]
 SchemesOption = Annotated[

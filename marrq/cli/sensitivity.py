@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, cast
 
-from marrq.cli import common
+from marrq.cli import budget_options, common
 
 if TYPE_CHECKING:
     from marrq.schemes import ActivationStrategy
@@ -15,11 +15,11 @@ def sensitivity(
     data: common.DataOption = None,
     samples: common.SamplesOption = None,
     seed: common.SeedOption = 0,
-    scheme: common.SchemeOption = None,
+    scheme: budget_options.MixedScheme = None,
     activations: common.ActivationsOption = "per-tensor",
     method: common.MethodOption = "marr",
     rotate: common.RotateOption = False,
-    setting: common.SettingOption = [],
+    setting: budget_options.SettingOfCosts = [],
     device: common.DeviceOption = "auto",
     json_file: common.JsonOption = None,
     plot: common.PlotOption = None,

@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from torch import nn
 
@@ -58,7 +58,7 @@ class ModelSource:
     outputs: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
+    def from_json(cls, fields: dict[str, Any]) -> "ModelSource":
         """The inverse of `asdict`, through JSON. Raises TypeError for other fields, and MarrqError
         for outputs that are no names."""
         # JSON has lists in place of tuples. Files of older exports do not name their outputs.

@@ -18,7 +18,7 @@ from marrq.artifact.scheme import read_scheme
 from marrq.errors import MarrqError
 from marrq.files import check_artifact
 from marrq.models.class_embeddings import ClassEmbeddings
-from marrq.models.images.counts import GALLERY_IMAGES
+from marrq.models.images.counts import GALLERY_IMAGES, PARITY_IMAGES
 from marrq.workflows.provider import choose_provider
 from runtime.environment import usable_cores
 from runtime.measure.bench import BenchSettings
@@ -168,6 +168,14 @@ class BenchOptions:
 
 
 DEFAULTS = BenchOptions()
+
+
+def images_of_parity(parity: bool, images: int | None) -> int | None:
+    """How many images parity is measured on; None without parity. Raises MarrqError for a number
+    without it."""
+    if not parity and images is not None:
+        raise MarrqError(f"--parity-images {images} is a number for --parity: add --parity")
+    return (images or PARITY_IMAGES) if parity else None
 
 
 def check_drop(images: "ImageSet", labels: tuple[str, ...]) -> None:

@@ -9,3 +9,6 @@ FEWEST_IMAGES = 2
 GALLERY_IMAGES = 4096
 """Most images of `train` that k-NN looks among (marrq/models/images/gallery.py): every model of a
 run has to look at each of them."""
+
+PARITY_IMAGES = 256
+"""So many images, drawn at random, tell which stage of an export loses."""

@@ -82,10 +82,10 @@ def _codes(optimized: Graph, kernel: Product) -> NDArray[np.int8] | None:
     if tensor is None:
         return None
     try:
-        codes = numpy_helper.to_array(tensor)
+        codes: NDArray[np.int8] = numpy_helper.to_array(tensor)
     except (OSError, ValueError):
         return None
     # The weight of a convolution is [out, in, …]; those of a batch of products are stacked.
     if kernel.node.op_type in ("ConvInteger", "QLinearConv"):
-        return codes.reshape(len(codes), -1).T
+        codes = codes.reshape(len(codes), -1).T
     return codes.reshape(-1, codes.shape[-1])

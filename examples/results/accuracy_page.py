@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from layout import Json, comparison, first_draws, joined, page, table
 
+from marrq.methods.registry import METHODS
 from runtime.report.comparison import MEASURES, ComparisonReport, ComparisonRow, summarize
 
 HEADINGS = ("divergence, nats", "top-1, %", "draws")
@@ -73,9 +74,10 @@ def accuracy_at_low_bits(record: Json) -> str:
 
 
 def _methods(rows: Iterable[ComparisonRow]) -> str:
-    """A row for each scheme and method."""
-    cells = [[row.scheme, _short(row.method), *_figures(row)] for row in rows]
-    cells.sort(key=lambda line: line[0])
+    """A row for each scheme and method, the methods in the order of the registry."""
+    names = list(METHODS)
+    ordered = sorted(rows, key=lambda row: (row.scheme, names.index(row.method.split(",")[0])))
+    cells = [[row.scheme, _short(row.method), *_figures(row)] for row in ordered]
     return table(["scheme", "method", *HEADINGS], cells)
 
 

@@ -65,7 +65,7 @@ def evaluate(
     measured = images.measured
     unlabelled = [f"classes are not known: {measured.why_unlabelled}"]
     notes = images.notes if measured.targets else unlabelled
-    warnings = [*candidates.warnings, *notes, *measured.noted()]
+    warnings = [*candidates.warnings, *candidates.flattered_by(measured), *notes, *measured.noted()]
     report = {
         "schema": SCHEMA,
         "model": source,

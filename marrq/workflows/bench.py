@@ -139,7 +139,9 @@ def bench(
             measured = images.measured
             drawn = measured.draw(min(options.parity_images, len(measured)), 0)
             entries = _with_parity(entries, artifacts, drawn, options.session, bars)
-        warnings = (*left_out, *baselines.warnings, *_other_devices(entries, device))
+        both = [s for path in given if path.is_dir() for s in _flattered(path, images.measured)]
+        others = _other_devices(entries, device)
+        warnings = (*both, *left_out, *baselines.warnings, *others)
         return _measured(entries, shared, images, options, bars, warnings)
 
 
@@ -155,6 +157,19 @@ def _check_baselines(baselines: Baselines, limits: Limits) -> None:
         raise MarrqError(f"--max-drop compares with a baseline, and there is none: {why}")
     if limits.min_cosine is not None and "fp32" not in found:
         raise MarrqError(f"--min-cosine compares with fp32, which is not measured: {why}")
+
+
+def _flattered(artifact: Path, judging: "ImageSet") -> list[str]:
+    """A sentence if some of the images that judge have calibrated the artifact."""
+    from marrq.artifact.config import labels_from_json
+    from marrq.artifact.folder import read_config
+    from marrq.quantized_model import CalibrationRecord
+    from marrq.workflows.judging import calibrated_on, flattered
+
+    config = read_config(artifact)
+    record = CalibrationRecord(**config["calibration"])
+    found = flattered(calibrated_on(record, labels_from_json(config["labels"])), judging)
+    return [f"{str(artifact)!r}: {sentence}" for sentence in found]
 
 
 def _other_devices(entries: Sequence[Entry], device: str) -> list[str]:

@@ -42,6 +42,7 @@ from marrq.workflows.evaluate import (
     judge,
     judged,
 )
+from marrq.workflows.judging import flattered
 from marrq.workflows.quantize import Recipe, check_apart, quantize_in_place, shortfalls
 from marrq.zero_shot import with_classes
 from runtime.environment import describe_machine
@@ -209,7 +210,9 @@ class Runner:
         """How the weights were read, and what cannot be measured on the images."""
         why = self.images.measured.why_unlabelled
         unlabelled = [f"classes are not known: {why}"] if why else []
-        return [*self.original.notes, *unlabelled, *self.images.notes]
+        # Each seed draws others of the same images.
+        both = flattered(self.train, self.images.measured)
+        return [*self.original.notes, *both, *unlabelled, *self.images.notes]
 
     @cached_property
     def reference(self) -> Embedded:

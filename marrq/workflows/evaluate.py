@@ -27,7 +27,8 @@ from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.workflows.float_model import find_float_model
-from marrq.zero_shot import with_classes
+from marrq.workflows.judging import calibrated_on, flattered
+from marrq.zero_shot import labels_without_classes, with_classes
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy, measure_accuracy
 from runtime.measure.embedded import (
@@ -67,6 +68,17 @@ class Candidates:
             return self
         models = {title: with_classes(model, classes) for title, model in self.models.items()}
         return replace(self, models=models)
+
+    def flattered_by(self, judging: ImageSet) -> list[str]:
+        """A sentence if some of the images have calibrated the artifact."""
+        return [
+            sentence
+            for model in self.models.values()
+            if isinstance(model, QuantizedModel)
+            for sentence in flattered(
+                calibrated_on(model.calibration, labels_without_classes(model)), judging
+            )
+        ]
 
 
 def load_candidates(name: str, outputs: tuple[str, ...] = ()) -> Candidates:

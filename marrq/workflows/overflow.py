@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marrq.errors import MarrqError
-from marrq.models.images import find_images
 from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
+from marrq.workflows.judging import calibrated_on
 from marrq.zero_shot import labels_without_classes
 from runtime.measure.overflow import first_overflow
 
@@ -43,16 +43,13 @@ def overflow_warning(model: QuantizedModel, file: Path, takes_images: bool) -> s
 def _calibration_images(model: QuantizedModel) -> NDArray[np.float32] | None:
     """Some images that the artifact was calibrated on, as inputs [images, channels, height, width];
     None if they are gone, or are other ones now."""
-    record = model.calibration
+    # Without the classes of an export, as the artifact was calibrated.
+    drawn = calibrated_on(model.calibration, labels_without_classes(model))
+    if drawn is None:
+        return None
     try:
-        # Without the classes of an export, as the artifact was calibrated.
-        labels = labels_without_classes(model)
-        drawn = find_images(record.data, "train", labels).draw(record.samples, record.seed)
-        # The same name may mean other images by now.
-        if drawn.sha256 != record.files_sha256:
-            return None
         found: NDArray[np.float32] = drawn.pixels(model.preprocessing)[:IMAGES].numpy()
-    # A folder that has moved is no fault of an export.
+    # A file that cannot be read any more is no fault of an export.
     except MarrqError:
         return None
     return found

@@ -19,6 +19,7 @@ from marrq.quantized_model import QuantizedModel
 from marrq.sensitivity import Plan, Sensitivity
 from marrq.workflows.destination import Destination
 from marrq.workflows.evaluate import CLASSES, FLOAT, Evaluating, answers, judge, judged
+from marrq.workflows.judging import flattered
 from marrq.workflows.quantize import Recipe, quantize_in_place, refined, shortfalls
 from marrq.workflows.sensitivity import Progress, copied, said
 from runtime.measure.accuracy import PairedDrop, hits, paired_drop
@@ -102,11 +103,7 @@ class Search:
     def notes(self) -> Iterator[str]:
         """What is to be known of the images."""
         measured = self.judged_by.measured
-        if set(measured.files) & set(self.train.files):
-            yield (
-                "models are judged on images that may have calibrated them: put images to judge by "
-                "into val/, others into train/"
-            )
+        yield from flattered(self.train.draw(self.recipe.samples, self.recipe.seed), measured)
         yield from self.judged_by.notes
         yield from (*self.train.noted(), *measured.noted())
 

@@ -31,7 +31,8 @@ def test_a_bench_on_images_without_classes_measures_everything_else(
         assert model["agreement"]["images"] == 24
         assert model["agreement"]["agreement"] >= 0.9
         assert model["latency"][0]["p50_ms"] > 0
-    why, noted = found["warnings"]
+    both, why, noted = found["warnings"]
+    assert both.startswith(f"'{artifact}': 8 of the 24 images that judge have calibrated too, so")
     assert why.startswith("accuracy is not measured: the images in")
     assert (
         noted == "2 of the 24 images that were read have an EXIF orientation, which is not applied"

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from marrq.errors import MarrqError
 from marrq.files import check_data_folder
 from marrq.models.images import ImageSet, find_images
 from marrq.models.images.folders import SYSTEM_NAMES
+from marrq.quantized_model import CalibrationRecord
+from marrq.workflows.judging import calibrated_on, flattered
 
 LABELS = ("cat", "dog", "eel")
 
@@ -279,3 +282,22 @@ def test_a_data_folder_that_is_a_file_or_nothing_is_refused(tmp_path: Path):
         check_data_folder(str(tmp_path / "images.zip"))
     with pytest.raises(MarrqError, match="does not exist"):
         check_data_folder(str(tmp_path / "no"))
+
+
+def test_images_that_calibrate_and_judge_are_counted_by_whatever_name_they_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = [f"{number}.png" for number in range(6)]
+    put(tmp_path / "one", *names)
+    put(tmp_path / "apart", *(f"{split}/{name}" for split in ("train", "val") for name in names))
+    monkeypatch.chdir(tmp_path)
+    one = find_images("one", "train")
+    record = CalibrationRecord("one", 4, 0, one.draw(4, 0).sha256)
+    calibrating, judging = calibrated_on(record, ()), find_images(str(tmp_path / "one"), "val")
+    [sentence] = flattered(calibrating, judging)
+    assert sentence.startswith("4 of the 6 images that judge have calibrated too, so the figures")
+    train, val = (find_images("apart", split) for split in ("train", "val"))
+    assert flattered(train, val) == []
+    # Images that are gone, or others by now, cannot be told.
+    for changed in (replace(record, data="gone"), replace(record, files_sha256="")):
+        assert flattered(calibrated_on(changed, ()), judging) == []

@@ -87,8 +87,9 @@ def export(
     if flavor is not None:
         check_choice(flavor, options)
         check_flavor_on(flavor, device)
-    _check_place(output, serving, force, _folder_of(quantized))
+    # What is no artifact is told as that, wherever the output is.
     scheme = _scheme_of(quantized)
+    _check_place(output, serving, force, _folder_of(quantized))
     if scheme is not None:
         flavor = flavor or suitable_flavor(scheme, device)
         check_scheme(scheme, flavor, options, device)
@@ -128,7 +129,7 @@ def _overflow(chosen: "Export", file: Path, takes_images: bool = False) -> str |
         return None
     from marrq.workflows.overflow import overflow_warning
 
-    return overflow_warning(chosen.model, file, takes_images)
+    return overflow_warning(chosen.model, file, takes_images, chosen.flavor == "qdq")
 
 
 def _check_place(output: Path, serving: Serving | None, force: bool, artifact: Path | None) -> None:

@@ -20,10 +20,13 @@ from runtime.measure.overflow import first_overflow
 IMAGES = 4
 
 
-def overflow_warning(model: QuantizedModel, file: Path, takes_images: bool) -> str | None:
+def overflow_warning(
+    model: QuantizedModel, file: Path, takes_images: bool, is_symmetric: bool
+) -> str | None:
     """A sentence that names the first operator of the file that overflows; None if none does.
 
-    takes_images: the graph takes uint8 images and normalizes them itself.
+    takes_images: the graph takes uint8 images and normalizes them itself. is_symmetric: it is the
+    form for TensorRT, which has no form in float32.
     """
     pixels = _calibration_images(model)
     of_what = "calibration images"
@@ -34,9 +37,10 @@ def overflow_warning(model: QuantizedModel, file: Path, takes_images: bool) -> s
     found = first_overflow(file, given)
     if found is None:
         return None
+    way = "in float32, as --flavor fp32, or as --flavor folded --float32"
     return (
-        f"{str(file)!r} gives NaN or infinity: on {of_what} the {found.sentence}; export it in "
-        "float32, as --flavor fp32, as --flavor folded --float32, or without --symmetric"
+        f"{str(file)!r} gives NaN or infinity: on {of_what} the {found.sentence}; export it "
+        f"{'without --symmetric' if is_symmetric else way}"
     )
 
 

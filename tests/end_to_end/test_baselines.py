@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_models import vision_model
+from tiny_models import noise, quantized, vision_model, vit
 from torch import nn
 
 import marrq
@@ -85,6 +85,27 @@ def test_a_float16_file_that_overflows_is_told_when_written_and_is_a_row_when_be
     printed = capsys.readouterr()
     assert sentence in printed.out
     assert f"warning: {sentence}" in printed.err.splitlines()[-1]
+
+
+def test_the_form_for_tensorrt_is_in_float16_too_and_tells_if_it_overflows(tmp_path: Path):
+    model = vit(depth=1)
+    model.blocks[0].mlp.fc1.weight.data *= 3e3
+    model.blocks[0].mlp.fc2.weight.data *= 3e2
+    made, file = quantized(model, noise(4), "W8A8-sym", "rtn,equalize=off"), tmp_path / "m.onnx"
+    found = marrq.export(made, file, "qdq", {"symmetric": True})
+    assert found.warning is not None
+    assert "gives NaN or infinity: on noise, black and white" in found.warning
+    assert found.warning.endswith("; export it without --symmetric")
+
+
+def test_nothing_is_written_into_the_artifact_that_is_exported(
+    made: Path, capsys: pytest.CaptureFixture[str]
+):
+    artifact = made / "artifact"
+    for inside in (["-o", str(artifact / "m.onnx")], ["--format", "triton", "-o", str(artifact)]):
+        assert main(["export", str(artifact), *inside]) == 1
+        assert "which ARTIFACT reads: choose another place" in capsys.readouterr().err
+    assert len(list(artifact.iterdir())) == 4
 
 
 def test_a_default_baseline_that_cannot_be_exported_or_run_is_left_out_and_told(

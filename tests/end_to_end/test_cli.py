@@ -348,7 +348,7 @@ BAD_INPUT = {
     "exported folder": (split("export . -o out"), "'.' is no artifact"),
     "exported format": (split("export mine -o out --format pickle"), "unknown format 'pickle'"),
     "exported flavour": (split("export mine -o out --flavor int4"), "int4"),
-    "exported output": (split("export mine -o mine"), "is what ARTIFACT reads"),
+    "exported output": (split("export quantized -o mine"), "pass --force"),
     "evaluated data": (split("evaluate demo --data nowhere"), "'nowhere' does not exist"),
     "evaluated model": (split("evaluate local-dir:none"), "'none' does not exist"),
     "quantized model": (split("quantize ./none --data demo -o out"), "'./none' does not exist"),

@@ -87,9 +87,14 @@ def export(
     if flavor is not None:
         check_choice(flavor, options)
         check_flavor_on(flavor, device)
-    # What is no artifact is told as that, wherever the output is.
+    _check_place(output, serving, force)
     scheme = _scheme_of(quantized)
-    _check_place(output, serving, force, _folder_of(quantized))
+    # Now that it is known to be an artifact, nothing may be put into its folder.
+    folder = _folder_of(quantized)
+    if folder is not None:
+        # Of a repository the new version alone is place.
+        place = output if serving is None else serving.version_folder(output)
+        check_place(place, {"ARTIFACT": folder})
     if scheme is not None:
         flavor = flavor or suitable_flavor(scheme, device)
         check_scheme(scheme, flavor, options, device)
@@ -132,13 +137,8 @@ def _overflow(chosen: "Export", file: Path, takes_images: bool = False) -> str |
     return overflow_warning(chosen.model, file, takes_images, chosen.flavor == "qdq")
 
 
-def _check_place(output: Path, serving: Serving | None, force: bool, artifact: Path | None) -> None:
-    """Raise MarrqError if what would be written exists and may not be replaced, or would be put
-    into the artifact's folder."""
-    if artifact is not None:
-        # Of a repository the new version alone is written.
-        written = output if serving is None else serving.version_folder(output)
-        check_place(written, {"ARTIFACT": artifact})
+def _check_place(output: Path, serving: Serving | None, force: bool) -> None:
+    """Raise MarrqError if what would be written exists and may not be replaced."""
     if serving is not None:
         serving.check_repository(output, force)
         return

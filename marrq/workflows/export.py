@@ -92,7 +92,7 @@ def export(
     # Now that it is known to be an artifact, nothing may be put into its folder.
     folder = _folder_of(quantized)
     if folder is not None:
-        # Of a repository the new version alone is place.
+        # Of a repository the new version alone is written.
         place = output if serving is None else serving.version_folder(output)
         check_place(place, {"ARTIFACT": folder})
     if scheme is not None:

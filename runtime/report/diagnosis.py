@@ -32,7 +32,6 @@ def diagnosis_table(report: Diagnosis) -> Table:
     lines += _listed("problems", report.problems or ["none"])
     lines += _listed("warnings", report.warnings)
     for heading, text in lines:
-        # Names from files are text: a bracket in them is no markup.
         result.add_row(heading, text)
     return result
 

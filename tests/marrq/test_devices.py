@@ -201,20 +201,18 @@ def test_summing_statistics_never_waits_for_the_device(of_outputs: bool):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "settings"),
     [
-        "",
-        *(
-            pytest.param(settings, marks=pytest.mark.slow)
-            for settings in (
-                ",lowrank=srr:2",
-                ",lowrank=lqer:2:int8,bias-correction=off",
-                ",clip=weights,act-order=off",
-            )
-        ),
+        pytest.param(name, settings, marks=[pytest.mark.slow] if settings else [])
+        for name, method in METHODS.items()
+        for settings in (
+            "",
+            ",lowrank=srr:2",
+            ",lowrank=lqer:2:int8,bias-correction=off",
+            *([",clip=weights,act-order=off"] if method.sweeps else []),
+        )
     ],
 )
-@pytest.mark.parametrize("name", METHODS)
 def test_a_method_leaves_everything_on_the_device(name: str, settings: str):
     spec = parse_method(name + settings + (",pid.steps=2" if name.startswith("marr") else ""))
     with FakeTensorMode(), Answers():

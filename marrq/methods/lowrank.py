@@ -40,10 +40,8 @@ from marrq.distributed import one_thread
 from marrq.errors import MarrqError
 from marrq.methods.lowrank_spec import LowRankKind, LowRankSpec
 from marrq.methods.statistics import ResidualStatistics
-from marrq.quantizers.affine import Grid
-from marrq.quantizers.linear import LowRank, StoredFactor
+from marrq.quantizers.linear import INT8_LIMIT, LowRank, StoredFactor
 
-INT8_LIMIT = 127
 DAMPINGS = tuple(10.0**exponent for exponent in range(-6, 1))
 NOISE_SEED = 0
 
@@ -168,7 +166,7 @@ def _small_gram(matrix: Tensor) -> Tensor:
 
 def _half(factor: Tensor, dim: int) -> StoredFactor:
     """A factor rounded to float16, which needs no scale along any dimension."""
-    return StoredFactor(factor.float().half())
+    return StoredFactor.rounded(factor.float(), None)
 
 
 def _int8(factor: Tensor, dim: int) -> StoredFactor:
@@ -177,9 +175,7 @@ def _int8(factor: Tensor, dim: int) -> StoredFactor:
     factor = factor.float()
     # One scale for each component, [1, r] of L or [r, 1] of R: components differ in size.
     scale = factor.abs().amax(dim, keepdim=True) / INT8_LIMIT
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    grid = Grid(scale, torch.zeros_like(scale), -INT8_LIMIT, INT8_LIMIT)
-    return StoredFactor(grid.quantize(factor).to(torch.int8), scale)
+    return StoredFactor.rounded(factor, torch.where(scale > 0, scale, torch.ones_like(scale)))
 
 
 def _check_rank(weight: Tensor, spec: LowRankSpec) -> None:

@@ -24,6 +24,8 @@ from marrq.schemes import WeightSpec
 SCALE_BITS = {"asymmetric": 32 + 8, "symmetric": 32, "mxint": 8}
 """Bits of a stored scale with its zero point, by the kind of grid."""
 
+INT8_LIMIT = 127
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -80,6 +82,15 @@ class StoredFactor:
 
     codes: Tensor
     scale: Tensor | None = None
+
+    @classmethod
+    def rounded(cls, values: Tensor, scale: Tensor | None) -> "StoredFactor":
+        """The nearest values that can be stored. values: float32; scale: as above."""
+        if scale is None:
+            return cls(values.half())
+        # Symmetric: -128 is left out, as the zero point is 0.
+        grid = Grid(scale, torch.zeros_like(scale), -INT8_LIMIT, INT8_LIMIT)
+        return cls(grid.quantize(values).to(torch.int8), scale)
 
     @property
     def values(self) -> Tensor:
@@ -176,6 +187,11 @@ class QuantLinear(nn.Module):
             StoredFactor(self.lowrank_left, self.lowrank_left_scale),
             StoredFactor(self.lowrank_right, self.lowrank_right_scale),
         )
+
+    @lowrank.setter
+    def lowrank(self, branch: LowRank) -> None:
+        self.lowrank_left, self.lowrank_left_scale = branch.left.codes, branch.left.scale
+        self.lowrank_right, self.lowrank_right_scale = branch.right.codes, branch.right.scale
 
     @property
     def stored_bits(self) -> int:

@@ -5,6 +5,7 @@
     clip factors        c · exp(δ) of dynamic activations
     activation scales   s · exp(δ) of static activations; the zero point stays
     smoothing           one factor for each channel, · exp(δ)
+    low-rank branches   L and R, each component in units of its root mean square
     vectors             biases, and every floating-point vector of the model: the weights and biases
                         of norms, LayerScale, the bias of a head
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from marrq.models.blocks import hooked
 from marrq.quantizers.activations import ActivationQuantizer, smoothed
 from marrq.quantizers.affine import Grid
-from marrq.quantizers.linear import QuantLinear, quantized_linears
+from marrq.quantizers.linear import LowRank, QuantLinear, StoredFactor, quantized_linears
 from marrq.refinement.straight_through import nearest
 
 GAIN_RATE = 2e-3
@@ -36,6 +37,8 @@ GAIN_RATE = 2e-3
 RANGE_RATE = 1e-2
 """Of clip factors and static activation scales."""
 SMOOTHING_RATE = 5e-3
+BRANCH_RATE = 2e-3
+"""Of low-rank branches."""
 
 
 class LearnedInput(nn.Module):
@@ -70,6 +73,33 @@ class LearnedInput(nn.Module):
         return nearest(quantizer.grid(x.detach()), x)
 
 
+class LearnedFactor(nn.Module):
+    """L or R of a low-rank branch as learned so far.
+
+    stored: the factor as the method found it.
+    dim: its dimension that is not the rank.
+    """
+
+    size: Tensor
+
+    def __init__(self, stored: StoredFactor, dim: int) -> None:
+        super().__init__()
+        self.scale, values = stored.scale, stored.values
+        size = values.square().mean(dim, keepdim=True).sqrt()
+        # Components differ in size, so that one rate suits all only in units of it.
+        self.register_buffer("size", torch.where(size > 0, size, torch.ones_like(size)))
+        self.share = nn.Parameter(values / self.size)
+
+    def store(self) -> StoredFactor:
+        """The nearest factor that the artifact can store. Scales of int8 codes stay."""
+        return StoredFactor.rounded((self.share * self.size).detach(), self.scale)
+
+    def forward(self) -> Tensor:
+        """The stored values, differentiable: rounding has the derivative 1 here."""
+        exact = self.share * self.size
+        return exact + (self.store().values - exact).detach()
+
+
 class LearnedLinear(nn.Module):
     """A QuantLinear with what is learned of it.
 
@@ -87,6 +117,9 @@ class LearnedLinear(nn.Module):
         # A power of two times a gain is no power of two, and mxint stores nothing else.
         self.gain = None if linear.spec.grid == "mxint" else nn.Parameter(rows)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.clone())
+        branch = linear.lowrank
+        self.left = None if branch is None else LearnedFactor(branch.left, 0)
+        self.right = None if branch is None else LearnedFactor(branch.right, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., out] of inputs x [..., in]."""
@@ -96,10 +129,9 @@ class LearnedLinear(nn.Module):
             y = y * self.gain.exp()
         if self.bias is not None:
             y = y + self.bias
-        branch = self.linear.lowrank
-        if branch is None:
+        if self.left is None or self.right is None:
             return y
-        return y + F.linear(F.linear(x, branch.right.values), branch.left.values)
+        return y + F.linear(F.linear(x, self.right()), self.left())
 
     @torch.no_grad()
     def store(self) -> QuantLinear:
@@ -112,6 +144,8 @@ class LearnedLinear(nn.Module):
             linear.bias = self.bias.detach()
         if self.input is not None:
             linear.input = self.input.quantizer()
+        if self.left is not None and self.right is not None:
+            linear.lowrank = LowRank(self.left.store(), self.right.store())
         return linear
 
 
@@ -138,10 +172,12 @@ class Learned:
         """Parameters and learning rates, as an optimizer takes them. rate: multiplies all rates."""
         gains = [linear.gain for linear in self.linears.values() if linear.gain is not None]
         channels = [one.channels for one in self.inputs if one.channels is not None]
+        factors = [module for module in self.module.modules() if isinstance(module, LearnedFactor)]
         groups = [
             {"params": gains, "lr": rate * GAIN_RATE},
             {"params": [one.range for one in self.inputs], "lr": rate * RANGE_RATE},
             {"params": channels, "lr": rate * SMOOTHING_RATE},
+            {"params": [factor.share for factor in factors], "lr": rate * BRANCH_RATE},
         ]
         biases = [linear.bias for linear in self.linears.values() if linear.bias is not None]
         for vector in (*biases, *self.vectors):

@@ -160,21 +160,22 @@ def prepared(
     build: Callable[[], nn.Module] = vit,
     scheme: str = "W3A4",
     strategy: ActivationStrategy = "per-tensor",
+    method: str = "gptq",
     **changes: object,
 ) -> tuple[QuantizedModel, Teacher]:
     """A tiny model, quantized and not yet refined, and its teacher."""
-    model, teacher = copy.deepcopy(_prepared(build, scheme, strategy))
+    model, teacher = copy.deepcopy(_prepared(build, scheme, strategy, method))
     refinement = replace(SPEC, **changes)
     return replace(model, method=replace(model.method, refinement=refinement)), teacher
 
 
 @cache
 def _prepared(
-    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy, method: str
 ) -> tuple[QuantizedModel, Teacher]:
     fresh = noise(SPEC.images + SPEC.held_out, seed=1)
     teacher = Teacher.of(vision_model(build()), fresh, "hash")
-    return quantized(build(), noise(16), scheme, "gptq", strategy=strategy), teacher
+    return quantized(build(), noise(16), scheme, method, strategy=strategy), teacher
 
 
 def judged_by_what_it_teaches(teacher: Teacher) -> Teacher:
@@ -189,19 +190,21 @@ def judged_by_what_it_teaches(teacher: Teacher) -> Teacher:
 
 
 CASES = [
-    (vit, "W3A4", "per-token"),
-    slow(vit_with_layer_scale, "W3A8-e8", "per-tensor"),
-    slow(transformers_vit, "W4A16-g16", "per-tensor"),
-    slow(swin, "W4A8-sym", "per-tensor"),
-    slow(vit, "W4A16-mxint", "per-tensor"),
+    (vit, "W3A4", "per-token", "gptq"),
+    slow(vit_with_layer_scale, "W3A8-e8", "per-tensor", "gptq"),
+    slow(transformers_vit, "W4A16-g16", "per-tensor", "gptq"),
+    slow(swin, "W4A8-sym", "per-tensor", "gptq"),
+    slow(vit, "W4A16-mxint", "per-tensor", "gptq"),
+    (vit, "W2A8", "per-tensor", "gptq,lowrank=srr:4"),
+    slow(vit, "W2A8", "per-token", "gptq,lowrank=lqer:4:int8"),
 ]
 
 
-@pytest.mark.parametrize(("build", "scheme", "strategy"), CASES)
+@pytest.mark.parametrize(("build", "scheme", "strategy", "method"), CASES)
 def test_what_is_not_learned_stays_and_nothing_learned_changes_no_byte(
-    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy, method: str
 ):
-    model, _ = prepared(build, scheme, strategy)
+    model, _ = prepared(build, scheme, strategy, method)
     before, pixels = hashed(model), noise(4, seed=2)
     expected = model.module(pixels)
     learned = learn(model.module, pixels[:1])
@@ -211,11 +214,11 @@ def test_what_is_not_learned_stays_and_nothing_learned_changes_no_byte(
     assert hashed(model) == before
 
 
-@pytest.mark.parametrize(("build", "scheme", "strategy"), CASES)
+@pytest.mark.parametrize(("build", "scheme", "strategy", "method"), CASES)
 def test_the_loss_falls_and_the_codes_stay(
-    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy
+    build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy, method: str
 ):
-    model, teacher = prepared(build, scheme, strategy, epochs=6)
+    model, teacher = prepared(build, scheme, strategy, method, epochs=6)
     integers = {
         path: (linear.codes.clone(), linear.zero_point.clone())
         for path, linear in quantized_linears(model.module).items()
@@ -233,6 +236,19 @@ def test_the_loss_falls_and_the_codes_stay(
         assert torch.equal(linear.codes, integers[path][0])
         assert torch.equal(linear.zero_point, integers[path][1])
     assert not any(parameter.requires_grad for parameter in found.module.parameters())
+
+
+@pytest.mark.parametrize("branch", ["srr:4", "qera:4:int8"])
+def test_both_factors_of_a_branch_are_learned_and_stay_what_the_artifact_stores(branch: str):
+    model, teacher = prepared(vit, "W2A8", "per-tensor", f"gptq,lowrank={branch}", rate=10.0)
+    before = {path: one.lowrank for path, one in quantized_linears(model.module).items()}
+    refine(model, judged_by_what_it_teaches(teacher))
+    for path, linear in quantized_linears(model.module).items():
+        for side in ("left", "right"):
+            was, now = getattr(before[path], side), getattr(linear.lowrank, side)
+            assert now.codes.dtype == was.codes.dtype
+            assert not torch.equal(now.codes, was.codes)
+            assert was.scale is None or torch.equal(now.scale, was.scale)
 
 
 def test_linears_that_read_one_input_keep_one_grid():

@@ -27,9 +27,9 @@ from exporters.choices import (
 )
 from exporters.external_data import external_data, put
 from exporters.flavors import FLAVORS, check_flavor
-from exporters.flavors.floating import FLOAT_FLAVORS, lowest_onnxruntime
+from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.metadata import FileMetadata
-from exporters.opsets import IR_VERSIONS
+from exporters.opsets import IR_VERSIONS, lowest_onnxruntime
 from exporters.pixels import take_images
 from exporters.trace import TracedModel, trace_quantized
 from marrq.errors import MarrqError
@@ -120,9 +120,10 @@ def write(
         scheme=str(model.scheme),
         method=model.method_name,
         bits_per_weight=lowered.bits_per_weight,
-        # The linear that asks for the newest release decides.
+        # What asks for the newest release decides.
         lowest_onnxruntime=max(
-            chosen.lowest_onnxruntime(scheme, has_salient) for scheme in schemes
+            lowest_onnxruntime(lowered.graph, device),
+            *(chosen.lowest_onnxruntime(scheme, has_salient) for scheme in schemes),
         ),
         source=model.source,
         preprocessing=model.preprocessing,

@@ -41,7 +41,8 @@ BLOCK_ONNXRUNTIME = "1.19.0"
 """First ONNX Runtime that runs QuantizeLinear with a scale per block."""
 
 FUSED_ONNXRUNTIME = "1.24.1"
-"""First ONNX Runtime that runs Attention."""
+"""First ONNX Runtime that runs Attention, and whose CUDA provider has the kernels of the operators
+that exporters/passes write for it, by its documentation."""
 
 
 def opset_of(scheme: Scheme) -> int:
@@ -58,6 +59,17 @@ def lowest_opset(graph: ir.Graph) -> int:
     # No other operator or type that a float graph has is younger than the trace's opset.
     types = {value.dtype for value in graph.initializers.values()}
     needs = [opset for dtype, opset in TYPE_OPSETS.items() if dtype in types]
-    if any(node.op_type == "Attention" and node.domain == "" for node in graph):
+    if _has_attention(graph):
         needs.append(ATTENTION_OPSET)
     return max(needs, default=OPSET)
+
+
+def lowest_onnxruntime(model: ir.Model, device: str) -> str:
+    """First ONNX Runtime that was seen to run what a graph has beside its linears, or whose CUDA
+    provider has its kernels by the documentation. device: of exporters/choices.py."""
+    on_gpu = device == "gpu" and ONNXRUNTIME_DOMAIN in model.opset_imports
+    return FUSED_ONNXRUNTIME if on_gpu or _has_attention(model.graph) else FLOAT_ONNXRUNTIME
+
+
+def _has_attention(graph: ir.Graph) -> bool:
+    return any(node.op_type == "Attention" and node.domain == "" for node in graph)

@@ -30,7 +30,7 @@ class Flavor(Protocol):
         """Bits that one weight code takes in a file for the device."""
 
     def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
-        """First ONNX Runtime that was seen to run such a file (exporters/opsets.py).
+        """First ONNX Runtime that was seen to run such linears (exporters/opsets.py).
 
         has_salient: whether some columns have two codes for each weight."""
 

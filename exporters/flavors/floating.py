@@ -18,9 +18,6 @@ import onnx_ir as ir
 from exporters.float16 import to_float16
 from exporters.lowering.floats import put_linears, take_linears
 from exporters.opsets import (
-    ATTENTION_OPSET,
-    FLOAT_ONNXRUNTIME,
-    FUSED_ONNXRUNTIME,
     ONNXRUNTIME_DOMAIN,
     OPSET,
     lowest_opset,
@@ -62,13 +59,6 @@ class Floating:
         graph.opset_imports[""] = lowest_opset(graph.graph)
         if any(node.domain == ONNXRUNTIME_DOMAIN for node in graph.graph):
             graph.opset_imports[ONNXRUNTIME_DOMAIN] = 1
-
-
-def lowest_onnxruntime(graph: ir.Model, device: str) -> str:
-    """First ONNX Runtime that was seen to run such a float graph, or whose CUDA provider has its
-    kernels by the documentation."""
-    is_fused = graph.opset_imports[""] >= ATTENTION_OPSET
-    return FUSED_ONNXRUNTIME if is_fused or device == "gpu" else FLOAT_ONNXRUNTIME
 
 
 FLOAT_FLAVORS: dict[str, Callable[..., Floating]] = {

@@ -37,7 +37,7 @@ from exporters.float16 import holds
 from exporters.lowering.linear import LinearLowering, LinearSlice, LoweredModel, Target, lower
 from exporters.lowering.lowrank import plus_lowrank
 from exporters.lowering.weights import float32_codes
-from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME
+from exporters.opsets import FUSED_ONNXRUNTIME, OPSET
 from exporters.trace import TracedModel
 from marrq.schemes import Scheme
 
@@ -59,12 +59,12 @@ class Folded:
         return scheme.weight.num_bits
 
     def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
-        """First ONNX Runtime that was seen to run such a file."""
+        """First ONNX Runtime that was seen to run such linears."""
         return FUSED_ONNXRUNTIME
 
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph with float products."""
-        target = Target(ATTENTION_OPSET, device, fuse=True, float16=not self.float32)
+        target = Target(OPSET, device, fuse=True, float16=not self.float32)
         return lower(traced, target, self._linear)
 
     def _linear(self, linear: LinearLowering) -> ir.Value:

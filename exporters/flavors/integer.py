@@ -56,7 +56,6 @@ from exporters.opsets import (
     ATTENTION_OPSET,
     BLOCK_ONNXRUNTIME,
     BLOCK_OPSET,
-    FUSED_ONNXRUNTIME,
     ONNXRUNTIME_DOMAIN,
     WIDENED_ONNXRUNTIME,
     opset_of,
@@ -84,8 +83,6 @@ class Integer:
 
     def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
         """First ONNX Runtime that was seen to run the linears on integer kernels."""
-        if self.fuse:
-            return FUSED_ONNXRUNTIME
         # The weight's type and the per-token QuantizeLinear each have a first release.
         widened = WIDENED_ONNXRUNTIME[scheme.weight.num_bits]
         return max(widened, BLOCK_ONNXRUNTIME) if opset_of(scheme) >= BLOCK_OPSET else widened
@@ -95,7 +92,7 @@ class Integer:
         # Attention has a kernel only in opset 23: a scheme that needs a later opset cannot have it.
         opset = max(map(opset_of, traced.model.block_schemes))
         fuse = self.fuse and opset <= ATTENTION_OPSET
-        return lower(traced, Target(ATTENTION_OPSET if fuse else opset, device, fuse), _linear)
+        return lower(traced, Target(opset, device, fuse), _linear)
 
 
 def _linear(linear: LinearLowering) -> ir.Value:

@@ -36,7 +36,7 @@ from torch import Tensor
 from exporters.choices import LEAST_BLOCK
 from exporters.lowering.linear import LinearLowering, LoweredModel, Target, lower
 from exporters.lowering.lowrank import with_lowrank
-from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, ONNXRUNTIME_DOMAIN, OPSET
+from exporters.opsets import ONNXRUNTIME_DOMAIN, OPSET
 from exporters.trace import TracedModel
 from marrq.errors import MarrqError
 from marrq.quantizers.packing import pack
@@ -78,18 +78,17 @@ class MatMulNBits:
         return _container_bits(scheme.weight.num_bits, device)
 
     def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
-        """First ONNX Runtime that was seen to run such a file."""
+        """First ONNX Runtime that was seen to run such linears."""
         # Patch embedding and head may be wider than the blocks of the model, and so are the joint
         # codes of salient columns.
         is_wide = scheme.outer_layers or (has_salient and scheme.weight.num_bits > 2)
         widths = {self.container_bits(scheme, "cpu"), *([OUTER_BITS] if is_wide else [])}
-        return FUSED_ONNXRUNTIME if self.fuse else max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
+        return max(LOWEST_ONNXRUNTIME[bits] for bits in widths)
 
     def lower(self, traced: TracedModel, device: str) -> LoweredModel:
         """The graph on MatMulNBits."""
-        # Containers are plain uint8 tensors, so only Attention asks for a later opset.
-        opset = ATTENTION_OPSET if self.fuse else OPSET
-        target = Target(opset, device, self.fuse)
+        # Containers are plain uint8 tensors, which ask for no later opset.
+        target = Target(OPSET, device, self.fuse)
         return lower(traced, target, partial(self._linear, device))
 
     def _linear(self, device: str, linear: LinearLowering) -> ir.Value:

@@ -55,7 +55,7 @@ class Qdq:
         return max(scheme.weight.num_bits, 4) if scheme.activation is None else 8
 
     def lowest_onnxruntime(self, scheme: Scheme, has_salient: bool) -> str:
-        """First ONNX Runtime that was seen to run such a file."""
+        """First ONNX Runtime that was seen to run such linears."""
         if self.symmetric:
             int4 = self.container_bits(scheme, "cpu") == 4
             return BLOCK_ONNXRUNTIME if int4 else WIDENED_ONNXRUNTIME[8]

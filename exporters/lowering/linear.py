@@ -242,7 +242,7 @@ class LoweredModel:
 class Target:
     """What a graph is lowered for.
 
-    opset: of the graph, at least that of the trace.
+    opset: the lowest for the codes of weights and activations; Attention may ask for a later one.
     device: of exporters/choices.py.
     fuse: write attention as one operator.
     float16: weights and arithmetic in float16, between inputs and outputs in float32.
@@ -265,8 +265,6 @@ def lower(
     """
     # The trace itself stays, for the next flavour.
     lowered, linears = traced.clone(), quantized_linears(traced.model.module)
-    # Later opsets only take more types in the operators of a trace.
-    lowered.opset_imports[""] = target.opset
     prepare(lowered, target.fuse, target.device)
     if target.float16:
         to_float16(lowered)
@@ -285,9 +283,9 @@ def lower(
         weights.update(linear.weight_tensors)
         parts.setdefault(path, {})[_part_of(node)] = _linear_part(node, linear, result)
     finish(lowered, target.device)
-    if target.device == "gpu":
-        # A kernel may be registered up to an opset only: a node of a later one goes to the CPU.
-        lowered.opset_imports[""] = lowest_opset(lowered.graph)
+    # No later than need be: older servers refuse it, and a CUDA kernel may be registered up to an
+    # opset only. Later opsets only take more types in the operators of a trace.
+    lowered.opset_imports[""] = max(target.opset, lowest_opset(lowered.graph))
     # No placeholder is left, so no runtime needs to know this domain.
     del lowered.opset_imports[PLACEHOLDER_DOMAIN]
     # A file of standard operators must not ask for ONNX Runtime.

@@ -5,6 +5,8 @@ from pathlib import Path
 import onnx
 import pytest
 from flavor_files import agree, metadata, slow, traced
+from timm.models.mlp_mixer import MlpMixer
+from tiny_models import noise, quantized, randomized
 
 from exporters.choices import (
     BASELINES,
@@ -25,6 +27,7 @@ from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.flavors.matmulnbits import LOWEST_ONNXRUNTIME
 from exporters.onnx_file import write
 from exporters.opsets import IR_VERSIONS
+from exporters.trace import trace_quantized
 from marrq.errors import MarrqError
 from marrq.quantizers.linear import bits_per_weight
 from marrq.schemes import ActivationStrategy, parse_scheme
@@ -77,6 +80,22 @@ def test_without_fusion_a_file_asks_for_an_older_onnx_runtime_and_gives_the_same
     write(trace, flavor, tmp_path / "m.onnx", {"fuse": False})
     graph = onnx.load(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == opset
+    assert metadata(tmp_path / "m.onnx")["lowest_onnxruntime"] == lowest
+    assert agree(made, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("flavor", "scheme", "lowest"),
+    [("integer", "W3A8", "1.21.0"), ("matmulnbits", "W4A16", "1.19.0")],
+)
+def test_a_model_without_attention_asks_for_no_onnx_runtime_that_has_it(
+    flavor: str, scheme: str, lowest: str, tmp_path: Path
+):
+    mixer = MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=32)
+    made = quantized(randomized(mixer), noise(4), scheme, "rtn")
+    write(trace_quantized(made, "hash"), flavor, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 20
     assert metadata(tmp_path / "m.onnx")["lowest_onnxruntime"] == lowest
     assert agree(made, tmp_path / "m.onnx")
 

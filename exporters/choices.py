@@ -73,6 +73,9 @@ def _integer_objection(scheme: Scheme, options: Options) -> str | None:
     # An integer kernel multiplies codes by codes.
     if scheme.activation is None:
         return "needs quantized activations"
+    # INT2 is of opset 25, whose Attention has no kernel.
+    if options.get("fuse") and scheme.weight.num_bits == 2:
+        return "has attention as two products beside 2-bit weights (leave out --fuse)"
     # Smaller groups would work, but lose the point of the flavour.
     if scheme.weight.group_size is not None and scheme.weight.group_size < LEAST_GROUP:
         return (

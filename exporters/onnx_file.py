@@ -36,7 +36,7 @@ from marrq.errors import MarrqError
 from marrq.models.load import VisionModel, load_source
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.activations import ActivationQuantizer
-from marrq.quantizers.linear import quantized_linears
+from marrq.quantizers.linear import QuantLinear, quantized_linears
 from marrq.quantizers.weights_only import weights_only
 from marrq.schemes import Scheme
 from marrq.zero_shot import with_classes
@@ -112,7 +112,9 @@ def write(
     with np.errstate(over="ignore"):
         lowered = chosen.lower(traced, device)
     schemes, lowrank = model.block_schemes, model.method.lowrank
-    containers = {chosen.container_bits(scheme, device) for scheme in schemes}
+    # Patch embedding and head may be wider than the blocks.
+    own = [_scheme_of(linear) for linear in quantized_linears(model.module).values()]
+    containers = {chosen.container_bits(scheme, device) for scheme in own}
     has_salient = lowrank is not None and not lowrank.is_branch
     metadata = FileMetadata(
         flavor=flavor,
@@ -134,8 +136,11 @@ def write(
         schemes=_paths_by_scheme(model),
         container_bits=containers.pop() if len(containers) == 1 else None,
         linears=lowered.linears,
-        # All options, those with their defaults too.
-        options={name: str(value) for name, value in vars(chosen).items()},
+        # All options, those with their defaults too; of fuse, what was done.
+        options={
+            name: str(lowered.fuse if name == "fuse" else value)
+            for name, value in vars(chosen).items()
+        },
     )
     _save(lowered.graph, metadata, path, takes_images)
 
@@ -184,11 +189,13 @@ def _paths_by_scheme(model: QuantizedModel) -> dict[str, list[str]]:
     """
     paths: dict[str, list[str]] = {}
     for path, linear in quantized_linears(model.module).items():
-        # Patch embedding and head have a scheme of their own.
-        quantizer = linear.input if isinstance(linear.input, ActivationQuantizer) else None
-        scheme = Scheme(linear.spec, None if quantizer is None else quantizer.spec)
-        paths.setdefault(str(scheme), []).append(path)
+        paths.setdefault(str(_scheme_of(linear)), []).append(path)
     return paths
+
+
+def _scheme_of(linear: QuantLinear) -> Scheme:
+    quantizer = linear.input if isinstance(linear.input, ActivationQuantizer) else None
+    return Scheme(linear.spec, None if quantizer is None else quantizer.spec)
 
 
 def _save(graph: ir.Model, metadata: FileMetadata, path: Path, takes_images: bool) -> None:

@@ -58,6 +58,9 @@ def budget_of(
     if max_size is not None:
         return Budget(size_bytes=_bytes_in(max_size), sensitivity=sensitivity)
     if budget == AUTO:
+        # A comparison with NaN is false.
+        if max_drop is None or not 0 <= max_drop <= 100:
+            raise MarrqError(f"--max-drop is a number of points from 0 to 100: got {max_drop}")
         return Budget(max_drop=max_drop, sensitivity=sensitivity)
     return Budget(bits_per_weight=_bits_in(str(budget), "--budget", AUTO), sensitivity=sensitivity)
 

@@ -1,5 +1,6 @@
 """The quantized model and the record of how it came about: data only."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -181,6 +182,13 @@ class QuantizedModel:
     def settings(self) -> QuantizationSettings:
         """What the user chose."""
         return QuantizationSettings(self.scheme, self.method, self.calibration, self.widths)
+
+    def on_cpu(self) -> "QuantizedModel":
+        """The model on the CPU: itself, or a copy if it is on another device."""
+        tensors = self.module.state_dict().values()
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return self
+        return replace(self, module=copy.deepcopy(self.module).cpu())
 
     @property
     def method_name(self) -> str:

@@ -231,11 +231,13 @@ class LoweredModel:
     linears: by module path, where each linear begins and ends in the graph.
     bits_per_weight: bits that the graph keeps for a weight of the quantized linears: codes, scales,
     zero points, low-rank branches and smoothings.
+    fuse: whether attention is one operator, if the model has one that fits it.
     """
 
     graph: ir.Model
     linears: Mapping[str, tuple[LinearPart, ...]]
     bits_per_weight: float
+    fuse: bool
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,8 @@ def lower(
     if any(node.domain == ONNXRUNTIME_DOMAIN for node in lowered.graph):
         lowered.opset_imports[ONNXRUNTIME_DOMAIN] = 1
     bits = bits_per_weight(lowered.graph, weights, linears.values())
-    return LoweredModel(lowered, {path: _in_order(found) for path, found in parts.items()}, bits)
+    in_order = {path: _in_order(found) for path, found in parts.items()}
+    return LoweredModel(lowered, in_order, bits, target.fuse)
 
 
 def bits_per_weight(graph: ir.Graph, names: Iterable[str], linears: Iterable[QuantLinear]) -> float:

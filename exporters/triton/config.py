@@ -124,9 +124,9 @@ def text_of(config: Any) -> str:
 def read_bench(file: Path) -> dict[str, Any]:
     """The report that `marrq bench --json` wrote. Raises MarrqError for any other file."""
     try:
-        report: dict[str, Any] = json.loads(file.read_text())
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = report["schema"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise MarrqError(
             f"{str(file)!r} is no bench: give what `marrq bench --json` wrote"
         ) from error

@@ -164,11 +164,11 @@ def _flattered(artifact: Path, judging: "ImageSet") -> list[str]:
     from marrq.artifact.config import labels_from_json
     from marrq.artifact.folder import read_config
     from marrq.quantized_model import CalibrationRecord
-    from marrq.workflows.judging import calibrated_on, flattered
+    from marrq.workflows.judging import flattered_by_record
 
     config = read_config(artifact)
     record = CalibrationRecord(**config["calibration"])
-    found = flattered(calibrated_on(record, labels_from_json(config["labels"])), judging)
+    found = flattered_by_record(record, labels_from_json(config["labels"]), judging)
     return [f"{str(artifact)!r}: {sentence}" for sentence in found]
 
 

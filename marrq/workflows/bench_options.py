@@ -108,6 +108,11 @@ class BenchOptions:
                 "a bench has one batch size or more and one round or more: got batches="
                 f"{self.batches}, rounds={self.rounds}"
             )
+        # Every comparison with NaN is false.
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise MarrqError(f"--max-drop is a number of points from 0 to 100: got {self.max_drop}")
+        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
+            raise MarrqError(f"--min-cosine is a number from -1 to 1: got {self.min_cosine}")
         if self.artifacts and self.parity_images is None:
             raise MarrqError("--artifact is what --parity compares a file with: add --parity")
 

@@ -8,7 +8,7 @@ runs one after the other (`Runner`), or workers of Ray do (marrq/workflows/compa
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -205,13 +205,13 @@ class Runner:
             "float": float_model,
         }
 
-    @property
-    def notes(self) -> list[str]:
-        """How the weights were read, and what cannot be measured on the images."""
+    def notes(self, seeds: Iterable[int]) -> list[str]:
+        """How the weights were read, and what cannot be measured on the images, with the draws of
+        some seeds."""
         why = self.images.measured.why_unlabelled
         unlabelled = [f"classes are not known: {why}"] if why else []
-        # Each seed draws others of the same images.
-        both = flattered(self.train, self.images.measured)
+        draws = [self.train.draw(self.samples, seed) for seed in seeds]
+        both = flattered(draws, self.images.measured)
         return [*self.original.notes, *both, *unlabelled, *self.images.notes]
 
     @cached_property
@@ -289,21 +289,20 @@ class ReportFile:
             "weights": runner.original.source.weights_sha256,
             "outputs": list(runner.answering.outputs),
             "data": measured.description(),
+            # Neighbours among other images, and other classes, cannot stand in one table either.
+            "gallery": None if gallery is None else gallery.description(),
+            "classes": None if runner.task.classes is None else runner.task.classes.sha256,
             "calibration": runner.train.sha256,
             "samples": runner.samples,
             "device": runner.task.device,
             "versions": {name: version(name) for name in PACKAGES},
         }
-        if runner.task.classes is not None:
-            about["classes"] = runner.task.classes.sha256
-        # Neighbours among other images cannot stand in one table either.
-        if gallery is not None:
-            about["gallery"] = gallery.description()
         # The machine of the command; times can be compared within one file alone.
         environment = {**describe_machine().to_json(), "torch": version("torch")}
         found = check_comparison(file, about) or {"environment": environment, "runs": []}
         # Files of earlier versions have no warnings.
-        self.report = {**about, "warnings": runner.notes, **found}
+        notes = runner.notes({one.seed for one in combinations})
+        self.report = {**about, "warnings": notes, **found}
 
     def missing(self) -> list[Combination]:
         """The combinations that the file does not hold."""

@@ -27,7 +27,7 @@ from marrq.models.preprocessing import Preprocessing
 from marrq.quantized_model import QuantizedModel
 from marrq.quantizers.linear import quantized_linears
 from marrq.workflows.float_model import find_float_model
-from marrq.workflows.judging import calibrated_on, flattered
+from marrq.workflows.judging import flattered_by_record
 from marrq.zero_shot import labels_without_classes, with_classes
 from runtime.errors import BenchError
 from runtime.measure.accuracy import Accuracy, measure_accuracy
@@ -75,8 +75,8 @@ class Candidates:
             sentence
             for model in self.models.values()
             if isinstance(model, QuantizedModel)
-            for sentence in flattered(
-                calibrated_on(model.calibration, labels_without_classes(model)), judging
+            for sentence in flattered_by_record(
+                model.calibration, labels_without_classes(model), judging
             )
         ]
 

@@ -175,6 +175,8 @@ def _loaded(
         return with_classes(model, quantized.classes), artifact
     if isinstance(quantized, Path | str):
         return load(Path(quantized)), artifact_hash(Path(quantized))
+    # A model that was quantized on a GPU is still there, and files are made on the CPU.
+    quantized = quantized.on_cpu()
     # The hash is that of a folder, so the model is saved for it, as `marrq.save` would. Classes are
     # no part of an artifact.
     saved = quantized if quantized.classes is None else without_classes(quantized)

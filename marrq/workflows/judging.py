@@ -1,5 +1,6 @@
 """Whether images that judge a model have calibrated it too, which flatters the model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from marrq.errors import MarrqError
@@ -20,17 +21,24 @@ def calibrated_on(record: CalibrationRecord, labels: tuple[str, ...]) -> ImageSe
     return drawn if drawn.sha256 == record.files_sha256 else None
 
 
-def flattered(calibrating: ImageSet | None, judging: ImageSet) -> list[str]:
+def flattered(calibrating: Iterable[ImageSet], judging: ImageSet) -> list[str]:
     """A sentence if some images do both, as a list."""
-    if calibrating is None:
-        return []
-    shared = len(_places(calibrating) & _places(judging))
+    used = set[Path]().union(*map(_places, calibrating))
+    shared = len(used & _places(judging))
     if not shared:
         return []
     return [
         f"{shared:,} of the {len(judging):,} images that judge have calibrated too, so the figures "
         "flatter: put images to judge by into val/, others into train/"
     ]
+
+
+def flattered_by_record(
+    record: CalibrationRecord, labels: tuple[str, ...], judging: ImageSet
+) -> list[str]:
+    """The same of an artifact's calibration. labels: as for `calibrated_on`."""
+    drawn = calibrated_on(record, labels)
+    return flattered([] if drawn is None else [drawn], judging)
 
 
 def _places(images: ImageSet) -> set[Path]:

@@ -103,7 +103,7 @@ class Search:
     def notes(self) -> Iterator[str]:
         """What is to be known of the images."""
         measured = self.judged_by.measured
-        yield from flattered(self.train.draw(self.recipe.samples, self.recipe.seed), measured)
+        yield from flattered([self.train.draw(self.recipe.samples, self.recipe.seed)], measured)
         yield from self.judged_by.notes
         yield from (*self.train.noted(), *measured.noted())
 

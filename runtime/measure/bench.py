@@ -144,10 +144,8 @@ def bench(
     answered = predict(entries, images, session, progress.images)
     judged = judge(entries, answered, progress.embeddings)
     ran = [_what_runs(entry, session) for entry in entries]
-    runnings = _run(entries, settings, progress)
-    # Now, while the clocks are still those of the last run.
+    runnings, gpu = _run(entries, settings, progress)
     on_gpu = session.provider in DEVICES
-    gpu = describe_gpu() if on_gpu else None
     environment = BenchEnvironment(
         **described,
         rounds=plan.rounds,
@@ -215,20 +213,25 @@ def _what_runs(entry: Entry, settings: SessionSettings) -> _Ran:
     return _Ran(nodes, tuple(audit(examined)), measure_precision(examined), elsewhere)
 
 
-def _run(entries: Sequence[Entry], settings: BenchSettings, progress: Progress) -> list[_Running]:
-    """Latency, load time, throughput and memory of each model."""
+def _run(
+    entries: Sequence[Entry], settings: BenchSettings, progress: Progress
+) -> tuple[list[_Running], Gpu | None]:
+    """Latency, load time, throughput and memory of each model; and the GPU that ran them."""
     files, session, plan = [entry.file for entry in entries], settings.session, settings.plan
     # One after the other: each would disturb the times of the next.
     speeds = measure_latency(files, session, plan, progress.session)
     throughputs = measure_throughput(
         files, session, plan, settings.throughput_threads, progress.session
     )
+    # Now, while the clocks are still those of the last timed run.
+    gpu = describe_gpu() if session.provider in DEVICES else None
     # Memory at the largest batch, which a server has to have room for.
     memory = measure_peak_memory(files, max(plan.batches), session)
-    return [
+    runnings = [
         _Running(speed, peak, tuple(throughput))
         for speed, peak, throughput in zip(speeds, memory, throughputs, strict=True)
     ]
+    return runnings, gpu
 
 
 def _measured(

@@ -62,15 +62,12 @@ def judge(
     rights = accuracies(entries, answered) if has_classes and known else nothing
     alike = agreements(entries, answered) if has_classes and not known else nothing
     embedded = embeddings(entries, answered, rows_done) if gives_features else nothing
-    return [
-        Judgement(right, same, embedding, _other_outputs(entry, answered.answers[entry.file]))
-        for entry, right, same, embedding in zip(entries, rights, alike, embedded, strict=True)
-    ]
-
-
-def _other_outputs(entry: Entry, answers: Answers) -> tuple[OutputError, ...]:
     # The distance of the float32 model from itself says nothing.
-    return () if entry.flavor == "fp32" else answers.outputs
+    others = [
+        () if entry is _float32(entries) else answered.answers[entry.file].outputs
+        for entry in entries
+    ]
+    return [Judgement(*found) for found in zip(rights, alike, embedded, others, strict=True)]
 
 
 def _finite(entries: Sequence[Entry], answers: dict[Path, Answers]) -> list[Entry]:

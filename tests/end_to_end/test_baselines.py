@@ -1,6 +1,7 @@
 """What a bench and an evaluation do when the float model, or its numbers, are not there."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,8 @@ def test_an_artifact_is_evaluated_and_compared_with_its_file_without_the_float_m
         ({"batches": ()}, r"one batch size or more and one round or more: got batches=\(\)"),
         ({"batches": (0, 1)}, "one batch size or more"),
         ({"rounds": 0}, "one round or more: got .*rounds=0"),
+        ({"max_drop": math.nan}, "points from 0 to 100: got nan"),
+        ({"min_cosine": math.nan}, "a number from -1 to 1: got nan"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_at_once(options: dict[str, Any], told: str):

@@ -299,6 +299,19 @@ def test_two_bits_lie_in_four_where_a_kernel_may_not_have_them(
     assert device == "gpu" or agree(trace.model, file)
 
 
+def test_a_file_states_one_container_only_if_patch_embedding_and_head_have_it_too(tmp_path: Path):
+    write(traced("vit", "W4A8-e8"), "integer", tmp_path / "m.onnx")
+    assert "container_bits" not in metadata(tmp_path / "m.onnx")
+
+
+def test_two_bits_have_attention_as_two_products_and_say_so(tmp_path: Path):
+    trace = traced("vit", "W2A8", strategy="per-token")
+    write(trace, "integer", tmp_path / "m.onnx")
+    assert metadata(tmp_path / "m.onnx")["fuse"] == "False"
+    with pytest.raises(MarrqError, match=r"beside 2-bit weights \(leave out --fuse\)"):
+        write(trace, "integer", tmp_path / "m.onnx", {"fuse": True})
+
+
 def test_joint_codes_of_salient_columns_ask_for_the_release_of_their_container(tmp_path: Path):
     trace, file = traced("vit", "W4A16", "serq:8"), tmp_path / "m.onnx"
     write(trace, "matmulnbits", file, {"fuse": False})

@@ -23,7 +23,7 @@ from exporters import onnx_file
 from exporters.onnx_file import Export
 from exporters.triton import config as triton_config
 from exporters.triton.card import card
-from exporters.triton.config import preferred_batches
+from exporters.triton.config import preferred_batches, read_bench
 from exporters.triton.repository import write_repository
 from exporters.triton.serving import BACKEND_FILES, Serving
 from marrq.artifact.folder import save
@@ -215,6 +215,14 @@ def test_the_fastest_batches_of_a_bench_are_preferred():
     twice = {"models": [BENCH["models"][0]] * 2}
     with pytest.raises(MarrqError, match="the bench holds 2 of W4A8 integer"):
         preferred_batches(twice, "integer", "W4A8", 8)
+
+
+@pytest.mark.parametrize("text", [None, "{}", "["])
+def test_a_file_that_is_no_bench_is_told(text: str | None, tmp_path: Path):
+    if text is not None:
+        (tmp_path / "b.json").write_text(text)
+    with pytest.raises(MarrqError, match=r"b\.json' is no bench: give what"):
+        read_bench(tmp_path / "b.json")
 
 
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:

@@ -134,7 +134,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_values(
     monkeypatch: pytest.MonkeyPatch, number: float = 1.0, answers: Answers | None = None
 ) -> Iterator[None]:
-    monkeypatch.setattr("marrq.models.blocks.copy", SimpleNamespace(deepcopy=copied))
+    for file in ("models.blocks", "quantized_model"):
+        monkeypatch.setattr(f"marrq.{file}.copy", SimpleNamespace(deepcopy=copied))
     monkeypatch.setattr("marrq.pipeline.group.find_residual_writer", known_writer)
     monkeypatch.setattr("marrq.pipeline.token_weights.find_residual_writer", known_writer)
     # Autograd starts a thread on the device: every gradient is told as soon as it is asked for.
@@ -272,6 +273,10 @@ def test_a_model_is_quantized_on_the_device(
         assert len(quantized_linears(model.module)) == len(model.reports) == 8
         assert model.module(torch.randn(2, 3, 32, 32, device=CUDA)).device.type == "cuda"
         assert {tensor.device.type for tensor in tensors_of(model.module).values()} == {"cpu"}
+        # What an export is made of; the model that the user has stays where it is.
+        copied = model.on_cpu().module.state_dict().values()
+        assert {tensor.device.type for tensor in copied} == {"cpu"}
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
 
 @pytest.mark.slow

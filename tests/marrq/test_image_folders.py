@@ -15,7 +15,7 @@ from marrq.files import check_data_folder
 from marrq.models.images import ImageSet, find_images
 from marrq.models.images.folders import SYSTEM_NAMES
 from marrq.quantized_model import CalibrationRecord
-from marrq.workflows.judging import calibrated_on, flattered
+from marrq.workflows.judging import calibrated_on, flattered, flattered_by_record
 
 LABELS = ("cat", "dog", "eel")
 
@@ -294,10 +294,11 @@ def test_images_that_calibrate_and_judge_are_counted_by_whatever_name_they_go(
     one = find_images("one", "train")
     record = CalibrationRecord("one", 4, 0, one.draw(4, 0).sha256)
     calibrating, judging = calibrated_on(record, ()), find_images(str(tmp_path / "one"), "val")
-    [sentence] = flattered(calibrating, judging)
+    assert calibrating is not None
+    [sentence] = flattered([calibrating], judging)
     assert sentence.startswith("4 of the 6 images that judge have calibrated too, so the figures")
     train, val = (find_images("apart", split) for split in ("train", "val"))
-    assert flattered(train, val) == []
+    assert flattered([train], val) == []
     # Images that are gone, or others by now, cannot be told.
     for changed in (replace(record, data="gone"), replace(record, files_sha256="")):
-        assert flattered(calibrated_on(changed, ()), judging) == []
+        assert flattered_by_record(changed, (), judging) == []

@@ -1,5 +1,6 @@
 """What can be told of answers depends on what a model gives and on what is known of the images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,11 @@ def test_the_float32_model_is_not_compared_with_itself_in_other_outputs():
     row = OutputError(0.9, 0.8, 1.0, 0.7, 20, "tokens", 0.1, None)
     answers = {one.file: Answers("classes", LOGITS, outputs=(row,)) for one in ENTRIES}
     found = judge(ENTRIES, Answered(answers, KNOWN), lambda count: None)
+    assert [one.outputs for one in found] == [(), (row,)]
+    # A second float32 model is a candidate like any other.
+    second = replace(ENTRIES[0], name="own", file=Path("own"), role="candidate")
+    answers[second.file] = answers[ENTRIES[1].file]
+    found = judge([ENTRIES[0], second], Answered(answers, KNOWN), lambda count: None)
     assert [one.outputs for one in found] == [(), (row,)]
 
 

@@ -43,10 +43,11 @@ class RefinementRecord:
     """How a model was refined after it was quantized (marrq/refinement).
 
     images: images that it learned from. held_out: images that judged.
-    files_sha256: a hash of all these images; none of them has calibrated.
+    files_sha256: a hash of the names of all these images; none of them has calibrated.
     steps: steps of the optimizer.
     loss_before, loss_after: mean loss on the held-out images. If the loss did not fall, the model
         has the numbers from before.
+    moved_codes: codes of weights that moved by one step.
     """
 
     images: int
@@ -55,6 +56,7 @@ class RefinementRecord:
     steps: int
     loss_before: float
     loss_after: float
+    moved_codes: int = 0
 
     @property
     def helped(self) -> bool:

@@ -68,8 +68,8 @@ class QuantizedModule(Record):
 class Refinement(Record):
     """How a model was refined, that is trained, after it was quantized.
 
-    images: it learned from. held_out: images that judged it. files_sha256: a hash of all of them.
-    loss_before, loss_after: on the images that judged.
+    images: it learned from. held_out: images that judged it. files_sha256: a hash of their names.
+    loss_before, loss_after: on the images that judged. moved_codes: codes that moved by one step.
     """
 
     images: int
@@ -78,13 +78,15 @@ class Refinement(Record):
     steps: int
     loss_before: float
     loss_after: float
+    moved_codes: int = 0
 
     @property
     def sentence(self) -> str:
         """What was done, and what came of it."""
         taken_back = "" if self.loss_after < self.loss_before else ", and was taken back"
+        moved = f", which moved {self.moved_codes:,} codes" if self.moved_codes else ""
         return (
-            f"on {self.images:,} further images in {self.steps:,} steps: the loss on "
+            f"on {self.images:,} further images in {self.steps:,} steps{moved}: the loss on "
             f"{self.held_out:,} held-out images went from {self.loss_before:.3f} to "
             f"{self.loss_after:.3f}{taken_back}"
         )

@@ -97,8 +97,10 @@ def refinement_from_json(fields: Any, method: MethodSpec) -> RefinementRecord | 
     record = RefinementRecord(**fields)
     counts = (record.images, record.held_out, record.steps)
     losses = (record.loss_before, record.loss_after)
+    moved = record.moved_codes
     if not (
         all(map(COUNT.allows, counts))
+        and (moved == 0 or COUNT.allows(moved))
         and all(map(NUMBER.allows, losses))
         and isinstance(record.files_sha256, str)
     ):

@@ -19,6 +19,7 @@ class RefinementSpec:
 
     on: off by default; nothing else trains anything
     images: unlabelled images to learn from, which calibration has not used
+    codes: whether codes of weights may move by one step (marrq/refinement/learned.py)
     epochs: how often each of them is seen
     batch: images of a step at most
     rate: multiplies the learning rates of marrq/refinement/learned.py
@@ -33,6 +34,12 @@ class RefinementSpec:
         default=1200,
         metadata=setting(
             f"{KEY}.images", "images to learn from, which calibration has not used", COUNT
+        ),
+    )
+    codes: bool = field(
+        default=True,
+        metadata=setting(
+            f"{KEY}.codes", "let codes of weights move by one, at 1.6 times the time", ON_OFF
         ),
     )
     epochs: int = field(

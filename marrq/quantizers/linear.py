@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from marrq.quantizers.activations import ActivationQuantizer, Smoothing
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.packing import packed_size
-from marrq.quantizers.salient import SECOND_BITS
+from marrq.quantizers.salient import SECOND_BITS, joint_range, strides
 from marrq.schemes import WeightSpec
 
 # float32 and int8; float32, since all zero points are 0; a power of two as float8_e8m0fnu.
@@ -58,6 +58,24 @@ class QuantizedWeight:
         # (code - zero_point) · scale, with a scale and a zero point for every group.
         grid = Grid(self.scale, self.zero_point, *self.spec.code_range)
         return grid.values(self.codes.to(self.scale))
+
+    def moved(self, steps: Tensor) -> Tensor:
+        """The codes, each by so many steps of its grid further and within its ends: [out, in], in
+        the type of steps. Differentiable in steps: [out, in], integers."""
+        low, high = self.spec.code_range
+        if self.salient_columns is None:
+            return (self.codes + steps).clamp(low, high)
+        # A step of a column without second codes is a stride of joint codes.
+        bits, columns = self.spec.num_bits, self.codes.shape[1]
+        stride = strides(self.salient_columns, bits, columns)
+        lowest, highest = stride * low, stride * high
+        places = self.salient_columns.long()
+        for ends, joint in zip((lowest, highest), joint_range(bits), strict=True):
+            ends[places] = float(joint)
+        # Not clamp, which halves the derivative of a code that has come to the end.
+        codes = self.codes + stride * steps
+        codes = torch.where(codes < lowest, lowest, codes)
+        return torch.where(codes > highest, highest, codes)
 
     @property
     def stored_bits(self) -> int:

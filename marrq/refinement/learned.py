@@ -1,4 +1,4 @@
-"""What the refinement learns, and what it leaves: codes and zero points are integers and stay.
+"""What the refinement learns, and how far it lets a code move. Zero points stay.
 
     weight scales       s_i · exp(g_i), one g for each output channel, shared by the channel's
                         groups; not if scales are powers of two (mxint)
@@ -6,6 +6,7 @@
     activation scales   s · exp(δ) of static activations; the zero point stays
     smoothing           one factor for each channel, · exp(δ)
     low-rank branches   L and R, each component in units of its root mean square
+    codes               c + clamp(round(u), -1, 1), with a u for each code that begins at 0
     vectors             biases, and every floating-point vector of the model: the weights and biases
                         of norms, LayerScale, the bias of a head
 
@@ -13,13 +14,26 @@ A positive number is learned as its logarithm, so that it stays positive; a bias
 learned as it is, in units of its root mean square. So one learning rate means about the same
 relative change everywhere.
 
-While a model is refined, `LearnedLinear` stands in place of QuantLinear. It multiplies by the
-dequantized weight, which is computed once and is a constant to autograd: the gain is applied to the
-outputs, so neither memory nor time is spent on a gradient of the weight.
+A code was decided by a method that saw its linear alone. It moves by one step, and only if the
+gradients of many batches agree that it should. A step of Adam is about η g / σ, with the gradient g
+and its root mean square σ. So if the gradients of a code are noise, u ends at a normal number with
+the standard deviation η √(Σ s²), where s is the share of the learning rate η at each step, and the
+code moves if |u| > 1/2. With
+
+    η = 1 / (2 z √(e Σ s²))        e: how often an image is seen
+
+a code moves if its gradients' mean is more than z standard errors from 0, whatever the number of
+steps: a test of significance. At z = 3 it moved 2 of 1,000 codes of a ViT-S at W3A3; a z of 1
+lets noise move more of them than gradients do, and the model is lost.
+
+While a model is refined, `LearnedLinear` stands in place of QuantLinear. The gain is applied to the
+outputs. Without learned codes the weight is a constant to autograd, so that neither memory nor time
+is spent on its gradient.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,8 +43,15 @@ from torch import Tensor, nn
 from marrq.models.blocks import hooked
 from marrq.quantizers.activations import ActivationQuantizer, smoothed
 from marrq.quantizers.affine import Grid
-from marrq.quantizers.linear import LowRank, QuantLinear, StoredFactor, quantized_linears
-from marrq.refinement.straight_through import nearest
+from marrq.quantizers.linear import (
+    INT8_LIMIT,
+    LowRank,
+    QuantizedWeight,
+    QuantLinear,
+    StoredFactor,
+    quantized_linears,
+)
+from marrq.refinement.straight_through import nearest, whole_step
 
 GAIN_RATE = 2e-3
 """Of weight scales, and of biases and vectors in units of their root mean square."""
@@ -39,6 +60,8 @@ RANGE_RATE = 1e-2
 SMOOTHING_RATE = 5e-3
 BRANCH_RATE = 2e-3
 """Of low-rank branches."""
+SIGNIFICANCE = 3.0
+"""z: the standard errors from 0 at which the gradients of a code move it."""
 
 
 class LearnedInput(nn.Module):
@@ -95,9 +118,32 @@ class LearnedFactor(nn.Module):
         return StoredFactor.rounded((self.share * self.size).detach(), self.scale)
 
     def forward(self) -> Tensor:
-        """The stored values, differentiable: rounding has the derivative 1 here."""
+        """The stored values, differentiable: rounding has the derivative 1 here, at the ends of
+        int8 codes 0."""
         exact = self.share * self.size
+        if self.scale is not None:
+            exact = exact.clamp(-INT8_LIMIT * self.scale, INT8_LIMIT * self.scale)
         return exact + (self.store().values - exact).detach()
+
+
+class LearnedCodes(nn.Module):
+    """The codes of a weight, each of which may move by one step.
+
+    start: the weight as the method found it.
+    """
+
+    def __init__(self, start: QuantizedWeight) -> None:
+        super().__init__()
+        self.start = start
+        self.shift = nn.Parameter(torch.zeros(start.codes.shape, device=start.codes.device))
+
+    def codes(self) -> Tensor:
+        """The codes as moved so far: float32 [out, in], differentiable but at the grid's ends."""
+        return self.start.moved(whole_step(self.shift))
+
+    def forward(self) -> Tensor:
+        """The dequantized weight [out, in]."""
+        return replace(self.start, codes=self.codes()).values
 
 
 class LearnedLinear(nn.Module):
@@ -105,14 +151,17 @@ class LearnedLinear(nn.Module):
 
     linear: the quantized linear, which stays as it is until `store`.
     input: shared with the linears that read the same input; None if the input is not quantized.
+    learns_codes: whether codes may move.
     """
 
     weight: Tensor
 
-    def __init__(self, linear: QuantLinear, input: LearnedInput | None) -> None:
+    def __init__(self, linear: QuantLinear, input: LearnedInput | None, learns_codes: bool) -> None:
         super().__init__()
         self.linear, self.input = linear, input
-        self.register_buffer("weight", linear.weight)  # [out, in]
+        self.codes = LearnedCodes(linear.quantized_weight) if learns_codes else None
+        if not learns_codes:
+            self.register_buffer("weight", linear.weight)  # [out, in]
         rows = linear.scale.new_zeros(len(linear.scale))
         # A power of two times a gain is no power of two, and mxint stores nothing else.
         self.gain = None if linear.spec.grid == "mxint" else nn.Parameter(rows)
@@ -124,7 +173,7 @@ class LearnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., out] of inputs x [..., in]."""
         x = x if self.input is None else self.input(x)
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight if self.codes is None else self.codes())
         if self.gain is not None:
             y = y * self.gain.exp()
         if self.bias is not None:
@@ -137,6 +186,8 @@ class LearnedLinear(nn.Module):
     def store(self) -> QuantLinear:
         """The quantized linear with the numbers that were learned."""
         linear = self.linear
+        if self.codes is not None:
+            linear.codes = self.codes.codes().to(torch.int8)
         if self.gain is not None:
             # [out, groups]: all groups of a channel get the channel's gain.
             linear.scale = linear.scale * self.gain.exp()[:, None]
@@ -168,22 +219,29 @@ class Learned:
         found = (linear.input for linear in self.linears.values() if linear.input is not None)
         return list(dict.fromkeys(found))
 
-    def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Parameters and learning rates, as an optimizer takes them. rate: multiplies all rates."""
+    def groups(self, rate: float, walk: float) -> list[dict[str, Any]]:
+        """Parameters and learning rates, as an optimizer takes them.
+
+        rate: multiplies all rates. walk: √(e Σ s²) of the formula above."""
         gains = [linear.gain for linear in self.linears.values() if linear.gain is not None]
         channels = [one.channels for one in self.inputs if one.channels is not None]
         factors = [module for module in self.module.modules() if isinstance(module, LearnedFactor)]
+        moving = [linear.codes for linear in self.linears.values() if linear.codes is not None]
         groups = [
             {"params": gains, "lr": rate * GAIN_RATE},
             {"params": [one.range for one in self.inputs], "lr": rate * RANGE_RATE},
             {"params": channels, "lr": rate * SMOOTHING_RATE},
             {"params": [factor.share for factor in factors], "lr": rate * BRANCH_RATE},
+            {"params": [codes.shift for codes in moving], "lr": rate / (2 * SIGNIFICANCE * walk)},
         ]
         biases = [linear.bias for linear in self.linears.values() if linear.bias is not None]
-        for vector in (*biases, *self.vectors):
+        vectors = (*biases, *self.vectors)
+        sizes = [float(vector.detach().square().mean().sqrt()) for vector in vectors]
+        # A vector of zeros, such as the biases of norms that `rotate` took away, has no size.
+        usual = median([size for size in sizes if size > 0] or [1.0])
+        for vector, size in zip(vectors, sizes, strict=True):
             # A step of Adam has the size of its rate, so this one is relative to the vector.
-            size = float(vector.detach().square().mean().sqrt())
-            groups.append({"params": [vector], "lr": rate * GAIN_RATE * size})
+            groups.append({"params": [vector], "lr": rate * GAIN_RATE * (size or usual)})
         return [group for group in groups if group["params"]]
 
     def store(self) -> None:
@@ -194,10 +252,11 @@ class Learned:
             vector.requires_grad_(False)
 
 
-def learn(module: nn.Module, image: Tensor) -> Learned:
+def learn(module: nn.Module, image: Tensor, learns_codes: bool) -> Learned:
     """Put a LearnedLinear in place of every QuantLinear of a model.
 
     image: [1, channels, height, width], for a trial forward that shows who reads which input.
+    learns_codes: whether codes may move.
     """
     linears = quantized_linears(module)
     module.requires_grad_(False)
@@ -206,7 +265,10 @@ def learn(module: nn.Module, image: Tensor) -> Learned:
         quantizer = linears[paths[0]].input
         if isinstance(quantizer, ActivationQuantizer):
             inputs |= dict.fromkeys(paths, LearnedInput(quantizer))
-    learned = {path: LearnedLinear(linear, inputs.get(path)) for path, linear in linears.items()}
+    learned = {
+        path: LearnedLinear(linear, inputs.get(path), learns_codes)
+        for path, linear in linears.items()
+    }
     for path, linear in learned.items():
         module.set_submodule(path, linear)
     inside = tuple(f"{path}." for path in learned)

@@ -4,8 +4,7 @@
     rates   those of learned.py, over 10 steps from 0 up, then along a cosine down to 0
     Adam    β₁ = 0.9, β₂ = 0.99 (arXiv 1412.6980): few steps, so that the second moment must follow
 
-This is the only place of marrq that trains anything. The codes are those of the method; nothing but
-images is read, no labels.
+This is the only place of marrq that trains anything. Nothing but images is read, no labels.
 
 Held-out images judge the result: their loss is taken before the first step and after the last. If
 it did not fall, the model gets back the numbers that it had, and the record says so.
@@ -22,6 +21,7 @@ from torch import nn
 from marrq.errors import MarrqError
 from marrq.methods.refinement_spec import RefinementSpec
 from marrq.quantized_model import QuantizedModel, RefinementRecord
+from marrq.quantizers.linear import quantized_linears
 from marrq.refinement.learned import Learned, learn
 from marrq.refinement.teacher import StepDone, Teacher, no_steps
 
@@ -47,12 +47,17 @@ def refine(
     before = _finite(_held_out_loss(module, teacher, spec), "before its first step", OVERFLOWS)
     # Numbers that may change are kept as they are: a result that does not help is taken back.
     state = copy.deepcopy(module.state_dict())
-    learned = learn(module, teacher.images[:1].to(next(module.parameters()).device))
+    image = teacher.images[:1].to(next(module.parameters()).device)
+    learned = learn(module, image, spec.codes)
     _train(learned, teacher, spec, model.calibration.seed, step_done)
     learned.store()
     after = _finite(_held_out_loss(module, teacher, spec), "after its last step", _slower(spec))
+    moved = sum(
+        int((linear.codes != state[f"{path}.codes"]).sum())
+        for path, linear in quantized_linears(module).items()
+    )
     record = RefinementRecord(
-        spec.images, spec.held_out, teacher.files_sha256, spec.steps, before, after
+        spec.images, spec.held_out, teacher.files_sha256, spec.steps, before, after, moved
     )
     if not record.helped:
         module.load_state_dict(state)
@@ -63,12 +68,16 @@ def _train(
     learned: Learned, teacher: Teacher, spec: RefinementSpec, seed: int, step_done: StepDone
 ) -> None:
     """All steps. The modules of the model stay in evaluation mode: no dropout, no statistics."""
-    groups = learned.groups(spec.rate)
+    shares = [_share_of_rate(step, spec.steps) for step in range(spec.steps)]
+    # Images that are seen again bring no new evidence: e times the same noise has e times its
+    # standard deviation, and √e times that of as many images.
+    walk = math.hypot(*shares) * math.sqrt(spec.epochs)
+    groups = learned.groups(spec.rate, walk)
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     rates = [group["lr"] for group in groups]
     for step, rows in enumerate(batches(spec, seed)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _share_of_rate(step, spec.steps)
+            group["lr"] = rate * shares[step]
         loss = teacher.loss(learned.module, rows, spec.temperature)
         # The first step's loss is that of the numbers as they were.
         advice = _slower(spec) if step else OVERFLOWS

@@ -36,9 +36,9 @@ from marrq.models.named_outputs import OutputKind
 from marrq.quantized_model import QuantizedModel, RefinementRecord
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import quantized_linears
-from marrq.refinement.learned import learn
+from marrq.refinement.learned import LearnedCodes, learn
 from marrq.refinement.loss import distance
-from marrq.refinement.refine import batches, refine
+from marrq.refinement.refine import BETAS, _share_of_rate, batches, refine
 from marrq.refinement.straight_through import nearest
 from marrq.refinement.teacher import Teacher
 from marrq.schemes import ActivationStrategy, parse_scheme
@@ -207,18 +207,19 @@ def test_what_is_not_learned_stays_and_nothing_learned_changes_no_byte(
     model, _ = prepared(build, scheme, strategy, method)
     before, pixels = hashed(model), noise(4, seed=2)
     expected = model.module(pixels)
-    learned = learn(model.module, pixels[:1])
-    # What is trained is what is stored, but for the order of floating-point sums.
-    assert torch.allclose(model.module(pixels), expected, atol=1e-4)
-    learned.store()
-    assert hashed(model) == before
+    for learns_codes in (False, True):
+        learned = learn(model.module, pixels[:1], learns_codes)
+        # What is trained is what is stored, but for the order of floating-point sums.
+        assert torch.allclose(model.module(pixels), expected, atol=1e-4)
+        learned.store()
+        assert hashed(model) == before
 
 
 @pytest.mark.parametrize(("build", "scheme", "strategy", "method"), CASES)
 def test_the_loss_falls_and_the_codes_stay(
     build: Callable[[], nn.Module], scheme: str, strategy: ActivationStrategy, method: str
 ):
-    model, teacher = prepared(build, scheme, strategy, method, epochs=6)
+    model, teacher = prepared(build, scheme, strategy, method, epochs=6, codes=False)
     integers = {
         path: (linear.codes.clone(), linear.zero_point.clone())
         for path, linear in quantized_linears(model.module).items()
@@ -240,7 +241,9 @@ def test_the_loss_falls_and_the_codes_stay(
 
 @pytest.mark.parametrize("branch", ["srr:4", "qera:4:int8"])
 def test_both_factors_of_a_branch_are_learned_and_stay_what_the_artifact_stores(branch: str):
-    model, teacher = prepared(vit, "W2A8", "per-tensor", f"gptq,lowrank={branch}", rate=10.0)
+    model, teacher = prepared(
+        vit, "W2A8", "per-tensor", f"gptq,lowrank={branch}", rate=10.0, codes=False
+    )
     before = {path: one.lowrank for path, one in quantized_linears(model.module).items()}
     refine(model, judged_by_what_it_teaches(teacher))
     for path, linear in quantized_linears(model.module).items():
@@ -249,6 +252,71 @@ def test_both_factors_of_a_branch_are_learned_and_stay_what_the_artifact_stores(
             assert now.codes.dtype == was.codes.dtype
             assert not torch.equal(now.codes, was.codes)
             assert was.scale is None or torch.equal(now.scale, was.scale)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq,lowrank=serq:8", "gptq,lowrank=srr:4"])
+def test_codes_move_by_one_step_within_their_grid_and_are_counted(method: str):
+    model, teacher = prepared(vit, "W3A8", "per-tensor", method, batch=1)
+    before = {p: one.quantized_weight for p, one in quantized_linears(model.module).items()}
+    found = refine(model, judged_by_what_it_teaches(teacher))
+    assert found.refinement is not None
+    assert found.refinement.helped
+    moved = 0
+    for path, linear in quantized_linears(found.module).items():
+        was, now = before[path], linear.quantized_weight
+        assert torch.equal(was.zero_point, now.zero_point)
+        unit, low, high = np.ones(was.codes.shape[1]), -4, 3
+        if was.salient_columns is not None:
+            # A column without second codes has every fourth joint code (quantizers/salient.py).
+            unit *= 4
+            low, high = np.full(len(unit), -16), np.full(len(unit), 12)
+            chosen = was.salient_columns.numpy()
+            unit[chosen], low[chosen], high[chosen] = 1, -32, 31
+        steps = (now.codes.int() - was.codes.int()).numpy() / unit
+        assert set(np.unique(steps)) <= {-1, 0, 1}
+        assert ((low <= now.codes.numpy()) & (now.codes.numpy() <= high)).all()
+        moved += int((steps != 0).sum())
+    assert found.refinement.moved_codes == moved > 0
+
+
+def test_a_code_has_the_gradient_of_its_weight_and_none_beyond_the_end_of_the_grid():
+    model, _ = prepared(vit, "W4A16-g16", method="gptq,lowrank=serq:8")
+    for linear in quantized_linears(model.module).values():
+        weight = linear.quantized_weight
+        codes = LearnedCodes(weight)
+        towards = torch.randn(weight.codes.shape, generator=torch.Generator().manual_seed(0))
+        codes.shift.data[:] = 0.6
+        (codes() * towards).sum().backward()
+        # A step is δ in a salient column and 4 δ in the others, with a scale δ for each group.
+        is_salient = np.zeros(weight.codes.shape[1], bool)
+        is_salient[linear.salient_columns.numpy()] = True
+        step = np.repeat(linear.scale.numpy(), 16, axis=1) * np.where(is_salient, 1, 4)
+        at_end = weight.codes.numpy() == np.where(is_salient, 63, 28)
+        assert at_end.any()
+        expected = np.where(at_end, 0, step * towards.numpy())
+        assert np.allclose(codes.shift.grad.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [30, 300])
+def test_gradients_that_are_noise_move_few_codes_whatever_the_number_of_steps(steps: int):
+    spec = RefinementSpec(on=True, images=steps, batch=1)
+    model, _ = prepared(vit, "W3A8")
+    learned = learn(model.module, noise(1), True)
+    shares = [_share_of_rate(step, spec.steps) for step in range(spec.steps)]
+    groups = learned.groups(1.0, math.hypot(*shares))
+    linear = next(iter(learned.linears.values()))
+    [group] = [one for one in groups if any(p is linear.codes.shift for p in one["params"])]
+    shift = nn.Parameter(torch.zeros(20_000))
+    optimizer, generator = torch.optim.Adam([shift], betas=BETAS), torch.Generator().manual_seed(0)
+    for share in shares:
+        optimizer.param_groups[0]["lr"] = group["lr"] * share
+        # Codes of the last half have a mean of a standard deviation.
+        shift.grad = torch.randn(len(shift), generator=generator)
+        shift.grad[len(shift) // 2 :] += 1
+        optimizer.step()
+    noise_alone, agreed = (shift.detach().abs() > 0.5).chunk(2)
+    assert float(noise_alone.float().mean()) < 0.02
+    assert float(agreed.float().mean()) > 0.6
 
 
 def test_linears_that_read_one_input_keep_one_grid():
@@ -273,7 +341,7 @@ def test_linears_that_read_one_tensor_by_grids_of_their_own_keep_them():
     query.input = copy.deepcopy(query.input)
     query.input.clip *= 0.5
     before, pixels = hashed(model), noise(1)
-    learn(model.module, pixels).store()
+    learn(model.module, pixels, True).store()
     assert hashed(model) == before
 
 
@@ -408,6 +476,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**RECORD, "loss_after": math.nan},
         {**RECORD, "files_sha256": 3},
         {**RECORD, "more": 1},
+        {**RECORD, "moved_codes": -1},
+        {**RECORD, "moved_codes": True},
     ],
     ids=str,
 )

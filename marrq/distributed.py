@@ -177,9 +177,16 @@ def _collective() -> Iterator[None]:
         ) from error
 
 
+UNSET = "unset WORLD_SIZE to run one process"
+
+
 def world_size() -> int:
-    """How many processes torchrun has started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun has started; 1 without torchrun. Raises MarrqError if that is no
+    number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) == 0:
+        raise MarrqError(f"WORLD_SIZE is the number of processes: got {text!r}; {UNSET}")
+    return int(text)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -197,11 +204,19 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if world_size() == 1:
         yield ONE_PROCESS
         return
-    if device.type == "cuda":
-        # nccl takes the current GPU of the process: without this all processes take the first.
-        torch.cuda.set_device(device)
-    # Objects and flags travel as CPU tensors, so gloo is needed beside nccl.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            # nccl takes the current GPU of the process: without this all processes take the first.
+            torch.cuda.set_device(device)
+        # Objects and flags travel as CPU tensors, so gloo is needed beside nccl.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # A variable that torchrun sets is missing or wrong, there are too few GPUs, or nobody answers.
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MarrqError(
+            f"this process cannot join the {world_size()} that WORLD_SIZE names ({reason}): start "
+            f"all with torchrun, or {UNSET}"
+        ) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

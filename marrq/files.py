@@ -151,9 +151,9 @@ def check_artifact(folder: Path) -> None:
             f"{str(folder)!r} does not exist: give a folder that `marrq quantize` wrote"
         )
     if folder.is_file():
-        raise MarrqError(
-            f"{str(folder)!r} is a file, and an artifact is a folder: give {str(folder.parent)!r}"
-        )
+        inside = (folder.parent / "config.json").is_file()
+        way = repr(str(folder.parent)) if inside else "what `marrq quantize` wrote"
+        raise MarrqError(f"{str(folder)!r} is a file, and an artifact is a folder: give {way}")
     if not (folder / "config.json").is_file():
         raise MarrqError(
             f"{str(folder)!r} is no artifact, it has no config.json: give a folder that `marrq "

@@ -27,7 +27,7 @@ class CalibrationRecord:
     data: the folder or package of images.
     samples: how many images are drawn.
     seed: of the draw.
-    files_sha256: a hash of the images that the draw gave.
+    files_sha256: a hash of the names of the images that the draw gave.
     batch_size: images of a batch; the last bits of the statistics depend on it.
     """
 
@@ -82,6 +82,11 @@ class QuantizationSettings:
             raise MarrqError(
                 f"{self.method.lowrank} needs weights of {MAX_BITS} bits or fewer, so that two "
                 f"codes are one byte: got {self.scheme.weight.num_bits}; leave lowrank out"
+            )
+        if self.scheme.weight.grid == "mxint" and self.method.clip == "weights":
+            raise MarrqError(
+                f"the scales of {self.scheme} are powers of two, which no clip=weights changes: "
+                "leave it out"
             )
         if self.scheme.mixed and not self.widths:
             raise MarrqError(

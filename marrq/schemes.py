@@ -21,7 +21,7 @@ with a scale found at run time (`per-token`, dynamic).
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from marrq.errors import MarrqError
 
@@ -222,10 +222,14 @@ class Scheme:
 
 
 def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Scheme:
-    """Text such as `W4A8` or `W4A16-g128-sym` to a Scheme. Raises MarrqError for anything that is
-    not offered."""
+    """Text such as `W4A8`, `W4A16-g128-sym` or `W4A4:per-token` to a Scheme. Raises MarrqError for
+    anything that is not offered.
+
+    strategy: of the activations, if the text names none."""
+    name, _, named = text.partition(":")
+    strategy = cast(ActivationStrategy, named or strategy)
     # Text that does not match gets 0 bits, which no scheme has, and ends in the same error.
-    match = SCHEME.fullmatch(text)
+    match = SCHEME.fullmatch(name)
     bits, activation_bits, group, suffix, outer = (
         match.groups() if match else ("0", "0", None, None, None)
     )
@@ -238,10 +242,15 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
     ):
         raise MarrqError(
             f"unknown scheme {text!r}: write W{{2,3,4,8,mix}}A{{3,4,8,16}}, then -gSIZE and/or "
-            "-sym, or -mxint alone, then -e8; all suffixes may be left out"
+            "-sym, or -mxint alone, then -e8, then :per-token; all suffixes may be left out"
         )
-    # A16 has no activations to scale, but a strategy that is misspelt is a mistake all the same.
     _check_strategy(strategy)
+    # The default strategy may not have been chosen by anybody.
+    if int(activation_bits) == FLOAT_BITS and strategy != "per-tensor":
+        raise MarrqError(
+            f"activations of {text} stay in float, so nothing can be {strategy}: leave it out, or "
+            "choose a scheme such as W4A8"
+        )
     group_size = MXINT_BLOCK if suffix == "mxint" else int(group) if group else None
     # Zero points that are found at run time are not stored: -sym says nothing about them.
     symmetric = suffix == "sym" and strategy == "per-tensor"

@@ -190,8 +190,11 @@ def sensitivity_from_json(fields: Mapping[str, Any]) -> Sensitivity:
         if not all(math.isfinite(width.divergence) for width in widths):
             raise ValueError("a divergence is no number")
         # Sizes are added in 64 bits.
-        if not all(0 <= width.stored_bits <= MAX_STORED_BITS for width in widths):
-            raise ValueError("stored_bits is no size that a model has")
-    except (KeyError, TypeError, ValueError) as error:
+        sizes = (*numbers, *(width.stored_bits for width in widths))
+        if not all(0 <= size <= MAX_STORED_BITS for size in sizes):
+            raise ValueError("a number of bits is no size that a model has")
+        if not all(0 < group.weights <= MAX_STORED_BITS for group in groups):
+            raise ValueError("a group has no weights")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MarrqError(f"the file is no sensitivity ({error}): run marrq sensitivity") from error
     return found

@@ -10,6 +10,7 @@ which takes a fraction of the time of quantizing these blocks and gives the same
 artifact of a run that was killed is the artifact of a run that was not, byte for byte.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from marrq.artifact.config import report_from_json, report_to_json, settings_fro
 from marrq.artifact.tensors import (
     errors_of_writing,
     linears_in,
+    outside,
     restore,
     save_tensors,
     tensors_of,
@@ -32,6 +34,7 @@ from marrq.errors import MarrqError
 from marrq.files import beside, remove_files, write_json
 from marrq.models.blocks import Block
 from marrq.quantized_model import ModuleReport, QuantizationSettings
+from marrq.quantizers.linear import quantized_linears
 
 SETTINGS = "settings.json"
 COSTS = "costs.json"
@@ -57,6 +60,8 @@ class FolderCheckpoint:
         """
         self._folder, self._settings, self._processes = folder, settings, processes
         self._about, self._has_begun = about, False
+        # The folder says whose run it has, but two runs may have begun in it at the same time.
+        self._run = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         # One writer: the others would write the same bytes over the same files.
         if processes.is_first:
             self._begin()
@@ -75,13 +80,10 @@ class FolderCheckpoint:
             name: block.scheme_of(self._settings.scheme_of(block.path_of(name)))
             for name in linears_in(tensors)
         }
-        # The module of first and last layers is the whole model: what they do not own, the
-        # tensors of the blocks, stays as it is.
-        others = {
-            name: tensor
-            for name, tensor in tensors_of(block.module).items()
-            if not block.owns(name)
-        }
+        # The module of first and last layers is the whole model: what they do not own stays as it
+        # is. Quantized linears of the blocks are in their places.
+        floats = outside(block.module.state_dict(), quantized_linears(block.module))
+        others = {name: tensor for name, tensor in floats.items() if not block.owns(name)}
         # Tensors come from the file on the CPU. The block stays on the device that it had.
         device = next(block.module.parameters()).device
         restore(block.module, tensors | others, schemes).to(device)
@@ -97,7 +99,10 @@ class FolderCheckpoint:
         }
         # The header of a safetensors file is a table of texts: the reports are one of them, so that
         # tensors and reports of a block cannot get out of step.
-        header = {"reports": json.dumps([report_to_json(report) for report in reports])}
+        header = {
+            "reports": json.dumps([report_to_json(report) for report in reports]),
+            "run": self._run,
+        }
         with _errors_of_writing(file):
             if self._has_begun:
                 # A folder that was removed meanwhile must not come back without its first blocks.
@@ -137,16 +142,21 @@ class FolderCheckpoint:
             return None
         try:
             with safetensors.safe_open(file, framework="pt") as content:
-                reports = json.loads(content.metadata()["reports"])
+                reports, run = json.loads(content.metadata()["reports"]), content.metadata()["run"]
                 names = content.keys()
                 tensors = {name: content.get_tensor(name) for name in names}
-            return tensors, [report_from_json(fields) for fields in reports]
+            if run == self._run:
+                return tensors, [report_from_json(fields) for fields in reports]
         # A file that was cut or edited: the header is no JSON, it lacks the reports, or a report
         # lacks a field.
         except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
             raise MarrqError(
                 f"checkpoint {str(file)!r} is damaged: remove it to quantize its block again"
             ) from error
+        raise MarrqError(
+            f"checkpoint {str(file)!r} is of another run, which writes to the same place: give "
+            "each run an output of its own"
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:

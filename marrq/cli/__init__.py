@@ -7,6 +7,9 @@ import typer
 from marrq.errors import MarrqError
 from marrq.workflows.checks import check_packages
 
+STOPPED = 130
+"""The exit code of a command that Ctrl-C ended: 128 and the number of the signal."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 a demand
@@ -23,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # Typer ends a command by SystemExit: with 0 after --help, with 2 for wrong usage.
     except SystemExit as finished:
+        # Ctrl-C: Typer says nothing.
+        if finished.code == STOPPED:
+            return _failed("stopped", STOPPED)
         return finished.code if isinstance(finished.code, int) else 0
     except (MarrqError, BenchError) as error:
         return _failed(str(error))

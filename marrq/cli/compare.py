@@ -2,13 +2,9 @@
 
 from functools import partial
 from itertools import product, starmap
-from typing import TYPE_CHECKING, cast
 
 from marrq.cli import common, compare_options
 from marrq.models.images.counts import GALLERY_IMAGES
-
-if TYPE_CHECKING:
-    from marrq.schemes import ActivationStrategy, Scheme
 
 
 def compare(
@@ -35,12 +31,13 @@ def compare(
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
     from marrq.models.class_embeddings import load_classes
+    from marrq.schemes import parse_scheme
     from marrq.workflows import checks
     from marrq.workflows.devices import choose_device
     from runtime.report.comparison import SCHEMA, ComparisonReport, markdown, table
 
     # All that can be wrong without torch is checked first, and not told after hours.
-    methods, schemes = [*map(parse_method, method or METHODS)], [*map(_scheme, scheme)]
+    methods, schemes = [*map(parse_method, method or METHODS)], [*map(parse_scheme, scheme)]
     checks.check_float_model(model)
     given = None if classes is None else load_classes(classes)
     name = checks.calibration_data_for(model, data, samples)
@@ -70,11 +67,3 @@ def compare(
     common.stdout.print(markdown(report), highlight=False, soft_wrap=True)
     if plot is not None:
         plot_comparison(report, plot)
-
-
-def _scheme(text: str) -> "Scheme":
-    """`W4A4:per-token` to a Scheme."""
-    from marrq.schemes import parse_scheme
-
-    name, _, activations = text.partition(":")
-    return parse_scheme(name, cast("ActivationStrategy", activations or "per-tensor"))

@@ -7,8 +7,6 @@ import typer
 from marrq.cli import common
 from marrq.models.images.counts import GALLERY_IMAGES
 
-SCHEMA = "marrq.evaluate/1"
-
 Evaluated = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A model as for quantize, or the folder of an artifact."),
@@ -42,7 +40,7 @@ def evaluate(
 
     from marrq.distributed import process_group
     from marrq.models.images.gallery import find_measured
-    from marrq.workflows.evaluate import Evaluating, load_candidates
+    from marrq.workflows.evaluate import Evaluating, load_candidates, report
     from marrq.workflows.evaluate import evaluate as measure
     from runtime.report.answers import evaluation_tables
 
@@ -66,14 +64,6 @@ def evaluate(
     unlabelled = [f"classes are not known: {measured.why_unlabelled}"]
     notes = images.notes if measured.targets else unlabelled
     warnings = [*candidates.warnings, *candidates.flattered_by(measured), *notes, *measured.noted()]
-    report = {
-        "schema": SCHEMA,
-        "model": source,
-        "data": measured.description(),
-        "gallery": None if images.gallery is None else images.gallery.description(),
-        "models": {title: one.to_json() for title, one in found.items()},
-        "warnings": warnings,
-    }
     common.warn(warnings)
-    common.write_report(json_file, report)
+    common.write_report(json_file, report(candidates, images, found, chosen, warnings))
     common.stdout.print(*evaluation_tables(found, measured.name), sep="\n")

@@ -57,10 +57,12 @@ class Solution:
     lowrank: the branch beside the codes, or None
     error: J over all calibration tokens
     relative_error: J / ‖W X + e‖², the power of the wanted outputs; 0 if the power is 0
+    rounded: what the codes stand for, [m, n]: the weight, without the part that SRR keeps
     damping: λ / mean(diag H) that the factorization of the sweep used
     lowrank_damping: the same of the branch's input scaling; None without a branch"""
 
     rounding: Rounding
+    rounded: Tensor
     bias_shift: Tensor | None
     lowrank: LowRank | None
     error: float
@@ -78,7 +80,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     # Salient columns (methods/serq.py) are no branch: they are a matter of the grid and the sweep.
     branched = spec.lowrank if spec.lowrank is not None and spec.lowrank.is_branch else None
     scaling = None if branched is None else input_scaling(statistics, branched.kind)
-    rounding, branch = _round(weight, problem, spec, scaling)
+    rounding, rounded, branch = _round(weight, problem, spec, scaling)
     quantized = rounding.quantized if branch is None else rounding.quantized + branch.product
     # J of the whole linear: codes and branch.
     error, relative_error = _errors(weight, quantized, problem)
@@ -86,6 +88,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
     shift = statistics.output_shift(weight, quantized).to(weight) if spec.correct_bias else None
     return Solution(
         rounding,
+        rounded,
         shift,
         branch,
         error,
@@ -110,19 +113,21 @@ def _errors(weight: Tensor, quantized: Tensor, problem: Problem) -> tuple[float,
 
 def _round(
     weight: Tensor, problem: Problem, spec: MethodSpec, scaling: Scaling | None
-) -> tuple[Rounding, LowRank | None]:
-    """The codes, and the branch L R if there is to be one."""
+) -> tuple[Rounding, Tensor, LowRank | None]:
+    """The codes, the part of the weight that they stand for, and the branch L R if there is to be
+    one."""
     if spec.lowrank is None or scaling is None:
-        return _by_rows(weight, problem, spec), None
+        return _by_rows(weight, problem, spec), weight, None
     # SRR keeps a part of the weight out of the codes; the other kinds keep nothing.
     kept, _ = preserved(weight, scaling, spec.lowrank)
-    rounding = _by_rows(weight - kept, problem, spec)
+    rounded = weight - kept
+    rounding = _by_rows(rounded, problem, spec)
     # The branch is fitted to W - Q, or to W + αΔ - Q (methods/exact.py) if the method corrects
     # drift: fitted to W - Q, the branch would take that correction back.
     target = weight
     if rounding.alpha is not None:
         target = weight + rounding.alpha * correction(weight, problem.whole)
-    return rounding, refit(target - rounding.quantized, scaling, spec.lowrank)
+    return rounding, rounded, refit(target - rounding.quantized, scaling, spec.lowrank)
 
 
 def _by_rows(weight: Tensor, problem: Problem, spec: MethodSpec) -> Rounding:

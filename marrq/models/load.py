@@ -88,7 +88,7 @@ class VisionModel:
     classes: ClassEmbeddings | None = None
 
 
-def load_model(name: str, outputs: Sequence[str] = ()) -> VisionModel:
+def load_model(name: str | Path, outputs: Sequence[str] = ()) -> VisionModel:
     """The float model of that name (see the top of this file), on the CPU.
 
     outputs: names of what it shall give, in order; none for the default ones, which are the logits
@@ -98,6 +98,7 @@ def load_model(name: str, outputs: Sequence[str] = ()) -> VisionModel:
     Raises MarrqError if the name is unknown, the model cannot be loaded or does not give these
     outputs, or a weight is NaN or infinite.
     """
+    name = str(name)
     if outputs:
         check_names(tuple(outputs))
     # A name that can be no model is refused before anything else is imported or read.

@@ -35,6 +35,19 @@ def output_kind(name: str, rank: int, labels: Sequence[str]) -> OutputKind:
     return "classes" if name == LOGITS and labels else "features"
 
 
+def kinds_of_change(
+    outputs: Iterable[Tensor], names: Iterable[str], labels: Sequence[str]
+) -> list[OutputKind]:
+    """By which kind of output a small change of each output counts.
+
+    outputs: of some images. names: of them. labels: of the model."""
+    return [
+        # One number has no softmax and no direction that could change: its size counts.
+        "dense" if z.shape[1:] == (1,) else output_kind(name, z.dim(), labels)
+        for name, z in zip(names, outputs, strict=True)
+    ]
+
+
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All outputs of a module, in the order of their names."""
     return outputs if isinstance(outputs, tuple) else (outputs,)

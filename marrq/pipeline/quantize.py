@@ -89,8 +89,9 @@ def quantize(
     model that is returned.
 
     images: preprocessed calibration images [samples, channels, height, width], in random order, at
-        least two. Each image is read once; the first two are read again for the trial forwards, and
-        all images again for each block whose input is not the previous block's output.
+        least two. Each image is read once; some are read again for the weights of tokens, the first
+        two for the trial forwards, and all images for each block whose input is not the previous
+        block's output.
     Raises MarrqError if there are fewer than two images, if the model has no blocks that can be
         quantized, if groups do not divide the inputs of a linear, if an input or a weight is not
         finite, or if `run.shared` is of other settings.
@@ -113,7 +114,7 @@ def quantize(
     source = TokenSource(module, images, run.device, own, run.store)
     # Before the first block is quantized: from here on the model changes.
     weights = (
-        token_weights(source, blocks, len(model.labels), settings.method, run.processes)
+        token_weights(source, blocks, model, settings.method, run.processes)
         if settings.method.token_weights
         else {}
     )

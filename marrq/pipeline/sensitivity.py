@@ -39,7 +39,7 @@ from marrq.methods.problem import Problem
 from marrq.methods.spec import MethodSpec, text_of
 from marrq.models.blocks import Block
 from marrq.models.load import VisionModel
-from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
+from marrq.models.named_outputs import OutputKind, as_tuple, kinds_of_change
 from marrq.pipeline.balance import balance
 from marrq.pipeline.block_inputs import BlockInputs, cut, share_of
 from marrq.pipeline.collect import BlockPair, Images, TokenSource
@@ -136,7 +136,7 @@ def measure_sensitivity(
     rest = (*sizes.of_outer(outer), sizes.outside(module, chain))
     least = tuple(sizes.least(block, group) for block in blocks for group in block.groups)
     check(Sensitivity(about, least, *rest))
-    energies = fisher_energies(source, blocks, len(model.labels), run.processes, at_stream=False)
+    energies = fisher_energies(source, blocks, model, run.processes, at_stream=False)
     _check_energies(energies, blocks)
     groups: list[GroupSensitivity] = []
     tokens = source.entering(blocks[0])
@@ -146,9 +146,7 @@ def measure_sensitivity(
         balanced = balance(pair, uniform)
         # In another basis of the values an error has another gradient.
         if balanced:
-            energies |= fisher_energies(
-                source, [block], len(model.labels), run.processes, at_stream=False
-            )
+            energies |= fisher_energies(source, [block], model, run.processes, at_stream=False)
         for group in block.groups:
             # Scales of one group must not reach the input of the next: each has a copy.
             alone = replace(pair, quantized=pair.original.copied())
@@ -254,8 +252,7 @@ class _Group:
 
 def _unit(model: VisionModel, image: Tensor) -> str:
     """What the costs are measured in. image: [1, channels, height, width]."""
-    outputs = zip(model.outputs, as_tuple(model.module(image)), strict=True)
-    kinds = [output_kind(name, output.dim(), model.labels) for name, output in outputs]
+    kinds = kinds_of_change(as_tuple(model.module(image)), model.outputs, model.labels)
     # The costs of several outputs are added.
     return " + ".join(UNITS[kind] for kind in dict.fromkeys(kinds))
 

@@ -22,6 +22,7 @@ so an error counts by the token's energy e = E ‖g‖². With random signs ε t
     dense       v = ε / ‖z‖
 
 A model with several outputs has a vector for each; their divergences, and so their energies, add.
+An output of one number is dense, whatever its name: it has no softmax and no direction.
 
 **Writers.** The error of a linear that writes to the residual stream is measured in the stream,
 s = r + γ ∘ y (marrq/models/residual_writers.py); its energy is that of ∂(v·z)/∂s = g / γ.
@@ -53,6 +54,8 @@ from marrq.errors import MarrqError
 from marrq.methods.registry import RESIDUAL_STREAM
 from marrq.methods.spec import MethodSpec
 from marrq.models.blocks import Block, hooked
+from marrq.models.load import VisionModel
+from marrq.models.named_outputs import OutputKind, as_tuple, kinds_of_change
 from marrq.models.residual_writers import find_residual_writer
 from marrq.pipeline.collect import TokenSource
 
@@ -72,7 +75,7 @@ Gradients = Callable[[str, Tensor], None]
 def fisher_energies(
     source: TokenSource,
     blocks: Sequence[Block],
-    classes: int,
+    model: VisionModel,
     processes: Processes,
     at_stream: bool = True,
 ) -> dict[str, Tensor]:
@@ -80,8 +83,8 @@ def fisher_energies(
     in float64, in the order in which the linear has the tokens of one image, averaged over images.
     They are the same in every process; all processes call this together.
 
-    source: the model in full precision, and the images of this process.
-    classes: the number of classes; 0 for a model that gives features.
+    source: the module in full precision, and the images of this process.
+    model: whose outputs and labels say how a change of an output counts.
     at_stream: whether the energies of writers are those of the stream.
 
     A linear that mixes the tokens of images, or of which no output depends, has no energies.
@@ -91,7 +94,7 @@ def fisher_energies(
     gains = _gains(source.module, blocks, images) if at_stream else {}
     paths = [block.path_of(name) for block in blocks for group in block.groups for name in group]
     # Every process makes the trial, so that all know of the same linears and their tokens.
-    tokens = _tokens_of_an_image(source.module, paths, images, classes)
+    tokens = _tokens_of_an_image(source.module, paths, images, model)
     if not tokens:
         return {}
     at_once = max(1, PASS_BYTES // blocks[0].input_from(source.module, images[:1]).nbytes)
@@ -113,7 +116,7 @@ def fisher_energies(
             rows = slice(start, min(start + at_once, batch.rows.stop))
             pixels = source.images[rows].to(source.device)
             # The signs follow from the number of the first image, whoever draws them.
-            _backward(source.module, list(tokens), pixels, _Directions(classes, start), take)
+            _backward(source.module, list(tokens), pixels, _Directions(model, start), take)
     counts = torch.tensor([len(batch) for batch in sampled], dtype=torch.float64)
     total = float(processes.all_gather(counts.to(source.device)).sum())
     return {path: processes.all_gather(rows).sum(0) / total for path, rows in sums.items()}
@@ -122,7 +125,7 @@ def fisher_energies(
 def token_weights(
     source: TokenSource,
     blocks: Sequence[Block],
-    classes: int,
+    model: VisionModel,
     method: MethodSpec,
     processes: Processes,
 ) -> dict[str, Tensor]:
@@ -130,7 +133,7 @@ def token_weights(
     linear: [tokens of an image], float64 on the CPU. The parameters are those of fisher_energies.
     """
     at_stream = method.wants == RESIDUAL_STREAM
-    energies = fisher_energies(source, blocks, classes, processes, at_stream)
+    energies = fisher_energies(source, blocks, model, processes, at_stream)
     groups = [[block.path_of(name) for name in group] for block in blocks for group in block.groups]
     # An error of the input reaches all linears of the group: their energies add.
     return {
@@ -154,14 +157,18 @@ def weights_of(energies: Tensor) -> Tensor:
 class _Directions:
     """v for the outputs of a batch, the signs drawn from a seed."""
 
-    def __init__(self, classes: int, seed: int) -> None:
-        self._classes, self._generator = classes, torch.Generator().manual_seed(seed)
+    def __init__(self, model: VisionModel, seed: int) -> None:
+        self._model, self._generator = model, torch.Generator().manual_seed(seed)
 
-    def __call__(self, output: Tensor) -> Tensor:
-        """The vector v for one output of the model [images, ...], in its shape."""
+    def __call__(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The vector v for each output of the model [images, ...], in its shape."""
+        kinds = kinds_of_change(outputs, self._model.outputs, self._model.labels)
+        return [self._vector(*one) for one in zip(outputs, kinds, strict=True)]
+
+    def _vector(self, output: Tensor, kind: OutputKind) -> Tensor:
         drawn = torch.randint(0, 2, output.shape, generator=self._generator)
         signs = (2 * drawn - 1).to(output)
-        if output.dim() == 2 and output.shape[1] == self._classes:
+        if kind == "classes":
             # √p ∘ ε - p ⟨√p, ε⟩
             p = output.softmax(1)
             v: Tensor = p.sqrt() * signs - p * (p.sqrt() * signs).sum(1, keepdim=True)
@@ -169,7 +176,7 @@ class _Directions:
         # ‖z‖ of each image; an output of zeros keeps v finite.
         flat, noise = output.flatten(1), signs.flatten(1)
         norm = flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(output.dtype).tiny)
-        if output.dim() == 2:
+        if kind == "features":
             # ε - u ⟨u, ε⟩: a change along z itself does not turn it.
             unit = flat / norm
             noise = noise - unit * (unit * noise).sum(1, keepdim=True)
@@ -181,13 +188,13 @@ def _backward(
     module: nn.Module,
     paths: Sequence[str],
     pixels: Tensor,
-    directions: Callable[[Tensor], Tensor],
+    directions: Callable[[tuple[Tensor, ...]], list[Tensor]],
     take: Gradients,
 ) -> None:
     """One forward and one backward pass: `take` gets the gradient of v·z, summed over images and
     outputs, at the output of each linear.
 
-    pixels: [images, channels, height, width]; directions: gives v for an output z."""
+    pixels: [images, channels, height, width]; directions: gives v for each output z."""
     roots: list[Tensor] = []
 
     def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -210,20 +217,16 @@ def _backward(
     handles = [linear.register_forward_pre_hook(enter) for linear in linears.values()]
     handles += [linear.register_forward_hook(leave(path)) for path, linear in linears.items()]
     with hooked(handles), _frozen(module), torch.enable_grad():
-        outputs = module(pixels)
-        found = [z for z in _each(outputs) if z.requires_grad]
+        outputs = as_tuple(module(pixels))
+        vectors = directions(tuple(z.detach() for z in outputs))
+        found = [(z, v) for z, v in zip(outputs, vectors, strict=True) if z.requires_grad]
         if not found:
             raise MarrqError(
                 "the model's outputs have no gradient, by which tokens are weighed and widths are "
                 "chosen: choose --set token-weights=off, and no budget"
             )
-        vectors = [directions(z.detach()) for z in found]
-        torch.autograd.grad(found, roots, vectors, allow_unused=True)
-
-
-def _each(outputs: Any) -> tuple[Tensor, ...]:
-    """The outputs of a model with one or several."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+        asked, given = zip(*found, strict=True)
+        torch.autograd.grad(asked, roots, given, allow_unused=True)
 
 
 @contextmanager
@@ -240,7 +243,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _tokens_of_an_image(
-    module: nn.Module, paths: Sequence[str], images: Tensor, classes: int
+    module: nn.Module, paths: Sequence[str], images: Tensor, model: VisionModel
 ) -> dict[str, int]:
     """How many tokens of an image each linear has, for the linears whose tokens lie image by image.
 
@@ -253,12 +256,13 @@ def _tokens_of_an_image(
         if halves[1].eq(0).all():
             tokens[path] = halves.shape[1]
 
-    first_alone = _Directions(classes, 0)
+    first_alone = _Directions(model, 0)
 
-    def directions(output: Tensor) -> Tensor:
-        v = first_alone(output)
-        v[1:] = 0
-        return v
+    def directions(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        vectors = first_alone(outputs)
+        for v in vectors:
+            v[1:] = 0
+        return vectors
 
     _backward(module, paths, images, directions, take)
     # In the order of the linears: gradients come backwards.

@@ -48,9 +48,9 @@ class Grid:
 
     scale, zero_point: floating-point tensors that broadcast against the quantized tensor:
         [m, 1] for a weight [m, n] with a grid per channel, [] per tensor, [..., 1] per token.
-        With groups they are [m, groups]; `spread` them before use. Candidates of a search are
-        [candidates, m, groups]. A zero point is an integer in `low` … `high`, held in floating
-        point.
+        With groups they are [m, groups], for `values`, `codes` and `columns`; other methods take
+        them after `spread`. Candidates of a search are [candidates, m, groups]. A zero point is an
+        integer in `low` … `high`, held in floating point.
     salient: [r], columns with two codes for each weight (quantizers/salient.py), or None. The grid
         is that of the other columns then, and codes [m, n] are joint codes c.
     """

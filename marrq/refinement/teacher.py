@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.load import VisionModel
-from marrq.models.named_outputs import OutputKind, as_tuple, output_kind
+from marrq.models.named_outputs import OutputKind, as_tuple, kinds_of_change
 from marrq.pipeline.collect import Images
 from marrq.quantized_model import BATCH_SIZE
 from marrq.refinement.loss import distance
@@ -32,7 +32,7 @@ class Teacher:
     """Images, and what the full-precision model gives for them.
 
     images: first those to learn from, then those that judge.
-    files_sha256: a hash of them.
+    files_sha256: a hash of their names.
     outputs: each output for all images, on the CPU: [images, …].
     kinds: of the outputs.
     """
@@ -75,8 +75,7 @@ class Teacher:
         outputs = shares
         if is_shared:
             outputs = [processes.all_gather(share.to(device)).cpu() for share in shares]
-        named = zip(model.outputs, outputs, strict=True)
-        kinds = [output_kind(name, output.dim(), model.labels) for name, output in named]
+        kinds = kinds_of_change(outputs, model.outputs, model.labels)
         return cls(images, files_sha256, outputs, kinds)
 
     def loss(self, module: nn.Module, rows: slice, temperature: float) -> Tensor:

@@ -38,6 +38,11 @@ def check_model(name: str) -> None:
     path = rest if scheme == "local-dir" else name
     # `owner/name` may be a checkpoint of the hub; no checkpoint begins as these paths do.
     is_path = scheme == "local-dir" or path.startswith(("/", "./", "../"))
+    if path.endswith(".onnx") and Path(path).is_file():
+        raise MarrqError(
+            f"{path!r} is an ONNX file, which marrq bench and marrq inspect take: give the model "
+            "that it was made from"
+        )
     if is_path and not Path(path).exists():
         raise MarrqError(f"{path!r} does not exist: give a model's folder, or a model's name")
 

@@ -5,8 +5,9 @@ Runtime alike. `watch_linears` and `nudged` serve the comparison of torch with a
 (marrq/workflows/parity.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from marrq.artifact.folder import is_artifact, load
+from marrq.artifact.config import PACKAGES
+from marrq.artifact.folder import artifact_hash, is_artifact, load
 from marrq.distributed import ONE_PROCESS, Processes
 from marrq.errors import MarrqError
 from marrq.models.blocks import hooked
@@ -43,6 +45,8 @@ from runtime.measure.measured import Agreement
 
 BATCH_SIZE = 16
 
+SCHEMA = "marrq.evaluate/1"
+
 FLOAT = "float"
 """The title of the float model."""
 
@@ -55,11 +59,17 @@ FEATURES: OutputKind = "features"
 
 @dataclass(frozen=True)
 class Candidates:
-    """The models to evaluate, by title, the float model first; and sentences about how the float
-    model was read, or that it is not at hand."""
+    """The models to evaluate, by title, the float model first.
 
+    name: what the user gave.
+    warnings: how the float model was read, or that it is not at hand.
+    artifact: the hash of the artifact, if one is evaluated.
+    """
+
+    name: str
     models: dict[str, AnyModel]
     warnings: tuple[str, ...] = ()
+    artifact: str | None = None
 
     def classified(self, classes: ClassEmbeddings | None) -> "Candidates":
         """The same models, each with these classes if there are any. Raises MarrqError as
@@ -92,19 +102,44 @@ def load_candidates(name: str, outputs: tuple[str, ...] = ()) -> Candidates:
     # A folder may also be a transformers checkpoint; an artifact says that it is an artifact.
     if not is_artifact(Path(name)):
         model = load_model(name, outputs)
-        return Candidates({FLOAT: model}, model.notes)
+        return Candidates(name, {FLOAT: model}, model.notes)
     if outputs:
         raise MarrqError(
             f"the artifact {name!r} has the outputs that it was quantized with: leave out "
             "--outputs, or quantize the model with it"
         )
-    quantized = load(Path(name))
+    quantized, identity = load(Path(name)), artifact_hash(Path(name))
     title = f"{quantized.scheme.description} {quantized.method_name}"
     # An artifact has all of its own tensors: the float model is there to be compared with.
     original, reason = find_float_model(quantized.source)
     if original is None:
-        return Candidates({title: quantized}, (f"evaluated without the float model: {reason}",))
-    return Candidates({FLOAT: original, title: quantized}, original.notes)
+        alone = f"evaluated without the float model: {reason}"
+        return Candidates(name, {title: quantized}, (alone,), identity)
+    both: dict[str, AnyModel] = {FLOAT: original, title: quantized}
+    return Candidates(name, both, original.notes, identity)
+
+
+def report(
+    candidates: Candidates,
+    images: MeasuredSets,
+    found: Mapping[str, Evaluation],
+    device: torch.device,
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """What was found of each candidate, by title, as JSON (schema marrq.evaluate/1)."""
+    first = next(iter(candidates.models.values()))
+    return {
+        "schema": SCHEMA,
+        "model": first.source.name,
+        "path": candidates.name,
+        "artifact": candidates.artifact,
+        "device": device.type,
+        "versions": {name: version(name) for name in PACKAGES},
+        "data": images.measured.description(),
+        "gallery": None if images.gallery is None else images.gallery.description(),
+        "models": {title: one.to_json() for title, one in found.items()},
+        "warnings": list(warnings),
+    }
 
 
 @torch.no_grad()

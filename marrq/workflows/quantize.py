@@ -16,8 +16,10 @@ from marrq.artifact.config import description
 from marrq.artifact.folder import save
 from marrq.errors import MarrqError
 from marrq.methods.registry import RESIDUAL_STREAM
+from marrq.methods.setting import SEED
 from marrq.methods.spec import MethodSpec
 from marrq.models.images import ImageSet
+from marrq.models.images.counts import FEWEST_IMAGES
 from marrq.models.load import VisionModel
 from marrq.pipeline.block_inputs import Store, in_files, in_memory
 from marrq.pipeline.quantize import RunOptions
@@ -50,6 +52,14 @@ class Recipe:
     samples: int
     seed: int = 0
     widths: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < FEWEST_IMAGES:
+            raise MarrqError(
+                f"calibration needs {FEWEST_IMAGES} images or more: got samples={self.samples}"
+            )
+        if not SEED.allows(self.seed):
+            raise MarrqError(f"the seed must be {SEED.values}: got {self.seed}")
 
     def settings(self, images: ImageSet) -> QuantizationSettings:
         """The settings of the pipeline. images: the images that this recipe has drawn."""

@@ -62,6 +62,11 @@ class ServedModel:
 
 def examine_repository(folder: Path) -> list[ServedModel]:
     """Every model of a repository, by name. Raises BenchError if no folder in it has a config."""
+    if (folder / "config.json").is_file():
+        raise BenchError(
+            f"{str(folder)!r} is an artifact or a model's checkpoint, not a model repository: give "
+            "what marrq export wrote"
+        )
     if not any(folder.glob(f"*/{CONFIG}")):
         raise BenchError(
             f"{str(folder)!r} is no model repository, no folder in it has a {CONFIG}: give what "

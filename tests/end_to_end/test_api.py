@@ -95,6 +95,9 @@ def test_a_budget_may_be_a_size(tiny: str, image_folder: Path):
         ({"method": "awq"}, "unknown method 'awq'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"samples": 99}, "fewer than the 99 samples"),
+        ({"samples": -3}, "needs 2 images or more: got samples=-3"),
+        ({"seed": 2**70}, "the seed must be a whole number from 0 to 2⁶³ - 1: got"),
+        ({"scheme": "W4A16-mxint", "method": "gptq,clip=weights"}, "no clip=weights changes"),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_names_it(
@@ -103,6 +106,14 @@ def test_a_wrong_argument_is_an_error_that_names_it(
     images = marrq.find_images(str(image_folder), "train")
     with pytest.raises(MarrqError, match=message):
         marrq.quantize(marrq.load_model(tiny), images, **wrong)
+
+
+def test_paths_are_names_and_a_wrong_split_is_told(tiny: str, image_folder: Path, tmp_path: Path):
+    images = marrq.find_images(image_folder, "train")
+    model = marrq.load_model(Path(tiny))
+    marrq.save(marrq.quantize(model, images, samples=4, method="rtn"), tmp_path / "a")
+    with pytest.raises(MarrqError, match="the split is train or val: got 'training'"):
+        marrq.find_images(image_folder, "training")
 
 
 def test_every_public_function_is_listed_and_says_what_it_raises():

@@ -13,6 +13,7 @@ from tiny_models import noise, quantized, vision_model, vit
 from torch import nn
 
 import marrq
+from marrq.artifact.folder import artifact_hash
 from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.workflows.bench_options import BenchOptions
@@ -206,6 +207,7 @@ def test_an_artifact_is_evaluated_and_compared_with_its_file_without_the_float_m
     artifact, report = str(without_model / "artifact"), tmp_path / "e.json"
     assert main(["evaluate", artifact, "--data", str(image_folder), "--json", str(report)]) == 0
     found = json.loads(report.read_text())
+    assert (found["path"], found["artifact"]) == (artifact, artifact_hash(Path(artifact)))
     [accuracy] = found["models"].values()
     assert accuracy["agreement"] is accuracy["divergence"] is None
     assert found["warnings"][0].startswith("evaluated without the float model: ")

@@ -30,7 +30,7 @@ IMAGES = noise(4)
 CASES: list[tuple[str, str, ActivationStrategy]] = [
     ("W8A16", "rtn", "per-tensor"),
     ("W3A8-g16-sym", "rescomp,bias-correction=off", "per-tensor"),
-    ("W4A16-mxint", "exact,clip=weights", "per-tensor"),
+    ("W4A16-mxint", "exact", "per-tensor"),
     ("W2A8-mxint", "gptq,lowrank=qera:4:int8", "per-token"),
     ("W4A4-e8", "marr,lowrank=srr:4", "per-token"),
     ("W3A8", "gptq,lowrank=serq:5", "per-tensor"),

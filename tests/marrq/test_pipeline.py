@@ -153,6 +153,16 @@ def test_the_report_says_how_each_linear_was_quantized():
         assert report.fallback is None
 
 
+def test_the_clipped_share_is_that_of_what_was_rounded():
+    reports = {
+        branch: quantized(vit(), IMAGES, "W4A8", f"gptq,lowrank={branch}").reports
+        for branch in ("srr:16", "qera:16")
+    }
+    kept, whole = ([report.clipped for report in found] for found in reports.values())
+    # SRR keeps the largest part of a weight out of its grid, so less than before is cut off.
+    assert sum(kept) < 1.5 * sum(whole)
+
+
 def codes_of(module: nn.Module) -> dict[str, Tensor]:
     return {path: linear.codes for path, linear in quantized_linears(module).items()}
 

@@ -32,7 +32,7 @@ from marrq.errors import MarrqError
 from marrq.methods.refinement_spec import RefinementSpec
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import find_images
-from marrq.models.named_outputs import OutputKind
+from marrq.models.named_outputs import kinds_of_change
 from marrq.quantized_model import QuantizedModel, RefinementRecord
 from marrq.quantizers.affine import Grid
 from marrq.quantizers.linear import quantized_linears
@@ -114,8 +114,11 @@ def test_the_loss_is_the_divergence_of_classes_and_the_angle_of_features():
     )
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((3, 4, 2, 5), "dense"), ((3, 1), "features")])
-def test_the_size_of_a_dense_output_counts_in_the_loss(shape: tuple[int, ...], kind: OutputKind):
+@pytest.mark.parametrize(("shape", "labels"), [((3, 4, 2, 5), "ab"), ((3, 1), ""), ((3, 1), "a")])
+def test_the_size_of_a_dense_output_and_of_one_number_counts_in_the_loss(
+    shape: tuple[int, ...], labels: str
+):
+    [kind] = kinds_of_change([torch.zeros(shape)], ["logits"], labels)
     generator = torch.Generator().manual_seed(0)
     found, wanted = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     expected = [

@@ -74,7 +74,8 @@ def test_a_run_that_is_stopped_after_any_block_goes_on_to_the_same_model(
 ):
     images = noise(10)
     expected = hashed(quantized(build(), images, scheme, method, batch_size=4))
-    for blocks in (1, 2, 3):
+    # Patch embedding and head are a fourth link: a run may end between it and the artifact.
+    for blocks in (1, 2, 3, 4):
         try:
             stopped = checkpoint(tmp_path / "work", scheme)
             quantized(
@@ -168,6 +169,15 @@ def test_a_damaged_block_is_refused_by_name(tmp_path: Path):
         match=r"block-0000\.safetensors' is damaged: remove it to quantize its block again",
     ):
         quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=checkpoint(tmp_path, "W4A8"))
+
+
+def test_a_block_that_another_run_wrote_meanwhile_is_refused(tmp_path: Path):
+    # Two runs of other settings in one folder: both began before either had finished a block.
+    ours, theirs = checkpoint(tmp_path, "W4A8"), checkpoint(tmp_path, "W4A8", scheme=3)
+    with pytest.raises(Stopped):
+        quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=theirs, block_done=stop_after(1))
+    with pytest.raises(MarrqError, match="is of another run, which writes to the same place"):
+        quantized(vit(), noise(4), "W4A8", "rtn", checkpoint=ours)
 
 
 def command(tiny: str, images: Path, output: Path, *options: str) -> list[str]:

@@ -90,6 +90,16 @@ def test_an_unknown_scheme_is_refused_by_name(text: str):
         parse_scheme(text)
 
 
+def test_a_scheme_may_name_its_activations_if_there_are_any():
+    assert parse_scheme("W4A8:per-token") == parse_scheme("W4A8", "per-token")
+    assert parse_scheme("W4A8:per-tensor") == parse_scheme("W4A8")
+    with pytest.raises(MarrqError, match="must be one of per-tensor, per-token: got 'per-row'"):
+        parse_scheme("W4A8:per-row")
+    for given in (("W4A16", "per-token"), ("W4A16:per-token",)):
+        with pytest.raises(MarrqError, match="stay in float, so nothing can be per-token: leave"):
+            parse_scheme(*given)
+
+
 def test_code_ranges_are_those_of_the_onnx_types():
     assert WeightSpec(2).code_range == (-2, 1)
     assert WeightSpec(4).code_range == (-8, 7)

@@ -3,6 +3,7 @@ budget is met by the best widths that fit."""
 
 import copy
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -262,6 +263,21 @@ def test_a_budget_that_nothing_fits_is_refused(tiny: Sensitivity, budget: float,
         {"groups": [{"paths": ["a"], "weights": 4, "widths": []}]},
         {"groups": "none"},
         {"other_bits": "many"},
+        {"other_bits": math.inf},
+        {"outer_bits": -1},
+        {"outer_weights": 10**400},
+        *(
+            {
+                "groups": [
+                    {
+                        "paths": ["a"],
+                        "weights": weights,
+                        "widths": [{"num_bits": 2, "stored_bits": 8, "divergence": 0.5}],
+                    }
+                ]
+            }
+            for weights in (0, -5)
+        ),
         {
             "groups": [
                 {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import hashed, noise, quantized, swin, vit, vit_with_layer_scale
+from tiny_models import hashed, noise, quantized, swin, vision_model, vit, vit_with_layer_scale
 from torch import Tensor, nn
 
 from marrq.distributed import ONE_PROCESS
@@ -22,12 +22,18 @@ DRAWS = 400
 
 
 def energies_of(
-    module: nn.Module, images: Tensor, classes: int, at_stream: bool = True
+    module: nn.Module, images: Tensor, kinds: list[str], at_stream: bool = True
 ) -> dict[str, Tensor]:
+    names = {"classes": "logits", "features": "features", "dense": "tokens"}
+    model = replace(
+        vision_model(module),
+        outputs=tuple(names[kind] for kind in kinds),
+        labels=tuple("abcde") if "classes" in kinds else (),
+    )
     with torch.no_grad():
         blocks = find_blocks(module, images[:2])
         source = TokenSource(module, images, torch.device("cpu"), cut(len(images), 8), in_memory)
-        return fisher_energies(source, blocks, classes, ONE_PROCESS, at_stream)
+        return fisher_energies(source, blocks, model, ONE_PROCESS, at_stream)
 
 
 def expected_energies(module: nn.Module, path: str, image: Tensor, kinds: list[str]) -> Tensor:
@@ -110,8 +116,7 @@ def test_energies_are_those_of_the_explicit_jacobian(
     build: Callable[[], nn.Module], kinds: list[str], linears: dict[str, str]
 ):
     module, image = build(), noise(1)[0]
-    classes = 5 if "classes" in kinds else 0
-    found = energies_of(module, image.expand(DRAWS, -1, -1, -1), classes)
+    found = energies_of(module, image.expand(DRAWS, -1, -1, -1), kinds)
     for path, point in linears.items():
         expected = expected_energies(module, point, image, kinds)
         # The mean of the squares of so many draws is right to 10 %.
@@ -121,9 +126,18 @@ def test_energies_are_those_of_the_explicit_jacobian(
         assert found[path].sum() == pytest.approx(float(expected.sum()), rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["classes", "features"])
+def test_of_an_output_of_one_number_the_size_counts(kind: str):
+    module, image = vit(num_classes=1), noise(1)[0]
+    found = energies_of(module, image.expand(DRAWS, -1, -1, -1), [kind])
+    path = "blocks.1.attn.qkv"
+    expected = expected_energies(module, path, image, ["dense"])
+    torch.testing.assert_close(found[path], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_energy_of_a_writer_is_that_of_its_output_if_the_stream_is_no_aim():
     module, images = vit_with_layer_scale(), noise(16)
-    own, stream = (energies_of(module, images, 5, at) for at in (False, True))
+    own, stream = (energies_of(module, images, ["classes"], at) for at in (False, True))
     assert torch.equal(own["blocks.0.mlp.fc1"], stream["blocks.0.mlp.fc1"])
     assert not torch.allclose(own["blocks.0.mlp.fc2"], stream["blocks.0.mlp.fc2"], rtol=0.01)
 
@@ -132,7 +146,7 @@ def test_the_pass_leaves_the_model_as_it_was():
     module, images = vit(), noise(16)
     module.head.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in module.named_parameters()}
-    first, second = (energies_of(module, images, 5) for _ in range(2))
+    first, second = (energies_of(module, images, ["classes"]) for _ in range(2))
     assert all(torch.equal(first[path], second[path]) for path in first)
     for name, parameter in module.named_parameters():
         assert parameter.grad is None
@@ -142,7 +156,7 @@ def test_the_pass_leaves_the_model_as_it_was():
 
 def test_windows_keep_the_order_of_their_tokens():
     module = swin()
-    found = energies_of(module, noise(16), 5)
+    found = energies_of(module, noise(16), ["classes"])
     # 16 · 16 patches, then 8 · 8; the energies of a window are those of its patches.
     assert len(found["layers.0.blocks.0.attn.qkv"]) == 256
     assert len(found["layers.1.blocks.1.mlp.fc2"]) == 64
@@ -161,7 +175,7 @@ class TokensFirst(nn.Module):
 
 
 def test_a_linear_whose_tokens_do_not_lie_image_by_image_has_no_energies():
-    assert energies_of(TokensFirst(), noise(16), 0) == {}
+    assert energies_of(TokensFirst(), noise(16), ["features"]) == {}
 
 
 def test_linears_whose_tokens_have_no_weights_are_named(monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +209,7 @@ def test_outputs_without_a_gradient_are_refused_with_the_way_out():
             return self.model(pixels).detach()
 
     with pytest.raises(MarrqError, match=r"no gradient.*: choose --set token-weights=off"):
-        energies_of(Detached(), noise(16), 5)
+        energies_of(Detached(), noise(16), ["classes"])
 
 
 def test_weights_are_relative_energies_within_their_bounds():

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from marrq.errors import MarrqError
+from marrq.models.images.counts import FEWEST_IMAGES
 from marrq.models.images.pixels import FORMATS, Location
 
 SUFFIXES = (
@@ -98,6 +99,11 @@ def no_images(folder: Location) -> MarrqError:
 
 def too_few(name: str, count: int, samples: int) -> MarrqError:
     """The error for fewer images than samples."""
+    if samples <= FEWEST_IMAGES:
+        return MarrqError(
+            f"{name!r} has {count} of the {FEWEST_IMAGES} images that calibration needs at least: "
+            "add images"
+        )
     return MarrqError(
         f"{name!r} has {count} images for calibration, fewer than the {samples} samples: lower "
         "--samples"

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -168,7 +169,7 @@ class Pixels:
         return next(part.batches(self.preprocessing, len(part)))
 
 
-def find_images(name: str, split: Split, labels: tuple[str, ...] | None = None) -> ImageSet:
+def find_images(name: str | Path, split: Split, labels: tuple[str, ...] | None = None) -> ImageSet:
     """The images of a folder, or of the demo.
 
     name: a folder of images, or `demo`.
@@ -184,6 +185,10 @@ def find_images(name: str, split: Split, labels: tuple[str, ...] | None = None) 
     Raises MarrqError if the folder does not exist, there is no image, or subfolders of it may be
     splits in two ways.
     """
+    # A Path is a name too, but what records it takes texts alone.
+    name = str(name)
+    if split not in get_args(Split):
+        raise MarrqError(f"the split is train or val: got {split!r}")
     check_data_folder(name)
     labels = labels or ()
     root = _root(name, split, labels)

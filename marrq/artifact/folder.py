@@ -44,6 +44,7 @@ from marrq.artifact.validate import (
     read_json,
     real_file,
 )
+from marrq.artifact.validate_ranges import check_ranges
 from marrq.errors import MarrqError
 from marrq.files import check_artifact, sha256, write_folder, write_json, write_text
 from marrq.models.load import ModelSource, build
@@ -135,6 +136,7 @@ def _checked_model(folder: Path, config: dict[str, Any]) -> QuantizedModel:
     }
     for path, parts in linears.items():
         linear_shapes[path] = check_linear(parts, schemes[path].weight)
+        check_ranges(parts, schemes[path])
     shapes = {name: tuple(tensor.shape) for name, tensor in outside(tensors, linears).items()}
     preprocessing = Preprocessing.from_json(config["preprocessing"])
     check_preprocessing(preprocessing)

@@ -28,7 +28,7 @@ class RefinementSpec:
 
     on: bool = field(
         default=False,
-        metadata=setting(KEY, "refine the finished model: train what the codes leave free", ON_OFF),
+        metadata=setting(KEY, "refine the finished model: train it end to end", ON_OFF),
     )
     images: int = field(
         default=1200,

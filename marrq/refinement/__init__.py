@@ -1,1 +1,1 @@
-"""The refinement: learn what codes leave free, end to end. Off by default."""
+"""The refinement: train a quantized model end to end. Off by default."""

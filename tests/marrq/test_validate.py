@@ -1,6 +1,7 @@
 """Files of strangers: an artifact, a model, images."""
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import noise, quantized, vit
 
 from marrq.artifact.folder import CONFIG, REPORTS, TENSORS, load, save
-from marrq.artifact.validate import check_architecture
+from marrq.artifact.validate import PART_TYPES, check_architecture
 from marrq.errors import MarrqError
 from marrq.files import sha256
 from marrq.models.images import read_image
@@ -149,6 +150,31 @@ def test_a_part_of_a_linear_that_does_not_fit_is_refused(
 ):
     with pytest.raises(MarrqError, match="is damaged"):
         load(with_tensors(artifact, **{f"blocks__0__attn__qkv__{part}": tensor}))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "part", "tensor", "told"),
+    [
+        ("W4A8", "rtn", "weight_zero_point", torch.full((192, 1), 8), "beyond -8 … 7"),
+        ("W4A4", "rtn", "input_zero_point", torch.tensor(16), "beyond 0 … 15"),
+        ("W8A8", "rtn", "weight_packed", torch.full((192 * 64,), 127), "beyond -64 … 63"),
+        ("W4A8", "gptq,lowrank=serq:3", "weight_zero_point", torch.full((192, 1), 29), "-32 … 28"),
+        ("W4A8", "rtn", "bias", torch.full((192,), math.nan), "bias has NaN or infinity"),
+        ("W4A8", "rtn", "input_smoothing", torch.full((64,), math.inf), "has NaN or infinity"),
+        ("W4A8", "rtn", "input_clip", torch.tensor(0.5), "input_clip is no part of a linear of"),
+        ("W4A8", "rtn", "zzz", torch.tensor(0.5), "zzz is no part of a linear of W4A8"),
+        ("W4A8-sym", "rtn", "weight_zero_point", torch.zeros(192, 1), "is no part of a linear"),
+    ],
+)
+def test_a_number_that_its_grid_does_not_have_is_refused(
+    scheme: str, method: str, part: str, tensor: torch.Tensor, told: str, tmp_path: Path
+):
+    save(quantized(vit(), noise(4), scheme, method), tmp_path / "a")
+    load(tmp_path / "a")
+    typed = tensor.to(PART_TYPES.get(part, torch.float32))
+    changed = with_tensors(tmp_path / "a", **{f"blocks__0__attn__qkv__{part}": typed})
+    with pytest.raises(MarrqError, match=f"is damaged.*{told}"):
+        load(changed)
 
 
 @pytest.fixture(scope="module")

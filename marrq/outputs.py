@@ -209,3 +209,13 @@ def no_classes(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         is_ours = False
     return None if is_ours else "holds no classes of marrq's"
+
+
+def check_own_files(*files: Path | None) -> None:
+    """Raise MarrqError if two outputs of a command are one file. files: None for no output."""
+    places = [file.resolve() for file in files if file is not None]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise MarrqError(
+            f"{str(twice)!r} is named for two outputs: give each of them a file of its own"
+        )

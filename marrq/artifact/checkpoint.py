@@ -176,10 +176,21 @@ def check_checkpoint(folder: Path, about: Mapping[str, Any]) -> None:
     if differing:
         # Widths follow from the budget, which is what the user knows of them.
         what = "budget" if differing[0] == "widths" else differing[0]
+        values = _values(_read_settings(folder).get(differing[0]), about[differing[0]])
         raise MarrqError(
-            f"checkpoint {str(folder)!r} is of a run with another {what}: remove it, or repeat "
-            "that run's options"
+            f"checkpoint {str(folder)!r} is of a run with another {what}{values}: remove it, or "
+            "repeat that run's options"
         )
+
+
+def _values(theirs: Any, ours: Any) -> str:
+    """What differs inside a table of settings, to stand behind its name."""
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return ""
+    key = next(key for key in ours if theirs.get(key) != ours[key])
+    if isinstance(ours[key], dict):
+        return _values(theirs.get(key), ours[key])
+    return f", {key} {theirs.get(key)} and not {ours[key]}"
 
 
 def _differing(folder: Path, about: Mapping[str, Any]) -> list[str]:

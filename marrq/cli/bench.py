@@ -39,11 +39,13 @@ def bench(
     marrq bench artifact --data IMAGES --device gpu --weights-only --cuda-graph
     """
     from marrq.models.class_embeddings import load_classes
+    from marrq.outputs import check_own_files
     from marrq.workflows.bench import bench as run
     from marrq.workflows.bench_options import BenchOptions, images_of_parity
     from runtime.report.html import check_page, page
     from runtime.report.tables import sentences, tables
 
+    check_own_files(json_file, page_file)
     if page_file is not None:
         check_page(page_file)
     options = BenchOptions(

@@ -31,6 +31,7 @@ def compare(
     from marrq.methods.registry import METHODS
     from marrq.methods.spec import parse_method
     from marrq.models.class_embeddings import load_classes
+    from marrq.outputs import check_own_files
     from marrq.schemes import parse_scheme
     from marrq.workflows import checks
     from marrq.workflows.devices import choose_device
@@ -44,6 +45,7 @@ def compare(
     checks.check_data(name)
     known = {} if samples is None else {"samples": samples}
     checks.check_comparison(output, {"schema": SCHEMA, "model": model, **known})
+    check_own_files(output, plot)
     if plot is not None:
         from runtime.report.plots import check_plot, plot_comparison
 

@@ -31,10 +31,12 @@ def sensitivity(
     marrq quantize vit_base_patch16_224 --data IMAGES --budget 3 --sensitivity costs.json -o a
     """
     from marrq.budget import Budget, check_costs, scheme_of
+    from marrq.outputs import check_own_files
     from marrq.workflows.checks import calibration_data_for, check_float_model
     from marrq.workflows.devices import choose_device
     from runtime.report.plots import check_plot
 
+    check_own_files(json_file, plot)
     spec = common.method_spec(method, setting, {}, rotate=rotate)
     check_costs(spec)
     mixed = scheme_of(scheme, cast("ActivationStrategy", activations), Budget())

@@ -199,6 +199,8 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
             f"no linear writes to a residual stream: {method} did what "
             f"{method.replace('stream', 'exact')} does"
         )
+    if model.method.balance == "on" and not any(report.balanced for report in reports):
+        yield "balance is on, and no linear reads the values of heads alone: nothing is balanced"
     alike = [report.path for report in reports if not report.weighted]
     if model.method.token_weights and alike:
         yield (

@@ -31,6 +31,8 @@ WAY_TO_TENSORRT = (
 
 # Name of the domain that files leave empty.
 STANDARD = "ai.onnx"
+ATTENTION_OPSET = 23
+"""The opset that a file of marrq asks for if it has Attention as one operator."""
 
 # Where in ONNX Runtime an error was raised: a file, a line and a C++ signature.
 SOURCE_LINE = re.compile(r"/[^\s:]+\.(?:cc|h):\d+ .*?\) (?:const )?")
@@ -140,7 +142,10 @@ class FileFacts(Record):
         # A file of another tool was not tried: its versions are all that is known.
         seen, way = f"load {self.versions}", "convert the file to lower ones"
         if self.stated:
-            seen, way = "run it", "export with --no-fuse, or a flavour that needs less"
+            # Attention of opset 23 can be left out; of codes the bits decide.
+            fused = self.opsets[STANDARD] == ATTENTION_OPSET
+            way = "export with --no-fuse" if fused else "quantize to other bits, which need less"
+            seen, way = "run it", f"{way} (exporters/README.md)"
         return (
             f"ONNX Runtime {server} is too old for {self.path!r}: {self.lowest_onnxruntime} is the "
             f"first that was seen to {seen}; update the server, or {way}"

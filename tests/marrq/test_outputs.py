@@ -324,3 +324,25 @@ def test_a_folder_that_may_not_be_written_is_told_by_name(
         check_place(tmp_path / "new" / "artifact")
     monkeypatch.setattr("os.access", lambda path, mode: True)
     check_place(tmp_path / "new" / "artifact")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench m.onnx --json same.html --report same.html",
+        "compare demo -o same.svg --plot same.svg",
+        "sensitivity demo --json same.svg --plot same.svg",
+    ],
+)
+def test_two_outputs_of_one_name_are_told_before_anything_is_done(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.onnx").touch()
+    assert main(command.split()) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is named for two outputs: give each of them a file of its own" in told
+    assert not (tmp_path / "same.svg").exists()

@@ -322,6 +322,15 @@ def test_gradients_that_are_noise_move_few_codes_whatever_the_number_of_steps(st
     assert float(agreed.float().mean()) > 0.6
 
 
+def test_a_vector_of_zeros_is_learned_too():
+    # Rotation leaves norms without biases.
+    model, teacher = prepared(vit, "W3A8", method="gptq,rotate=0", epochs=2)
+    norms = [one for one in model.module.modules() if isinstance(one, nn.LayerNorm)]
+    assert all(bool((norm.bias == 0).all()) for norm in norms)
+    refine(model, judged_by_what_it_teaches(teacher))
+    assert all(bool((norm.bias != 0).any()) for norm in norms)
+
+
 def test_linears_that_read_one_input_keep_one_grid():
     model, teacher = prepared(transformers_vit, "W3A4", "per-token", epochs=6)
     # As after a resumed run: equal quantizers, not one.

@@ -138,6 +138,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path):
     leave_first_block(tmp_path)
     with pytest.raises(MarrqError, match="is of a run with another scheme: remove it"):
         checkpoint(tmp_path, "W4A8", scheme=3)
+    with pytest.raises(MarrqError, match=r"another model, name tiny and not large: remove it"):
+        checkpoint(tmp_path, "W4A8", model={"name": "large"})
 
 
 def test_a_run_without_a_finished_block_leaves_nothing(tmp_path: Path):

@@ -130,6 +130,13 @@ def test_our_file_needs_what_its_metadata_says_and_our_operators_are_no_warning(
     code, report = doctored(integer_file, "--ort", "1.18", folder=tmp_path)
     assert (code, report["files"][0]["loads_on_server"]) == (3, False)
     assert f"{lowest} is the first that was seen to run it" in report["problems"][0]
+    assert "or export with --no-fuse" in report["problems"][0]
+    # What is done already is no advice.
+    model = onnx.load(integer_file)
+    next(entry for entry in model.opset_import if entry.domain == "").version = 21
+    onnx.save(model, tmp_path / "older.onnx")
+    _, report = doctored(tmp_path / "older.onnx", "--ort", "1.18", folder=tmp_path)
+    assert any("or quantize to other bits, which need" in one for one in report["problems"])
 
 
 def test_an_opset_too_new_for_the_server_names_the_lowest_version_that_would_do(

@@ -236,12 +236,12 @@ def option_help(option: str) -> str:
 
 
 def check_choice(flavor: str, options: Options) -> None:
-    """Raise MarrqError for an unknown flavour or option, and for an option that the flavour does
-    not have."""
+    """Raise MarrqError for an unknown flavour or option, for an option that the flavour does not
+    have, and for a value of another kind."""
     # The keys are all flavours, those of float models too.
     if flavor not in OPTIONS:
         raise MarrqError(f"unknown flavour {flavor!r}: choose one of {', '.join(OPTIONS)}")
-    for option in options:
+    for option, value in options.items():
         if option not in FLAGS:
             raise MarrqError(f"unknown option {option!r} of a flavour: {choices(option, FLAGS)}")
         if option not in OPTIONS[flavor]:
@@ -249,6 +249,11 @@ def check_choice(flavor: str, options: Options) -> None:
                 f"{FLAGS[option]} is no option of {flavor!r}: use it with --flavor "
                 f"{' or '.join(flavors_with(option))}"
             )
+        is_number = option == "accuracy_level"
+        # True is an integer in Python.
+        if isinstance(value, bool) == is_number or not isinstance(value, int):
+            kind = "a number" if is_number else "True or False"
+            raise MarrqError(f"option {option!r} is {kind}: got {value!r}")
 
 
 def check_baseline(flavor: str) -> None:

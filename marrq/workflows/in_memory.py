@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from marrq.budget import check_method, check_scheme, default_scheme, limit_of
+from marrq.errors import MarrqError
 from marrq.methods.spec import MethodSpec, parse_method
 from marrq.models.images import ImageSet
 from marrq.models.load import VisionModel
@@ -42,6 +43,10 @@ def quantize(
     scheme, method or device, for a budget that no model meets, for fewer images than samples, and
     for a model that has no transformer blocks or values that are not finite.
     """
+    if isinstance(model, QuantizedModel):
+        raise MarrqError(
+            f"{model.source.name!r} is quantized already: give the float model, from load_model"
+        )
     # Texts first: a wrong one is told before a model is copied.
     limit = None if budget is None else limit_of(budget)
     scheme = default_scheme(limit) if scheme is None else scheme

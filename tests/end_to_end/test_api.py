@@ -112,6 +112,8 @@ def test_paths_are_names_and_a_wrong_split_is_told(tiny: str, image_folder: Path
     images = marrq.find_images(image_folder, "train")
     model = marrq.load_model(Path(tiny))
     marrq.save(marrq.quantize(model, images, samples=4, method="rtn"), tmp_path / "a")
+    with pytest.raises(MarrqError, match="is quantized already: give the float model"):
+        marrq.quantize(marrq.load(tmp_path / "a"), images)  # type: ignore[arg-type]
     with pytest.raises(MarrqError, match="the split is train or val: got 'training'"):
         marrq.find_images(image_folder, "training")
 

@@ -260,8 +260,8 @@ def test_a_gpu_gets_folded_weights_and_no_kernel_of_the_cpu(scheme: str):
 
 
 def test_the_qdq_flavour_can_express_every_scheme():
-    for scheme in ("W2A3", "W3A8-g24-sym", "W4A16-mxint", "W8A16-g7"):
-        assert objection("qdq", parse_scheme(scheme, "per-token")) is None
+    for scheme in ("W2A3:per-token", "W3A8-g24-sym:per-token", "W4A16-mxint", "W8A16-g7"):
+        assert objection("qdq", parse_scheme(scheme)) is None
 
 
 def test_the_names_of_flavours_and_options_are_those_of_their_classes():
@@ -279,6 +279,9 @@ def test_the_names_of_flavours_and_options_are_those_of_their_classes():
 def test_an_option_that_no_flavour_has_is_refused_with_the_one_that_was_meant():
     with pytest.raises(MarrqError, match=r"unknown option 'fused' .*: did you mean fuse\?"):
         check_choice("integer", {"fused": False})
+    for wrong in ({"fuse": "no"}, {"accuracy_level": True}):
+        with pytest.raises(MarrqError, match=r"option '\w+' is (True or False|a number): got"):
+            check_choice("matmulnbits", wrong)
 
 
 def test_dynamic_activations_are_what_the_symmetric_form_refuses_first():

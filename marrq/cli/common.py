@@ -23,7 +23,6 @@ from marrq import __version__
 from marrq.files import write_json
 from marrq.methods.lowrank_spec import LowRankKind
 from marrq.methods.registry import method_names_for_help
-from marrq.methods.setting import LARGEST_SEED
 from marrq.methods.spec import METHOD_SETTINGS
 from marrq.models.images.counts import FEWEST_IMAGES
 from marrq.outputs import check_report, no_picture, no_report
@@ -106,9 +105,7 @@ SamplesOption = Annotated[
         min=FEWEST_IMAGES,
     ),
 ]
-SeedOption = Annotated[
-    int, input_option(metavar="N", help="Seed of that random draw.", min=0, max=LARGEST_SEED)
-]
+SeedOption = Annotated[int, input_option(metavar="N", help="Seed of that random draw.", min=0)]
 
 # Names come from where they are defined, so that the help knows a new one at once.
 LOWRANK_KINDS = ", ".join(get_args(LowRankKind))

@@ -133,6 +133,7 @@ class ModuleReport:
         used instead (Rounding in marrq/methods/problem.py).
     damping: λ / mean(diag H) of the factorization that the sweep used.
     lowrank_damping: the same of the low-rank branch's input scaling; None without a branch.
+    target_damping: the same of the exact target's solve; None if nothing was solved.
     clipped: share of weights outside the range of their grid, 0 … 1.
     writes_stream: whether J is the error of the residual stream.
     equalized: whether the channels of its input were scaled.
@@ -158,6 +159,7 @@ class ModuleReport:
     is_outer: bool = False
     balanced: bool = False
     weighted: bool = False
+    target_damping: float | None = None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def correction(weight: Tensor, data: SweepData) -> Tensor:
     """Δ = G (H + λI)⁻¹, [m, n], for a weight [m, n], in the weight's type."""
     # The inverse serves all linears of a group and is formed once; λ is large, so that in float64
     # it is as good as a solve.
-    return (data.statistics.drift.moment_of(weight) @ data.factors.target_inverse).to(weight)
+    return (data.statistics.drift.moment_of(weight) @ data.factors.target_inverse[0]).to(weight)
 
 
 class ExactTarget:

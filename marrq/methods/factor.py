@@ -80,12 +80,12 @@ def factorize(
     return Factor(order, inverse.flip(0, 1), damping)
 
 
-def damped_inverse(hessian: Tensor, damping: float) -> Tensor:
-    """(H + λI)⁻¹, [n, n] float64, for a solve with many right-hand sides; dead inputs, damping and
-    errors as for `factorize`."""
-    lower, _ = damped_cholesky_(hessian.clone(), damping)
+def damped_inverse(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """(H + λI)⁻¹, [n, n] float64, for a solve with many right-hand sides, and the damping that was
+    used; dead inputs, damping and errors as for `factorize`."""
+    lower, used = damped_cholesky_(hessian.clone(), damping)
     with one_thread():
-        return torch.cholesky_inverse(lower)
+        return torch.cholesky_inverse(lower), used
 
 
 def damped_cholesky_(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -115,6 +115,6 @@ def damped_cholesky_(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         # At least 1e-8, to get away from a damping of 0.
         damping = max(damping * 10, 1e-8)
     raise MarrqError(
-        f"the linear's Hessian cannot be factored even with damping {damping:g}: use other "
+        f"the linear's Hessian cannot be factored even with damping {damping / 10:g}: use other "
         "calibration images"
     )

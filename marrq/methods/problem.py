@@ -79,10 +79,16 @@ class SweepFactors:
         return factorize(self._statistics.hessian, spec.damping, spec.act_order, self._salient)
 
     @cached_property
-    def target_inverse(self) -> Tensor:
-        """(H + λI)⁻¹ of the exact target's solve, with its own damping: [n, n] float64."""
+    def target_inverse(self) -> tuple[Tensor, float]:
+        """(H + λI)⁻¹ of the exact target's solve, [n, n] float64, and λ / mean(diag H)."""
         # The solve has no order of columns: Δ comes out in the order of the inputs.
         return damped_inverse(self._statistics.hessian, self._spec.target_damping)
+
+    @property
+    def target_damping(self) -> float | None:
+        """λ / mean(diag H) that the exact target's solve used; None if nothing was solved."""
+        # A cached property is in the dictionary once it has been asked for.
+        return self.target_inverse[1] if "target_inverse" in vars(self) else None
 
     @cached_property
     def drift_residual(self) -> Tensor:

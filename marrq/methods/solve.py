@@ -59,7 +59,8 @@ class Solution:
     relative_error: J / ‖W X + e‖², the power of the wanted outputs; 0 if the power is 0
     rounded: what the codes stand for, [m, n]: the weight, without the part that SRR keeps
     damping: λ / mean(diag H) that the factorization of the sweep used
-    lowrank_damping: the same of the branch's input scaling; None without a branch"""
+    lowrank_damping: the same of the branch's input scaling; None without a branch
+    target_damping: the same of the exact target's solve; None if nothing was solved"""
 
     rounding: Rounding
     rounded: Tensor
@@ -69,6 +70,7 @@ class Solution:
     relative_error: float
     damping: float
     lowrank_damping: float | None
+    target_damping: float | None
 
 
 def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
@@ -95,6 +97,7 @@ def solve(weight: Tensor, problem: Problem, spec: MethodSpec) -> Solution:
         relative_error,
         problem.whole.factors.factor.damping,
         None if scaling is None else scaling.damping,
+        problem.whole.factors.target_damping,
     )
 
 

@@ -179,6 +179,7 @@ def quantize_group(calibration: GroupCalibration, balanced: bool) -> list[Module
             trajectory=rounding.trajectory,
             damping=solution.damping,
             lowrank_damping=solution.lowrank_damping,
+            target_damping=solution.target_damping,
             clipped=_clipped_share(solution.rounded, rounding.grid),
             fallback=rounding.fallback,
             writes_stream=isinstance(statistics.drift, OutputDrift),

@@ -192,6 +192,17 @@ def shortfalls(model: QuantizedModel) -> Iterator[str]:
     for report in reports:
         if report.fallback:
             yield f"{report.path}: {report.fallback}"
+    raised = [
+        report.path
+        for report in reports
+        if report.damping > model.method.damping
+        or (report.target_damping or 0) > model.method.target_damping
+    ]
+    if raised:
+        yield (
+            f"{len(raised)} of {len(reports)} linears needed more damping than asked for, as their "
+            f"inputs are dependent (quantization.json has it): {', '.join(raised)}"
+        )
     # `stream` aims at the sum of the residual stream, which needs a linear that writes to it.
     aims_at_stream = model.method.wants == RESIDUAL_STREAM
     if aims_at_stream and not any(report.writes_stream for report in reports):

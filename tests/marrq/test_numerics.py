@@ -115,7 +115,10 @@ def test_a_singular_hessian_without_damping_gets_the_damping_it_needs_and_says_s
     x = normal(200, INPUTS)
     x[:, 3] = x[:, 9]
     x[:, 4] = x[:, 5] + x[:, 6]
-    assert 0 < solved(method, x).damping < 0.01
+    found = solved(method, x)
+    assert 0 < found.damping < 0.01
+    assert (found.target_damping is not None) == method.startswith("exact")
+    assert found.target_damping is None or 0 < found.target_damping < 0.01
 
 
 @ALL

@@ -15,7 +15,8 @@ says otherwise:
                     them (marrq/sensitivity.py); all suffixes may follow
 
 Activations are per-tensor with a scale found in calibration (`per-tensor`, static), or per-token
-with a scale found at run time (`per-token`, dynamic).
+with a scale found at run time (`per-token`, dynamic). `--activations` says which, or the scheme:
+`W4A4:per-token`.
 """
 
 import re

@@ -30,8 +30,8 @@ def quantize(
 
     model: a float model from `load_model`.
     images: calibration images from `find_images`; their classes are not used.
-    scheme: bits and grids, such as `W4A16-g128` (marrq/schemes.py); None for W4A8, or WmixA8 with a
-        budget.
+    scheme: bits and grids, such as `W4A16-g128` or `W4A4:per-token` (marrq/schemes.py); None for
+        W4A8, or WmixA8 with a budget.
     method: `NAME[,KEY=VALUE…]`, such as `marr` or `gptq,damping=0.05` (marrq/methods/spec.py).
     samples: number of images to draw, at least 2; None for 1,024, or all if there are fewer.
     seed: of the draw; the same seed draws the same images.

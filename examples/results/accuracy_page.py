@@ -43,8 +43,8 @@ def accuracy_at_low_bits(record: Json) -> str:
         calibration images, ± half the distance between the best and the worst draw.""",
         "## Methods",
         f"""
-        With {methods.samples:,} calibration images, the default. W3A3 and W2A4 have an activation
-        range for each token, the others static ranges. `rotate=0` rotates the residual stream.""",
+        With {methods.samples:,} calibration images, the default. Activations of 3 and 4 bits have a
+        range for each token, others a static one. `rotate=0` rotates the residual stream.""",
         _methods(rows),
         _ahead(summarize(first_draws(methods))),
         "## Number of calibration images",

@@ -84,6 +84,10 @@ def test_numpy_and_torch_give_the_same_pixels(
 ):
     if max(given_size) > 8 * min(given_size):  # torch, too, cannot resize to less than half a pixel
         given_size = (given_size[0], given_size[0])
+    # torch's antialiased resize takes a column of pixels for one pixel (seen with 2.14.1: of a
+    # [1, 1, 4, 1] tensor every row comes out as the first).
+    if given_size[0] == 1:
+        given_size = (1, 1)
     resized = (edge, edge) if square else (size[0] + 3, size[1] + 2)
     if terms["resampling"] != "pillow" and terms["crop_mode"] != "squash":
         resized = (edge, edge)

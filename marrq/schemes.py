@@ -228,6 +228,11 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
 
     strategy: of the activations, if the text names none."""
     name, _, named = text.partition(":")
+    # The default strategy may not have been chosen by anybody.
+    if named and strategy not in ("per-tensor", named):
+        raise MarrqError(
+            f"the scheme {text} and --activations {strategy} differ: leave one of them out"
+        )
     strategy = cast(ActivationStrategy, named or strategy)
     # Text that does not match gets 0 bits, which no scheme has, and ends in the same error.
     match = SCHEME.fullmatch(name)
@@ -246,7 +251,6 @@ def parse_scheme(text: str, strategy: ActivationStrategy = "per-tensor") -> Sche
             "-sym, or -mxint alone, then -e8, then :per-token; all suffixes may be left out"
         )
     _check_strategy(strategy)
-    # The default strategy may not have been chosen by anybody.
     if int(activation_bits) == FLOAT_BITS and strategy != "per-tensor":
         raise MarrqError(
             f"activations of {text} stay in float, so nothing can be {strategy}: leave it out, or "

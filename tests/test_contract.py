@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 import exporters.metadata
+import exporters.opsets
+import runtime.doctor.file
 import runtime.metadata
 from exporters.choices import OPTIONS
 from exporters.metadata import KEYS, FileMetadata, LinearPart
@@ -86,3 +88,7 @@ def test_both_sides_know_the_same_keys():
     assert known == {*KEYS, *options}
     written = {key.removeprefix("marrq.") for key in QUANTIZED.to_metadata_props()}
     assert written == {*KEYS, "fuse"}
+
+
+def test_both_sides_know_attention_by_one_opset():
+    assert runtime.doctor.file.ATTENTION_OPSET == exporters.opsets.ATTENTION_OPSET

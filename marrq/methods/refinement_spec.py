@@ -39,7 +39,7 @@ class RefinementSpec:
     codes: bool = field(
         default=True,
         metadata=setting(
-            f"{KEY}.codes", "let codes of weights move by one, at 1.6 times the time", ON_OFF
+            f"{KEY}.codes", "let codes of weights move by one step, which takes longer", ON_OFF
         ),
     )
     epochs: int = field(

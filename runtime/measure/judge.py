@@ -63,10 +63,8 @@ def judge(
     alike = agreements(entries, answered) if has_classes and not known else nothing
     embedded = embeddings(entries, answered, rows_done) if gives_features else nothing
     # The distance of the float32 model from itself says nothing.
-    others = [
-        () if entry is _float32(entries) else answered.answers[entry.file].outputs
-        for entry in entries
-    ]
+    float32 = _float32(entries)
+    others = [() if entry is float32 else answered.answers[entry.file].outputs for entry in entries]
     return [Judgement(*found) for found in zip(rights, alike, embedded, others, strict=True)]
 
 

@@ -293,12 +293,18 @@ def test_a_bench_for_a_gpu_runs_from_export_to_report_on_the_processors_kernels(
     monkeypatch.setitem(session.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setitem(session.DEVICES, "cuda", "cpu")
     monkeypatch.setattr(session, "_records_graphs", lambda settings: False)
-    monkeypatch.setattr(
-        "runtime.measure.bench.measure_peak_memory",
-        lambda files, batch, settings: [PeakMemory(1.0, 2.0)] * len(files),
-    )
-    gpu = Gpu("G", "1", 1.0, "P0", 1.0, 1.0, 1.0, False)
-    monkeypatch.setattr("runtime.measure.bench.describe_gpu", lambda: gpu)
+    asked = []
+
+    def memory(files: list[Path], batch: int, settings: object) -> list[PeakMemory]:
+        asked.append("memory")
+        return [PeakMemory(1.0, 2.0)] * len(files)
+
+    def clocks() -> Gpu:
+        asked.append("clocks")
+        return Gpu("G", "1", 1.0, "P0", 1.0, 1.0, 1.0, False)
+
+    monkeypatch.setattr("runtime.measure.bench.measure_peak_memory", memory)
+    monkeypatch.setattr("runtime.measure.bench.describe_gpu", clocks)
     options = ["--device", "gpu", "--weights-only", "--cuda-graph", "--baseline", "none"]
     code, report = benched(made / "artifact", image_folder, tmp_path, *options, "--batch", "2")
     assert code == 0
@@ -307,6 +313,7 @@ def test_a_bench_for_a_gpu_runs_from_export_to_report_on_the_processors_kernels(
     assert (model["flavor"], model["device"], model["scheme"]) == ("folded", "gpu", "W4A16")
     assert [row["batch"] for row in model["latency"]] == [1, 2]
     assert model["peak_gpu_memory_mb"] == 2
+    assert asked == ["clocks", "memory"], "the runs of memory would let the clocks fall"
     assert report["environment"]["cuda_graph"]
     assert report["environment"]["gpu"]["name"] == "G"
     assert model["not_finite"]["images"] == 24, "fc2 is too large for float16"

@@ -26,7 +26,7 @@ from exporters.flavors import FLAVORS, check_flavor, variants
 from exporters.flavors.floating import FLOAT_FLAVORS
 from exporters.flavors.matmulnbits import LOWEST_ONNXRUNTIME
 from exporters.onnx_file import write
-from exporters.opsets import IR_VERSIONS
+from exporters.opsets import ATTENTION_OPSET, FUSED_ONNXRUNTIME, IR_VERSIONS
 from exporters.trace import trace_quantized
 from marrq.errors import MarrqError
 from marrq.quantizers.linear import bits_per_weight
@@ -57,6 +57,9 @@ def test_a_file_asks_for_no_more_than_it_needs_and_counts_its_own_bits(
     graph = onnx.load(tmp_path / "m.onnx")
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == opset
     assert graph.ir_version == IR_VERSIONS[opset]
+    # Attention, and INT2, are of that release.
+    lowest = metadata(tmp_path / "m.onnx")["lowest_onnxruntime"]
+    assert (lowest == FUSED_ONNXRUNTIME) == (opset >= ATTENTION_OPSET)
     assert metadata(tmp_path / "m.onnx")["flavor"] == flavor
     assert float(metadata(tmp_path / "m.onnx")["bits_per_weight"]) == pytest.approx(
         bits_per_weight(made.module), abs=0.05

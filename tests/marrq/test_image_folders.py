@@ -13,7 +13,7 @@ from marrq.cli import main
 from marrq.errors import MarrqError
 from marrq.files import check_data_folder
 from marrq.models.images import ImageSet, find_images
-from marrq.models.images.folders import SYSTEM_NAMES
+from marrq.models.images.folders import SYSTEM_NAMES, too_few
 from marrq.quantized_model import CalibrationRecord
 from marrq.workflows.judging import calibrated_on, flattered, flattered_by_record
 
@@ -84,6 +84,11 @@ def test_1024_images_calibrate_or_all_if_there_are_fewer():
         "'images' has 255 images to calibrate on, and fewer than 256 cost accuracy: give more",
     )
     assert [few.samples(16), many.samples(1500)] == [16, 1500]
+
+
+def test_too_few_images_to_calibrate_at_all_ask_for_images_and_not_for_fewer_samples():
+    told = str(too_few("one", 1, 2))
+    assert told == "'one' has 1 of the 2 images that calibration needs at least: add images"
 
 
 def test_more_samples_than_images_is_an_error(image_folder: Path):

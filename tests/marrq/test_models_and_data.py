@@ -18,6 +18,7 @@ from marrq.errors import MarrqError
 from marrq.models.images import find_images
 from marrq.models.load import build, load_model, load_source
 from marrq.models.preprocessing import Preprocessing
+from marrq.workflows.checks import check_model
 
 
 @pytest.fixture
@@ -109,6 +110,12 @@ def test_weights_with_nan_are_refused_by_name(tiny_folder: Path, tmp_path: Path)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(MarrqError, match=r"blocks\.1\.mlp\.fc1\.weight"):
         load_model(f"local-dir:{tmp_path}")
+
+
+def test_an_onnx_file_in_the_place_of_a_model_is_told_with_what_takes_it(tmp_path: Path):
+    (tmp_path / "m.onnx").touch()
+    with pytest.raises(MarrqError, match="is an ONNX file, which marrq bench and marrq inspect"):
+        check_model(str(tmp_path / "m.onnx"))
 
 
 @pytest.mark.parametrize("name", ["no_such_model", "local-dir:/no/such/folder", "/no/such/folder"])

@@ -25,6 +25,7 @@ from marrq.quantizers.activations import (
 from marrq.quantizers.affine import grid_from_range
 from marrq.quantizers.linear import quantized_linears
 from marrq.schemes import ActivationSpec, ActivationStrategy, parse_scheme
+from marrq.workflows.quantize import shortfalls
 
 IMAGES = noise(24)
 CPU = torch.device("cpu")
@@ -161,6 +162,15 @@ def test_the_clipped_share_is_that_of_what_was_rounded():
     kept, whole = ([report.clipped for report in found] for found in reports.values())
     # SRR keeps the largest part of a weight out of its grid, so less than before is cut off.
     assert sum(kept) < 1.5 * sum(whole)
+
+
+def test_more_damping_than_asked_for_is_told_with_the_linears():
+    # Four images have fewer tokens than fc2 has inputs.
+    for damping, count in (("0", 1), ("0.01", 0)):
+        made = quantized(vit(), noise(4), "W4A8", f"gptq,damping={damping}")
+        told = [one for one in shortfalls(made) if "needed more damping than asked for" in one]
+        assert len(told) == count
+        assert all("blocks.0.mlp.fc2" in one for one in told)
 
 
 def codes_of(module: nn.Module) -> dict[str, Tensor]:

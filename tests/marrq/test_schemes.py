@@ -95,6 +95,8 @@ def test_a_scheme_may_name_its_activations_if_there_are_any():
     assert parse_scheme("W4A8:per-tensor") == parse_scheme("W4A8")
     with pytest.raises(MarrqError, match="must be one of per-tensor, per-token: got 'per-row'"):
         parse_scheme("W4A8:per-row")
+    with pytest.raises(MarrqError, match="W4A8:per-tensor and --activations per-token differ"):
+        parse_scheme("W4A8:per-tensor", "per-token")
     for given in (("W4A16", "per-token"), ("W4A16:per-token",)):
         with pytest.raises(MarrqError, match="stay in float, so nothing can be per-token: leave"):
             parse_scheme(*given)

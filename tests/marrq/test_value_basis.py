@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from timm.models.mlp_mixer import MlpMixer
 from tiny_models import (
     dinov2,
     noise,
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from marrq.models.blocks import Block, find_blocks
 from marrq.models.timm_models import with_joined_biases
 from marrq.transforms.value_basis import ValuePath, balancing_basis, find_value_path, fold_basis
+from marrq.workflows.quantize import shortfalls
 
 
 def gated() -> nn.Module:
@@ -150,6 +152,14 @@ def test_a_balanced_model_gives_the_outputs_of_its_own_float_model_and_says_what
         "blocks.0.attn.proj",
         "blocks.1.attn.proj",
     ]
+
+
+def test_balance_that_was_asked_for_and_balances_nothing_is_told():
+    for setting, count in (("on", 1), ("auto", 0)):
+        mixer = MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=32)
+        made = quantized(randomized(mixer), noise(4), "W4A4", f"rtn,balance={setting}")
+        told = [sentence for sentence in shortfalls(made) if "nothing is balanced" in sentence]
+        assert len(told) == count
 
 
 @pytest.mark.parametrize(

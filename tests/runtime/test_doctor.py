@@ -246,6 +246,25 @@ def test_an_empty_folder_and_nothing_at_all_are_refused(
     assert f"{str(tmp_path / name)!r} {reason}" in capsys.readouterr().err
 
 
+def test_an_artifact_is_no_model_repository_and_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "is an artifact or a model's checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_command_that_ctrl_c_ends_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runtime.doctor.diagnose.examine", stop)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "marrq: stopped"
+
+
 @pytest.mark.slow
 def test_of_a_repository_every_model_and_every_version_is_examined(
     demo_artifact: Path, tmp_path: Path
